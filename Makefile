@@ -1,0 +1,46 @@
+# Everything a fresh machine needs is two commands: `make demo` and `make test`.
+# Both make their own .venv from pyproject.toml and constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CORE_VENV := .venv-core
+CORE_BIN := $(CORE_VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+JOBS ?= 2
+
+.PHONY: help test test-slow test-core lint demo bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== making $(VENV) with $(PYTHON) (torch and transformers take a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,train,plot]'
+	@touch $@
+
+$(CORE_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== making $(CORE_VENV): the core install alone, without torch"
+	@$(PYTHON) -m venv $(CORE_VENV)
+	@$(CORE_BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+test: lint test-core ## lint, types, tests: what CI runs (under 10 minutes on 2 cores)
+	@echo "== pytest"
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+
+lint: $(VENV)/.installed ## ruff and mypy
+	@echo "== ruff, mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-core: $(CORE_VENV)/.installed ## a merge in an environment without torch
+	@echo "== core install: slerp-merge without torch"
+	$(CORE_BIN)/python tests/core_install.py
+
+test-slow: $(VENV)/.installed ## the longer checks
+	$(BIN)/python -m pytest -m slow
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(CORE_VENV) build dist .mypy_cache .ruff_cache .pytest_cache
