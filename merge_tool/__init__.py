@@ -1,0 +1,78 @@
+"""Merge model checkpoints of any size by SLERP, streamed in bounded memory.
+
+    from merge_tool import merge
+    merge("memphis-cot", "scribe-ft", "memphis-scribe", t=0.4)
+
+Names are imported when they are first used, so that `import merge_tool` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from merge_tool._version import __version__
+
+if TYPE_CHECKING:
+    from merge_tool.api import MergeReport, merge
+    from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
+    from merge_tool.errors import (
+        CheckpointError,
+        DataError,
+        HeaderError,
+        MergeToolError,
+        MismatchError,
+        OutputError,
+        RecipeError,
+    )
+    from merge_tool.plan import MergePlan, plan_merge
+    from merge_tool.recipe import Recipe
+    from merge_tool.run import run_plan
+
+_HOMES = {
+    "MergeReport": "merge_tool.api",
+    "merge": "merge_tool.api",
+    "Checkpoint": "merge_tool.checkpoint.reader",
+    "open_checkpoint": "merge_tool.checkpoint.reader",
+    "CheckpointError": "merge_tool.errors",
+    "DataError": "merge_tool.errors",
+    "HeaderError": "merge_tool.errors",
+    "MergeToolError": "merge_tool.errors",
+    "MismatchError": "merge_tool.errors",
+    "OutputError": "merge_tool.errors",
+    "RecipeError": "merge_tool.errors",
+    "MergePlan": "merge_tool.plan",
+    "plan_merge": "merge_tool.plan",
+    "Recipe": "merge_tool.recipe",
+    "run_plan": "merge_tool.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'merge_tool' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "DataError",
+    "HeaderError",
+    "MergePlan",
+    "MergeReport",
+    "MergeToolError",
+    "MismatchError",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "__version__",
+    "merge",
+    "open_checkpoint",
+    "plan_merge",
+    "run_plan",
+]

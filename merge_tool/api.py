@@ -1,0 +1,478 @@
+"""merge(...): the whole flow as one function, with the defaults. What both commands and Python users call.
+
+    open -> plan -> check the output -> run -> side files, report, card -> publish
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
+from merge_tool.checkpoint.writer import ShardWriter
+from merge_tool.errors import DataError, MergeToolError, OutputError, RecipeError, listed, shown
+from merge_tool.memory import (
+    LEAST_BYTES,
+    Layout,
+    default_budget,
+    default_jobs,
+    estimate_peak,
+    peak_bytes,
+    plan_layout,
+    resident_bytes,
+    under_pressure,
+)
+from merge_tool.output import Target, Work, check_target
+from merge_tool.plan import MergePlan, ShardPlan, plan_merge
+from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, DEFAULT_T, Recipe, label_t
+from merge_tool.report import (
+    Finding,
+    Summary,
+    alarms,
+    card_text,
+    from_record,
+    load_tensors,
+    read_digest,
+    report_lines,
+    summarise,
+    sums_text,
+    to_record,
+)
+from merge_tool.run import ShardDone, progress_bytes, run_plan
+from merge_tool.side_files import CARD, REPORT, SUMS, SideFiles, edit_config_dtype, plan_side_files
+
+_FLUSH_BYTES = 8_000_000
+_SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was done: where the outputs are, what was found out, what it took.
+
+    `already_complete` is true when the same merge was there and nothing was done. Sizes are bytes.
+    """
+
+    outputs: tuple[Path, ...]
+    ts: tuple[float, ...]
+    method: str
+    summary: Summary
+    warnings: tuple[str, ...]
+    input_bytes: int
+    output_bytes: int
+    seconds: float
+    peak_bytes: int
+    already_complete: bool = False
+
+    @cached_property
+    def tensors(self) -> list[dict[str, Any]]:
+        """Every tensor of the first output as merge_report.json has it; empty for a one-file output."""
+        path = self.outputs[0] / REPORT
+        return load_tensors(path) if path.exists() else []
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that headers say will work: what `--dry-run` shows and `merge` carries out."""
+
+    plan: MergePlan
+    models: tuple[Checkpoint, Checkpoint]
+    side_files: SideFiles
+    layout: Layout
+    budget: int
+    held_bytes: int
+    target: Target
+    warnings: tuple[str, ...]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk space that the outputs take."""
+        return self.plan.output_bytes + len(self.plan.ts) * self.side_files.size
+
+    @property
+    def free_disk_bytes(self) -> int:
+        return shutil.disk_usage(_existing(self.target.path)).free
+
+    @property
+    def expected_peak_bytes(self) -> int:
+        return estimate_peak(self.plan, self.layout, self.held_bytes)
+
+
+def merge(
+    base: str | Path,
+    ft: str | Path,
+    out: str | Path,
+    t: float | Sequence[float] = DEFAULT_T,
+    *,
+    method: str = "slerp",
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    files_from: str = "base",
+    on_mismatch: str = "error",
+    extrapolate: bool = False,
+    report_path: str | Path | None = None,
+    on_warning: Callable[[str], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, str], None] | None = None,
+) -> MergeReport:
+    """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
+
+    `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each
+    (`t-0.3`), in one pass over the inputs. `memory_bytes` bounds the process's peak resident memory; the rest
+    is as in `Recipe`. `on_start(total)` and `on_progress(nbytes, tensor)` drive a progress bar.
+
+    Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
+    the same call.
+
+    >>> report = merge("memphis-cot", "scribe-ft", "memphis-scribe", t=0.4)  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    ts = (t,) if isinstance(t, (int, float)) else tuple(t)
+    recipe = Recipe(ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate)
+    prepared = prepare(base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs)
+    warn = on_warning or (lambda message: None)
+    for message in prepared.warnings:
+        warn(message)
+    if not overwrite and is_complete(prepared):
+        return _report(prepared, _findings_from_report(prepared), started, already_complete=True)
+    check_room(prepared, overwrite=overwrite)
+    flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
+    with Work(prepared.target, prepared.plan, flush_bytes=flush) as work:
+        work.begin(overwrite=overwrite)
+        try:
+            _run(prepared, work, on_start, on_progress)
+        except DataError:
+            work.discard()
+            raise
+        findings = _findings(work)
+        summary = summarise(prepared.plan, findings)
+        _write_side_files(prepared, work, findings, summary)
+        if report_path is not None:
+            _copy_report(prepared, findings, Path(report_path))
+        work.publish()
+    for message in alarms(summary):
+        warn(message)
+    return _report(prepared, findings, started)
+
+
+def prepare(
+    base: str | Path,
+    ft: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+) -> Prepared:
+    """Open both checkpoints, plan the merge and check all that headers show; writes nothing."""
+    target = Target(Path(out))
+    if target.is_file and len(recipe.ts) > 1:
+        raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.ts)} values of t need a folder.")
+    check_target(target, (Path(base), Path(ft)))
+    if jobs is not None and jobs < 1:
+        raise RecipeError(f"jobs is {jobs}, expected at least 1.")
+    budget = default_budget() if memory_bytes is None else memory_bytes
+    if budget < LEAST_BYTES:
+        raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
+    most = max(4_000_000, (budget - resident_bytes()) // 3)
+    models = open_checkpoint(base, max_header_bytes=most), open_checkpoint(ft, max_header_bytes=most)
+    plan = plan_merge(recipe, models, single_file=target.single_file)
+    donor = models[recipe.files_from == "ft"]
+    side_files = plan_side_files(None if target.is_file else donor.folder)
+    held = resident_bytes()
+    layout = plan_layout(plan, budget, jobs or default_jobs(), held=held)
+    return Prepared(
+        plan, models, side_files, layout, budget, held, target, tuple(_warnings(models, side_files))
+    )
+
+
+# -------------------------------------------------------------------------------------------- checks
+
+_COMPARED_SETTINGS = (
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "tie_word_embeddings",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+
+
+def _warnings(models: Sequence[Checkpoint], side_files: SideFiles) -> Iterable[str]:
+    base, ft = models
+    for model in models:
+        yield from model.notices
+    for key in _COMPARED_SETTINGS:
+        a, b = ((model.config or {}).get(key) for model in models)
+        if a != b and a is not None and b is not None:
+            yield f"{key} differs: {shown(a)} in {base.name}, {shown(b)} in {ft.name}. Are these related models?"
+    if base.folder and ft.folder:
+        for name in _TOKENIZER_FILES:
+            if base.folder.has(name) and ft.folder.has(name) and not _same_bytes(base, ft, name):
+                yield f"{name} differs between {base.name} and {ft.name}: the same token may have different rows."
+    if side_files.unmerged:
+        yield f"Copied without merging, as parts of the model: {listed(side_files.unmerged)}."
+    if side_files.skipped:
+        yield f"Not copied: {listed(side_files.skipped)}."
+
+
+def _same_bytes(base: Checkpoint, ft: Checkpoint, name: str) -> bool:
+    if base.folder is None or ft.folder is None:
+        return False
+    paths = base.folder.path(name), ft.folder.path(name)
+    if paths[0].stat().st_size != paths[1].stat().st_size:
+        return False
+    with paths[0].open("rb") as a, paths[1].open("rb") as b:
+        while True:
+            left, right = a.read(65_536), b.read(65_536)
+            if left != right:
+                return False
+            if not left:
+                return True
+
+
+def is_complete(prepared: Prepared) -> bool:
+    """Whether OUT already holds this very merge; raises OutputError when it holds anything else.
+
+    A merge made before its inputs last changed does not count, nor does one with a file missing or resized.
+    """
+    target = prepared.target
+    if target.work.exists() or not target.path.exists():
+        return False
+    if target.is_file:
+        raise OutputError(f"{shown(target.path)}: exists already. Give --overwrite to replace it.")
+    if not any(target.path.iterdir()):
+        return False
+    if all(_is_output(prepared, target.path / label, t) for label, t in _labels(prepared.plan)):
+        changed = _changed_since(prepared, target.path / prepared.plan.labels[0] / REPORT)
+        if not changed:
+            return True
+        raise OutputError(
+            f"{shown(target.path)}: holds this merge, but {listed(changed)} changed since. "
+            "Give --overwrite to merge again."
+        )
+    raise OutputError(
+        f"{shown(target.path)}: is not empty, and not the result of this merge. "
+        "Choose another folder, or give --overwrite to replace the model in it once the new one is complete."
+    )
+
+
+def _labels(plan: MergePlan) -> Iterable[tuple[str, float]]:
+    return zip(plan.labels, plan.ts, strict=True)
+
+
+def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
+    digest, _ = _single(prepared.plan, t)
+    if read_digest(folder / REPORT) != digest or not (folder / SUMS).is_file():
+        return False
+    sizes = {folder / shard.file_name: shard.size for shard in prepared.plan.shards}
+    if len(prepared.plan.shards) > 1 and not (folder / prepared.plan.index_name).is_file():
+        return False
+    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+
+
+def _changed_since(prepared: Prepared, report: Path) -> list[str]:
+    """Input files written (or put in place: st_ctime, where that is what it means) after the report was."""
+    written = report.stat().st_mtime_ns
+    sources = {job.base.file.name: job.base.file for job in prepared.plan.jobs()}
+    sources |= {job.ft.file.name: job.ft.file for job in prepared.plan.jobs()}
+    return [name for name, source in sources.items() if source.changed_ns > written]
+
+
+def _single(plan: MergePlan, t: float) -> tuple[str, dict[str, Any]]:
+    """Digest and facts of the merge with this t alone: what one output of several says of itself."""
+    facts = {**plan.facts, "t": [label_t(t)]}
+    return replace(plan, facts=facts).digest, facts
+
+
+def check_room(prepared: Prepared, *, overwrite: bool) -> None:
+    """Raise OutputError unless the disk can take the outputs beside what is there (less what a resumed run has)."""
+    have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
+    need = prepared.disk_bytes + _SPARE_DISK_BYTES - have
+    free = prepared.free_disk_bytes
+    if need > free:
+        beside = " The old output stays until the new one is complete." if overwrite else ""
+        raise OutputError(
+            f"{shown(prepared.target.path)}: the output takes {need:,} bytes, the disk has {free:,} free.{beside} "
+            "Free some space or choose another disk."
+        )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+# ----------------------------------------------------------------------------------------------- run
+
+
+class _WorkSink:
+    """What run_plan hands over, as the journal stores it."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def open_shard(self, shard: ShardPlan, header: bytes) -> list[ShardWriter]:
+        return self.work.open_shard(shard, header)
+
+    def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
+        records = (to_record(t.number, t.sums, t.equal, t.kept_base) for t in done.tensors)
+        self.work.finish_shard(done.shard, done.sha256, records, writers)
+
+
+def _run(
+    prepared: Prepared,
+    work: Work,
+    on_start: Callable[[int], None] | None,
+    on_progress: Callable[[int, str], None] | None,
+) -> None:
+    skip = work.done_shards
+    if on_start is not None:
+        on_start(progress_bytes(prepared.plan, skip))
+    if len(skip) == len(prepared.plan.shards):
+        return
+    try:
+        for _ in run_plan(prepared.plan, _WorkSink(work), prepared.layout, skip=skip, on_progress=on_progress):
+            pass
+    except MemoryError as e:
+        raise RecipeError("The system has less memory left than the budget allows. Give a smaller --memory.") from e
+
+
+def _findings(work: Work) -> dict[int, Finding]:
+    records = (record for record in work.journal.records() if record.get("record") == "tensor")
+    return {record["number"]: from_record(record) for record in records}
+
+
+def _findings_from_report(prepared: Prepared) -> dict[int, Finding]:
+    report = prepared.target.path / prepared.plan.labels[0] / REPORT
+    by_name = {tensor["name"]: tensor for tensor in load_tensors(report)}
+    found = {}
+    for job in prepared.plan.jobs():
+        tensor = by_name[job.out.name]
+        kept = tensor.get("note") == "differs: base kept"
+        found[job.number] = from_record({**tensor, "kept_base": kept})
+    return found
+
+
+def _write_side_files(
+    prepared: Prepared, work: Work, findings: dict[int, Finding], summary: Summary
+) -> None:
+    """Complete each output in the work folder: copies, index, card, report, checksums."""
+    plan = prepared.plan
+    if prepared.target.is_file or work.is_publishing:
+        return
+    digests = _shard_digests(work)
+    for number, (label, t) in enumerate(_labels(plan)):
+        sums = {shard.file_name: digests[shard.number][number] for shard in plan.shards}
+        sums |= _copy_side_files(prepared, work, label)
+        if (index := plan.index()) is not None:
+            sums[plan.index_name] = work.add_file(label, plan.index_name, index)
+        digest, facts = _single(plan, t)
+        sums[REPORT] = work.add_lines(label, REPORT, report_lines(plan, findings, t, digest, facts))
+        sums[CARD] = work.add_file(label, CARD, _card(prepared, summary, t).encode())
+        work.add_file(label, SUMS, sums_text(sums))
+
+
+def _shard_digests(work: Work) -> dict[int, list[str]]:
+    return {r["number"]: r["sha256"] for r in work.journal.records() if r.get("record") == "shard"}
+
+
+def _copy_side_files(prepared: Prepared, work: Work, label: str) -> dict[str, str]:
+    side_files, sums = prepared.side_files, {}
+    if side_files.folder is None:
+        return sums
+    for file in side_files.copied:
+        path = side_files.folder.path(file.source)
+        dtype = _config_dtype(prepared.plan)
+        if dtype is not None and file.source.split("/")[-1] == "config.json":
+            sums[file.target] = work.add_file(label, file.target, edit_config_dtype(path.read_bytes(), dtype))
+        else:
+            sums[file.target] = work.add_copy(label, file.target, path)
+    return sums
+
+
+def _config_dtype(plan: MergePlan) -> str | None:
+    """The dtype that config.json should name, if the merge changed it."""
+    changed = {job.out.dtype for job in plan.jobs() if job.out.dtype != job.base.info.dtype}
+    if plan.recipe.dtype in (None, "base"):
+        return "BF16" if changed else None
+    kinds = {job.out.dtype for job in plan.jobs() if not job.exact}
+    return next(iter(kinds)) if len(kinds) == 1 else None
+
+
+def _card(prepared: Prepared, summary: Summary, t: float) -> str:
+    donor = prepared.side_files
+    base_card = None
+    if (folder := prepared.models[0].folder) is not None and folder.has(CARD):
+        base_card = folder.path(CARD)
+    has_code = any(file.source.endswith(".py") for file in donor.copied)
+    return card_text(prepared.plan, summary, t, _command(prepared.plan, t), base_card, has_code)
+
+
+def _command(plan: MergePlan, t: float) -> str:
+    """The command that makes this output, without the user's paths."""
+    recipe = plan.recipe
+    base, ft = (_quoted(name) for name in plan.names)
+    words = ["slerp-merge", base, ft, "OUT", "--t", label_t(t)]
+    for option, value, default in (
+        ("--method", recipe.method, "slerp"),
+        ("--dtype", recipe.dtype, None),
+        ("--max-shard-size", recipe.max_shard_bytes, DEFAULT_MAX_SHARD_BYTES),
+        ("--files-from", recipe.files_from, "base"),
+        ("--on-mismatch", recipe.on_mismatch, "error"),
+    ):
+        if value != default:
+            words += [option, str(value)]
+    return " ".join(words + ["--extrapolate"] * (not 0 <= t <= 1))
+
+
+def _quoted(name: str) -> str:
+    name = shown(name)
+    return name if re.fullmatch(r"[\w@%+=:,./-]+", name) else "'" + name.replace("'", "'\\''") + "'"
+
+
+def _copy_report(prepared: Prepared, findings: dict[int, Finding], path: Path) -> None:
+    digest, facts = _single(prepared.plan, prepared.plan.ts[0])
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(report_lines(prepared.plan, findings, prepared.plan.ts[0], digest, facts))
+    except OSError as e:
+        raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e
+
+
+def _report(
+    prepared: Prepared, findings: dict[int, Finding], started: float, *, already_complete: bool = False
+) -> MergeReport:
+    plan, target = prepared.plan, prepared.target.path
+    summary = summarise(plan, findings)
+    return MergeReport(
+        tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
+        plan.ts,
+        plan.recipe.method,
+        summary,
+        (*prepared.warnings, *alarms(summary)),
+        plan.input_bytes,
+        plan.output_bytes,
+        time.monotonic() - started,
+        peak_bytes(),
+        already_complete,
+    )
+
+
+__all__ = ["MergeReport", "MergeToolError", "Prepared", "is_complete", "merge", "prepare"]

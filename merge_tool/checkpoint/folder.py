@@ -1,0 +1,124 @@
+"""A folder of files from a stranger: which paths in it may be followed, and what is a weight file.
+
+A symlink is followed when it ends inside the folder, or, in a Hub cache, inside that model's blobs.
+Nothing else outside the folder is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from merge_tool.errors import CheckpointError, shown
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
+    ".safetensors .gguf .ggml .h5 .msgpack .ot .onnx .onnx_data .npz .tflite .mlmodel .nemo .distcp".split()
+)
+_LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
+
+
+class Folder:
+    """A folder whose files are opened only where its links may lead. `name` is for messages and cards."""
+
+    def __init__(self, path: Path) -> None:
+        self.root = path.resolve()
+        self.name = folder_name(self.root)
+        self._blobs = _hub_blobs(self.root)
+
+    def path(self, relative: str) -> Path:
+        """The real path of an existing file of this folder; raises CheckpointError if it leads elsewhere."""
+        where = f"{self.name}/{shown(relative)}"
+        parts = PurePosixPath(relative.replace("\\", "/") if os.name == "nt" else relative)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in relative:
+            raise CheckpointError(f"{where}: is not a path inside the folder.")
+        try:
+            target = (self.root / relative).resolve(strict=True)
+        except FileNotFoundError as e:
+            link = self.root / relative
+            what = f"a link to {shown(link.readlink())}, which is missing" if link.is_symlink() else "missing"
+            raise CheckpointError(f"{where}: is {what}.") from e
+        except (OSError, RuntimeError) as e:
+            raise CheckpointError(f"{where}: cannot be followed ({getattr(e, 'strerror', e)}).") from e
+        if not target.is_relative_to(self.root) and not (self._blobs and target.is_relative_to(self._blobs)):
+            raise CheckpointError(
+                f"{where}: is a link to {shown(target)}, outside the folder. "
+                "Put the file itself there, or pass the folder that holds it."
+            )
+        return target
+
+    def has(self, relative: str) -> bool:
+        return os.path.lexists(self.root / relative)
+
+    def walk(self, skip: Callable[[str], bool]) -> Iterator[str]:
+        """Every file below the folder as a relative path with '/', sorted; links to folders are followed.
+
+        What `skip` says yes to (a file, or a folder with all that is in it) is not even looked at.
+        """
+        yield from self._walk("", frozenset({self.root}), skip)
+
+    def _walk(self, prefix: str, above: frozenset[Path], skip: Callable[[str], bool]) -> Iterator[str]:
+        for name in sorted(os.listdir(self.root / prefix)):
+            relative = f"{prefix}{name}"
+            if skip(relative):
+                continue
+            target = self.path(relative)
+            mode = target.stat().st_mode
+            if stat.S_ISDIR(mode):
+                if target in above:
+                    raise CheckpointError(f"{self.name}/{shown(relative)}: is a link to a folder above it.")
+                yield from self._walk(f"{relative}/", above | {target}, skip)
+            elif stat.S_ISREG(mode):
+                yield relative
+            else:
+                raise CheckpointError(f"{self.name}/{shown(relative)}: is not a regular file.")
+
+    def load_json(self, relative: str, *, unique_keys: bool = False) -> dict[str, Any]:
+        """The JSON object in a file; CheckpointError if it is anything else, or too large."""
+        where = f"{self.name}/{shown(relative)}"
+        path = self.path(relative)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{where}: is not a regular file.")
+        if status.st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {_LARGEST_JSON:,} are read.")
+        try:
+            value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys if unique_keys else None)
+        except (ValueError, RecursionError) as e:
+            raise CheckpointError(f"{where}: is not valid JSON ({shown(e)}).") from e
+        except OSError as e:
+            raise CheckpointError(f"{where}: cannot be read ({e.strerror}).") from e
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{where}: holds a {type(value).__name__}, expected a JSON object.")
+        return value
+
+
+def is_weight_file(relative: str) -> bool:
+    return PurePosixPath(relative).suffix.lower() in WEIGHT_SUFFIXES
+
+
+def folder_name(root: Path) -> str:
+    """What to call a resolved folder: its last part, or `org/name` in a Hub cache; never the whole path."""
+    if _hub_blobs(root):
+        return root.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return root.name or "folder"
+
+
+def _hub_blobs(root: Path) -> Path | None:
+    repo = root.parent.parent
+    if root.parent.name == "snapshots" and repo.name.startswith("models--"):
+        return repo / "blobs"
+    return None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)!r} appears twice")
+        found[key] = value
+    return found

@@ -1,0 +1,326 @@
+"""A model folder or a .safetensors file -> Checkpoint: names, shapes, and elements by range.
+
+Headers only until `read` is called. No architecture tables: a checkpoint is its tensors' names. What one
+cannot merge value by value (quantised codes, sub-byte types) is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, folder_name, is_weight_file
+from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.errors import CheckpointError, HeaderError, listed, shown
+
+NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),  # compared and copied as bytes, whatever they hold
+}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """One safetensors file of a checkpoint: its bytes, and the SHA-256 of its header."""
+
+    file_name: str
+    source: LocalFile
+    header_sha256: str
+
+
+class Checkpoint:
+    """The tensors of one model on disk.
+
+    `tensors` maps every name to its TensorInfo; `config` is config.json, or None; `metadata` the files'
+    `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Folder | None,
+        files: tuple[CheckpointFile, ...],
+        tensors: dict[str, TensorInfo],
+        file_of: dict[str, int],
+        metadata: dict[str, str],
+        config: dict[str, Any] | None,
+        notices: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.folder, self.files = name, folder, files
+        self.tensors: Mapping[str, TensorInfo] = tensors
+        self.metadata, self.config, self.notices = metadata, config, notices
+        self._file_of = file_of  # empty when there is one file
+
+    def source(self, name: str) -> LocalFile:
+        """The file that holds tensor `name`."""
+        return self.files[self._file_of.get(name, 0)].source
+
+    def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
+        info = self.tensors[name]
+        dtype = NUMPY_DTYPES[info.dtype]
+        if out.dtype != dtype or out.shape != (stop - start,) or not 0 <= start <= stop <= info.numel:
+            raise ValueError(f"{name}: elements [{start}, {stop}) of {info.numel} do not fit the given array")
+        raw = memoryview(out.view(np.uint8))
+        self.source(name).read_into(info.offset + start * dtype.itemsize, raw)
+        return out
+
+    def close(self) -> None:
+        """Nothing stays open between reads; here so that a Checkpoint can be used with `with`."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def open_checkpoint(
+    ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True
+) -> Checkpoint:
+    """Open a model folder or a .safetensors file and read its headers.
+
+    Raises CheckpointError when there is no checkpoint there, or, if it is to be `mergeable`, one that cannot be
+    merged (quantised, odd dtypes); HeaderError when a file is damaged.
+    """
+    path = Path(ref)
+    try:
+        if path.is_dir():
+            checkpoint = _open_folder(Folder(path), max_header_bytes)
+        elif path.is_file():
+            checkpoint = _open_file(path, max_header_bytes)
+        elif path.exists():
+            raise CheckpointError(f"{shown(path)}: is neither a folder nor a regular file.")
+        else:
+            raise CheckpointError(f"{shown(path)}: no such file or folder.{_hub_hint(str(ref))}")
+    except OSError as e:
+        raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
+    if not checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.name}: holds no tensors.")
+    if mergeable:
+        check_mergeable(checkpoint)
+    return checkpoint
+
+
+def _hub_hint(ref: str) -> str:
+    if ref.count("/") == 1 and not ref.startswith((".", "/", "~")):
+        return f" If it is a model on the Hub, fetch it first: hf download {shown(ref)}"
+    return " Check the spelling."
+
+
+def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
+    if path.suffix.lower() in PICKLE_SUFFIXES | {".gguf"}:
+        raise CheckpointError(f"{path.name}: {_unread_format([path.name])}")
+    file, tensors, metadata = _read_header(LocalFile(path.resolve(), path.name), path.name, max_header_bytes)
+    return Checkpoint(path.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
+
+
+def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
+    listing = sorted(entry.name for entry in folder.root.iterdir())
+    notices: list[str] = []
+    weight_map: dict[str, str] = {}
+    single, index = _find_weights(folder, listing)
+    if index:
+        weight_map = _load_weight_map(folder, index)
+    shards = [single] if single else sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not folder.has(shard)]:
+        raise CheckpointError(
+            f"{folder.name}/{index}: names {len(missing)} shards that are missing: {listed(missing)}. "
+            "Finish the download, or save the model again."
+        )
+    if single and f"{single}.index.json" in listing:
+        notices.append(f"{folder.name} has both {single} and an index: {single} is used, as transformers does.")
+    parsed = [_read_shard(folder, shard, max_header_bytes) for shard in shards]
+    tensors, file_of = _collect(folder, shards, parsed, weight_map, notices)
+    metadata: dict[str, str] = {}
+    for _, _, found in parsed:
+        metadata = {**found, **metadata}
+    config = folder.load_json("config.json") if "config.json" in listing else None
+    files = tuple(file for file, _, _ in parsed)
+    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, tuple(notices))
+
+
+def _find_weights(folder: Folder, listing: list[str]) -> tuple[str | None, str | None]:
+    """The single weights file, or the index: model.safetensors first, else the only one of its kind."""
+    singles = [name for name in listing if name.endswith(".safetensors")]
+    indexes = [name for name in listing if name.endswith(".safetensors.index.json")]
+    if "model.safetensors" in singles:
+        return "model.safetensors", None
+    if "model.safetensors.index.json" in indexes:
+        return None, "model.safetensors.index.json"
+    if len(indexes) == 1:
+        return None, indexes[0]
+    if len(singles) == 1 and not indexes:
+        return singles[0], None
+    if singles or indexes:
+        raise CheckpointError(
+            f"{folder.name}: has {len(singles)} .safetensors files but neither model.safetensors nor one index "
+            f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
+        )
+    pickles = [name for name in listing if is_weight_file(name)]
+    if pickles:
+        raise CheckpointError(f"{folder.name}: {_unread_format(pickles)}")
+    raise CheckpointError(
+        f"{folder.name}: no weights found, expected model.safetensors or model.safetensors.index.json."
+    )
+
+
+def _unread_format(names: list[str]) -> str:
+    if any(name.endswith(".gguf") for name in names):
+        return f"GGUF weights ({listed(names)}) are not read: merge the original safetensors and convert the result."
+    return (
+        f"only pickled weights ({listed(names)}), which are not read yet: they can run code when opened. Convert "
+        "them first: load with transformers, then save_pretrained(FOLDER) writes safetensors."
+    )
+
+
+def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:
+    weight_map = folder.load_json(index, unique_keys=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{folder.name}/{index}: has no weight_map from tensor names to file names.")
+    if not weight_map:
+        raise CheckpointError(f"{folder.name}/{index}: its weight_map is empty.")
+    return weight_map
+
+
+_Parsed = tuple[CheckpointFile, list[TensorInfo], dict[str, str]]
+
+
+def _read_shard(folder: Folder, shard: str, max_header_bytes: int) -> _Parsed:
+    return _read_header(LocalFile(folder.path(shard), f"{folder.name}/{shard}"), shard, max_header_bytes)
+
+
+def _read_header(source: LocalFile, file_name: str, max_header_bytes: int) -> _Parsed:
+    where = shown(source.name)
+    if source.size < 8:
+        raise HeaderError(f"{where}: has {source.size} bytes, too few for a safetensors file; fetch it again.")
+    start = bytearray(8)
+    source.read_into(0, memoryview(start))
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES:
+        what = " (it looks like a zip or pickle file)" if start.startswith((b"PK", b"\x80")) else ""
+        raise HeaderError(
+            f"{where}: its header would have {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed; "
+            f"this is not a safetensors file{what}."
+        )
+    if 8 + length > source.size:
+        raise HeaderError(
+            f"{where}: truncated: its header needs {8 + length:,} bytes, the file has {source.size:,}. Fetch it again."
+        )
+    if length > max_header_bytes:
+        raise CheckpointError(
+            f"{where}: its header has {length:,} bytes, more than fits the memory budget. "
+            f"Give at least --memory {(100_000_000 + 8 * length) // 1_000_000}MB."
+        )
+    raw = bytearray(length)
+    source.read_into(8, memoryview(raw))
+    digest = hashlib.sha256(raw).hexdigest()
+    tensors, metadata = parse_header(bytes(raw), file_size=source.size, where=where)
+    return CheckpointFile(file_name, source, digest), tensors, metadata
+
+
+def _collect(
+    folder: Folder,
+    shards: list[str],
+    parsed: list[_Parsed],
+    weight_map: dict[str, str],
+    notices: list[str],
+) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """Every tensor once, and the number of its file. A tensor the index forgets is taken all the same."""
+    tensors: dict[str, TensorInfo] = {}
+    file_of: dict[str, int] = {}
+    unlisted: list[str] = []
+    for number, (shard, (_, infos, _)) in enumerate(zip(shards, parsed, strict=True)):
+        for info in infos:
+            listed_in = weight_map.get(info.name, shard if not weight_map else None)
+            if listed_in is not None and listed_in != shard:
+                continue  # a second copy; the index names the one to use
+            if info.name in tensors:
+                raise CheckpointError(
+                    f"{folder.name}: tensor {shown(info.name)!r} is in two shards and the index names neither."
+                )
+            if listed_in is None:
+                unlisted.append(info.name)
+            tensors[info.name] = info
+            if len(parsed) > 1:
+                file_of[info.name] = number
+    if lacking := [name for name in weight_map if name not in tensors]:
+        raise CheckpointError(
+            f"{folder.name}: the index names {len(lacking)} tensors that their shard lacks: {listed(lacking)}. "
+            "Index and shards are not of one model; fetch them again."
+        )
+    if unlisted:
+        notices.append(
+            f"{folder.name}: {len(unlisted)} tensors are in the shards but not in the index: {listed(unlisted)}. "
+            "They are merged too."
+        )
+    return tensors, file_of
+
+
+# ------------------------------------------------------------------------------ what cannot be merged
+
+_FP8_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale", ".k_scale", ".v_scale")
+_QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".absmax", ".quant_map", ".scale_weight", ".weight_packed")
+
+
+def check_mergeable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for quantised checkpoints and for dtypes whose values cannot be merged."""
+    unreadable = [t for t in checkpoint.tensors.values() if t.dtype not in NUMPY_DTYPES]
+    reason = _quantised(checkpoint.config, checkpoint.tensors)
+    if reason:
+        raise CheckpointError(
+            f"{checkpoint.name}: is quantised ({reason}). Merging codes and scales separately would give a wrong "
+            "model: use the original weights, or dequantise first."
+        )
+    if unreadable:
+        first = unreadable[0]
+        raise CheckpointError(
+            f"{checkpoint.name}: tensor {shown(first.name)!r} has dtype {first.dtype}, which cannot be merged "
+            f"({len(unreadable)} such tensors). Supported: {', '.join(NUMPY_DTYPES)}."
+        )
+
+
+def _quantised(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:
+    for settings in _with_sub_configs(config or {}):
+        if quantisation := settings.get("quantization_config"):
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            return f"quantization_config in config.json{f', method {shown(method)}' if method else ''}"
+    has_fp8 = any(info.dtype.startswith("F8_") for info in tensors.values())
+    for name in tensors:
+        companion = next((name.removesuffix(s) for s in ("_scale_inv", "_scale") if name.endswith(s)), None)
+        if companion in tensors or (has_fp8 and name.endswith(_FP8_SCALES)):
+            return f"scales in tensor {shown(name)!r}"
+        if name.endswith(_QUANTISED_SUFFIXES) or name == "scaled_fp8":
+            return f"codes or scales in tensor {shown(name)!r}"
+    return None
+
+
+def _with_sub_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    yield config
+    yield from (value for key, value in config.items() if isinstance(value, dict) and key.endswith("config"))
+
+
+__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "folder_name", "open_checkpoint"]

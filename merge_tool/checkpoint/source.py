@@ -1,0 +1,135 @@
+"""Where bytes come from: a ByteSource is a name, a size and `read_into`. Knows no format.
+
+Local files are read by position into the caller's buffer (no mmap: a mapped file stays resident, and a
+truncated one kills the process). A file that is no longer the one that was opened first is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from merge_tool.errors import CheckpointError, shown
+
+
+class ByteSource(Protocol):
+    """Bytes that can be read by position. `name` is for messages and carries no folder of the user's."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` on; raises CheckpointError if it cannot be filled."""
+
+    def acquire(self) -> None:
+        """Announce reads: the source may open what it needs until `release`."""
+
+    def release(self) -> None: ...
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Hint: these bytes are read soon."""
+
+    def forget(self, offset: int, length: int) -> None:
+        """Hint: these bytes are not read again."""
+
+
+class LocalFile:
+    """One regular file, opened while somebody has acquired it. Safe to share between threads."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        self.name = name
+        try:
+            status = path.stat()
+        except OSError as e:
+            raise CheckpointError(f"{shown(name)}: cannot be read ({e.strerror}).") from e
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{shown(name)}: is not a regular file.")
+        self.size = status.st_size
+        self.identity = _identity(status)
+        self.changed_ns = max(status.st_mtime_ns, status.st_ctime_ns if os.name == "posix" else 0)
+        self._lock = threading.Lock()
+        self._users = 0
+        self._fd = -1
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.identity[2]
+
+    def acquire(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._fd = self._open()
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def _open(self) -> int:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        except OSError as e:
+            raise CheckpointError(f"{shown(self.name)}: cannot be opened ({e.strerror}).") from e
+        if _identity(os.fstat(fd)) != self.identity:
+            os.close(fd)
+            raise CheckpointError(
+                f"{shown(self.name)}: the file changed while it was being merged. "
+                "Wait until it is complete, then start again with --overwrite."
+            )
+        return fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.acquire()
+        try:
+            self._fill(offset, buffer.cast("B"))
+        finally:
+            self.release()
+
+    def _fill(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = self._read_some(offset + done, buffer[done:])
+            except OSError as e:
+                raise CheckpointError(
+                    f"{shown(self.name)}: reading failed at byte {offset + done:,} ({e.strerror})."
+                ) from e
+            if count == 0:
+                raise CheckpointError(
+                    f"{shown(self.name)}: the file ends at byte {offset + done:,}, expected {self.size:,}; "
+                    "it was cut short while we read it."
+                )
+            done += count
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [buffer], offset)
+        with self._lock:  # Windows: one shared position
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            chunk = os.read(self._fd, min(len(buffer), 1 << 20))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        self._advise(offset, length, "POSIX_FADV_WILLNEED")
+
+    def forget(self, offset: int, length: int) -> None:
+        self._advise(offset, length, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, offset: int, length: int, advice: str) -> None:
+        if hasattr(os, "posix_fadvise") and self._fd >= 0 and length > 0:
+            os.posix_fadvise(self._fd, offset, length, getattr(os, advice))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns

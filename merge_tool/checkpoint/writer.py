@@ -1,0 +1,126 @@
+"""One safetensors file, written at known offsets in any order, hashed in file order, whole or not at all.
+
+The file is `<name>.part` until `publish`: header first, then tensors' bytes at their offsets, then fsync,
+then rename, then fsync of the folder. Errors of write and fsync are errors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from merge_tool.errors import OutputError, shown
+
+
+class ShardWriter:
+    """Writes `path` through `path.part`. `write` is safe from several threads; `hash_next` is the caller's to order."""
+
+    def __init__(self, path: Path, header: bytes, *, flush_bytes: int | None = None) -> None:
+        self.path = path
+        self.part = part_path(path)
+        self._flush_bytes = flush_bytes
+        self._hash = hashlib.sha256()
+        self._lock = threading.Lock()
+        self._unflushed = 0
+        self.size = 0
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        try:
+            self.part.unlink(missing_ok=True)
+            self._fd = os.open(self.part, flags, 0o666)
+        except OSError as e:
+            raise _failed(self.part, e) from e
+        try:
+            self.write(0, memoryview(header))
+            self.hash_next(memoryview(header))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put `data` at byte `offset`."""
+        done = 0
+        try:
+            while done < len(data):
+                done += self._write_some(offset + done, data[done:])
+            if self._flush_bytes:
+                self._flush(offset, done)
+        except OSError as e:
+            raise _failed(self.part, e) from e
+
+    def _write_some(self, offset: int, data: memoryview) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._fd, data, offset)
+        with self._lock:  # Windows: one shared position
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.write(self._fd, data)
+
+    def _flush(self, offset: int, length: int) -> None:
+        """Under memory pressure: bound the dirty pages, and give the clean ones back."""
+        with self._lock:
+            self._unflushed += length
+            if self._unflushed < (self._flush_bytes or 0):
+                return
+            self._unflushed = 0
+        getattr(os, "fdatasync", os.fsync)(self._fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def hash_next(self, data: memoryview) -> None:
+        """Hash the bytes that follow, in file order, those hashed so far."""
+        self._hash.update(data)
+        self.size += len(data)
+
+    def sync(self) -> str:
+        """Make the bytes durable and close the file; returns its SHA-256 in hex."""
+        try:
+            os.fsync(self._fd)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+        except OSError as e:
+            raise _failed(self.part, e) from e
+        return self._hash.hexdigest()
+
+    def publish(self) -> None:
+        """Give the file its name; call after `sync`."""
+        rename_synced(self.part, self.path)
+
+    def abandon(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def part_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+def rename_synced(source: Path, target: Path) -> None:
+    """Rename within one file system and make the new name durable."""
+    try:
+        source.replace(target)
+        sync_folder(target.parent)
+    except OSError as e:
+        raise _failed(target, e) from e
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that the names in it survive a power cut. Windows has no such call."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _failed(path: Path, e: OSError) -> OutputError:
+    next_step = "The same command continues from the last finished shard."
+    if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        next_step = "Free some space, then run the same command: it continues from the last finished shard."
+    return OutputError(f"{shown(path)}: writing failed ({e.strerror}). {next_step}")

@@ -1,0 +1,64 @@
+"""Every error that a user can cause or meet, and how names from files are shown in messages.
+
+    MergeToolError          anything this package refuses to do; the command line prints it and exits 1
+    ├── RecipeError         what was asked makes no sense: t out of range, an unknown method, too little memory
+    ├── CheckpointError     an input cannot be read: missing, damaged, quantised, changed while we read it
+    │   └── HeaderError     the header of one safetensors file breaks the format's rules
+    ├── MismatchError       two inputs do not fit together: names, shapes
+    ├── DataError           values that cannot be merged: NaN, infinity, overflow, unequal integers
+    └── OutputError         the output cannot be written: not empty, in use, disk full
+
+A message says which file or tensor, what was found, what was expected, and what to do next.
+Anything else that escapes is a bug of ours and may show a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class MergeToolError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class RecipeError(MergeToolError):
+    """The request itself is wrong, whatever the files hold."""
+
+
+class CheckpointError(MergeToolError):
+    """An input checkpoint cannot be used."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header breaks the format's rules."""
+
+
+class MismatchError(MergeToolError):
+    """The inputs do not fit together."""
+
+
+class DataError(MergeToolError):
+    """A tensor holds values that cannot be merged."""
+
+
+class OutputError(MergeToolError):
+    """The output folder or file cannot be used or written."""
+
+
+def shown(name: object, limit: int = 200) -> str:
+    """`name` as it may be printed: control characters escaped, at most `limit` characters.
+
+    >>> shown("model.norm.weight")
+    'model.norm.weight'
+    >>> shown("evil\\x1b[2J")
+    'evil\\\\x1b[2J'
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name)[:limit])
+    return text if len(str(name)) <= limit else f"{text}… ({len(str(name))} characters)"
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """The first `most` names and how many more there are: `a, b, c and 4 more`."""
+    names = list(names)
+    head = ", ".join(shown(name) for name in names[:most])
+    return head if len(names) <= most else f"{head} and {len(names) - most:,} more"

@@ -1,0 +1,192 @@
+"""How much memory there is, how much this process holds, and how the budget is shared out. Bytes everywhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_tool.checkpoint.reader import NUMPY_DTYPES
+from merge_tool.errors import RecipeError
+from merge_tool.methods import TILE, Scratch
+from merge_tool.plan import MergePlan, TensorJob
+
+LEAST_BYTES = 64_000_000
+DEFAULT_MOST_BYTES = 256_000_000
+_RESERVE_BYTES = 5_000_000  # threads' stacks, malloc's own, the journal: seen at most 3.5 MB
+_PER_TENSOR_BYTES = 900  # records kept until a shard is done, and the report; seen about 700
+_CARD_BYTES = 14_000_000  # huggingface_hub's card classes, imported after the buffers are given back
+_LARGEST_CHUNK_TILES = 4
+_QUEUED_CHUNKS = 4  # prefetched ahead of the workers, for each of them
+MAX_JOBS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once."""
+
+    jobs: int
+    chunk_elements: int
+    slot_bytes: int
+    arena_bytes: int
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.jobs * (self.slot_bytes + Scratch.NBYTES) + self.arena_bytes
+
+
+def default_jobs() -> int:
+    """The cores this process may use, at most MAX_JOBS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_JOBS, cores))
+
+
+def default_budget() -> int:
+    """A quarter of what the machine or its cgroup still has, within LEAST_BYTES and DEFAULT_MOST_BYTES."""
+    available = available_bytes()
+    return max(LEAST_BYTES, min(DEFAULT_MOST_BYTES, (available or 4 * DEFAULT_MOST_BYTES) // 4))
+
+
+def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = None) -> Layout:
+    """Share `budget` bytes out, given that the process `held` so many before (default: now).
+
+    Fewer jobs and smaller chunks first, then RecipeError with the figure that would do.
+    """
+    held = resident_bytes() if held is None else held
+    fixed = held + _RESERVE_BYTES + _PER_TENSOR_BYTES * plan.num_tensors
+    room = budget - fixed
+    slot_tile = TILE * max((_slot_itemsize(job) for job in plan.jobs()), default=0)
+    tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.out.numel // TILE) for job in plan.jobs()), default=1) or 1)
+    jobs = max(1, min(jobs, plan.num_tensors * tiles))
+    while jobs * (tiles * slot_tile + Scratch.NBYTES) > room // 2 and (tiles > 1 or jobs > 1):
+        if tiles > 1:
+            tiles //= 2
+        else:
+            jobs -= 1
+    slot_bytes = tiles * slot_tile
+    needed = max(fixed + jobs * (slot_bytes + Scratch.NBYTES), held + _CARD_BYTES)
+    if needed > budget:
+        raise RecipeError(
+            f"This merge of {plan.num_tensors:,} tensors needs at least {_megabytes(needed)} of memory, the budget "
+            f"is {_megabytes(budget)}. Give --memory {_megabytes(needed)} or more."
+        )
+    rest = room - jobs * (slot_bytes + Scratch.NBYTES)
+    return Layout(jobs, tiles * TILE, slot_bytes, _arena_bytes(plan, rest))
+
+
+def _slot_itemsize(job: TensorJob) -> int:
+    return sum(NUMPY_DTYPES[info.dtype].itemsize for info in (job.base.info, job.ft.info, job.out))
+
+
+def _arena_bytes(plan: MergePlan, room: int) -> int:
+    """As much of `room` as tensors read once can use: three of the largest that fit, so that work overlaps."""
+    sizes = [aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes) for job in plan.jobs()]
+    fitting = [size for size in sizes if size <= room]
+    return max(0, min(room, sum(fitting), 3 * max(fitting, default=0)))
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def estimate_peak(plan: MergePlan, layout: Layout, held: int) -> int:
+    """The peak resident memory to expect, in bytes, of a process that holds `held` now."""
+    grown = held + 1_500_000 + _PER_TENSOR_BYTES * plan.num_tensors
+    return max(grown + layout.buffer_bytes, grown + _CARD_BYTES)
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{-(-nbytes // 1_000_000)}MB"
+
+
+# ------------------------------------------------------------------------------------ what there is
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not tell, its peak so far."""
+    return _status_field("VmRSS:") or peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far (VmHWM; ru_maxrss elsewhere; 0 where nothing tells)."""
+    if found := _status_field("VmHWM:"):
+        return found
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_field(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def available_bytes() -> int | None:
+    """Memory that could be taken without swapping: the machine's, or its cgroup's if that is less."""
+    found = [*_machine_available(), *_cgroup_available()]
+    return min(found, default=None)
+
+
+def _machine_available() -> Iterable[int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+
+
+def _cgroup_available() -> Iterable[int]:
+    """Limit less use of this process's cgroups, v1 and v2, and of those above them."""
+    for folder, limit_file, used_file in _cgroup_files():
+        limit, used = _read_int(folder / limit_file), _read_int(folder / used_file)
+        if limit is not None and used is not None and limit < 1 << 60:
+            yield max(0, limit - used + _read_stat(folder / "memory.stat"))
+
+
+def _cgroup_files() -> Iterable[tuple[Path, str, str]]:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            mount, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            mount, files = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = mount / name.lstrip("/")
+        while folder.is_relative_to(mount):
+            yield folder, *files
+            folder = folder.parent
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # "max": no limit
+        return None
+
+
+def _read_stat(path: Path) -> int:
+    """Page cache that the kernel may drop: what is not dirty and not mapped."""
+    try:
+        rows = (line.split() for line in path.read_text().splitlines())
+        return sum(int(value) for key, value in rows if key in {"inactive_file", "total_inactive_file"})
+    except (OSError, ValueError):
+        return 0
+
+
+def under_pressure(budget: int) -> bool:
+    """Whether dirty pages should be flushed early: little room beside the budget for the page cache."""
+    available = available_bytes()
+    return available is not None and available < budget + 256_000_000

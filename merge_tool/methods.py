@@ -1,0 +1,365 @@
+"""The maths of merging: arrays and floats only, no names, no files, no threads.
+
+A method is sums over each pair of tensors, made on a fixed grid, then `merged = w0 * x + w1 * y`.
+Sums are float64, block by block, by einsum (never BLAS, whose last bits depend on threads and kernels),
+and added with fsum; so the same tensors give the same bits whatever the chunks, threads and memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+TILE = 65_536  # elements; chunks start at multiples of it
+BLOCK = 32_768  # elements; what is converted and summed at once: small enough for an L2 cache
+_LANES = 1_024  # partial sums of a block, then added pairwise
+
+SMALL_SINE = 1e-9  # below this slerp and lerp agree to the last bit of float64, and slerp divides by noise
+ANTIPARALLEL = 1e-6  # radians from pi within which no arc is preferred over another
+PRECISE_ANGLE = 2.0  # radians; above it the weights cancel and the combine runs in float64
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+_FLOAT8_TABLES = {dtype: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for dtype in _FLOAT8}
+
+
+# --------------------------------------------------------------------------------------- conversions
+
+
+def decode(values: Array, out: Array) -> Array:
+    """`values` of any float dtype as float32 or float64, exactly, into `out`."""
+    if values.dtype in _FLOAT8_TABLES:
+        out[...] = _FLOAT8_TABLES[values.dtype][values.view(np.uint8)]
+    else:
+        np.copyto(out, values)
+    return out
+
+
+def encode(values: Array, out: Array) -> Array:
+    """Float32 or float64 `values` rounded once, to nearest even, to `out`'s dtype."""
+    if values.dtype == np.float64 and (out.dtype == _BFLOAT16 or out.dtype in _FLOAT8):
+        values = _round_to_odd(values)  # ml_dtypes goes through float32, which would round twice
+    np.copyto(out, values, casting="unsafe")
+    return out
+
+
+def _round_to_odd(values: Array) -> Array:
+    """Float64 -> float32 such that rounding the result further equals rounding `values` once.
+
+    Truncate, then set the last bit if anything was lost (Boldo and Melquiond, "When double rounding is odd").
+    """
+    nearest = values.astype(np.float32)
+    back = nearest.astype(np.float64)
+    bits = nearest.view(np.uint32)
+    bits -= np.abs(back) > np.abs(values)
+    bits |= (back != values) & ~np.isnan(values)
+    return nearest
+
+
+def convert(values: Array, out: Array) -> bool:
+    """`values` in `out`'s dtype, each rounded once; False if a finite one became infinite or NaN."""
+    fits = True
+    for start in range(0, len(values), BLOCK):
+        cut = slice(start, start + BLOCK)
+        wide = _widened(values[cut])
+        encode(wide, out[cut])
+        fits &= bool((np.isfinite(_widened(out[cut])) | ~np.isfinite(wide)).all())
+    return fits
+
+
+def _widened(values: Array) -> Array:
+    return decode(values, np.empty(values.shape, np.float64 if values.dtype == np.float64 else np.float32))
+
+
+def same_values(x: Array, y: Array) -> bool:
+    """Whether two flat arrays hold the same bytes, or, where their dtypes differ, the same float64 bits."""
+    if x.dtype != y.dtype:
+        x, y = (decode(values, np.empty(values.shape)) for values in (x, y))
+    if x.nbytes % 8 == 0:
+        return bool((x.view(np.uint64) == y.view(np.uint64)).all())
+    return bool((x.view(np.uint8) == y.view(np.uint8)).all())
+
+
+# ---------------------------------------------------------------------------------------------- sums
+
+
+class Scratch:
+    """One thread's working memory for blocks: three float64 rows of BLOCK elements, also seen as float32."""
+
+    def __init__(self, memory: Array) -> None:
+        self.f64 = memory[: 3 * 8 * BLOCK].view(np.float64).reshape(3, BLOCK)
+        self.f32 = memory[: 3 * 4 * BLOCK].view(np.float32).reshape(3, BLOCK)
+        self.lanes = memory[3 * 8 * BLOCK :].view(np.float64)
+
+    NBYTES = 3 * 8 * BLOCK + 8 * _LANES
+
+
+@dataclass(frozen=True, slots=True)
+class PairSums:
+    """Inner products of x (base), y (finetune) and d = y - x: <x,x>, <x,d>, <d,d>, of the values times `scale`.
+
+    `refined` holds what a second pass adds where these three lose digits: the sign s and factor c it used,
+    <y,y>, and <e,e> with e = y - s c x. `scale` is a power of two, other than 1 only for float64 tensors whose
+    squares would leave float64's range.
+    """
+
+    xx: float
+    xd: float
+    dd: float
+    scale: float = 1.0
+    refined: tuple[int, float, float, float] | None = None
+
+    @property
+    def norms(self) -> tuple[float, float]:
+        """|x| and |y|, scaled."""
+        yy = self.refined[2] if self.refined else max(0.0, self.xx + 2 * self.xd + self.dd)
+        return math.sqrt(self.xx), math.sqrt(yy)
+
+
+def sum_tile(x: Array, y: Array, scale: float, scratch: Scratch) -> tuple[float, float, float]:
+    """<x,x>, <x,d> and <d,d> over one tile (at most TILE elements, flat) of the values times `scale`."""
+
+    def products(a: Array, b: Array, d: Array) -> tuple[float, ...]:
+        np.subtract(b, a, out=d)
+        return _dot(a, a, scratch), _dot(a, d, scratch), _dot(d, d, scratch)
+
+    xx, xd, dd = _over_blocks(x, y, scale, scratch, products)
+    return xx, xd, dd
+
+
+def sum_refined_tile(
+    x: Array, y: Array, scale: float, sign: int, factor: float, scratch: Scratch
+) -> tuple[float, float]:
+    """<y,y> and <e,e>, e = y - sign * factor * x, over one tile of the values times `scale`."""
+
+    def products(a: Array, b: Array, d: Array) -> tuple[float, ...]:
+        np.multiply(a, sign * factor, out=d)
+        np.subtract(b, d, out=d)
+        return _dot(b, b, scratch), _dot(d, d, scratch)
+
+    yy, ee = _over_blocks(x, y, scale, scratch, products)
+    return yy, ee
+
+
+def _over_blocks(
+    x: Array,
+    y: Array,
+    scale: float,
+    scratch: Scratch,
+    products: Callable[[Array, Array, Array], tuple[float, ...]],
+) -> tuple[float, ...]:
+    found = []
+    for start in range(0, len(x), BLOCK):
+        stop = min(start + BLOCK, len(x))
+        length = stop - start
+        padded = -(-length // _LANES) * _LANES
+        a, b, d = (row[:padded] for row in scratch.f64)
+        for values, wide in ((x, a), (y, b)):
+            decode(values[start:stop], wide[:length])
+            wide[length:] = 0.0
+            if scale != 1.0:
+                np.multiply(wide, scale, out=wide)
+        found.append(products(a, b, d))
+    return tuple(total(column) for column in zip(*found, strict=True))
+
+
+def _dot(a: Array, b: Array, scratch: Scratch) -> float:
+    lanes = np.einsum("ij,ij->j", a.reshape(-1, _LANES), b.reshape(-1, _LANES), out=scratch.lanes)
+    return float(np.add.reduce(lanes))
+
+
+def total(parts: Any) -> float:
+    """The sum of floats, correctly rounded, in any order; NaN or infinity where one of them is, or overflows."""
+    try:
+        return math.fsum(parts)
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+# -------------------------------------------------------------------------------------------- angles
+
+
+@dataclass(frozen=True, slots=True)
+class Angle:
+    """The angle between two tensors in radians, and its distance from pi, each with its own small-end digits."""
+
+    theta: float
+    to_pi: float
+
+    @property
+    def sine(self) -> float:
+        return math.sin(min(self.theta, self.to_pi))
+
+
+def pair_angle(sums: PairSums) -> Angle | None:
+    """The angle between x and y, or None where a norm is 0.
+
+    From the chord between the tensors scaled to one length, theta = 2 asin(chord / 2), which keeps its digits
+    down to zero where an arc cosine has none below 1.5e-8; from the chord to -x near pi.
+    W. Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?", section 12.
+    """
+    n0, n1 = sums.norms
+    if n0 == 0 or n1 == 0:
+        return None
+    half = 2 * math.asin(math.sqrt(_half_chord_squared(sums)))
+    if sums.refined and sums.refined[0] < 0:
+        return Angle(math.pi - half, half)
+    return Angle(half, math.pi - half)
+
+
+def _half_chord_squared(sums: PairSums) -> float:
+    n0, n1 = sums.norms
+    if sums.refined:
+        _, factor, _, ee = sums.refined
+        found = (ee - (n1 - factor * n0) ** 2) / (4 * factor * n0 * n1)
+    else:
+        difference = (2 * sums.xd + sums.dd) / (n1 + n0)  # n1 - n0, without cancellation
+        found = (sums.dd - difference**2) / (4 * n0 * n1)
+    return min(1.0, max(0.0, found))
+
+
+def refinement(sums: PairSums) -> tuple[int, float] | None:
+    """The sign and factor of a second pass, where the three sums alone leave fewer than 11 digits of the angle.
+
+    That is: norms that differ by much more than the angle, a y much shorter than x, or an angle near pi.
+    """
+    n0, n1 = sums.norms
+    if n0 == 0 or sums.dd == 0:
+        return None
+    if n1 * n1 < 1e-3 * max(sums.xx, sums.dd):
+        # <y,y> itself was lost: a factor from y's projection will do, and the sign of <x,y>
+        projection = (sums.xx + sums.xd) / sums.xx
+        return (1 if projection >= 0 else -1), max(abs(projection), n1 / n0, 1e-300)
+    half_squared = _half_chord_squared(sums)
+    if half_squared > 0.75:
+        return -1, n1 / n0
+    if sums.dd > 1000 * (4 * n0 * n1 * half_squared):
+        return 1, n1 / n0
+    return None
+
+
+# ------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`merged = w0 * x + w1 * y`; `precise` asks for a float64 combine; `note` says what was special."""
+
+    w0: float
+    w1: float
+    precise: bool = False
+    note: str = ""
+
+
+def linear_weights(sums: PairSums, t: float) -> Weights:
+    """Linear interpolation, (1 - t) x + t y."""
+    return Weights(1.0 - t, t, precise=not 0 <= t <= 1)
+
+
+def slerp_weights(sums: PairSums, t: float) -> Weights:
+    """Spherical linear interpolation of the unnormalised tensors, sin((1-t) theta) / sin(theta) and so on.
+
+    K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, applied to vectors of any norm.
+    Linear where there is no arc (a zero tensor), where it is too short to tell (sin(theta) < 1e-9), and where
+    every arc is as good as another (antiparallel, within 1e-6 of pi).
+    """
+    angle = pair_angle(sums)
+    if angle is None:
+        return Weights(1.0 - t, t, precise=not 0 <= t <= 1, note="zero norm: linear")
+    if angle.to_pi < ANTIPARALLEL:
+        return Weights(1.0 - t, t, precise=True, note="antiparallel: linear")
+    if angle.sine < SMALL_SINE:
+        return Weights(1.0 - t, t, precise=not 0 <= t <= 1)
+    w0, w1 = (_arc_sine(share, angle) / angle.sine for share in (1.0 - t, t))
+    return Weights(w0, w1, precise=angle.theta > PRECISE_ANGLE or not 0 <= t <= 1)
+
+
+def _arc_sine(share: float, angle: Angle) -> float:
+    """sin(share * theta), with theta's digits near pi."""
+    if angle.theta < math.pi / 2:
+        return math.sin(share * angle.theta)
+    return math.sin(share * math.pi - share * angle.to_pi)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to merge a pair: from its sums and t to the weights of the combine."""
+
+    weights: Callable[[PairSums, float], Weights]
+    summary: str
+
+
+METHODS: Mapping[str, Method] = {
+    "slerp": Method(slerp_weights, "spherical linear interpolation"),
+    "linear": Method(linear_weights, "linear interpolation"),
+}
+
+
+# ------------------------------------------------------------------------------------------- combine
+
+_SURELY_FITS = 400.0  # finite in every dtype we write; spares the exact question for nearly every block
+_TINY = np.float32(2.0**-124)  # float32 products below lose digits that a subnormal bfloat16 still shows
+
+
+def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
+    """`out = w0 * x + w1 * y`, flat arrays of one length; False if a finite result does not fit `out`'s dtype.
+
+    For 16-bit outputs |out - exact| <= ulp(exact)/2 + 2^-22 (|w0 x| + |w1 y|): in float32, and in float64 where
+    that would not do. For float32 and float64 outputs always in float64.
+    """
+    narrow = out.dtype.itemsize <= 2 and np.float64 not in (x.dtype, y.dtype) and not weights.precise
+    fits = True
+    for start in range(0, len(x), BLOCK):
+        cut = slice(start, start + BLOCK)
+        if narrow:
+            fits &= _combine_narrow(x[cut], y[cut], weights, out[cut], scratch)
+        else:
+            fits &= _combine_wide(x[cut], y[cut], weights, out[cut], scratch)
+    return bool(fits)
+
+
+def _combine_narrow(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
+    a, b = (row[: len(x)] for row in scratch.f32[:2])
+    np.multiply(decode(x, a), np.float32(weights.w0), out=a)
+    np.multiply(decode(y, b), np.float32(weights.w1), out=b)
+    np.add(a, b, out=a)
+    encode(a, out)
+    magnitude = np.abs(a, out=b)
+    if out.dtype == _BFLOAT16 and np.less(magnitude, _TINY).any():
+        _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
+    return _fits(magnitude.max(initial=0.0), out.dtype)
+
+
+def _combine_tiny(places: Array, x: Array, y: Array, weights: Weights, out: Array) -> None:
+    if len(places):
+        wide = weights.w0 * decode(x[places], np.empty(len(places)))
+        wide += weights.w1 * decode(y[places], np.empty(len(places)))
+        out[places] = encode(wide, np.empty(len(places), out.dtype))
+
+
+def _combine_wide(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
+    a, b = (row[: len(x)] for row in scratch.f64[:2])
+    np.multiply(decode(x, a), weights.w0, out=a)
+    np.multiply(decode(y, b), weights.w1, out=b)
+    np.add(a, b, out=a)
+    encode(a, out)
+    return _fits(np.abs(a, out=b).max(initial=0.0), out.dtype)
+
+
+def _fits(largest: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether a value of this magnitude is finite in `dtype`; rounding is monotonic, so the largest decides."""
+    return bool(largest <= _SURELY_FITS) or bool(np.isfinite(encode(np.array([largest]), np.empty(1, dtype)).astype(np.float64))[0])
+
+
+def first_nonfinite(values: Array) -> int | None:
+    """The first index whose value is NaN or infinite."""
+    places = np.flatnonzero(~np.isfinite(_widened(values)))
+    return int(places[0]) if len(places) else None

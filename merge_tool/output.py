@@ -1,0 +1,469 @@
+"""The output: lock, work folder, journal, publishing. Never a tensor's values.
+
+Work happens in OUT/.slerp-merge/ (for a one-file output, OUT.partial/ beside it). What is finished there is
+recorded, synced, in the journal, so that the same command continues after a kill. Publishing renames everything
+into place, the index (or the only weights file) last: at no moment does OUT look like a model while it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from merge_tool.checkpoint.folder import is_weight_file
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.writer import ShardWriter, part_path, rename_synced, sync_folder
+from merge_tool.errors import OutputError, listed, shown
+from merge_tool.plan import MergePlan, ShardPlan
+from merge_tool.side_files import REPORT, SUMS, WORK
+
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a merge goes: a folder, or exactly one .safetensors file."""
+
+    path: Path
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix == ".safetensors"
+
+    @property
+    def work(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial") if self.is_file else self.path / WORK
+
+    @property
+    def single_file(self) -> str | None:
+        return self.path.name if self.is_file else None
+
+
+def check_target(target: Target, inputs: Iterable[Path]) -> None:
+    """Raise OutputError where writing to `target` could touch an input, or where it is of the wrong kind."""
+    out = target.path.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if out == source or out.is_relative_to(source) or source.is_relative_to(out):
+            raise OutputError(
+                f"{shown(target.path)}: the output is, or lies inside or around, the input {shown(path)}. "
+                "Choose another folder."
+            )
+    if target.is_file and target.path.is_dir():
+        raise OutputError(f"{shown(target.path)}: is a folder, but a name ending in .safetensors asks for a file.")
+    if not target.is_file and target.path.exists() and not target.path.is_dir():
+        raise OutputError(f"{shown(target.path)}: is a file, expected a folder, or a name ending in .safetensors.")
+
+
+# -------------------------------------------------------------------------------------------- journal
+
+
+class Journal:
+    """Append-only lines of JSON. A last line that a crash cut short does not count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The complete records, in order; nothing for a journal that is missing or not ours."""
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    return
+                if not line.endswith(b"\n") or not isinstance(record, dict):
+                    return
+                yield record
+
+    def trim(self) -> None:
+        """Drop a last line that a crash cut short, so that the next one starts a line of its own."""
+        with self.path.open("r+b") as file:
+            content = 0
+            for line in file:
+                content += len(line) if line.endswith(b"\n") else 0
+            file.truncate(content)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records and make them durable."""
+        try:
+            with self.path.open("ab") as file:
+                for record in records:
+                    file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise _failed(self.path, e) from e
+
+
+# ------------------------------------------------------------------------------------------ the work
+
+
+class Work:
+    """The work folder of one merge, locked by this process from creation to `close`.
+
+    A Sink for run_plan. `done_shards` are the shards that an earlier run finished.
+    """
+
+    def __init__(self, target: Target, plan: MergePlan, *, flush_bytes: int | None = None) -> None:
+        self.target, self.plan, self.flush_bytes = target, plan, flush_bytes
+        self.path = target.work
+        self.journal = Journal(self.path / "journal.jsonl")
+        self.done_shards: frozenset[int] = frozenset()
+        self._finishing = threading.Lock()
+        self._made = _make_folders(self.path)
+        try:
+            self._lock = _FolderLock(self.path)
+        except BaseException:
+            _remove_folders(self._made)
+            raise
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def folder(self, label: str) -> Path:
+        return self.path / "files" / label
+
+    # --------------------------------------------------------------------- starting and resuming
+
+    def begin(self, *, overwrite: bool) -> None:
+        """Take up what an earlier run of the same merge left here, or start anew.
+
+        Raises OutputError when the work is another merge's, naming what differs, unless `overwrite`.
+        """
+        found = next(self.journal.records(), None)
+        ours = self._plan_record()
+        if found is not None and found.get("record") == "plan" and found != ours:
+            if not overwrite:
+                raise OutputError(
+                    f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
+                    f"{_differences(found, ours)}. Finish that one, or give --overwrite to start anew."
+                )
+            found = None
+        try:
+            if found != ours:
+                self._wipe()
+                self.journal.append([ours])
+            self.journal.trim()
+            for label in self.plan.labels:
+                self.folder(label).mkdir(parents=True, exist_ok=True)
+            self.done_shards = frozenset(self._recover())
+        except OSError as e:
+            raise _failed(self.path, e) from e
+
+    def _plan_record(self) -> dict[str, Any]:
+        changed = {
+            f"{side}/{job_file.name}": job_file.mtime_ns
+            for side, files in self._inputs().items()
+            for job_file in files
+        }
+        return {"record": "plan", "facts": dict(self.plan.facts), "modified": changed}
+
+    def _inputs(self) -> dict[str, list[LocalFile]]:
+        sides: dict[str, dict[int, LocalFile]] = {"base": {}, "ft": {}}
+        for job in self.plan.jobs():
+            sides["base"].setdefault(id(job.base.file), job.base.file)
+            sides["ft"].setdefault(id(job.ft.file), job.ft.file)
+        return {side: list(files.values()) for side, files in sides.items()}
+
+    def _wipe(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != _FolderLock.NAME:
+                entry.unlink()
+
+    def _recover(self) -> Iterator[int]:
+        """Shards whose record and files are all there; a rename that a crash prevented is made up for."""
+        recorded = {r["number"] for r in self.journal.records() if r.get("record") == "shard"}
+        for shard in self.plan.shards:
+            if shard.number in recorded and all(self._settle(shard, label) for label in self.plan.labels):
+                yield shard.number
+
+    def _settle(self, shard: ShardPlan, label: str) -> bool:
+        path = self.folder(label) / shard.file_name
+        part = part_path(path)
+        if not path.exists() and part.exists() and part.stat().st_size == shard.size:
+            rename_synced(part, path)
+        return self.is_publishing or (path.exists() and path.stat().st_size == shard.size)
+
+    @property
+    def is_publishing(self) -> bool:
+        return any(r.get("record") == "publish" for r in self.journal.records())
+
+    # ----------------------------------------------------------------------------------- the sink
+
+    def open_shard(self, shard: ShardPlan, header: bytes) -> list[ShardWriter]:
+        return [
+            ShardWriter(self.folder(label) / shard.file_name, header, flush_bytes=self.flush_bytes)
+            for label in self.plan.labels
+        ]
+
+    def finish_shard(
+        self, shard: ShardPlan, sha256: tuple[str, ...], tensors: Iterable[Mapping[str, Any]], writers: list[ShardWriter]
+    ) -> None:
+        """Record a shard whose files are synced, then give them their names."""
+        done = {"record": "shard", "number": shard.number, "sha256": list(sha256)}
+        with self._finishing:
+            self.journal.append([*({"record": "tensor", **tensor} for tensor in tensors), done])
+        for writer in writers:
+            writer.publish()
+
+    # --------------------------------------------------------------------------------- side files
+
+    def add_file(self, label: str, name: str, content: bytes) -> str:
+        """Write one small file into the work folder, synced; returns its SHA-256 in hex."""
+        path = self.folder(label) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise _failed(path, e) from e
+        return hashlib.sha256(content).hexdigest()
+
+    def add_lines(self, label: str, name: str, lines: Iterable[str]) -> str:
+        """The same for a file that is made line by line."""
+        path, digest = self.folder(label) / name, hashlib.sha256()
+        try:
+            with path.open("wb") as file:
+                for line in lines:
+                    raw = line.encode()
+                    digest.update(raw)
+                    file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise _failed(path, e) from e
+        return digest.hexdigest()
+
+    def add_copy(self, label: str, name: str, source: Path) -> str:
+        """Copy a file byte for byte (its mode follows the umask), synced; returns its SHA-256 in hex."""
+        path, digest = self.folder(label) / name, hashlib.sha256()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with source.open("rb") as reader, path.open("wb") as writer:
+                while chunk := reader.read(_COPY_BYTES):
+                    digest.update(chunk)
+                    writer.write(chunk)
+                writer.flush()
+                os.fsync(writer.fileno())
+        except OSError as e:
+            raise _failed(path, e) from e
+        return digest.hexdigest()
+
+    # --------------------------------------------------------------------------------- publishing
+
+    def publish(self) -> None:
+        """Move everything into place, what makes it a model last, and remove the work folder."""
+        try:
+            if not self.is_publishing:
+                self.journal.append([{"record": "publish", **self._moves()}])
+            moves = next(r for r in self.journal.records() if r.get("record") == "publish")
+            if not self.target.is_file:
+                for label in self.plan.labels:
+                    self._remove_outdated(label, moves["remove"][label], frozenset(moves["files"][label]))
+            for label in self.plan.labels:
+                self._move(label, moves["files"][label])
+            self._remove_work()
+        except OSError as e:
+            raise _failed(self.path, e) from e
+
+    def _moves(self) -> dict[str, dict[str, list[str]]]:
+        """For each output: the files of an older model to remove, and the new ones in the order of their moves."""
+        files, remove = {}, {}
+        last = self.plan.index_name if len(self.plan.shards) > 1 else self.plan.shards[0].file_name
+        for label in self.plan.labels:
+            folder = self.folder(label)
+            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
+            files[label] = sorted(names, key=lambda name: (name == last, not _is_model_file(name), name))
+            remove[label] = [] if self.target.is_file else _outdated(self.target.path / label)
+        return {"files": files, "remove": remove}
+
+    def _remove_outdated(self, label: str, outdated: list[str], new: frozenset[str]) -> None:
+        folder = self.target.path / label
+        folder.mkdir(exist_ok=True)
+        for name in outdated:
+            if name not in new or (self.folder(label) / name).exists():  # else it is the new one already
+                (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
+
+    def _move(self, label: str, names: list[str]) -> None:
+        target = self.target.path.parent if self.target.is_file else self.target.path / label
+        for place, name in enumerate(names):
+            if place == len(names) - 1:
+                for folder in {(target / name).parent for name in names}:
+                    sync_folder(folder)
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            if (self.folder(label) / name).exists():
+                (self.folder(label) / name).replace(target / name)
+        sync_folder(target)
+
+    def _remove_work(self) -> None:
+        self._lock.remove_with(self.path)
+        if self.target.is_file:
+            sync_folder(self.target.path.parent)
+        else:
+            sync_folder(self.target.path)
+
+    def discard(self) -> None:
+        """Leave OUT as it was before this merge: after an error in the data, nothing here is worth keeping."""
+        with contextlib.suppress(OSError):
+            self._lock.remove_with(self.path)
+        _remove_folders(self._made)
+
+
+def _is_model_file(name: str) -> bool:
+    return "/" not in name and (is_weight_file(name) or name.endswith(".index.json"))
+
+
+def _outdated(folder: Path) -> list[str]:
+    """Files of an older model in `folder`, the index first: what would mix with the new one."""
+    if not folder.is_dir():
+        return []
+    names = {name for name in _manifest_names(folder) if (folder / name).is_file()}
+    names |= {entry.name for entry in folder.iterdir() if not entry.is_dir() and _is_model_file(entry.name)}
+    return sorted(names, key=lambda name: (not name.endswith(".index.json"), name))
+
+
+def _manifest_names(folder: Path) -> Iterator[str]:
+    """The names in a SHA256SUMS of ours that lie inside its folder."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if not (folder / REPORT).is_file():
+            return
+        for line in (folder / SUMS).read_text().splitlines():
+            name = line[66:]
+            if name and not Path(name).is_absolute() and ".." not in Path(name).parts:
+                yield name
+
+
+def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    before, now = found.get("facts", {}), ours["facts"]
+    parts = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if _brief(before.get(key)) != _brief(now[key])]
+    changed = [key for key in ("base", "ft") if before.get(key) != now[key] and not any(p.startswith(key) for p in parts)]
+    parts += [f"the files of {key} changed" for key in changed]
+    if not parts:
+        times = ours["modified"]
+        parts = [f"{listed(k for k in times if found.get('modified', {}).get(k) != times[k])} changed since"]
+    return shown("; ".join(parts), 600)
+
+
+def _brief(value: Any) -> Any:
+    return value.get("name") if isinstance(value, dict) else value
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Create `path` and what is missing above it; returns what was created, deepest first."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    try:
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+    except OSError as e:
+        raise _failed(missing[0] if missing else path, e) from e
+    return missing
+
+
+def _remove_folders(folders: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            if folder.exists():
+                folder.rmdir()
+
+
+def _failed(path: Path, e: OSError) -> OutputError:
+    return OutputError(
+        f"{shown(path)}: {e.strerror or e}. Mend that, then run the same command: it continues where it stopped."
+    )
+
+
+# ----------------------------------------------------------------------------------------------- lock
+
+
+class _FolderLock:
+    """One process at a time in a work folder. The system drops the lock with the process that holds it."""
+
+    NAME = "lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / self.NAME
+        self._fd = -1
+        while self._fd < 0:
+            try:
+                fd = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+            except OSError as e:
+                raise _failed(self.path, e) from e
+            try:
+                _lock_file(fd)
+                if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else: removed by the one who finished
+                    self._fd = fd
+            except FileNotFoundError:
+                folder.mkdir(exist_ok=True)
+            except BlockingIOError as e:
+                raise OutputError(
+                    f"{shown(folder.parent)}: another merge is writing here. Wait for it, or choose another folder."
+                ) from e
+            finally:
+                if self._fd != fd:
+                    os.close(fd)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove_with(self, folder: Path) -> None:
+        """Remove the folder and all in it, the lock last."""
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != self.path and entry.name != "journal.jsonl":
+                entry.unlink()
+        (folder / "journal.jsonl").unlink(missing_ok=True)
+        if os.name == "nt":
+            self.release()
+        self.path.unlink(missing_ok=True)
+        self.release()
+        folder.rmdir()
+
+
+def _lock_file(fd: int) -> None:
+    """Lock or raise BlockingIOError: flock, else record locks where the file system has no flock."""
+    if os.name == "nt":
+        import msvcrt
+
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError as e:
+            raise BlockingIOError(*e.args) from e
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except PermissionError as e:
+            raise BlockingIOError(*e.args) from e

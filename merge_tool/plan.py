@@ -1,0 +1,261 @@
+"""Recipe + headers -> MergePlan: every output byte's place, or every mismatch at once.
+
+Reads no weights and writes nothing. Whatever can go wrong because of names, shapes or dtypes goes wrong here.
+Objects are small and shared: 100,000 tensors are normal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from merge_tool._version import __version__
+from merge_tool.checkpoint.header import TensorInfo, build_header, write_order
+from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.errors import MismatchError, RecipeError, listed, shown
+from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
+
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one input's elements come from."""
+
+    info: TensorInfo
+    file: LocalFile
+
+
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """One output tensor: where it goes, and its inputs. `number` counts jobs over the whole plan.
+
+    `exact` tensors (integers, booleans) have no values between two: they are copied when equal.
+    """
+
+    number: int
+    out: TensorInfo
+    base: Source
+    ft: Source
+    exact: bool
+
+    @property
+    def input_nbytes(self) -> int:
+        return self.base.info.nbytes + self.ft.info.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file: its name, its size in bytes, and its tensors in file order."""
+
+    number: int
+    file_name: str
+    size: int
+    jobs: tuple[TensorJob, ...]
+    metadata: Mapping[str, str]
+
+    def header(self) -> bytes:
+        return build_header((job.out for job in self.jobs), self.metadata)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """All that is decided: the method, one parameter t per output, and the shards that each output has."""
+
+    recipe: Recipe
+    names: tuple[str, str]
+    shards: tuple[ShardPlan, ...]
+    stem: str
+    facts: Mapping[str, Any]
+
+    @property
+    def ts(self) -> tuple[float, ...]:
+        return self.recipe.ts
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The sub-folder of each output: `t-0.3` and so on, or nothing when there is one."""
+        return ("",) if len(self.ts) == 1 else tuple(f"t-{label_t(t)}" for t in self.ts)
+
+    def jobs(self) -> Iterator[TensorJob]:
+        for shard in self.shards:
+            yield from shard.jobs
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(shard.jobs) for shard in self.shards)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(job.out.numel for job in self.jobs())
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(job.input_nbytes for job in self.jobs())
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all outputs' weight files."""
+        return len(self.ts) * sum(shard.size for shard in self.shards)
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.stem}.safetensors.index.json"
+
+    def index(self) -> bytes | None:
+        """The index file's bytes, as transformers writes it; None for a single shard."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {job.out.name: shard.file_name for shard in self.shards for job in shard.jobs}
+        total_size = sum(job.out.nbytes for job in self.jobs())
+        metadata = {"total_parameters": self.num_parameters, "total_size": total_size}
+        content = {"metadata": metadata, "weight_map": weight_map}
+        return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that decides the output's bytes, as far as headers show it."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+
+def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str | None = None) -> MergePlan:
+    """Plan the merge of `models` (base, finetune). `single_file` names the one file to write, if that is asked.
+
+    Raises MismatchError with all mismatches at once; RecipeError when files are asked of a model without any.
+    """
+    base, ft = models
+    check_same_tensors(base, ft)
+    if recipe.files_from == "ft" and ft.folder is None and base.folder is not None:
+        raise RecipeError(f"--files-from ft: {ft.name} is a single file, it has no other files to copy.")
+    stem = "model" if base.folder is None else _stem(base.files[0].file_name)
+    limit = None if single_file else recipe.max_shard_bytes
+    groups = _split(_output_infos(recipe, base), limit)
+    metadata = {**base.metadata, "format": base.metadata.get("format", "pt")}
+    shards, number = [], 0
+    for place, group in enumerate(groups):
+        name = single_file or _shard_name(stem, place, len(groups))
+        header, placed = build_header(group, metadata)
+        jobs = tuple(_job(number + k, out, base, ft) for k, out in enumerate(placed))
+        number += len(jobs)
+        size = len(header) + sum(out.nbytes for out in placed)
+        shards.append(ShardPlan(place, name, size, jobs, metadata))
+    return MergePlan(recipe, (base.name, ft.name), tuple(shards), stem, _facts(recipe, base, ft, stem, single_file))
+
+
+def _job(number: int, out: TensorInfo, base: Checkpoint, ft: Checkpoint) -> TensorJob:
+    name = out.name
+    sources = (Source(model.tensors[name], model.source(name)) for model in (base, ft))
+    return TensorJob(number, out, *sources, exact=base.tensors[name].dtype not in FLOAT_DTYPES)
+
+
+def _output_infos(recipe: Recipe, base: Checkpoint) -> list[TensorInfo]:
+    """The output's tensors in natural order (layer 2 before layer 10), in the dtypes they will have."""
+    names = sorted(base.tensors, key=natural_key)
+    return [replace(base.tensors[n], dtype=_output_dtype(recipe, base.tensors[n].dtype)) for n in names]
+
+
+def _output_dtype(recipe: Recipe, dtype: str) -> str:
+    if dtype not in FLOAT_DTYPES:
+        return dtype
+    if recipe.dtype is None:
+        return "BF16" if dtype in _FLOAT8 else dtype
+    return OUTPUT_DTYPES[recipe.dtype] or dtype
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key under which numbers inside names compare as numbers."""
+    return tuple(
+        (0, int(part)) if part.isdecimal() and part.isascii() and len(part) < 4000 else (1, part)
+        for part in re.split(r"([0-9]+)", name)
+    )
+
+
+def _split(infos: Sequence[TensorInfo], max_bytes: int | None) -> list[list[TensorInfo]]:
+    """Consecutive groups of at most `max_bytes` of data; a larger tensor stands alone."""
+    groups: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in infos:
+        if groups[-1] and max_bytes is not None and filled + info.nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(info)
+        filled += info.nbytes
+    return [sorted(group, key=write_order) for group in groups]
+
+
+def _stem(file_name: str) -> str:
+    return re.sub(r"-\d{5}-of-\d{5}$", "", file_name.removesuffix(".safetensors")) or "model"
+
+
+def _shard_name(stem: str, place: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{place + 1:05d}-of-{count:05d}.safetensors"
+
+
+# --------------------------------------------------------------------------------------------- checks
+
+
+def check_same_tensors(base: Checkpoint, ft: Checkpoint) -> None:
+    """Raise MismatchError unless both have the same tensors with the same shapes and kinds."""
+    problems = []
+    for here, there in ((base, ft), (ft, base)):
+        if only := sorted(here.tensors.keys() - there.tensors.keys(), key=natural_key):
+            problems.append(f"{len(only):,} tensors only in {here.name}: {listed(only)}")
+    shapes, kinds = [], []
+    for name in sorted(base.tensors.keys() & ft.tensors.keys(), key=natural_key):
+        a, b = base.tensors[name], ft.tensors[name]
+        if a.shape != b.shape:
+            shapes.append(f"{shown(name)}: {list(a.shape)} in {base.name}, {list(b.shape)} in {ft.name}{_vocab(a, b)}")
+        elif a.dtype != b.dtype and not {a.dtype, b.dtype} <= FLOAT_DTYPES:
+            kinds.append(f"{shown(name)}: {a.dtype} in {base.name}, {b.dtype} in {ft.name}")
+    if shapes:
+        problems.append(f"{len(shapes):,} shapes differ:\n    " + _first_lines(shapes))
+    if kinds:
+        problems.append(f"{len(kinds):,} dtypes cannot be merged:\n    " + _first_lines(kinds))
+    if problems:
+        raise MismatchError(
+            f"{base.name} and {ft.name} do not have the same tensors.\n  "
+            + "\n  ".join(problems)
+            + "\nBoth must be the same architecture, with one vocabulary."
+        )
+
+
+def _first_lines(lines: list[str], most: int = 5) -> str:
+    more = [f"and {len(lines) - most:,} more"] if len(lines) > most else []
+    return "\n    ".join(lines[:most] + more)
+
+
+def _vocab(a: TensorInfo, b: TensorInfo) -> str:
+    is_embedding = re.search(r"embed|wte|lm_head|word_embeddings|output\.weight", a.name) is not None
+    if is_embedding and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
+        return f" (a vocabulary mismatch: {a.shape[0]:,} and {b.shape[0]:,} tokens)"
+    return ""
+
+
+def _facts(
+    recipe: Recipe, base: Checkpoint, ft: Checkpoint, stem: str, single_file: str | None
+) -> dict[str, Any]:
+    """What decides the output's bytes, in words that can be compared when a merge is resumed."""
+    return {
+        "version": __version__,
+        "method": recipe.method,
+        "t": [label_t(t) for t in recipe.ts],
+        "dtype": recipe.dtype,
+        "max_shard_bytes": None if single_file else recipe.max_shard_bytes,
+        "files_from": recipe.files_from,
+        "on_mismatch": recipe.on_mismatch,
+        "one_file": single_file is not None,
+        "stem": stem,
+        "base": _input_facts(base),
+        "ft": _input_facts(ft),
+    }
+
+
+def _input_facts(model: Checkpoint) -> dict[str, Any]:
+    files = {f.file_name: {"size": f.source.size, "header_sha256": f.header_sha256} for f in model.files}
+    return {"name": model.name, "files": files}

@@ -1,0 +1,68 @@
+"""What the user asks for, checked as far as that goes without opening a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from merge_tool.errors import RecipeError, shown
+from merge_tool.methods import METHODS
+
+DEFAULT_T = 0.5
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+OUTPUT_DTYPES = {"base": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SIDES = ("base", "ft")
+ON_MISMATCH = ("error", "base")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge as asked: nothing here depends on what the checkpoints hold.
+
+    `ts` are the interpolation parameters, one output each: 0 is the base, 1 the finetune. `dtype` is a key of
+    OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats. `files_from` names the side whose configuration and tokenizer are copied. `on_mismatch` says
+    what happens to integer tensors that differ. Raises RecipeError for values out of range.
+    """
+
+    ts: tuple[float, ...] = (DEFAULT_T,)
+    method: str = "slerp"
+    dtype: str | None = None
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    files_from: str = "base"
+    on_mismatch: str = "error"
+    extrapolate: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        if self.dtype is not None:
+            _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
+        _check_choice("files_from", self.files_from, SIDES)
+        _check_choice("on_mismatch", self.on_mismatch, ON_MISMATCH)
+        if self.max_shard_bytes < 1:
+            raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
+        object.__setattr__(self, "ts", _check_ts(self.ts, self.extrapolate))
+
+
+def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{what} is {shown(value)!r}, expected one of: {', '.join(choices)}.")
+
+
+def _check_ts(values: Iterable[float], extrapolate: bool) -> tuple[float, ...]:
+    ts = tuple(float(t) + 0.0 for t in values)  # -0.0 is 0.0
+    if not ts:
+        raise RecipeError("No t is given; 0 is the base, 1 the finetune.")
+    for t in ts:
+        if not math.isfinite(t):
+            raise RecipeError(f"t is {t}, expected a finite number: 0 is the base, 1 the finetune.")
+        if not 0 <= t <= 1 and not extrapolate:
+            raise RecipeError(f"t is {label_t(t)}, expected 0 to 1. Give --extrapolate if you mean it.")
+    if repeated := {t for t in ts if ts.count(t) > 1}:
+        raise RecipeError(f"t = {', '.join(label_t(t) for t in sorted(repeated))} is given more than once.")
+    return ts
+
+
+def label_t(t: float) -> str:
+    """The shortest text that reads back as `t`: 0.3, 1, 1e-05."""
+    return repr(t).removesuffix(".0")

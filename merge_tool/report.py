@@ -1,0 +1,364 @@
+"""What a merge found out: journal records -> merge_report.json, SHA256SUMS, the model card, a summary.
+
+Everything written here is a function of the inputs and the recipe: no times, budgets or paths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merge_tool._version import __version__
+from merge_tool.errors import shown
+from merge_tool.methods import METHODS, PairSums, Weights, pair_angle
+from merge_tool.plan import MergePlan, TensorJob
+from merge_tool.recipe import label_t
+
+CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relative, half a bfloat16 step is 2e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the run found out about one tensor."""
+
+    sums: PairSums | None
+    equal: bool
+    kept_base: bool
+
+
+def to_record(number: int, sums: PairSums | None, equal: bool, kept_base: bool) -> dict[str, Any]:
+    """A finding as the journal stores it: floats in hex, so that they come back exactly."""
+    record: dict[str, Any] = {"number": number, "equal": equal, "kept_base": kept_base}
+    if sums is not None:
+        record["sums"] = _hex_sums(sums)
+    return record
+
+
+def from_record(record: Mapping[str, Any]) -> Finding:
+    found = record.get("sums")
+    return Finding(_parse_sums(found) if found else None, record["equal"], record["kept_base"])
+
+
+def _hex_sums(sums: PairSums) -> dict[str, Any]:
+    found: dict[str, Any] = {"xx": sums.xx.hex(), "xd": sums.xd.hex(), "dd": sums.dd.hex()}
+    if sums.scale != 1.0:
+        found["scale"] = sums.scale.hex()
+    if sums.refined:
+        sign, factor, yy, ee = sums.refined
+        found["refined"] = {"sign": sign, "factor": factor.hex(), "yy": yy.hex(), "ee": ee.hex()}
+    return found
+
+
+def _parse_sums(found: Mapping[str, Any]) -> PairSums:
+    xx, xd, dd = (float.fromhex(found[key]) for key in ("xx", "xd", "dd"))
+    refined = None
+    if more := found.get("refined"):
+        refined = (more["sign"], *(float.fromhex(more[key]) for key in ("factor", "yy", "ee")))
+    return PairSums(xx, xd, dd, float.fromhex(found.get("scale", "0x1p0")), refined)
+
+
+# --------------------------------------------------------------------------------------- one tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One merged tensor: angle in degrees, norms of base and finetune, |y - x| / |x|; None where there is none."""
+
+    name: str
+    dtype: str
+    t: float
+    angle_degrees: float | None
+    norms: tuple[float, float] | None
+    relative_change: float | None
+    weights: Weights | None
+    note: str
+
+
+def describe(job: TensorJob, finding: Finding, method: str, t: float) -> TensorReport:
+    """The report of one tensor in the output of parameter `t`."""
+    note = "equal: copied" if finding.equal else "differs: base kept" if finding.kept_base else ""
+    sums = finding.sums
+    if sums is None or not math.isfinite(sums.xx + sums.xd + sums.dd):
+        return TensorReport(job.out.name, job.out.dtype, t, None, None, None, None, note)
+    angle = pair_angle(sums)
+    degrees = None if angle is None else math.degrees(angle.theta)
+    n0, n1 = (norm / sums.scale for norm in sums.norms)
+    change = math.sqrt(sums.dd) / sums.scale / n0 if n0 else None
+    weights = None if finding.equal else METHODS[method].weights(sums, t)
+    return TensorReport(
+        job.out.name, job.out.dtype, t, degrees, (n0, n1), change, weights, note or (weights.note if weights else "")
+    )
+
+
+def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dict[str, Any]:
+    found = describe(job, finding, method, t)
+    content: dict[str, Any] = {
+        "name": job.out.name,
+        "shape": list(job.out.shape),
+        "dtype": job.out.dtype,
+        "dtype_base": job.base.info.dtype,
+        "dtype_ft": job.ft.info.dtype,
+        "t": t,
+        "equal": finding.equal,
+    }
+    if found.note:
+        content["note"] = found.note
+    if found.norms is not None:
+        n0, n1 = found.norms
+        content["angle_degrees"] = found.angle_degrees
+        content["norm_base"], content["norm_ft"] = n0, n1
+        content["norm_ratio"] = n1 / n0 if n0 else None
+        content["relative_change"] = found.relative_change
+    if found.weights is not None:
+        content["weights"] = [found.weights.w0, found.weights.w1]
+    if finding.sums is not None and found.norms is not None:
+        content["sums"] = _hex_sums(finding.sums)
+    return content
+
+
+# ------------------------------------------------------------------------------------------- summary
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The angles of a merge in a few numbers. `groups` maps a kind of tensor to its angles in degrees."""
+
+    num_tensors: int
+    num_parameters: int
+    num_equal: int
+    num_kept_base: int
+    num_close: int
+    num_angles: int
+    median_degrees: float | None
+    largest_degrees: float | None
+    largest_name: str | None
+    antiparallel: tuple[str, ...] = ()
+    groups: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def summarise(plan: MergePlan, findings: Mapping[int, Finding]) -> Summary:
+    """Median and largest angle, and how many tensors are equal or close."""
+    groups: dict[str, list[float]] = {}
+    largest: tuple[float, str] | None = None
+    antiparallel = []
+    for job in plan.jobs():
+        found = describe(job, findings[job.number], plan.recipe.method, plan.ts[0])
+        if found.note.startswith("antiparallel"):
+            antiparallel.append(job.out.name)
+        if found.angle_degrees is None:
+            continue
+        groups.setdefault(_kind(job.out.name), []).append(found.angle_degrees)
+        if largest is None or found.angle_degrees > largest[0]:
+            largest = found.angle_degrees, job.out.name
+    angles = [angle for group in groups.values() for angle in group]
+    return Summary(
+        plan.num_tensors,
+        plan.num_parameters,
+        sum(finding.equal for finding in findings.values()),
+        sum(finding.kept_base for finding in findings.values()),
+        sum(angle < CLOSE_DEGREES for angle in angles),
+        len(angles),
+        statistics.median(angles) if angles else None,
+        largest[0] if largest else None,
+        largest[1] if largest else None,
+        tuple(antiparallel),
+        groups,
+    )
+
+
+def _kind(name: str) -> str:
+    """A tensor's name without its layer: `model.layers.*.mlp.up_proj.weight`."""
+    return re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name)
+
+
+def remarks(summary: Summary) -> list[str]:
+    """What a user should know about the angles, in plain sentences."""
+    found = []
+    if summary.num_equal == summary.num_tensors:
+        found.append("Both models are the same in every tensor: the output equals them.")
+    elif summary.num_close:
+        which = "all" if summary.num_close == summary.num_angles else f"{summary.num_close:,} of"
+        found.append(
+            f"In {which} {summary.num_angles:,} tensors the models are within {CLOSE_DEGREES} degrees: SLERP and "
+            "linear interpolation agree there to less than half a bfloat16 step."
+        )
+    if summary.num_kept_base:
+        found.append(f"{summary.num_kept_base:,} integer tensors differ; the base's are kept.")
+    return found
+
+
+def alarms(summary: Summary) -> list[str]:
+    """What looks wrong after a merge."""
+    found = []
+    if summary.median_degrees is not None and summary.median_degrees > 60:
+        found.append(
+            f"The median angle is {summary.median_degrees:.0f} degrees: are these related models? "
+            "A merge of unrelated models rarely works."
+        )
+    found.extend(
+        f"{shown(name)}: the two tensors point in opposite directions; merged linearly." for name in summary.antiparallel[:5]
+    )
+    if len(summary.antiparallel) > 5:
+        found.append(f"{len(summary.antiparallel) - 5:,} more tensors point in opposite directions.")
+    return found
+
+
+# ------------------------------------------------------------------------------------------ the files
+
+
+def report_lines(
+    plan: MergePlan, findings: Mapping[int, Finding], t: float, digest: str, facts: Mapping[str, Any]
+) -> Iterator[str]:
+    """merge_report.json, a line per tensor."""
+    head = {
+        "format": 1,
+        "tool": f"slerp-merge {__version__}",
+        "plan_sha256": digest,
+        "method": plan.recipe.method,
+        "t": t,
+        "inputs": {"base": facts["base"], "ft": facts["ft"]},
+        "options": {key: facts[key] for key in ("dtype", "max_shard_bytes", "files_from", "on_mismatch")},
+        "shards": {shard.file_name: shard.size for shard in plan.shards},
+    }
+    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "tensors": [\n'
+    count = plan.num_tensors
+    for place, job in enumerate(plan.jobs(), 1):
+        content = _tensor_json(job, findings[job.number], plan.recipe.method, t)
+        yield "  " + json.dumps(content, ensure_ascii=False) + ("\n" if place == count else ",\n")
+    yield " ]\n}\n"
+
+
+def sums_text(digests: Mapping[str, str]) -> bytes:
+    """SHA256SUMS, as `sha256sum --check` reads it."""
+    lines = []
+    for name in sorted(digests):
+        escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+        lines.append(f"{'' if escaped == name else chr(92)}{digests[name]}  {escaped}\n")
+    return "".join(lines).encode()
+
+
+def card_text(
+    plan: MergePlan, summary: Summary, t: float, command: str, base_card: Path | None, has_code: bool
+) -> str:
+    """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base, ft = plan.names
+    inherited = _inherited(base_card)
+    tags = ["merge", "slerp-merge", *(tag for tag in inherited.pop("tags", []) if tag not in {"merge", "slerp-merge"})]
+    data = ModelCardData(
+        base_model=[base, ft],
+        tags=tags,
+        base_model_relation="merge",
+        **inherited,
+    )
+    body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+
+def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, has_code: bool) -> Iterator[str]:
+    base, ft = (_plain(name) for name in plan.names)
+    yield f"# {base} + {ft}"
+    yield (
+        f"A merge of **{base}** (t = 0) and **{ft}** (t = 1) by {METHODS[plan.recipe.method].summary} at "
+        f"t = {label_t(t)}, made with slerp-merge {__version__}:"
+    )
+    yield f"```\n{command}\n```"
+    yield (
+        f"{summary.num_tensors:,} tensors, {summary.num_parameters:,} parameters. Side files (configuration, "
+        f"tokenizer) are those of {base if plan.recipe.files_from == 'base' else ft}."
+    )
+    if has_code:
+        yield "The folder holds Python code from that model. It was copied as it is, not run; read it before you trust it."
+    yield "## How far apart the parents are"
+    yield "\n".join(_angle_table(summary))
+    yield from remarks(summary)
+    yield "Every tensor's angle, norms and weights are in `merge_report.json`; `SHA256SUMS` lists the files' digests."
+
+
+def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
+    yield "| tensors | count | median angle | largest angle |"
+    yield "|---|---:|---:|---:|"
+    groups = sorted(summary.groups.items(), key=lambda item: (-max(item[1]), item[0]))
+    for kind, angles in groups[:most]:
+        yield f"| `{_plain(kind)}` | {len(angles):,} | {statistics.median(angles):.3f}° | {max(angles):.3f}° |"
+    if len(groups) > most:
+        yield f"| {len(groups) - most:,} more kinds | | | |"
+
+
+def _plain(name: str) -> str:
+    """A name that cannot end a code span, a cell or a line of Markdown."""
+    return shown(name).replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")
+
+
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+
+
+def _inherited(base_card: Path | None) -> dict[str, Any]:
+    """Licence, language, task and library of the base's card, as far as they are plain strings."""
+    found: dict[str, Any] = {}
+    for key, value in _front_matter(base_card).items():
+        is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
+        if key in _INHERITED and (isinstance(value, str) or is_list) and len(str(value)) < 4000:
+            found[key] = value
+    found.setdefault("library_name", "transformers")
+    return found
+
+
+def _front_matter(card: Path | None) -> dict[str, Any]:
+    import yaml
+
+    if card is None:
+        return {}
+    with card.open("rb") as file:
+        head = file.read(65_536).decode("utf-8", "replace")
+    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
+    if not match:
+        return {}
+    try:
+        found = yaml.safe_load(match[1])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def load_tensors(report: Path) -> list[dict[str, Any]]:
+    """The tensors of a merge_report.json."""
+    tensors = json.loads(report.read_text(encoding="utf-8"))["tensors"]
+    return [tensor for tensor in tensors if isinstance(tensor, dict)]
+
+
+def read_digest(report: Path) -> str | None:
+    """The plan digest of a merge_report.json, or None if that is not one."""
+    try:
+        with report.open(encoding="utf-8") as file:
+            head = file.read(65_536)
+    except (OSError, UnicodeDecodeError):
+        return None
+    match = re.search(r'"plan_sha256": "([0-9a-f]{64})"', head)
+    return match[1] if match else None
+
+
+__all__ = [
+    "Finding",
+    "Iterable",
+    "Summary",
+    "TensorReport",
+    "alarms",
+    "card_text",
+    "describe",
+    "from_record",
+    "load_tensors",
+    "read_digest",
+    "remarks",
+    "report_lines",
+    "summarise",
+    "sums_text",
+    "to_record",
+]

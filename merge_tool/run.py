@@ -1,0 +1,551 @@
+"""The streaming loop: read chunks, sum, combine, write; in bounded memory, over a few threads.
+
+Sees a plan and never the recipe; parses nothing, prints nothing. The calling thread walks through the plan and
+queues tasks in file order; workers take them in that order, so whoever waits, waits for a task that has begun:
+
+    tensor k+1: sum its chunks        (a tensor that fits the arena is read here once, and kept)
+    tensor k:   combine its chunks    (a larger one is read again)
+
+A chunk is a whole number of tiles, so nothing in the output depends on how memory is shared out.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from merge_tool.checkpoint.reader import NUMPY_DTYPES
+from merge_tool.checkpoint.writer import ShardWriter
+from merge_tool.errors import DataError, shown
+from merge_tool.memory import Layout, aligned
+from merge_tool.methods import (
+    METHODS,
+    TILE,
+    Array,
+    PairSums,
+    Scratch,
+    Weights,
+    combine,
+    convert,
+    first_nonfinite,
+    refinement,
+    same_values,
+    sum_refined_tile,
+    sum_tile,
+    total,
+)
+from merge_tool.plan import MergePlan, ShardPlan, Source, TensorJob
+
+Progress = Callable[[int, str], None]
+_QUEUED_CHUNKS = 4  # for each worker: what is prefetched ahead of it
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDone:
+    """What was found out about one tensor: its sums (None if it was only compared) and whether bytes were equal."""
+
+    number: int
+    sums: PairSums | None
+    equal: bool
+    kept_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    """One finished shard of all outputs: SHA-256 in hex, one per output, and its tensors."""
+
+    shard: ShardPlan
+    sha256: tuple[str, ...]
+    tensors: tuple[TensorDone, ...]
+
+
+class Sink(Protocol):
+    """Where shards go. Both are called from worker threads, each shard once."""
+
+    def open_shard(self, shard: ShardPlan, header: bytes) -> list[ShardWriter]:
+        """One writer per output, with the header written."""
+
+    def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
+        """All bytes are written and synced: record the shard and give its files their names."""
+
+
+def run_plan(
+    plan: MergePlan,
+    sink: Sink,
+    layout: Layout,
+    *,
+    skip: frozenset[int] = frozenset(),
+    rank: int = 0,
+    world_size: int = 1,
+    on_progress: Progress | None = None,
+) -> Iterator[ShardDone]:
+    """Merge all shards of `plan` that are not in `skip`, and yield each as it is finished.
+
+    `rank` of `world_size` processes takes every `world_size`-th shard. `on_progress(nbytes, tensor_name)` is
+    called from worker threads with the input bytes summed and the output bytes written. Raises DataError for
+    values that cannot be merged, CheckpointError and OutputError where reading or writing fails.
+    """
+    shards = [s for s in plan.shards[rank::world_size] if s.number not in skip]
+    run = _Run(plan, sink, layout, on_progress or (lambda nbytes, name: None))
+    try:
+        yield from run.walk(shards)
+    finally:
+        run.close()
+
+
+def progress_bytes(plan: MergePlan, skip: frozenset[int] = frozenset()) -> int:
+    """The sum of all bytes that `on_progress` will be told."""
+    jobs = (job for shard in plan.shards if shard.number not in skip for job in shard.jobs)
+    return sum(job.input_nbytes + len(plan.ts) * job.out.nbytes for job in jobs)
+
+
+# ---------------------------------------------------------------------------------- what is in flight
+
+
+class _Stopped(Exception):
+    """Another thread failed, or the run was given up; that is what the user sees."""
+
+
+@dataclass(slots=True)
+class _OpenShard:
+    """A shard being written: one writer and one turn (the next chunk to be hashed) per output."""
+
+    plan: ShardPlan
+    chunks_left: int
+    writers: list[ShardWriter] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    queued: int = 0
+    done: list[TensorDone] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _OpenTensor:
+    """A tensor between its first read and its last write."""
+
+    job: TensorJob
+    shard: _OpenShard
+    kept: tuple[Array, Array] | None  # both inputs whole, if they fit the arena
+    region: int | None  # where in the arena
+    tile_sums: Array  # float64 [num_tiles, 3]
+    sums_left: int
+    writes_left: int
+    equal: bool = True
+    unequal_at: int = 0
+    weights: tuple[Weights, ...] = ()
+    done: TensorDone | None = None  # set when the weights are known
+
+
+def _anonymous(nbytes: int) -> Array:
+    """Zeroed memory that goes back to the system with the last array on it."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)
+
+
+class _Arena:
+    """One block of memory, cut into regions first fit. Used under the run's lock."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.memory = _anonymous(nbytes)
+        self._taken: dict[int, int] = {}  # start -> stop
+
+    def take(self, nbytes: int) -> int | None:
+        start = 0
+        for begin, end in sorted(self._taken.items()):
+            if begin - start >= nbytes:
+                break
+            start = end
+        if start + nbytes > self.nbytes:
+            return None
+        self._taken[start] = start + nbytes
+        return start
+
+    def give_back(self, start: int) -> None:
+        del self._taken[start]
+
+
+class _Worker:
+    """One thread's own memory: a slot for a chunk of both inputs and of the output, and scratch for blocks."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.slot = _anonymous(layout.slot_bytes)
+        self.scratch = Scratch(_anonymous(Scratch.NBYTES))
+
+    def arrays(self, job: TensorJob, length: int) -> tuple[Array, Array, Array]:
+        """Flat arrays of `length` elements for base, finetune and output."""
+        found, start = [], 0
+        for info in (job.base.info, job.ft.info, job.out):
+            dtype = NUMPY_DTYPES[info.dtype]
+            found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
+            start += aligned(length * dtype.itemsize)
+        return found[0], found[1], found[2]
+
+
+_Task = Callable[[_Worker], None]
+
+
+class _Run:
+    """The calling thread's walk through the plan, and the workers that do what it queues."""
+
+    def __init__(self, plan: MergePlan, sink: Sink, layout: Layout, on_progress: Progress) -> None:
+        self.plan, self.sink, self.layout, self.on_progress = plan, sink, layout, on_progress
+        self.changed = threading.Condition()  # guards all that follows
+        self.tasks: deque[_Task] = deque()
+        self.finished: deque[ShardDone] = deque()
+        self.open_shards: list[_OpenShard] = []
+        self.open_tensors: list[_OpenTensor] = []
+        self.arena = _Arena(layout.arena_bytes)
+        self.failure: BaseException | None = None
+        self.closing = False
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(layout.jobs)]
+        for thread in self.threads:
+            thread.start()
+
+    # ------------------------------------------------------------------------- the calling thread
+
+    def walk(self, shards: list[ShardPlan]) -> Iterator[ShardDone]:
+        waiting: _OpenTensor | None = None  # its sums are queued, its combine is not
+        for shard_plan in shards:
+            shard = self._open_shard(shard_plan)
+            for job in shard_plan.jobs:
+                region = self._take_region(job)
+                if region is None and self._fits_arena(job):
+                    if waiting is not None:
+                        self._queue_combine(waiting)
+                        waiting = None
+                    region = self._await_region(job)
+                tensor = self._open_tensor(job, shard, region)
+                self._queue_sums(tensor)
+                if waiting is not None:
+                    self._queue_combine(waiting)
+                waiting = tensor
+                yield from self._take_finished()
+        if waiting is not None:
+            self._queue_combine(waiting)
+        self._await(lambda: not self.open_shards)
+        yield from self._take_finished()
+
+    def _take_finished(self) -> list[ShardDone]:
+        with self.changed:
+            found = list(self.finished)
+            self.finished.clear()
+        return found
+
+    def close(self) -> None:
+        """Stop the workers, and close what they left open."""
+        with self.changed:
+            self.closing = True
+            self.tasks.clear()
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join()
+        for tensor in self.open_tensors:
+            tensor.job.base.file.release()
+            tensor.job.ft.file.release()
+        for writer in (writer for shard in self.open_shards for writer in shard.writers):
+            writer.abandon()
+
+    def _open_shard(self, plan: ShardPlan) -> _OpenShard:
+        shard = _OpenShard(plan, sum(len(self._chunks(job)) for job in plan.jobs))
+        shard.writers = self.sink.open_shard(plan, plan.header())
+        shard.turns = [0] * len(shard.writers)
+        with self.changed:
+            self.open_shards.append(shard)
+        return shard
+
+    def _chunks(self, job: TensorJob) -> range:
+        """Where the tensor's chunks start; an empty tensor has one empty chunk."""
+        return range(0, max(job.out.numel, 1), self.layout.chunk_elements)
+
+    def _span(self, job: TensorJob, start: int) -> tuple[int, int]:
+        return start, min(start + self.layout.chunk_elements, job.out.numel)
+
+    def _region_bytes(self, job: TensorJob) -> int:
+        return aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes)
+
+    def _fits_arena(self, job: TensorJob) -> bool:
+        return 0 < self._region_bytes(job) <= self.arena.nbytes
+
+    def _take_region(self, job: TensorJob) -> int | None:
+        with self.changed:
+            return self.arena.take(self._region_bytes(job)) if self._fits_arena(job) else None
+
+    def _await_region(self, job: TensorJob) -> int:
+        taken: list[int] = []
+
+        def try_again() -> bool:
+            if (region := self.arena.take(self._region_bytes(job))) is not None:
+                taken.append(region)
+            return bool(taken)
+
+        self._await(try_again)
+        return taken[0]
+
+    def _open_tensor(self, job: TensorJob, shard: _OpenShard, region: int | None) -> _OpenTensor:
+        kept = None
+        if region is not None:
+            middle = region + aligned(job.base.info.nbytes)
+            x = self.arena.memory[region : region + job.base.info.nbytes]
+            y = self.arena.memory[middle : middle + job.ft.info.nbytes]
+            kept = x.view(NUMPY_DTYPES[job.base.info.dtype]), y.view(NUMPY_DTYPES[job.ft.info.dtype])
+        chunks = len(self._chunks(job))
+        tile_sums = np.zeros((-(-job.out.numel // TILE), 3))
+        tensor = _OpenTensor(job, shard, kept, region, tile_sums, chunks, chunks)
+        job.base.file.acquire()
+        try:
+            job.ft.file.acquire()
+        except BaseException:
+            job.base.file.release()
+            raise
+        with self.changed:
+            self.open_tensors.append(tensor)
+        return tensor
+
+    def _queue_sums(self, tensor: _OpenTensor) -> None:
+        for first in self._chunks(tensor.job):
+            start, stop = self._span(tensor.job, first)
+            self._prefetch(tensor.job, start, stop)
+            self._queue(lambda worker, start=start, stop=stop: self._sum(worker, tensor, start, stop))
+
+    def _queue_combine(self, tensor: _OpenTensor) -> None:
+        for first in self._chunks(tensor.job):
+            start, stop = self._span(tensor.job, first)
+            if tensor.kept is None:
+                self._prefetch(tensor.job, start, stop)
+            turn, tensor.shard.queued = tensor.shard.queued, tensor.shard.queued + 1
+            self._queue(
+                lambda worker, turn=turn, start=start, stop=stop: self._write(worker, tensor, turn, start, stop)
+            )
+
+    def _prefetch(self, job: TensorJob, start: int, stop: int) -> None:
+        for source in (job.base, job.ft):
+            source.file.prefetch(*_byte_range(source, start, stop))
+
+    def _queue(self, task: _Task) -> None:
+        self._await(lambda: len(self.tasks) < _QUEUED_CHUNKS * self.layout.jobs)
+        with self.changed:
+            self.tasks.append(task)
+            self.changed.notify_all()
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        """Block the calling thread; with a time limit a turn, so that a signal is seen on every system."""
+        with self.changed:
+            while not self.changed.wait_for(lambda: self.failure is not None or condition(), timeout=1.0):
+                pass
+            if self.failure is not None:
+                raise self.failure
+
+    # ----------------------------------------------------------------------------------- workers
+
+    def _work(self) -> None:
+        try:
+            worker = _Worker(self.layout)
+            with np.errstate(all="ignore"):  # what is not finite is looked for, not warned of
+                while (task := self._next_task()) is not None:
+                    task(worker)
+                    del task  # it refers to a tensor's memory
+        except _Stopped:
+            pass
+        except BaseException as e:  # noqa: BLE001 - shown by the calling thread
+            with self.changed:
+                self.failure = self.failure or e
+                self.changed.notify_all()
+
+    def _next_task(self) -> _Task | None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.tasks or self.closing or self.failure)
+            if self.closing or self.failure or not self.tasks:
+                return None
+            task = self.tasks.popleft()
+            self.changed.notify_all()
+            return task
+
+    def _block(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.closing or self.failure is not None or condition())
+            if self.closing or self.failure is not None:
+                raise _Stopped
+
+    def _read(self, worker: _Worker, tensor: _OpenTensor, start: int, stop: int) -> tuple[Array, Array]:
+        """Both inputs' elements [start, stop), read into the worker's slot."""
+        x, y, _ = worker.arrays(tensor.job, stop - start)
+        _fill(tensor.job.base, start, x)
+        _fill(tensor.job.ft, start, y)
+        return x, y
+
+    def _sum(self, worker: _Worker, tensor: _OpenTensor, start: int, stop: int) -> None:
+        job = tensor.job
+        if tensor.kept is None:
+            x, y = self._read(worker, tensor, start, stop)
+        else:
+            x, y = (values[start:stop] for values in tensor.kept)
+            for source, values in ((job.base, x), (job.ft, y)):
+                _fill(source, start, values)
+                source.file.forget(*_byte_range(source, start, stop))
+        for begin in range(0, stop - start, TILE):
+            cut = slice(begin, begin + TILE)
+            if tensor.equal and not same_values(x[cut], y[cut]):
+                tensor.equal, tensor.unequal_at = False, start + begin
+            if not job.exact:
+                tensor.tile_sums[(start + begin) // TILE] = sum_tile(x[cut], y[cut], 1.0, worker.scratch)
+        self.on_progress((stop - start) * (x.itemsize + y.itemsize), job.out.name)
+        with self.changed:
+            tensor.sums_left -= 1
+            last = tensor.sums_left == 0
+        if last:
+            self._settle(worker, tensor)
+
+    def _settle(self, worker: _Worker, tensor: _OpenTensor) -> None:
+        """All sums are there: decide how the tensor is combined."""
+        job, kept_base, sums = tensor.job, False, None
+        if job.exact:
+            kept_base = not tensor.equal
+            if kept_base and self.plan.recipe.on_mismatch != "base":
+                raise DataError(_unequal_message(self.plan, job))
+        else:
+            sums = PairSums(*(total(column) for column in tensor.tile_sums.T))
+            if not tensor.equal:
+                sums = self._sharpen(worker, tensor, sums)
+                method = METHODS[self.plan.recipe.method]
+                tensor.weights = tuple(method.weights(sums, t) for t in self.plan.ts)
+        with self.changed:
+            tensor.done = TensorDone(job.number, sums, tensor.equal, kept_base)
+            tensor.shard.done.append(tensor.done)
+            self.changed.notify_all()
+
+    def _sharpen(self, worker: _Worker, tensor: _OpenTensor, sums: PairSums) -> PairSums:
+        """The sums, made again where they left float64's range or lost the angle's digits. Rare."""
+        if not np.isfinite([sums.xx, sums.xd, sums.dd]).all():
+            self._refuse_nonfinite(worker, tensor)
+            sums = self._sum_again(worker, tensor, 2.0**-600)
+        elif "F64" in (tensor.job.base.info.dtype, tensor.job.ft.info.dtype) and sums.xx + sums.dd < 1e-200:
+            sums = self._sum_again(worker, tensor, 2.0**500)
+        if (found := refinement(sums)) is None:
+            return sums
+        sign, factor = found
+        parts = [
+            sum_refined_tile(x, y, sums.scale, sign, factor, worker.scratch)
+            for _, x, y in self._tiles(worker, tensor)
+        ]
+        yy, ee = (total(column) for column in zip(*parts, strict=True))
+        return PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
+
+    def _sum_again(self, worker: _Worker, tensor: _OpenTensor, scale: float) -> PairSums:
+        parts = [sum_tile(x, y, scale, worker.scratch) for _, x, y in self._tiles(worker, tensor)]
+        xx, xd, dd = (total(column) for column in zip(*parts, strict=True))
+        return PairSums(xx, xd, dd, scale)
+
+    def _refuse_nonfinite(self, worker: _Worker, tensor: _OpenTensor) -> None:
+        for start, *sides in self._tiles(worker, tensor):
+            for source, values in zip((tensor.job.base, tensor.job.ft), sides, strict=True):
+                if (place := first_nonfinite(values)) is not None:
+                    raise DataError(
+                        f"{shown(source.info.name)} in {shown(source.file.name)}: element {start + place:,} is "
+                        f"{float(values[place])}. A merge would spread it; repair or leave out that model."
+                    )
+
+    def _tiles(self, worker: _Worker, tensor: _OpenTensor) -> Iterator[tuple[int, Array, Array]]:
+        """(first element, x, y) of every tile once more."""
+        for first in self._chunks(tensor.job):
+            start, stop = self._span(tensor.job, first)
+            if tensor.kept is None:
+                x, y = self._read(worker, tensor, start, stop)
+            else:
+                x, y = (values[start:stop] for values in tensor.kept)
+            for begin in range(0, stop - start, TILE):
+                yield start + begin, x[begin : begin + TILE], y[begin : begin + TILE]
+
+    def _write(self, worker: _Worker, tensor: _OpenTensor, turn: int, start: int, stop: int) -> None:
+        job, shard = tensor.job, tensor.shard
+        self._block(lambda: tensor.done is not None)
+        if tensor.kept is None:
+            x, y = self._read(worker, tensor, start, stop)
+            for source in (job.base, job.ft):
+                source.file.forget(*_byte_range(source, start, stop))
+        else:
+            x, y = (values[start:stop] for values in tensor.kept)
+        out = worker.arrays(job, stop - start)[2]
+        for number, writer in enumerate(shard.writers):
+            merged = self._merge(worker, tensor, number, start, (x, y, out))
+            data = memoryview(merged.view(np.uint8))
+            writer.write(job.out.offset + start * out.itemsize, data)
+            self._block(lambda number=number: shard.turns[number] == turn)  # type: ignore[misc]
+            writer.hash_next(data)
+            with self.changed:
+                shard.turns[number] += 1
+                self.changed.notify_all()
+        self.on_progress((stop - start) * out.itemsize * len(shard.writers), job.out.name)
+        self._wrote(tensor)
+
+    def _merge(
+        self, worker: _Worker, tensor: _OpenTensor, number: int, start: int, arrays: tuple[Array, Array, Array]
+    ) -> Array:
+        """The chunk of output `number`: an input as it is, an input converted, or both combined."""
+        x, y, out = arrays
+        t, done = self.plan.ts[number], tensor.done
+        if t in (0, 1) or tensor.equal or (done is not None and done.kept_base):
+            chosen = y if t == 1 and not tensor.equal and not tensor.job.exact else x
+            if chosen.dtype == out.dtype:
+                return chosen
+            fits = convert(chosen, out)
+        else:
+            fits = combine(x, y, tensor.weights[number], out, worker.scratch)
+        if not fits:
+            raise DataError(_overflow_message(tensor.job, start + (first_nonfinite(out) or 0)))
+        return out
+
+    def _wrote(self, tensor: _OpenTensor) -> None:
+        shard, job = tensor.shard, tensor.job
+        with self.changed:
+            tensor.writes_left -= 1
+            shard.chunks_left -= 1
+            tensor_done, shard_done = tensor.writes_left == 0, shard.chunks_left == 0
+            if tensor_done:
+                self.open_tensors.remove(tensor)
+                if tensor.region is not None:
+                    self.arena.give_back(tensor.region)
+                self.changed.notify_all()
+        if tensor_done:
+            job.base.file.release()
+            job.ft.file.release()
+        if shard_done:
+            self._finish(shard)
+
+    def _finish(self, shard: _OpenShard) -> None:
+        digests = tuple(writer.sync() for writer in shard.writers)
+        tensors = tuple(sorted(shard.done, key=lambda tensor: tensor.number))
+        done = ShardDone(shard.plan, digests, tensors)
+        self.sink.finish_shard(done, shard.writers)
+        with self.changed:
+            self.open_shards.remove(shard)
+            self.finished.append(done)
+            self.changed.notify_all()
+
+
+def _byte_range(source: Source, start: int, stop: int) -> tuple[int, int]:
+    """Offset and length in bytes of elements [start, stop)."""
+    itemsize = NUMPY_DTYPES[source.info.dtype].itemsize
+    return source.info.offset + start * itemsize, (stop - start) * itemsize
+
+
+def _fill(source: Source, start: int, values: Array) -> None:
+    source.file.read_into(source.info.offset + start * values.itemsize, memoryview(values.view(np.uint8)))
+
+
+def _unequal_message(plan: MergePlan, job: TensorJob) -> str:
+    return (
+        f"{shown(job.out.name)}: the {job.out.dtype} values differ between {plan.names[0]} and {plan.names[1]}, and "
+        "integers have nothing between them. Give --on-mismatch base to keep the base's."
+    )
+
+
+def _overflow_message(job: TensorJob, place: int) -> str:
+    return (
+        f"{shown(job.out.name)}: element {place:,} is finite but too large for {job.out.dtype}. "
+        "Choose a wider type with --dtype float32 or --dtype bfloat16."
+    )
