@@ -83,7 +83,13 @@ def make_model(folder: Path, layers: int, *, num_shards: int, seed: int) -> None
     weight_map = {}
     for shard in range(num_shards):
         name = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
-        group = shapes[shard::num_shards] if seed % 2 else shapes[len(shapes) * shard // num_shards :][: len(shapes) * (shard + 1) // num_shards - len(shapes) * shard // num_shards]
+        group = (
+            shapes[shard::num_shards]
+            if seed % 2
+            else shapes[len(shapes) * shard // num_shards :][
+                : len(shapes) * (shard + 1) // num_shards - len(shapes) * shard // num_shards
+            ]
+        )
         header, infos = build_header([TensorInfo(n, "BF16", s, 0) for n, s in group], {"format": "pt"})
         writer = ShardWriter(folder / name, header)
         for info in infos:
@@ -182,9 +188,19 @@ def main() -> None:
     base, ft, out = folder / "base", folder / "ft", folder / "out"
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        code = "import sys; from pathlib import Path; sys.path.insert(0, {!r}); import merge as m; m.make_model(Path({!r}), {}, num_shards={}, seed={})"
+        code = (
+            "import sys; from pathlib import Path; sys.path.insert(0, {!r}); import merge as m; "
+            "m.make_model(Path({!r}), {}, num_shards={}, seed={})"
+        )
         for path, shards, seed in ((base, 2, 1), (ft, 3, 2)):
-            subprocess.run([sys.executable, "-c", code.format(str(Path(__file__).parent), str(path), args.layers, shards, seed)], check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    code.format(str(Path(__file__).parent), str(path), args.layers, shards, seed),
+                ],
+                check=True,
+            )
         (folder / "made").touch()
     todo = commands(base, ft, out, args.mergekit)
     results: dict[str, list[Run]] = {name: [] for name in todo}
@@ -207,7 +223,10 @@ def print_table(results: dict[str, list[Run]], input_bytes: int) -> None:
     }
     rivals = [run for name, run in medians.items() if name.startswith("mergekit")]
     print(f"inputs {input_bytes / 1e9:.2f} GB, {len(results['floor'])} runs each, medians")
-    print(f"{'':16}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'wall/floor':>12}" + (f"{'wall/mk':>9}{'CPU/mk':>8}" if rivals else ""))
+    print(
+        f"{'':16}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'wall/floor':>12}"
+        + (f"{'wall/mk':>9}{'CPU/mk':>8}" if rivals else "")
+    )
     for name, run in medians.items():
         line = f"{name:16}{run.wall:8.2f}{run.cpu:8.2f}{run.peak / 1e6:9.1f}{run.wall / medians['floor'].wall:12.2f}"
         if rivals:

@@ -1,6 +1,6 @@
 """merge(...): the whole flow as one function, with the defaults. What both commands and Python users call.
 
-    open -> plan -> check the output -> run -> side files, report, card -> publish
+open -> plan -> check the output -> run -> side files, report, card -> publish
 """
 
 from __future__ import annotations
@@ -186,12 +186,10 @@ def prepare(
     models = open_checkpoint(base, max_header_bytes=most), open_checkpoint(ft, max_header_bytes=most)
     plan = plan_merge(recipe, models, single_file=target.single_file)
     donor = models[recipe.files_from == "ft"]
-    side_files = plan_side_files(None if target.is_file else donor.folder)
+    side_files = plan_side_files(None if target.is_file else donor.folder, donor.weight_files)
     held = resident_bytes()
     layout = plan_layout(plan, budget, jobs or default_jobs(), held=held)
-    return Prepared(
-        plan, models, side_files, layout, budget, held, target, tuple(_warnings(models, side_files))
-    )
+    return Prepared(plan, models, side_files, layout, budget, held, target, tuple(_warnings(models, side_files)))
 
 
 # -------------------------------------------------------------------------------------------- checks
@@ -209,7 +207,14 @@ _COMPARED_SETTINGS = (
     "rope_scaling",
     "tie_word_embeddings",
 )
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 def _warnings(models: Sequence[Checkpoint], side_files: SideFiles) -> Iterable[str]:
@@ -370,9 +375,7 @@ def _findings_from_report(prepared: Prepared) -> dict[int, Finding]:
     return found
 
 
-def _write_side_files(
-    prepared: Prepared, work: Work, findings: dict[int, Finding], summary: Summary
-) -> None:
+def _write_side_files(prepared: Prepared, work: Work, findings: dict[int, Finding], summary: Summary) -> None:
     """Complete each output in the work folder: copies, index, card, report, checksums."""
     plan = prepared.plan
     if prepared.target.is_file or work.is_publishing:
@@ -394,7 +397,8 @@ def _shard_digests(work: Work) -> dict[int, list[str]]:
 
 
 def _copy_side_files(prepared: Prepared, work: Work, label: str) -> dict[str, str]:
-    side_files, sums = prepared.side_files, {}
+    side_files = prepared.side_files
+    sums: dict[str, str] = {}
     if side_files.folder is None:
         return sums
     for file in side_files.copied:
@@ -417,12 +421,17 @@ def _config_dtype(plan: MergePlan) -> str | None:
 
 
 def _card(prepared: Prepared, summary: Summary, t: float) -> str:
-    donor = prepared.side_files
-    base_card = None
-    if (folder := prepared.models[0].folder) is not None and folder.has(CARD):
-        base_card = folder.path(CARD)
-    has_code = any(file.source.endswith(".py") for file in donor.copied)
-    return card_text(prepared.plan, summary, t, _command(prepared.plan, t), base_card, has_code)
+    base = prepared.models[0]
+    has_card = base.folder is not None and base.folder.has(CARD)
+    return card_text(
+        prepared.plan,
+        summary,
+        t,
+        _command(prepared.plan, t),
+        base_card=base.folder.path(CARD) if base.folder is not None and has_card else None,
+        is_transformers="architectures" in (base.config or {}),
+        has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
+    )
 
 
 def _command(plan: MergePlan, t: float) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -50,32 +51,29 @@ _UNITS = {
 # ---------------------------------------------------------------------------------------- parameters
 
 
-class SizeType(click.ParamType):
+def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: str | None) -> int | None:
     """Bytes, with a unit or without: 500MB, 1.5GB, 2GiB, 1000000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", str(value).strip().lower())
-        if match is None or match[2] not in _UNITS:
-            self.fail(f"{shown(value)!r} is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", value.strip().lower(), re.ASCII)
+    if match is None or match[2] not in _UNITS:
+        raise click.BadParameter(
+            f"{shown(value)!r} is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", ctx, param
+        )
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
-class ListOfT(click.ParamType):
-    """One number, or several with commas."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
+def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tuple[str, ...]) -> tuple[float, ...]:
+    """Every t of options that hold one number each, or several with commas."""
+    found: list[float] = []
+    for text in value:
         try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{shown(value)!r} is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 for several.", param, ctx)
+            found.extend(float(part) for part in text.split(","))
+        except ValueError as e:
+            raise click.BadParameter(
+                f"{shown(text)!r} is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 for several.", ctx, param
+            ) from e
+    return tuple(found)
 
 
 def _print_errors(function: Callable[P, R]) -> Callable[P, R]:
@@ -128,10 +126,11 @@ def _terminable() -> Iterator[None]:
 @click.option(
     "--t",
     "ts",
-    type=ListOfT(),
     multiple=True,
-    default=[(DEFAULT_T,)],
+    default=[label_t(DEFAULT_T)],
     show_default=label_t(DEFAULT_T),
+    callback=parse_ts,
+    metavar="NUMBER",
     help="How far to go from BASE (0) to FT (1). Several (--t 0.3 --t 0.5, or --t 0.3,0.5) are made in one pass.",
 )
 @click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate.")
@@ -143,8 +142,9 @@ def _terminable() -> Iterator[None]:
 @click.option(
     "--max-shard-size",
     "max_shard_bytes",
-    type=SizeType(),
-    default=DEFAULT_MAX_SHARD_BYTES,
+    callback=parse_size,
+    metavar="SIZE",
+    default=str(DEFAULT_MAX_SHARD_BYTES),
     show_default="5GB",
     help="Largest size of one output file, in bytes or with a unit.",
 )
@@ -164,7 +164,8 @@ def _terminable() -> Iterator[None]:
 @click.option(
     "--memory",
     "memory_bytes",
-    type=SizeType(),
+    callback=parse_size,
+    metavar="SIZE",
     help=f"Keep the whole process below this, at least {LEAST_BYTES // 10**6}MB.  [default: at most 256MB]",
 )
 @click.option("--jobs", "-j", type=int, help=f"Threads.  [default: the cores, at most {MAX_JOBS}]")
@@ -184,7 +185,7 @@ def slerp_merge(
     base: Path,
     ft: Path,
     out: Path,
-    ts: tuple[tuple[float, ...], ...],
+    ts: tuple[float, ...],
     memory_bytes: int | None,
     jobs: int | None,
     overwrite: bool,
@@ -199,9 +200,8 @@ def slerp_merge(
     BASE and FT are model folders or .safetensors files. OUT is a folder, or one file if it ends in .safetensors.
     A merge that was stopped continues with the same command.
     """
-    flat = tuple(t for group in ts for t in group)
     if dry_run:
-        recipe = Recipe(flat, **options)
+        recipe = Recipe(ts, **options)
         prepared = prepare(base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs)
         complete = not overwrite and is_complete(prepared)
         if not complete:
@@ -213,7 +213,7 @@ def slerp_merge(
             base,
             ft,
             out,
-            flat,
+            ts,
             memory_bytes=memory_bytes,
             jobs=jobs,
             overwrite=overwrite,
@@ -280,7 +280,8 @@ def inspect_command(path: Path, as_json: bool) -> None:
 
 
 def _inspection_lines(found: Inspection) -> Iterator[str]:
-    yield f"{shown(found.name)}: {found.num_tensors:,} tensors, {found.num_parameters:,} parameters, {_size(found.nbytes)}"
+    counts = f"{found.num_tensors:,} tensors, {found.num_parameters:,} parameters"
+    yield f"{shown(found.name)}: {counts}, {_size(found.nbytes)}"
     for shard in found.shards:
         yield f"  {shown(shard.name)}: {shard.num_tensors:,} tensors, {_size(shard.nbytes)}"
     for dtype, (tensors, parameters) in found.dtypes.items():
@@ -336,14 +337,17 @@ def _plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
         f" ({len(plan.ts)} outputs)" if many else ""
     )
     yield f"  disk      {_size(prepared.free_disk_bytes)} free"
-    yield f"  memory    about {_size(prepared.expected_peak_bytes)} at the peak, {_size(prepared.budget)} allowed, {layout.jobs} jobs"
+    peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
+    yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
     yield f"  shards    {len(plan.shards):,}"
     for shard in plan.shards[:10]:
         yield f"            {shown(shard.file_name)}: {len(shard.jobs):,} tensors, {_size(shard.size)}"
     if len(plan.shards) > 10:
         yield f"            and {len(plan.shards) - 10:,} more"
     yield f"  copied    {len(prepared.side_files.copied):,} other files"
-    yield "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
+    yield (
+        "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
+    )
 
 
 def _report_json(report: MergeReport) -> dict[str, Any]:
@@ -373,7 +377,8 @@ def _report_lines(report: MergeReport) -> Iterator[str]:
         yield f"{where}: already complete, nothing to do."
         return
     moved = report.input_bytes + report.output_bytes
-    yield f"{where}: {report.method} at t = {_ts(report.ts)}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
+    what = f"{report.method} at t = {_ts(report.ts)}"
+    yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
     yield (
         f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
         f"peak memory {_size(report.peak_bytes)}"

@@ -55,7 +55,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             tensors, parameters = dtypes.get(info.dtype, (0, 0))
             dtypes[info.dtype] = tensors + 1, parameters + info.numel
         shards = tuple(
-            ShardInspection(file.file_name, counts.get(file.source.name, 0), file.source.size) for file in checkpoint.files
+            ShardInspection(file.file_name, counts.get(file.source.name, 0), file.source.size)
+            for file in checkpoint.files
         )
         return Inspection(
             checkpoint.name,

@@ -18,7 +18,7 @@ DEFAULT_MOST_BYTES = 256_000_000
 _RESERVE_BYTES = 5_000_000  # threads' stacks, malloc's own, the journal: seen at most 3.5 MB
 _PER_TENSOR_BYTES = 900  # records kept until a shard is done, and the report; seen about 700
 _CARD_BYTES = 14_000_000  # huggingface_hub's card classes, imported after the buffers are given back
-_LARGEST_CHUNK_TILES = 4
+_LARGEST_CHUNK_TILES = 2
 _QUEUED_CHUNKS = 4  # prefetched ahead of the workers, for each of them
 MAX_JOBS = 8
 

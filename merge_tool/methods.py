@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 
-TILE = 65_536  # elements; chunks start at multiples of it
-BLOCK = 32_768  # elements; what is converted and summed at once: small enough for an L2 cache
-_LANES = 1_024  # partial sums of a block, then added pairwise
+TILE = 131_072  # elements; chunks start at multiples of it, and sums are made tile by tile. Smaller tiles stay in
+# a cache but spend their time handing the interpreter lock around: at 32,768, two threads were slower than one.
+_LANES = 1_024  # partial sums of a tile, then added pairwise
 
 SMALL_SINE = 1e-9  # below this slerp and lerp agree to the last bit of float64, and slerp divides by noise
 ANTIPARALLEL = 1e-6  # radians from pi within which no arc is preferred over another
@@ -64,11 +64,16 @@ def _round_to_odd(values: Array) -> Array:
     return nearest
 
 
+def as_bytes(values: Array) -> memoryview:
+    """The memory of a flat, contiguous array."""
+    return memoryview(values.view(np.uint8))  # type: ignore[arg-type]  # numpy 2.4's stubs say no, numpy says yes
+
+
 def convert(values: Array, out: Array) -> bool:
     """`values` in `out`'s dtype, each rounded once; False if a finite one became infinite or NaN."""
     fits = True
-    for start in range(0, len(values), BLOCK):
-        cut = slice(start, start + BLOCK)
+    for start in range(0, len(values), TILE):
+        cut = slice(start, start + TILE)
         wide = _widened(values[cut])
         encode(wide, out[cut])
         fits &= bool((np.isfinite(_widened(out[cut])) | ~np.isfinite(wide)).all())
@@ -92,14 +97,15 @@ def same_values(x: Array, y: Array) -> bool:
 
 
 class Scratch:
-    """One thread's working memory for blocks: three float64 rows of BLOCK elements, also seen as float32."""
+    """One thread's working memory: two rows of TILE elements, as float64 or as float32."""
+
+    NBYTES = 2 * 8 * TILE + 8 * _LANES
 
     def __init__(self, memory: Array) -> None:
-        self.f64 = memory[: 3 * 8 * BLOCK].view(np.float64).reshape(3, BLOCK)
-        self.f32 = memory[: 3 * 4 * BLOCK].view(np.float32).reshape(3, BLOCK)
-        self.lanes = memory[3 * 8 * BLOCK :].view(np.float64)
-
-    NBYTES = 3 * 8 * BLOCK + 8 * _LANES
+        rows = memory[: 2 * 8 * TILE]
+        self.f64 = rows.view(np.float64).reshape(2, TILE)
+        self.f32 = rows.view(np.float32).reshape(4, TILE)
+        self.lanes = memory[2 * 8 * TILE :].view(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,49 +132,31 @@ class PairSums:
 
 def sum_tile(x: Array, y: Array, scale: float, scratch: Scratch) -> tuple[float, float, float]:
     """<x,x>, <x,d> and <d,d> over one tile (at most TILE elements, flat) of the values times `scale`."""
-
-    def products(a: Array, b: Array, d: Array) -> tuple[float, ...]:
-        np.subtract(b, a, out=d)
-        return _dot(a, a, scratch), _dot(a, d, scratch), _dot(d, d, scratch)
-
-    xx, xd, dd = _over_blocks(x, y, scale, scratch, products)
-    return xx, xd, dd
+    a, d = _widen(x, y, scale, scratch)
+    np.subtract(d, a, out=d)
+    return _dot(a, a, scratch), _dot(a, d, scratch), _dot(d, d, scratch)
 
 
 def sum_refined_tile(
     x: Array, y: Array, scale: float, sign: int, factor: float, scratch: Scratch
 ) -> tuple[float, float]:
     """<y,y> and <e,e>, e = y - sign * factor * x, over one tile of the values times `scale`."""
-
-    def products(a: Array, b: Array, d: Array) -> tuple[float, ...]:
-        np.multiply(a, sign * factor, out=d)
-        np.subtract(b, d, out=d)
-        return _dot(b, b, scratch), _dot(d, d, scratch)
-
-    yy, ee = _over_blocks(x, y, scale, scratch, products)
-    return yy, ee
+    a, e = _widen(x, y, scale, scratch)
+    yy = _dot(e, e, scratch)
+    np.multiply(a, sign * factor, out=a)
+    np.subtract(e, a, out=e)
+    return yy, _dot(e, e, scratch)
 
 
-def _over_blocks(
-    x: Array,
-    y: Array,
-    scale: float,
-    scratch: Scratch,
-    products: Callable[[Array, Array, Array], tuple[float, ...]],
-) -> tuple[float, ...]:
-    found = []
-    for start in range(0, len(x), BLOCK):
-        stop = min(start + BLOCK, len(x))
-        length = stop - start
-        padded = -(-length // _LANES) * _LANES
-        a, b, d = (row[:padded] for row in scratch.f64)
-        for values, wide in ((x, a), (y, b)):
-            decode(values[start:stop], wide[:length])
-            wide[length:] = 0.0
-            if scale != 1.0:
-                np.multiply(wide, scale, out=wide)
-        found.append(products(a, b, d))
-    return tuple(total(column) for column in zip(*found, strict=True))
+def _widen(x: Array, y: Array, scale: float, scratch: Scratch) -> tuple[Array, Array]:
+    """Both as float64 times `scale`, padded with zeros to whole lanes."""
+    padded = -(-len(x) // _LANES) * _LANES
+    for values, wide in zip((x, y), scratch.f64, strict=True):
+        decode(values, wide[: len(x)])
+        wide[len(x) : padded] = 0.0
+        if scale != 1.0:
+            np.multiply(wide[:padded], scale, out=wide[:padded])
+    return scratch.f64[0, :padded], scratch.f64[1, :padded]
 
 
 def _dot(a: Array, b: Array, scratch: Scratch) -> float:
@@ -317,8 +305,8 @@ def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) 
     """
     narrow = out.dtype.itemsize <= 2 and np.float64 not in (x.dtype, y.dtype) and not weights.precise
     fits = True
-    for start in range(0, len(x), BLOCK):
-        cut = slice(start, start + BLOCK)
+    for start in range(0, len(x), TILE):
+        cut = slice(start, start + TILE)
         if narrow:
             fits &= _combine_narrow(x[cut], y[cut], weights, out[cut], scratch)
         else:
@@ -333,7 +321,7 @@ def _combine_narrow(x: Array, y: Array, weights: Weights, out: Array, scratch: S
     np.add(a, b, out=a)
     encode(a, out)
     magnitude = np.abs(a, out=b)
-    if out.dtype == _BFLOAT16 and np.less(magnitude, _TINY).any():
+    if out.dtype == _BFLOAT16 and magnitude.min(initial=1.0) < _TINY:
         _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
     return _fits(magnitude.max(initial=0.0), out.dtype)
 
@@ -356,7 +344,9 @@ def _combine_wide(x: Array, y: Array, weights: Weights, out: Array, scratch: Scr
 
 def _fits(largest: Any, dtype: np.dtype[Any]) -> bool:
     """Whether a value of this magnitude is finite in `dtype`; rounding is monotonic, so the largest decides."""
-    return bool(largest <= _SURELY_FITS) or bool(np.isfinite(encode(np.array([largest]), np.empty(1, dtype)).astype(np.float64))[0])
+    return bool(largest <= _SURELY_FITS) or bool(
+        np.isfinite(encode(np.array([largest]), np.empty(1, dtype)).astype(np.float64))[0]
+    )
 
 
 def first_nonfinite(values: Array) -> int | None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -168,9 +169,7 @@ class Work:
 
     def _plan_record(self) -> dict[str, Any]:
         changed = {
-            f"{side}/{job_file.name}": job_file.mtime_ns
-            for side, files in self._inputs().items()
-            for job_file in files
+            f"{side}/{job_file.name}": job_file.mtime_ns for side, files in self._inputs().items() for job_file in files
         }
         return {"record": "plan", "facts": dict(self.plan.facts), "modified": changed}
 
@@ -215,7 +214,11 @@ class Work:
         ]
 
     def finish_shard(
-        self, shard: ShardPlan, sha256: tuple[str, ...], tensors: Iterable[Mapping[str, Any]], writers: list[ShardWriter]
+        self,
+        shard: ShardPlan,
+        sha256: tuple[str, ...],
+        tensors: Iterable[Mapping[str, Any]],
+        writers: list[ShardWriter],
     ) -> None:
         """Record a shard whose files are synced, then give them their names."""
         done = {"record": "shard", "number": shard.number, "sha256": list(sha256)}
@@ -356,8 +359,12 @@ def _manifest_names(folder: Path) -> Iterator[str]:
 
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     before, now = found.get("facts", {}), ours["facts"]
-    parts = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if _brief(before.get(key)) != _brief(now[key])]
-    changed = [key for key in ("base", "ft") if before.get(key) != now[key] and not any(p.startswith(key) for p in parts)]
+    parts = [
+        f"{key} was {before.get(key)}, now {now[key]}" for key in now if _brief(before.get(key)) != _brief(now[key])
+    ]
+    changed = [
+        key for key in ("base", "ft") if before.get(key) != now[key] and not any(p.startswith(key) for p in parts)
+    ]
     parts += [f"the files of {key} changed" for key in changed]
     if not parts:
         times = ours["modified"]
@@ -448,7 +455,7 @@ class _FolderLock:
 
 def _lock_file(fd: int) -> None:
     """Lock or raise BlockingIOError: flock, else record locks where the file system has no flock."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         try:

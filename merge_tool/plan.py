@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from merge_tool._version import __version__
@@ -150,8 +149,8 @@ def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str
 
 def _job(number: int, out: TensorInfo, base: Checkpoint, ft: Checkpoint) -> TensorJob:
     name = out.name
-    sources = (Source(model.tensors[name], model.source(name)) for model in (base, ft))
-    return TensorJob(number, out, *sources, exact=base.tensors[name].dtype not in FLOAT_DTYPES)
+    x, y = (Source(model.tensors[name], model.source(name)) for model in (base, ft))
+    return TensorJob(number, out, x, y, exact=x.info.dtype not in FLOAT_DTYPES)
 
 
 def _output_infos(recipe: Recipe, base: Checkpoint) -> list[TensorInfo]:
@@ -237,9 +236,7 @@ def _vocab(a: TensorInfo, b: TensorInfo) -> str:
     return ""
 
 
-def _facts(
-    recipe: Recipe, base: Checkpoint, ft: Checkpoint, stem: str, single_file: str | None
-) -> dict[str, Any]:
+def _facts(recipe: Recipe, base: Checkpoint, ft: Checkpoint, stem: str, single_file: str | None) -> dict[str, Any]:
     """What decides the output's bytes, in words that can be compared when a merge is resumed."""
     return {
         "version": __version__,

@@ -21,8 +21,9 @@ class Recipe:
     """A merge as asked: nothing here depends on what the checkpoints hold.
 
     `ts` are the interpolation parameters, one output each: 0 is the base, 1 the finetune. `dtype` is a key of
-    OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats. `files_from` names the side whose configuration and tokenizer are copied. `on_mismatch` says
-    what happens to integer tensors that differ. Raises RecipeError for values out of range.
+    OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats. `files_from` names the
+    side whose configuration and tokenizer are copied. `on_mismatch` says what happens to integer tensors that
+    differ. Raises RecipeError for values out of range.
     """
 
     ts: tuple[float, ...] = (DEFAULT_T,)

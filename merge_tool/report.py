@@ -92,7 +92,14 @@ def describe(job: TensorJob, finding: Finding, method: str, t: float) -> TensorR
     change = math.sqrt(sums.dd) / sums.scale / n0 if n0 else None
     weights = None if finding.equal else METHODS[method].weights(sums, t)
     return TensorReport(
-        job.out.name, job.out.dtype, t, degrees, (n0, n1), change, weights, note or (weights.note if weights else "")
+        job.out.name,
+        job.out.dtype,
+        t,
+        degrees,
+        (n0, n1),
+        change,
+        weights,
+        note or (weights.note if weights else ""),
     )
 
 
@@ -202,7 +209,8 @@ def alarms(summary: Summary) -> list[str]:
             "A merge of unrelated models rarely works."
         )
     found.extend(
-        f"{shown(name)}: the two tensors point in opposite directions; merged linearly." for name in summary.antiparallel[:5]
+        f"{shown(name)}: the two tensors point in opposite directions; merged linearly."
+        for name in summary.antiparallel[:5]
     )
     if len(summary.antiparallel) > 5:
         found.append(f"{len(summary.antiparallel) - 5:,} more tensors point in opposite directions.")
@@ -244,20 +252,23 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
 
 
 def card_text(
-    plan: MergePlan, summary: Summary, t: float, command: str, base_card: Path | None, has_code: bool
+    plan: MergePlan,
+    summary: Summary,
+    t: float,
+    command: str,
+    *,
+    base_card: Path | None,
+    is_transformers: bool,
+    has_code: bool,
 ) -> str:
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
     from huggingface_hub import ModelCard, ModelCardData
 
     base, ft = plan.names
     inherited = _inherited(base_card)
-    tags = ["merge", "slerp-merge", *(tag for tag in inherited.pop("tags", []) if tag not in {"merge", "slerp-merge"})]
-    data = ModelCardData(
-        base_model=[base, ft],
-        tags=tags,
-        base_model_relation="merge",
-        **inherited,
-    )
+    if is_transformers:
+        inherited.setdefault("library_name", "transformers")
+    data = ModelCardData(base_model=[base, ft], base_model_relation="merge", tags=["merge", "slerp-merge"], **inherited)
     body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
@@ -275,7 +286,7 @@ def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, ha
         f"tokenizer) are those of {base if plan.recipe.files_from == 'base' else ft}."
     )
     if has_code:
-        yield "The folder holds Python code from that model. It was copied as it is, not run; read it before you trust it."
+        yield "The folder holds Python code of that model, copied as it is and not run; read it before you trust it."
     yield "## How far apart the parents are"
     yield "\n".join(_angle_table(summary))
     yield from remarks(summary)
@@ -307,7 +318,6 @@ def _inherited(base_card: Path | None) -> dict[str, Any]:
         is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
         if key in _INHERITED and (isinstance(value, str) or is_list) and len(str(value)) < 4000:
             found[key] = value
-    found.setdefault("library_name", "transformers")
     return found
 
 

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,7 @@ from merge_tool.methods import (
     PairSums,
     Scratch,
     Weights,
+    as_bytes,
     combine,
     convert,
     first_nonfinite,
@@ -310,7 +312,7 @@ class _Run:
         for first in self._chunks(tensor.job):
             start, stop = self._span(tensor.job, first)
             self._prefetch(tensor.job, start, stop)
-            self._queue(lambda worker, start=start, stop=stop: self._sum(worker, tensor, start, stop))
+            self._queue(partial(self._sum, tensor, start, stop))
 
     def _queue_combine(self, tensor: _OpenTensor) -> None:
         for first in self._chunks(tensor.job):
@@ -318,9 +320,7 @@ class _Run:
             if tensor.kept is None:
                 self._prefetch(tensor.job, start, stop)
             turn, tensor.shard.queued = tensor.shard.queued, tensor.shard.queued + 1
-            self._queue(
-                lambda worker, turn=turn, start=start, stop=stop: self._write(worker, tensor, turn, start, stop)
-            )
+            self._queue(partial(self._write, tensor, turn, start, stop))
 
     def _prefetch(self, job: TensorJob, start: int, stop: int) -> None:
         for source in (job.base, job.ft):
@@ -378,7 +378,7 @@ class _Run:
         _fill(tensor.job.ft, start, y)
         return x, y
 
-    def _sum(self, worker: _Worker, tensor: _OpenTensor, start: int, stop: int) -> None:
+    def _sum(self, tensor: _OpenTensor, start: int, stop: int, worker: _Worker) -> None:
         job = tensor.job
         if tensor.kept is None:
             x, y = self._read(worker, tensor, start, stop)
@@ -408,7 +408,8 @@ class _Run:
             if kept_base and self.plan.recipe.on_mismatch != "base":
                 raise DataError(_unequal_message(self.plan, job))
         else:
-            sums = PairSums(*(total(column) for column in tensor.tile_sums.T))
+            xx, xd, dd = (total(column) for column in tensor.tile_sums.T)
+            sums = PairSums(xx, xd, dd)
             if not tensor.equal:
                 sums = self._sharpen(worker, tensor, sums)
                 method = METHODS[self.plan.recipe.method]
@@ -429,8 +430,7 @@ class _Run:
             return sums
         sign, factor = found
         parts = [
-            sum_refined_tile(x, y, sums.scale, sign, factor, worker.scratch)
-            for _, x, y in self._tiles(worker, tensor)
+            sum_refined_tile(x, y, sums.scale, sign, factor, worker.scratch) for _, x, y in self._tiles(worker, tensor)
         ]
         yy, ee = (total(column) for column in zip(*parts, strict=True))
         return PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
@@ -460,7 +460,7 @@ class _Run:
             for begin in range(0, stop - start, TILE):
                 yield start + begin, x[begin : begin + TILE], y[begin : begin + TILE]
 
-    def _write(self, worker: _Worker, tensor: _OpenTensor, turn: int, start: int, stop: int) -> None:
+    def _write(self, tensor: _OpenTensor, turn: int, start: int, stop: int, worker: _Worker) -> None:
         job, shard = tensor.job, tensor.shard
         self._block(lambda: tensor.done is not None)
         if tensor.kept is None:
@@ -472,7 +472,7 @@ class _Run:
         out = worker.arrays(job, stop - start)[2]
         for number, writer in enumerate(shard.writers):
             merged = self._merge(worker, tensor, number, start, (x, y, out))
-            data = memoryview(merged.view(np.uint8))
+            data = as_bytes(merged)
             writer.write(job.out.offset + start * out.itemsize, data)
             self._block(lambda number=number: shard.turns[number] == turn)  # type: ignore[misc]
             writer.hash_next(data)
@@ -483,7 +483,12 @@ class _Run:
         self._wrote(tensor)
 
     def _merge(
-        self, worker: _Worker, tensor: _OpenTensor, number: int, start: int, arrays: tuple[Array, Array, Array]
+        self,
+        worker: _Worker,
+        tensor: _OpenTensor,
+        number: int,
+        start: int,
+        arrays: tuple[Array, Array, Array],
     ) -> Array:
         """The chunk of output `number`: an input as it is, an input converted, or both combined."""
         x, y, out = arrays
@@ -534,7 +539,7 @@ def _byte_range(source: Source, start: int, stop: int) -> tuple[int, int]:
 
 
 def _fill(source: Source, start: int, values: Array) -> None:
-    source.file.read_into(source.info.offset + start * values.itemsize, memoryview(values.view(np.uint8)))
+    source.file.read_into(source.info.offset + start * values.itemsize, as_bytes(values))
 
 
 def _unequal_message(plan: MergePlan, job: TensorJob) -> str:

@@ -39,7 +39,7 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """What is copied, what is skipped (files, and folders with a trailing '/'), and the unmerged weights among the copied."""
+    """What is copied, what is skipped (folders end in '/'), and which of the copied files are unmerged weights."""
 
     folder: Folder | None
     copied: tuple[SideFile, ...]
@@ -51,8 +51,8 @@ class SideFiles:
         return sum(file.size for file in self.copied)
 
 
-def plan_side_files(folder: Folder | None) -> SideFiles:
-    """Decide about every file of `folder`; raises CheckpointError for links that lead out of it."""
+def plan_side_files(folder: Folder | None, merged: frozenset[str] = frozenset()) -> SideFiles:
+    """Decide about every file of `folder` but the `merged` ones; raises CheckpointError for links that lead out."""
     if folder is None:
         return SideFiles(None, (), (), ())
     modules = _module_folders(folder)
@@ -68,9 +68,9 @@ def plan_side_files(folder: Folder | None) -> SideFiles:
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
             unwanted |= relative in {REPORT, SUMS} or (relative == BASE_CARD and folder.has(CARD))
-        if unwanted:
+        if unwanted and relative not in merged:
             skipped.append(f"{relative}/" if is_folder else relative)
-        return unwanted
+        return unwanted or relative in merged
 
     copied = []
     for relative in folder.walk(skip):

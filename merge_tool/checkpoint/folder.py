@@ -17,7 +17,8 @@ from merge_tool.errors import CheckpointError, shown
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
-    ".safetensors .gguf .ggml .h5 .msgpack .ot .onnx .onnx_data .npz .tflite .mlmodel .nemo .distcp".split()
+    {".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel"}
+    | {".nemo", ".distcp"}
 )
 _LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
@@ -62,7 +63,7 @@ class Folder:
         yield from self._walk("", frozenset({self.root}), skip)
 
     def _walk(self, prefix: str, above: frozenset[Path], skip: Callable[[str], bool]) -> Iterator[str]:
-        for name in sorted(os.listdir(self.root / prefix)):
+        for name in sorted(entry.name for entry in (self.root / prefix).iterdir()):
             relative = f"{prefix}{name}"
             if skip(relative):
                 continue

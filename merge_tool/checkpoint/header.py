@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from json.decoder import scanstring  # type: ignore[attr-defined]  # public in CPython since 2.6, not in its stubs
 from math import prod
 from typing import Any, NoReturn
 
@@ -174,11 +175,12 @@ class _Members:
         return _check_entry(entry, name)
 
     def _take_string(self, what: str) -> str:
+        value: str
         self._skip()
         if not self.text.startswith('"', self.position):
             raise _Malformed(f"{what} is not a string")
         try:
-            value, self.position = json.decoder.scanstring(self.text, self.position + 1, True)
+            value, self.position = scanstring(self.text, self.position + 1, True)
             value.encode("utf-8")
         except UnicodeEncodeError as e:
             raise _Malformed(f"{what} holds half of a surrogate pair") from e
@@ -257,9 +259,7 @@ def _check_entry(entry: object, name: str) -> tuple[str, tuple[int, ...], int, i
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def _check_layout(
-    spans: list[tuple[int, int, TensorInfo]], *, data_offset: int, file_size: int
-) -> list[TensorInfo]:
+def _check_layout(spans: list[tuple[int, int, TensorInfo]], *, data_offset: int, file_size: int) -> list[TensorInfo]:
     """The tensors with absolute offsets, if they tile the file's data exactly."""
     spans.sort(key=lambda span: (span[0], span[1]))
     reached, tensors = 0, []
@@ -272,9 +272,7 @@ def _check_layout(
             raise _Malformed(f"{where} {what}: it starts at {begin:,}, expected {reached:,}")
         bits = info.numel * DTYPE_BITS[info.dtype]
         if any(dim > _LARGEST_DIM for dim in info.shape) or bits % 8 or end - begin != bits // 8:
-            raise _Malformed(
-                f"{where}: shape {list(info.shape)} of {info.dtype} does not take {end - begin:,} bytes"
-            )
+            raise _Malformed(f"{where}: shape {list(info.shape)} of {info.dtype} does not take {end - begin:,} bytes")
         reached = end
         tensors.append(replace(info, offset=data_offset + begin))
     if data_offset + reached != file_size:
@@ -291,9 +289,7 @@ def write_order(info: TensorInfo) -> tuple[int, str]:
     return _WRITE_ORDER[info.dtype], info.name
 
 
-def build_header(
-    infos: Iterable[TensorInfo], metadata: Mapping[str, str]
-) -> tuple[bytes, list[TensorInfo]]:
+def build_header(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorInfo]]:
     """The first bytes of a file (length, JSON, padding) and its tensors with their absolute offsets.
 
     The same bytes as `safetensors.serialize_file` writes for these tensors and at most one metadata entry;

@@ -67,12 +67,19 @@ class Checkpoint:
         file_of: dict[str, int],
         metadata: dict[str, str],
         config: dict[str, Any] | None,
+        index_name: str | None = None,
         notices: tuple[str, ...] = (),
     ) -> None:
         self.name, self.folder, self.files = name, folder, files
         self.tensors: Mapping[str, TensorInfo] = tensors
         self.metadata, self.config, self.notices = metadata, config, notices
+        self.index_name = index_name
         self._file_of = file_of  # empty when there is one file
+
+    @property
+    def weight_files(self) -> frozenset[str]:
+        """The names of the files that hold the tensors, and of their index."""
+        return frozenset(file.file_name for file in self.files) | {self.index_name or "model.safetensors.index.json"}
 
     def source(self, name: str) -> LocalFile:
         """The file that holds tensor `name`."""
@@ -84,7 +91,7 @@ class Checkpoint:
         dtype = NUMPY_DTYPES[info.dtype]
         if out.dtype != dtype or out.shape != (stop - start,) or not 0 <= start <= stop <= info.numel:
             raise ValueError(f"{name}: elements [{start}, {stop}) of {info.numel} do not fit the given array")
-        raw = memoryview(out.view(np.uint8))
+        raw = memoryview(out.view(np.uint8))  # type: ignore[arg-type]  # numpy 2.4's stubs say no, numpy says yes
         self.source(name).read_into(info.offset + start * dtype.itemsize, raw)
         return out
 
@@ -98,9 +105,7 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(
-    ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True
-) -> Checkpoint:
+def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True) -> Checkpoint:
     """Open a model folder or a .safetensors file and read its headers.
 
     Raises CheckpointError when there is no checkpoint there, or, if it is to be `mergeable`, one that cannot be
@@ -160,7 +165,7 @@ def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
         metadata = {**found, **metadata}
     config = folder.load_json("config.json") if "config.json" in listing else None
     files = tuple(file for file, _, _ in parsed)
-    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, tuple(notices))
+    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, index, tuple(notices))
 
 
 def _find_weights(folder: Folder, listing: list[str]) -> tuple[str | None, str | None]:
