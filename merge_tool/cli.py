@@ -58,7 +58,7 @@ def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", value.strip().lower(), re.ASCII)
     if match is None or match[2] not in _UNITS:
         raise click.BadParameter(
-            f"{shown(value)!r} is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", ctx, param
+            f"'{shown(value)}' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", ctx, param
         )
     return int(Fraction(match[1]) * _UNITS[match[2]])
 
@@ -71,7 +71,7 @@ def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tu
             found.extend(float(part) for part in text.split(","))
         except ValueError as e:
             raise click.BadParameter(
-                f"{shown(text)!r} is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 for several.", ctx, param
+                f"'{shown(text)}' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 for several.", ctx, param
             ) from e
     return tuple(found)
 

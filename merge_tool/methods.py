@@ -45,9 +45,10 @@ def decode(values: Array, out: Array) -> Array:
 
 def encode(values: Array, out: Array) -> Array:
     """Float32 or float64 `values` rounded once, to nearest even, to `out`'s dtype."""
-    if values.dtype == np.float64 and (out.dtype == _BFLOAT16 or out.dtype in _FLOAT8):
-        values = _round_to_odd(values)  # ml_dtypes goes through float32, which would round twice
-    np.copyto(out, values, casting="unsafe")
+    with np.errstate(over="ignore", invalid="ignore"):
+        if values.dtype == np.float64 and (out.dtype == _BFLOAT16 or out.dtype in _FLOAT8):
+            values = _round_to_odd(values)  # ml_dtypes goes through float32, which would round twice
+        np.copyto(out, values, casting="unsafe")
     return out
 
 

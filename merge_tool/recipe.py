@@ -47,7 +47,7 @@ class Recipe:
 
 def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
-        raise RecipeError(f"{what} is {shown(value)!r}, expected one of: {', '.join(choices)}.")
+        raise RecipeError(f"{what} is '{shown(value)}', expected one of: {', '.join(choices)}.")
 
 
 def _check_ts(values: Iterable[float], extrapolate: bool) -> tuple[float, ...]:

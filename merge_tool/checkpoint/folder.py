@@ -120,6 +120,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {shown(key)!r} appears twice")
+            raise ValueError(f"the key '{shown(key)}' appears twice")
         found[key] = value
     return found

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]  # public in CPython since 2.6, not in its stubs
 from math import prod
 from typing import Any, NoReturn
@@ -115,7 +115,7 @@ def _parse_members(text: str) -> tuple[list[tuple[int, int, TensorInfo]], dict[s
     members = _Members(text, 0, "the header")
     for name in members:
         if name in names:
-            raise _Malformed(f"the name {shown(name)!r} appears twice")
+            raise _Malformed(f"the name '{shown(name)}' appears twice")
         names.add(name)
         if name == "__metadata__":
             metadata = members.take_strings(name)
@@ -143,13 +143,13 @@ class _Members:
         if self._next_is("}"):
             return
         while True:
-            key = self._take_string(f"a key of {self.what}")
-            self._expect(":", f"after the key {shown(key)!r}")
+            key = self._take_string("a key of", self.what)
+            self._expect(":", "after the key", key)
             yield key
             self._skip()
             if self._next_is("}"):
                 return
-            self._expect(",", f"after the value of {shown(key)!r}")
+            self._expect(",", "after the value of", key)
             self._skip()
 
     def take_strings(self, name: str) -> dict[str, str]:
@@ -157,8 +157,8 @@ class _Members:
         inner, found = _Members(self.text, self.position, f"{name!r}"), {}
         for key in inner:
             if key in found:
-                raise _Malformed(f"{name} has the key {shown(key)!r} twice")
-            found[key] = inner._take_string(f"the value of {shown(key)!r} in {name}")
+                raise _Malformed(f"{name} has the key '{shown(key)}' twice")
+            found[key] = inner._take_string("the value of", key)
         self.position = inner.position
         return found
 
@@ -174,18 +174,18 @@ class _Members:
         self.position = start + length
         return _check_entry(entry, name)
 
-    def _take_string(self, what: str) -> str:
+    def _take_string(self, what: str, where: str) -> str:
         value: str
         self._skip()
         if not self.text.startswith('"', self.position):
-            raise _Malformed(f"{what} is not a string")
+            raise _Malformed(f"{what} {shown(where)} is not a string")
         try:
             value, self.position = scanstring(self.text, self.position + 1, True)
             value.encode("utf-8")
         except UnicodeEncodeError as e:
-            raise _Malformed(f"{what} holds half of a surrogate pair") from e
+            raise _Malformed(f"{what} {shown(where)} holds half of a surrogate pair") from e
         except ValueError as e:
-            raise _Malformed(f"{what} is not valid JSON ({e})") from e
+            raise _Malformed(f"{what} {shown(where)} is not valid JSON ({e})") from e
         return value
 
     def _skip(self) -> None:
@@ -197,10 +197,10 @@ class _Members:
             return True
         return False
 
-    def _expect(self, sign: str, place: str) -> None:
+    def _expect(self, sign: str, place: str, key: str) -> None:
         self._skip()
         if not self._next_is(sign):
-            raise _Malformed(f"the header is not valid JSON: expected {sign!r} {place}")
+            raise _Malformed(f"the header is not valid JSON: expected '{sign}' {place} '{shown(key)}'")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -212,11 +212,11 @@ def _decode_entry(text: str, name: str) -> tuple[object, int]:
     try:
         return _DECODER.raw_decode(text)
     except RecursionError as e:
-        raise _Malformed(f"tensor {shown(name)!r}: its entry is nested too deeply") from e
+        raise _Malformed(f"tensor '{shown(name)}': its entry is nested too deeply") from e
     except _Malformed as e:
-        raise _Malformed(f"tensor {shown(name)!r}: {e}") from e
+        raise _Malformed(f"tensor '{shown(name)}': {e}") from e
     except ValueError as e:
-        raise _Malformed(f"tensor {shown(name)!r}: its entry is not valid JSON ({e})") from e
+        raise _Malformed(f"tensor '{shown(name)}': its entry is not valid JSON ({e})") from e
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -245,7 +245,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _check_entry(entry: object, name: str) -> tuple[str, tuple[int, ...], int, int]:
-    where = f"tensor {shown(name)!r}"
+    where = f"tensor '{shown(name)}'"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Malformed(f"{where}: its entry must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -264,17 +264,19 @@ def _check_layout(spans: list[tuple[int, int, TensorInfo]], *, data_offset: int,
     spans.sort(key=lambda span: (span[0], span[1]))
     reached, tensors = 0, []
     for begin, end, info in spans:
-        where = f"tensor {shown(info.name)!r}"
         if info.dtype not in DTYPE_BITS:
-            raise _Malformed(f"{where} has the unknown dtype {shown(info.dtype)!r}")
+            raise _Malformed(f"tensor '{shown(info.name)}' has the unknown dtype '{shown(info.dtype)}'")
         if begin != reached:
             what = "overlaps the one before it" if begin < reached else "leaves a hole before it"
-            raise _Malformed(f"{where} {what}: it starts at {begin:,}, expected {reached:,}")
+            raise _Malformed(f"tensor '{shown(info.name)}' {what}: it starts at {begin:,}, expected {reached:,}")
         bits = info.numel * DTYPE_BITS[info.dtype]
         if any(dim > _LARGEST_DIM for dim in info.shape) or bits % 8 or end - begin != bits // 8:
-            raise _Malformed(f"{where}: shape {list(info.shape)} of {info.dtype} does not take {end - begin:,} bytes")
+            raise _Malformed(
+                f"tensor '{shown(info.name)}': shape {shown(list(info.shape))} of {info.dtype} does not take "
+                f"{end - begin:,} bytes"
+            )
         reached = end
-        tensors.append(replace(info, offset=data_offset + begin))
+        tensors.append(TensorInfo(info.name, info.dtype, info.shape, data_offset + begin))
     if data_offset + reached != file_size:
         what = "truncated" if data_offset + reached > file_size else "longer than its header says"
         raise _Malformed(f"the file is {what}: {file_size:,} bytes, expected {data_offset + reached:,}")
@@ -310,7 +312,7 @@ def build_header(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tu
     text += b" " * (-len(text) % 8)
     placed, offset = [], 8 + len(text)
     for info in ordered:
-        placed.append(replace(info, offset=offset))
+        placed.append(TensorInfo(info.name, info.dtype, info.shape, offset))
         offset += info.nbytes
     return len(text).to_bytes(8, "little") + text, placed
 

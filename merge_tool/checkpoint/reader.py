@@ -225,11 +225,12 @@ def _read_header(source: LocalFile, file_name: str, max_header_bytes: int) -> _P
     start = bytearray(8)
     source.read_into(0, memoryview(start))
     length = int.from_bytes(start, "little")
+    if start.startswith(b"PK\x03\x04") and 8 + length > source.size:
+        raise HeaderError(f"{where}: is a zip or pickle file, not a safetensors file.")
     if length > MAX_HEADER_BYTES:
-        what = " (it looks like a zip or pickle file)" if start.startswith((b"PK", b"\x80")) else ""
         raise HeaderError(
             f"{where}: its header would have {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed; "
-            f"this is not a safetensors file{what}."
+            "this is not a safetensors file."
         )
     if 8 + length > source.size:
         raise HeaderError(
@@ -265,7 +266,7 @@ def _collect(
                 continue  # a second copy; the index names the one to use
             if info.name in tensors:
                 raise CheckpointError(
-                    f"{folder.name}: tensor {shown(info.name)!r} is in two shards and the index names neither."
+                    f"{folder.name}: tensor '{shown(info.name)}' is in two shards and the index names neither."
                 )
             if listed_in is None:
                 unlisted.append(info.name)
@@ -303,7 +304,7 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
     if unreadable:
         first = unreadable[0]
         raise CheckpointError(
-            f"{checkpoint.name}: tensor {shown(first.name)!r} has dtype {first.dtype}, which cannot be merged "
+            f"{checkpoint.name}: tensor '{shown(first.name)}' has dtype {first.dtype}, which cannot be merged "
             f"({len(unreadable)} such tensors). Supported: {', '.join(NUMPY_DTYPES)}."
         )
 
@@ -317,9 +318,9 @@ def _quantised(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInf
     for name in tensors:
         companion = next((name.removesuffix(s) for s in ("_scale_inv", "_scale") if name.endswith(s)), None)
         if companion in tensors or (has_fp8 and name.endswith(_FP8_SCALES)):
-            return f"scales in tensor {shown(name)!r}"
+            return f"scales in tensor '{shown(name)}'"
         if name.endswith(_QUANTISED_SUFFIXES) or name == "scaled_fp8":
-            return f"codes or scales in tensor {shown(name)!r}"
+            return f"codes or scales in tensor '{shown(name)}'"
     return None
 
 

@@ -1,0 +1,18 @@
+"""Fixtures shared by all tests. Helpers that are plain functions live in checkpoints.py and oracle.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import language_model, save_model
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A small base and finetune, sharded differently, with side files."""
+    side = {"tokenizer.json": "{}", "generation_config.json": '{"eos_token_id": 0}\n', "sub/chat.jinja": "{{ x }}"}
+    base = save_model(tmp_path / "base", language_model(0), shards=2, side_files=side)
+    ft = save_model(tmp_path / "ft", language_model(1), shards=3, side_files=side)
+    return base, ft
