@@ -216,23 +216,25 @@ def _half_chord_squared(sums: PairSums) -> float:
 
 
 def refinement(sums: PairSums) -> tuple[int, float] | None:
-    """The sign and factor of a second pass, where the three sums alone leave fewer than 11 digits of the angle.
+    """The sign and factor of another pass, where the sums so far leave fewer than 11 digits of the angle.
 
-    That is: norms that differ by much more than the angle, a y much shorter than x, or an angle near pi.
+    That is: norms that differ by much more than the angle, a y much shorter than x, or an angle near pi. Ask again
+    after each pass, at most three times: for |y|, for the angle, and for the other sign.
     """
     n0, n1 = sums.norms
-    if n0 == 0 or sums.dd == 0:
+    if n0 == 0 or sums.dd == 0 or (n1 == 0 and sums.refined):
         return None
+    if sums.refined:
+        sign, factor, _, _ = sums.refined
+        if abs(factor - n1 / n0) > 1e-2 * factor:
+            return sign, n1 / n0
+        return (-sign, n1 / n0) if _half_chord_squared(sums) > 0.75 else None
     if n1 * n1 < 1e-3 * max(sums.xx, sums.dd):
-        # <y,y> itself was lost: a factor from y's projection will do, and the sign of <x,y>
-        projection = (sums.xx + sums.xd) / sums.xx
-        return (1 if projection >= 0 else -1), max(abs(projection), n1 / n0, 1e-300)
+        return 1, 1.0  # <y,y> itself was lost
     half_squared = _half_chord_squared(sums)
     if half_squared > 0.75:
         return -1, n1 / n0
-    if sums.dd > 1000 * (4 * n0 * n1 * half_squared):
-        return 1, n1 / n0
-    return None
+    return (1, n1 / n0) if sums.dd > 1000 * (4 * n0 * n1 * half_squared) else None
 
 
 # ------------------------------------------------------------------------------------------- weights

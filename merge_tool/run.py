@@ -426,14 +426,15 @@ class _Run:
             sums = self._sum_again(worker, tensor, 2.0**-600)
         elif "F64" in (tensor.job.base.info.dtype, tensor.job.ft.info.dtype) and sums.xx + sums.dd < 1e-200:
             sums = self._sum_again(worker, tensor, 2.0**500)
-        if (found := refinement(sums)) is None:
-            return sums
-        sign, factor = found
-        parts = [
-            sum_refined_tile(x, y, sums.scale, sign, factor, worker.scratch) for _, x, y in self._tiles(worker, tensor)
-        ]
-        yy, ee = (total(column) for column in zip(*parts, strict=True))
-        return PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
+        while (found := refinement(sums)) is not None:
+            sign, factor = found
+            parts = [
+                sum_refined_tile(x, y, sums.scale, sign, factor, worker.scratch)
+                for _, x, y in self._tiles(worker, tensor)
+            ]
+            yy, ee = (total(column) for column in zip(*parts, strict=True))
+            sums = PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
+        return sums
 
     def _sum_again(self, worker: _Worker, tensor: _OpenTensor, scale: float) -> PairSums:
         parts = [sum_tile(x, y, scale, worker.scratch) for _, x, y in self._tiles(worker, tensor)]
