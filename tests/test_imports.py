@@ -1,0 +1,91 @@
+"""The arrows of ARCHITECTURE.md: who may import whom, and that the merger never loads torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARROWS: dict[str, set[str]] = {
+    "__init__": {"_version", "api", "checkpoint.reader", "errors", "plan", "recipe", "run"},
+    "__main__": {"cli"},
+    "_version": set(),
+    "errors": set(),
+    "checkpoint.__init__": set(),
+    "checkpoint.header": {"errors"},
+    "checkpoint.source": {"errors"},
+    "checkpoint.folder": {"errors"},
+    "checkpoint.reader": {"checkpoint.folder", "checkpoint.header", "checkpoint.source", "errors"},
+    "checkpoint.writer": {"errors"},
+    "methods": set(),
+    "recipe": {"errors", "methods"},
+    "plan": {"_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe"},
+    "memory": {"checkpoint.reader", "errors", "methods", "plan"},
+    "run": {"checkpoint.reader", "checkpoint.writer", "errors", "memory", "methods", "plan"},
+    "side_files": {"checkpoint.folder"},
+    "output": {"checkpoint.folder", "checkpoint.source", "checkpoint.writer", "errors", "plan", "side_files"},
+    "report": {"_version", "errors", "methods", "plan", "recipe"},
+    "compare": {"checkpoint.reader"},
+    "api": {
+        "checkpoint.reader", "checkpoint.writer", "errors", "memory", "output", "plan", "recipe", "report", "run",
+        "side_files",
+    },
+    "cli": {"_version", "api", "compare", "errors", "memory", "methods", "recipe", "report"},
+}  # fmt: skip
+OUTSIDE = {
+    "click": {"cli"},
+    "tqdm": {"cli"},
+    "yaml": {"report"},
+    "huggingface_hub": {"report"},
+    "numpy": {"methods", "checkpoint.reader", "run"},
+    "ml_dtypes": {"methods", "checkpoint.reader"},
+    "safetensors": {"output"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the arrows"
+            found.add(node.module or "")
+    return found
+
+
+FILES = {
+    path.relative_to(ROOT / "merge_tool").with_suffix("").as_posix().replace("/", "."): path
+    for path in (ROOT / "merge_tool").rglob("*.py")
+}
+
+
+def test_every_module_has_its_arrows() -> None:
+    assert FILES.keys() == ARROWS.keys()
+
+
+@pytest.mark.parametrize("module", sorted(ARROWS))
+def test_modules_import_only_what_their_arrows_allow(module: str) -> None:
+    found = imports(FILES[module])
+    ours = {name.removeprefix("merge_tool.") for name in found if name.startswith("merge_tool.")}
+    assert ours <= ARROWS[module]
+    for name in (name.split(".")[0] for name in found):
+        assert name in sys.stdlib_module_names | {"merge_tool"} or module in OUTSIDE.get(name, set()), name
+
+
+def test_a_merge_never_loads_torch_and_importing_us_loads_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    code = (
+        "import sys, merge_tool; assert 'numpy' not in sys.modules; "
+        "merge_tool.merge(sys.argv[1], sys.argv[2], sys.argv[3]); "
+        "assert not {'torch', 'transformers', 'train'} & sys.modules.keys(); import merge_tool.cli; "
+        "assert not {'torch', 'transformers', 'train'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, pair), str(tmp_path / "out")], check=True)
+
+
+def test_nothing_of_ours_imports_train() -> None:
+    assert not any(name.split(".")[0] == "train" for path in FILES.values() for name in imports(path))
