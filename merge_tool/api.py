@@ -32,7 +32,7 @@ from merge_tool.output import Target, Work, check_target
 from merge_tool.plan import MergePlan, ShardPlan, plan_merge
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, DEFAULT_T, Recipe, label_t
 from merge_tool.report import (
-    Finding,
+    Findings,
     Summary,
     alarms,
     card_text,
@@ -81,8 +81,9 @@ class Prepared:
     """A merge that headers say will work: what `--dry-run` shows and `merge` carries out."""
 
     plan: MergePlan
-    models: tuple[Checkpoint, Checkpoint]
     side_files: SideFiles
+    base_card: Path | None
+    is_transformers: bool
     layout: Layout
     budget: int
     held_bytes: int
@@ -142,7 +143,8 @@ def merge(
     for message in prepared.warnings:
         warn(message)
     if not overwrite and is_complete(prepared):
-        return _report(prepared, _findings_from_report(prepared), started, already_complete=True)
+        summary = summarise(prepared.plan, _findings_from_report(prepared))
+        return _report(prepared, summary, started, already_complete=True)
     check_room(prepared, overwrite=overwrite)
     flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
     with Work(prepared.target, prepared.plan, flush_bytes=flush) as work:
@@ -160,7 +162,7 @@ def merge(
         work.publish()
     for message in alarms(summary):
         warn(message)
-    return _report(prepared, findings, started)
+    return _report(prepared, summary, started)
 
 
 def prepare(
@@ -187,9 +189,13 @@ def prepare(
     plan = plan_merge(recipe, models, single_file=target.single_file)
     donor = models[recipe.files_from == "ft"]
     side_files = plan_side_files(None if target.is_file else donor.folder, donor.weight_files)
+    base_card = models[0].folder.path(CARD) if models[0].folder and models[0].folder.has(CARD) else None
+    is_transformers = "architectures" in (models[0].config or {})
+    warnings = tuple(_warnings(models, side_files))
+    del models, donor  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()
     layout = plan_layout(plan, budget, jobs or default_jobs(), held=held)
-    return Prepared(plan, models, side_files, layout, budget, held, target, tuple(_warnings(models, side_files)))
+    return Prepared(plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings)
 
 
 # -------------------------------------------------------------------------------------------- checks
@@ -359,23 +365,25 @@ def _run(
         raise RecipeError("The system has less memory left than the budget allows. Give a smaller --memory.") from e
 
 
-def _findings(work: Work) -> dict[int, Finding]:
-    records = (record for record in work.journal.records() if record.get("record") == "tensor")
-    return {record["number"]: from_record(record) for record in records}
-
-
-def _findings_from_report(prepared: Prepared) -> dict[int, Finding]:
-    report = prepared.target.path / prepared.plan.labels[0] / REPORT
-    by_name = {tensor["name"]: tensor for tensor in load_tensors(report)}
-    found = {}
-    for job in prepared.plan.jobs():
-        tensor = by_name[job.out.name]
-        kept = tensor.get("note") == "differs: base kept"
-        found[job.number] = from_record({**tensor, "kept_base": kept})
+def _findings(work: Work) -> Findings:
+    found = Findings()
+    for record in work.journal.records():
+        if record.get("record") == "tensor":
+            found.add(record["number"], from_record(record))
     return found
 
 
-def _write_side_files(prepared: Prepared, work: Work, findings: dict[int, Finding], summary: Summary) -> None:
+def _findings_from_report(prepared: Prepared) -> Findings:
+    report = prepared.target.path / prepared.plan.labels[0] / REPORT
+    by_name = {tensor["name"]: tensor for tensor in load_tensors(report)}
+    found = Findings()
+    for job in prepared.plan.jobs():
+        tensor = by_name[job.out.name]
+        found.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
+    return found
+
+
+def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summary: Summary) -> None:
     """Complete each output in the work folder: copies, index, card, report, checksums."""
     plan = prepared.plan
     if prepared.target.is_file or work.is_publishing:
@@ -421,15 +429,13 @@ def _config_dtype(plan: MergePlan) -> str | None:
 
 
 def _card(prepared: Prepared, summary: Summary, t: float) -> str:
-    base = prepared.models[0]
-    has_card = base.folder is not None and base.folder.has(CARD)
     return card_text(
         prepared.plan,
         summary,
         t,
         _command(prepared.plan, t),
-        base_card=base.folder.path(CARD) if base.folder is not None and has_card else None,
-        is_transformers="architectures" in (base.config or {}),
+        base_card=prepared.base_card,
+        is_transformers=prepared.is_transformers,
         has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
     )
 
@@ -456,7 +462,7 @@ def _quoted(name: str) -> str:
     return name if re.fullmatch(r"[\w@%+=:,./-]+", name) else "'" + name.replace("'", "'\\''") + "'"
 
 
-def _copy_report(prepared: Prepared, findings: dict[int, Finding], path: Path) -> None:
+def _copy_report(prepared: Prepared, findings: Findings, path: Path) -> None:
     digest, facts = _single(prepared.plan, prepared.plan.ts[0])
     try:
         with path.open("w", encoding="utf-8") as file:
@@ -465,11 +471,8 @@ def _copy_report(prepared: Prepared, findings: dict[int, Finding], path: Path) -
         raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e
 
 
-def _report(
-    prepared: Prepared, findings: dict[int, Finding], started: float, *, already_complete: bool = False
-) -> MergeReport:
+def _report(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:
     plan, target = prepared.plan, prepared.target.path
-    summary = summarise(plan, findings)
     return MergeReport(
         tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
         plan.ts,

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -60,7 +59,9 @@ def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: 
         raise click.BadParameter(
             f"'{shown(value)}' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", ctx, param
         )
-    return int(Fraction(match[1]) * _UNITS[match[2]])
+    whole, _, part = match[1].partition(".")
+    nbytes: int = int(whole + part) * _UNITS[match[2]] // 10 ** len(part)
+    return nbytes
 
 
 def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tuple[str, ...]) -> tuple[float, ...]:

@@ -15,11 +15,10 @@ from merge_tool.plan import MergePlan, TensorJob
 
 LEAST_BYTES = 64_000_000
 DEFAULT_MOST_BYTES = 256_000_000
-_RESERVE_BYTES = 5_000_000  # threads' stacks, malloc's own, the journal: seen at most 3.5 MB
-_PER_TENSOR_BYTES = 900  # records kept until a shard is done, and the report; seen about 700
-_CARD_BYTES = 14_000_000  # huggingface_hub's card classes, imported after the buffers are given back
-_LARGEST_CHUNK_TILES = 2
-_QUEUED_CHUNKS = 4  # prefetched ahead of the workers, for each of them
+_RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's own, the journal: seen at most 2.0 MB
+_PER_TENSOR_BYTES = 250  # records kept until a shard is done, and the findings: seen 150
+_CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
+_LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
 MAX_JOBS = 8
 
 
@@ -81,10 +80,10 @@ def _slot_itemsize(job: TensorJob) -> int:
 
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:
-    """As much of `room` as tensors read once can use: three of the largest that fit, so that work overlaps."""
+    """As much of `room` as tensors read once can use: two of the largest that fit, so that work overlaps."""
     sizes = [aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes) for job in plan.jobs()]
     fitting = [size for size in sizes if size <= room]
-    return max(0, min(room, sum(fitting), 3 * max(fitting, default=0)))
+    return max(0, min(room, sum(fitting), 2 * max(fitting, default=0)))
 
 
 def aligned(nbytes: int) -> int:

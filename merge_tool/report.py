@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,36 @@ class Finding:
     sums: PairSums | None
     equal: bool
     kept_base: bool
+
+
+class Findings:
+    """The findings of many tensors by their number, a few dozen bytes each. Iterable over numbers; add and get."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self._sums = array("d")
+        self._flags = bytearray()
+        self._rare: dict[int, PairSums] = {}  # those with a scale or a refinement
+
+    def add(self, number: int, finding: Finding) -> None:
+        sums = finding.sums
+        self._numbers[number] = len(self._flags)
+        self._flags.append((sums is not None) | finding.equal << 1 | finding.kept_base << 2)
+        self._sums.extend((sums.xx, sums.xd, sums.dd) if sums else (0.0, 0.0, 0.0))
+        if sums is not None and (sums.scale != 1.0 or sums.refined):
+            self._rare[number] = sums
+
+    def __getitem__(self, number: int) -> Finding:
+        place = self._numbers[number]
+        flags = self._flags[place]
+        sums = None
+        if flags & 1:
+            xx, xd, dd = self._sums[3 * place : 3 * place + 3]
+            sums = self._rare.get(number) or PairSums(xx, xd, dd)
+        return Finding(sums, bool(flags & 2), bool(flags & 4))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
 
 
 def to_record(number: int, sums: PairSums | None, equal: bool, kept_base: bool) -> dict[str, Any]:
@@ -149,9 +179,9 @@ class Summary:
     groups: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
-def summarise(plan: MergePlan, findings: Mapping[int, Finding]) -> Summary:
+def summarise(plan: MergePlan, findings: Findings) -> Summary:
     """Median and largest angle, and how many tensors are equal or close."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, array[float]] = {}
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
@@ -160,23 +190,32 @@ def summarise(plan: MergePlan, findings: Mapping[int, Finding]) -> Summary:
             antiparallel.append(job.out.name)
         if found.angle_degrees is None:
             continue
-        groups.setdefault(_kind(job.out.name), []).append(found.angle_degrees)
+        groups.setdefault(_kind(job.out.name), array("d")).append(found.angle_degrees)
         if largest is None or found.angle_degrees > largest[0]:
             largest = found.angle_degrees, job.out.name
-    angles = [angle for group in groups.values() for angle in group]
+    angles = array("d")
+    for group in groups.values():
+        angles.extend(group)
     return Summary(
         plan.num_tensors,
         plan.num_parameters,
-        sum(finding.equal for finding in findings.values()),
-        sum(finding.kept_base for finding in findings.values()),
+        sum(findings[number].equal for number in findings),
+        sum(findings[number].kept_base for number in findings),
         sum(angle < CLOSE_DEGREES for angle in angles),
         len(angles),
-        statistics.median(angles) if angles else None,
+        median(angles) if angles else None,
         largest[0] if largest else None,
         largest[1] if largest else None,
         tuple(antiparallel),
         groups,
     )
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value, or the mean of the middle two (the statistics module costs 1 MB)."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _kind(name: str) -> str:
@@ -220,9 +259,7 @@ def alarms(summary: Summary) -> list[str]:
 # ------------------------------------------------------------------------------------------ the files
 
 
-def report_lines(
-    plan: MergePlan, findings: Mapping[int, Finding], t: float, digest: str, facts: Mapping[str, Any]
-) -> Iterator[str]:
+def report_lines(plan: MergePlan, findings: Findings, t: float, digest: str, facts: Mapping[str, Any]) -> Iterator[str]:
     """merge_report.json, a line per tensor."""
     head = {
         "format": 1,
@@ -262,7 +299,7 @@ def card_text(
     has_code: bool,
 ) -> str:
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData  # 2 MB; ModelCard, which only joins the two parts, 13 MB more
 
     base, ft = plan.names
     inherited = _inherited(base_card)
@@ -270,7 +307,7 @@ def card_text(
         inherited.setdefault("library_name", "transformers")
     data = ModelCardData(base_model=[base, ft], base_model_relation="merge", tags=["merge", "slerp-merge"], **inherited)
     body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
 def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, has_code: bool) -> Iterator[str]:
@@ -298,7 +335,7 @@ def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
     yield "|---|---:|---:|---:|"
     groups = sorted(summary.groups.items(), key=lambda item: (-max(item[1]), item[0]))
     for kind, angles in groups[:most]:
-        yield f"| `{_plain(kind)}` | {len(angles):,} | {statistics.median(angles):.3f}° | {max(angles):.3f}° |"
+        yield f"| `{_plain(kind)}` | {len(angles):,} | {median(angles):.3f}° | {max(angles):.3f}° |"
     if len(groups) > most:
         yield f"| {len(groups) - most:,} more kinds | | | |"
 
@@ -357,7 +394,7 @@ def read_digest(report: Path) -> str | None:
 
 __all__ = [
     "Finding",
-    "Iterable",
+    "Findings",
     "Summary",
     "TensorReport",
     "alarms",

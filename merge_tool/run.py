@@ -119,7 +119,7 @@ class _OpenShard:
     """A shard being written: one writer and one turn (the next chunk to be hashed) per output."""
 
     plan: ShardPlan
-    chunks_left: int
+    tensors_left: int
     writers: list[ShardWriter] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     queued: int = 0
@@ -131,6 +131,7 @@ class _OpenTensor:
     """A tensor between its first read and its last write."""
 
     job: TensorJob
+    numel: int
     shard: _OpenShard
     kept: tuple[Array, Array] | None  # both inputs whole, if they fit the arena
     region: int | None  # where in the arena
@@ -253,19 +254,17 @@ class _Run:
             writer.abandon()
 
     def _open_shard(self, plan: ShardPlan) -> _OpenShard:
-        shard = _OpenShard(plan, sum(len(self._chunks(job)) for job in plan.jobs))
+        shard = _OpenShard(plan, tensors_left=len(plan.jobs))
         shard.writers = self.sink.open_shard(plan, plan.header())
         shard.turns = [0] * len(shard.writers)
         with self.changed:
             self.open_shards.append(shard)
         return shard
 
-    def _chunks(self, job: TensorJob) -> range:
-        """Where the tensor's chunks start; an empty tensor has one empty chunk."""
-        return range(0, max(job.out.numel, 1), self.layout.chunk_elements)
-
-    def _span(self, job: TensorJob, start: int) -> tuple[int, int]:
-        return start, min(start + self.layout.chunk_elements, job.out.numel)
+    def _chunks(self, numel: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) of a tensor's chunks; an empty tensor has one empty chunk."""
+        for start in range(0, max(numel, 1), self.layout.chunk_elements):
+            yield start, min(start + self.layout.chunk_elements, numel)
 
     def _region_bytes(self, job: TensorJob) -> int:
         return aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes)
@@ -295,9 +294,10 @@ class _Run:
             x = self.arena.memory[region : region + job.base.info.nbytes]
             y = self.arena.memory[middle : middle + job.ft.info.nbytes]
             kept = x.view(NUMPY_DTYPES[job.base.info.dtype]), y.view(NUMPY_DTYPES[job.ft.info.dtype])
-        chunks = len(self._chunks(job))
-        tile_sums = np.zeros((-(-job.out.numel // TILE), 3))
-        tensor = _OpenTensor(job, shard, kept, region, tile_sums, chunks, chunks)
+        numel = job.out.numel
+        chunks = -(-numel // self.layout.chunk_elements) or 1
+        tile_sums = np.zeros((-(-numel // TILE), 3))
+        tensor = _OpenTensor(job, numel, shard, kept, region, tile_sums, chunks, chunks)
         job.base.file.acquire()
         try:
             job.ft.file.acquire()
@@ -309,14 +309,12 @@ class _Run:
         return tensor
 
     def _queue_sums(self, tensor: _OpenTensor) -> None:
-        for first in self._chunks(tensor.job):
-            start, stop = self._span(tensor.job, first)
+        for start, stop in self._chunks(tensor.numel):
             self._prefetch(tensor.job, start, stop)
             self._queue(partial(self._sum, tensor, start, stop))
 
     def _queue_combine(self, tensor: _OpenTensor) -> None:
-        for first in self._chunks(tensor.job):
-            start, stop = self._span(tensor.job, first)
+        for start, stop in self._chunks(tensor.numel):
             if tensor.kept is None:
                 self._prefetch(tensor.job, start, stop)
             turn, tensor.shard.queued = tensor.shard.queued, tensor.shard.queued + 1
@@ -452,8 +450,7 @@ class _Run:
 
     def _tiles(self, worker: _Worker, tensor: _OpenTensor) -> Iterator[tuple[int, Array, Array]]:
         """(first element, x, y) of every tile once more."""
-        for first in self._chunks(tensor.job):
-            start, stop = self._span(tensor.job, first)
+        for start, stop in self._chunks(tensor.numel):
             if tensor.kept is None:
                 x, y = self._read(worker, tensor, start, stop)
             else:
@@ -509,16 +506,16 @@ class _Run:
         shard, job = tensor.shard, tensor.job
         with self.changed:
             tensor.writes_left -= 1
-            shard.chunks_left -= 1
-            tensor_done, shard_done = tensor.writes_left == 0, shard.chunks_left == 0
-            if tensor_done:
-                self.open_tensors.remove(tensor)
-                if tensor.region is not None:
-                    self.arena.give_back(tensor.region)
-                self.changed.notify_all()
-        if tensor_done:
-            job.base.file.release()
-            job.ft.file.release()
+            if tensor.writes_left:
+                return
+            self.open_tensors.remove(tensor)
+            if tensor.region is not None:
+                self.arena.give_back(tensor.region)
+            shard.tensors_left -= 1
+            shard_done = shard.tensors_left == 0
+            self.changed.notify_all()
+        job.base.file.release()
+        job.ft.file.release()
         if shard_done:
             self._finish(shard)
 

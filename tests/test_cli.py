@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -224,10 +223,16 @@ def test_inspect(tmp_path: Path, pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_the_bar_shows_bytes_on_a_terminal_only(tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
     base = save_model(tmp_path / "base", language_model(0, hidden=256, layers=8))
     ft = save_model(tmp_path / "ft", language_model(1, hidden=256, layers=8))
     command = [sys.executable, "-m", "merge_tool", "merge", str(base), str(ft)]
     main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen([*command, str(tmp_path / "a")], stderr=terminal, stdout=subprocess.DEVNULL)
     os.close(terminal)
     shown = b""
