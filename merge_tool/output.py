@@ -120,6 +120,7 @@ class Work:
         self.path = target.work
         self.journal = Journal(self.path / "journal.jsonl")
         self.done_shards: frozenset[int] = frozenset()
+        self.is_publishing = False
         self._finishing = threading.Lock()
         self._made = _make_folders(self.path)
         try:
@@ -189,7 +190,11 @@ class Work:
 
     def _recover(self) -> Iterator[int]:
         """Shards whose record and files are all there; a rename that a crash prevented is made up for."""
-        recorded = {r["number"] for r in self.journal.records() if r.get("record") == "shard"}
+        recorded = set()
+        for record in self.journal.records():
+            if record.get("record") == "shard":
+                recorded.add(record["number"])
+            self.is_publishing |= record.get("record") == "publish"
         for shard in self.plan.shards:
             if shard.number in recorded and all(self._settle(shard, label) for label in self.plan.labels):
                 yield shard.number
@@ -200,10 +205,6 @@ class Work:
         if not path.exists() and part.exists() and part.stat().st_size == shard.size:
             rename_synced(part, path)
         return self.is_publishing or (path.exists() and path.stat().st_size == shard.size)
-
-    @property
-    def is_publishing(self) -> bool:
-        return any(r.get("record") == "publish" for r in self.journal.records())
 
     # ----------------------------------------------------------------------------------- the sink
 
@@ -278,6 +279,7 @@ class Work:
         """Move everything into place, what makes it a model last, and remove the work folder."""
         try:
             if not self.is_publishing:
+                self._check_with_library()
                 self.journal.append([{"record": "publish", **self._moves()}])
             moves = next(r for r in self.journal.records() if r.get("record") == "publish")
             if not self.target.is_file:
@@ -288,6 +290,22 @@ class Work:
             self._remove_work()
         except OSError as e:
             raise _failed(self.path, e) from e
+
+    def _check_with_library(self) -> None:
+        """Open every weight file with the safetensors library: an audit of names, shapes and types by other code."""
+        from safetensors import safe_open
+
+        for label in self.plan.labels:
+            for shard in self.plan.shards:
+                with safe_open(str(self.folder(label) / shard.file_name), framework="numpy") as found:
+                    names = set(found.keys())
+                    slices = ((job, found.get_slice(job.out.name)) for job in shard.jobs if job.out.name in names)
+                    good = sum((tuple(s.get_shape()), s.get_dtype()) == (j.out.shape, j.out.dtype) for j, s in slices)
+                if good != len(shard.jobs) or len(names) != good:
+                    raise OutputError(
+                        f"{shown(shard.file_name)}: safetensors itself finds {good:,} of {len(shard.jobs):,} tensors "
+                        "as they were planned. This is a bug; please report it. Nothing was published."
+                    )
 
     def _moves(self) -> dict[str, dict[str, list[str]]]:
         """For each output: the files of an older model to remove, and the new ones in the order of their moves."""

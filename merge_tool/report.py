@@ -285,7 +285,7 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
     for name in sorted(digests):
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         lines.append(f"{'' if escaped == name else chr(92)}{digests[name]}  {escaped}\n")
-    return "".join(lines).encode()
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def card_text(

@@ -146,7 +146,10 @@ class _OpenTensor:
 
 def _anonymous(nbytes: int) -> Array:
     """Zeroed memory that goes back to the system with the last array on it."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)
+    try:
+        return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)
+    except OSError as e:
+        raise MemoryError(f"{nbytes:,} bytes") from e
 
 
 class _Arena:

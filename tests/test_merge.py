@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +445,16 @@ def test_file_modes_follow_the_umask(tmp_path: Path, pair: tuple[Path, Path]) ->
         os.umask(before)
     modes = {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert modes == {"0o640"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf_8_are_carried(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9 \\\n`|")
+    base = save_model(tmp_path / odd, language_model(0), side_files={odd: "x"})
+    merge(base, save_model(tmp_path / "ft", language_model(1)), tmp_path / "out")
+    assert (tmp_path / "out" / odd).read_text() == "x"
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "out", check=True)
+    merge(base, tmp_path / "ft", tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------- card and report

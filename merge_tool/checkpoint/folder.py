@@ -106,7 +106,7 @@ def folder_name(root: Path) -> str:
     """What to call a resolved folder: its last part, or `org/name` in a Hub cache; never the whole path."""
     if _hub_blobs(root):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return root.name or "folder"
+    return root.name.encode("utf-8", "backslashreplace").decode() or "folder"
 
 
 def _hub_blobs(root: Path) -> Path | None:
