@@ -226,9 +226,7 @@ def _kind(name: str) -> str:
 def remarks(summary: Summary) -> list[str]:
     """What a user should know about the angles, in plain sentences."""
     found = []
-    if summary.num_equal == summary.num_tensors:
-        found.append("Both models are the same in every tensor: the output equals them.")
-    elif summary.num_close:
+    if summary.num_close and summary.num_equal < summary.num_tensors:
         which = "all" if summary.num_close == summary.num_angles else f"{summary.num_close:,} of"
         found.append(
             f"In {which} {summary.num_angles:,} tensors the models are within {CLOSE_DEGREES} degrees: SLERP and "
@@ -242,6 +240,8 @@ def remarks(summary: Summary) -> list[str]:
 def alarms(summary: Summary) -> list[str]:
     """What looks wrong after a merge."""
     found = []
+    if summary.num_equal == summary.num_tensors:
+        found.append("Both models are the same in every tensor: the output equals them.")
     if summary.median_degrees is not None and summary.median_degrees > 60:
         found.append(
             f"The median angle is {summary.median_degrees:.0f} degrees: are these related models? "
