@@ -160,7 +160,7 @@ def merge(
         _write_side_files(prepared, work, findings, summary)
         if report_path is not None:
             _copy_report(prepared, findings, Path(report_path))
-        work.publish()
+        work.publish(check_bytes=prepared.budget - resident_bytes())
     for message in alarms(summary):
         warn(message)
     return _report(prepared, summary, started)

@@ -411,6 +411,21 @@ def test_a_full_disk_says_so_and_continues(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_file_that_the_library_reads_otherwise_is_not_published(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The audit before publishing: here the last tensor's name is damaged on its way to the disk."""
+    original = writer_module.ShardWriter.write
+
+    def damaged(self: Any, offset: int, data: memoryview) -> None:
+        text = bytes(data).replace(b"lm_head.weight", b"lm_head.wright") if offset == 0 else data
+        original(self, offset, memoryview(text))
+
+    monkeypatch.setattr(writer_module.ShardWriter, "write", damaged)
+    assert "safetensors itself finds" in refusal(*pair, tmp_path / "out")
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
 def test_nothing_is_written_outside_out(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "sub/out")
     merge(*pair, tmp_path / "sub2/one.safetensors")
