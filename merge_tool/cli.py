@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from merge_tool._version import __version__
-from merge_tool.api import MergeReport, Prepared, check_room, is_complete, merge, prepare
-from merge_tool.compare import Inspection, inspect_checkpoint
+from merge_tool.api import merge
+from merge_tool.compare import inspect_checkpoint
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.memory import LEAST_BYTES, MAX_JOBS
 from merge_tool.methods import METHODS
+from merge_tool.prepare import Prepared, check_room, is_complete, prepare
 from merge_tool.recipe import (
     DEFAULT_MAX_SHARD_BYTES,
     DEFAULT_T,
@@ -34,7 +35,7 @@ from merge_tool.recipe import (
     Recipe,
     label_t,
 )
-from merge_tool.report import remarks
+from merge_tool.show import inspection_lines, plan_json, plan_lines, report_json, report_lines
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -225,9 +226,9 @@ def slerp_merge(
             **options,
         )
     if as_json:
-        click.echo(json.dumps(_report_json(report), indent=2))
+        click.echo(json.dumps(report_json(report), indent=2))
     elif not quiet:
-        click.echo("\n".join(_report_lines(report)))
+        click.echo("\n".join(report_lines(report)))
 
 
 class _Bar:
@@ -277,127 +278,11 @@ merge_tool.add_command(slerp_merge, "merge")
 def inspect_command(path: Path, as_json: bool) -> None:
     """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH."""
     found = inspect_checkpoint(path)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(_inspection_lines(found)))
-
-
-def _inspection_lines(found: Inspection) -> Iterator[str]:
-    counts = f"{found.num_tensors:,} tensors, {found.num_parameters:,} parameters"
-    yield f"{shown(found.name)}: {counts}, {_size(found.nbytes)}"
-    for shard in found.shards:
-        yield f"  {shown(shard.name)}: {shard.num_tensors:,} tensors, {_size(shard.nbytes)}"
-    for dtype, (tensors, parameters) in found.dtypes.items():
-        yield f"  {dtype}: {tensors:,} tensors, {parameters:,} parameters"
-    for key, value in found.metadata.items():
-        yield f"  metadata {shown(key)}: {shown(value)}"
-    for notice in found.notices:
-        yield f"  note: {notice}"
-
-
-# ------------------------------------------------------------------------------------------- printing
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(inspection_lines(found)))
 
 
 def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:
     for warning in prepared.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    content = _plan_json(prepared, complete)
-    click.echo(json.dumps(content, indent=2) if as_json else "\n".join(_plan_lines(prepared, complete)))
-
-
-def _plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
-    plan, layout = prepared.plan, prepared.layout
-    return {
-        "base": plan.names[0],
-        "ft": plan.names[1],
-        "out": str(prepared.target.path),
-        "method": plan.recipe.method,
-        "t": list(plan.ts),
-        "num_tensors": plan.num_tensors,
-        "num_parameters": plan.num_parameters,
-        "read_bytes": plan.input_bytes,
-        "write_bytes": prepared.disk_bytes,
-        "free_disk_bytes": prepared.free_disk_bytes,
-        "shards": [{"name": s.file_name, "bytes": s.size, "num_tensors": len(s.jobs)} for s in plan.shards],
-        "jobs": layout.jobs,
-        "memory_budget_bytes": prepared.budget,
-        "expected_peak_bytes": prepared.expected_peak_bytes,
-        "side_files": [file.target for file in prepared.side_files.copied],
-        "skipped_files": list(prepared.side_files.skipped),
-        "already_complete": complete,
-        "warnings": list(prepared.warnings),
-    }
-
-
-def _plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
-    plan, layout = prepared.plan, prepared.layout
-    base, ft = (shown(name) for name in plan.names)
-    many = len(plan.ts) > 1
-    yield f"Plan: {plan.recipe.method} at t = {_ts(plan.ts)}; t=0 is BASE ({base}), t=1 is FT ({ft})"
-    yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters)"
-    yield f"  read      {_size(plan.input_bytes)} (tensors larger than the budget twice)"
-    yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
-        f" ({len(plan.ts)} outputs)" if many else ""
-    )
-    yield f"  disk      {_size(prepared.free_disk_bytes)} free"
-    peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
-    yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
-    yield f"  shards    {len(plan.shards):,}"
-    for shard in plan.shards[:10]:
-        yield f"            {shown(shard.file_name)}: {len(shard.jobs):,} tensors, {_size(shard.size)}"
-    if len(plan.shards) > 10:
-        yield f"            and {len(plan.shards) - 10:,} more"
-    yield f"  copied    {len(prepared.side_files.copied):,} other files"
-    yield (
-        "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
-    )
-
-
-def _report_json(report: MergeReport) -> dict[str, Any]:
-    summary = report.summary
-    return {
-        "outputs": [str(path) for path in report.outputs],
-        "method": report.method,
-        "t": list(report.ts),
-        "num_tensors": summary.num_tensors,
-        "num_parameters": summary.num_parameters,
-        "num_equal": summary.num_equal,
-        "median_angle_degrees": summary.median_degrees,
-        "largest_angle_degrees": summary.largest_degrees,
-        "largest_angle_tensor": summary.largest_name,
-        "input_bytes": report.input_bytes,
-        "output_bytes": report.output_bytes,
-        "seconds": round(report.seconds, 3),
-        "peak_bytes": report.peak_bytes,
-        "already_complete": report.already_complete,
-        "warnings": list(report.warnings),
-    }
-
-
-def _report_lines(report: MergeReport) -> Iterator[str]:
-    summary, where = report.summary, ", ".join(shown(path) for path in report.outputs)
-    if report.already_complete:
-        yield f"{where}: already complete, nothing to do."
-        return
-    moved = report.input_bytes + report.output_bytes
-    what = f"{report.method} at t = {_ts(report.ts)}"
-    yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
-    yield (
-        f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
-        f"peak memory {_size(report.peak_bytes)}"
-    )
-    if summary.median_degrees is not None and summary.largest_degrees is not None:
-        yield (
-            f"Angle between the models: median {summary.median_degrees:.3g} degrees, largest "
-            f"{summary.largest_degrees:.3g} ({shown(summary.largest_name)})"
-        )
-    yield from remarks(summary)
-
-
-def _ts(ts: Sequence[float]) -> str:
-    return ", ".join(label_t(t) for t in ts)
-
-
-def _size(nbytes: int) -> str:
-    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= width:
-            return f"{nbytes / width:.3g} {unit}" if nbytes < 1000 * width else f"{nbytes / width:,.0f} {unit}"
-    return f"{nbytes} bytes"
+    content = plan_json(prepared, complete)
+    click.echo(json.dumps(content, indent=2) if as_json else "\n".join(plan_lines(prepared, complete)))

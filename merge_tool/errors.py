@@ -15,6 +15,7 @@ Anything else that escapes is a bug of ours and may show a traceback.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MergeToolError(Exception):
@@ -62,3 +63,10 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     names = list(names)
     head = ", ".join(shown(name) for name in names[:most])
     return head if len(names) <= most else f"{head} and {len(names) - most:,} more"
+
+
+def output_failed(path: Path, e: OSError) -> OutputError:
+    """The system refused something about the output at `path`."""
+    return OutputError(
+        f"{shown(path)}: {e.strerror or e}. Mend that, then run the same command: it continues where it stopped."
+    )

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +21,9 @@ from typing import Any
 from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.writer import ShardWriter, part_path, rename_synced, sync_folder
-from merge_tool.errors import OutputError, listed, shown
+from merge_tool.errors import OutputError, listed, output_failed, shown
+from merge_tool.journal import Journal
+from merge_tool.lock import FolderLock
 from merge_tool.plan import MergePlan, ShardPlan
 from merge_tool.side_files import REPORT, SUMS, WORK
 
@@ -66,47 +66,6 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
         raise OutputError(f"{shown(target.path)}: is a file, expected a folder, or a name ending in .safetensors.")
 
 
-# -------------------------------------------------------------------------------------------- journal
-
-
-class Journal:
-    """Append-only lines of JSON. A last line that a crash cut short does not count."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The complete records, in order; nothing for a journal that is missing or not ours."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as lines:
-            for line in lines:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    return
-                if not line.endswith(b"\n") or not isinstance(record, dict):
-                    return
-                yield record
-
-    def trim(self) -> None:
-        """Drop a last line that a crash cut short, so that the next one starts a line of its own."""
-        with self.path.open("r+b") as file:
-            content = 0
-            for line in file:
-                content += len(line) if line.endswith(b"\n") else 0
-            file.truncate(content)
-
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records and make them durable."""
-        try:
-            with self.path.open("ab") as file:
-                for record in records:
-                    file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as e:
-            raise _failed(self.path, e) from e
-
-
 # ------------------------------------------------------------------------------------------ the work
 
 
@@ -125,7 +84,7 @@ class Work:
         self._finishing = threading.Lock()
         self._made = _make_folders(self.path)
         try:
-            self._lock = _FolderLock(self.path)
+            self._lock = FolderLock(self.path)
         except BaseException:
             _remove_folders(self._made)
             raise
@@ -167,7 +126,7 @@ class Work:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
             self.done_shards = frozenset(self._recover())
         except OSError as e:
-            raise _failed(self.path, e) from e
+            raise output_failed(self.path, e) from e
 
     def _plan_record(self) -> dict[str, Any]:
         changed = {
@@ -186,7 +145,7 @@ class Work:
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name != _FolderLock.NAME:
+            elif entry.name != FolderLock.NAME:
                 entry.unlink()
 
     def _recover(self) -> Iterator[int]:
@@ -241,7 +200,7 @@ class Work:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
-            raise _failed(path, e) from e
+            raise output_failed(path, e) from e
         return hashlib.sha256(content).hexdigest()
 
     def add_lines(self, label: str, name: str, lines: Iterable[str]) -> str:
@@ -256,7 +215,7 @@ class Work:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
-            raise _failed(path, e) from e
+            raise output_failed(path, e) from e
         return digest.hexdigest()
 
     def add_copy(self, label: str, name: str, source: Path) -> str:
@@ -271,7 +230,7 @@ class Work:
                 writer.flush()
                 os.fsync(writer.fileno())
         except OSError as e:
-            raise _failed(path, e) from e
+            raise output_failed(path, e) from e
         return digest.hexdigest()
 
     # --------------------------------------------------------------------------------- publishing
@@ -293,7 +252,7 @@ class Work:
                 self._move(label, moves["files"][label])
             self._remove_work()
         except OSError as e:
-            raise _failed(self.path, e) from e
+            raise output_failed(self.path, e) from e
 
     def _check_with_library(self, most_tensors: int) -> None:
         """Open weight files with the safetensors library: an audit of names, shapes and types by other code."""
@@ -410,7 +369,7 @@ def _make_folders(path: Path) -> list[Path]:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
     except OSError as e:
-        raise _failed(missing[0] if missing else path, e) from e
+        raise output_failed(missing[0] if missing else path, e) from e
     return missing
 
 
@@ -419,82 +378,3 @@ def _remove_folders(folders: Iterable[Path]) -> None:
         for folder in folders:
             if folder.exists():
                 folder.rmdir()
-
-
-def _failed(path: Path, e: OSError) -> OutputError:
-    return OutputError(
-        f"{shown(path)}: {e.strerror or e}. Mend that, then run the same command: it continues where it stopped."
-    )
-
-
-# ----------------------------------------------------------------------------------------------- lock
-
-
-class _FolderLock:
-    """One process at a time in a work folder. The system drops the lock with the process that holds it."""
-
-    NAME = "lock"
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / self.NAME
-        self._fd = -1
-        while self._fd < 0:
-            try:
-                fd = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
-            except OSError as e:
-                raise _failed(self.path, e) from e
-            try:
-                _lock_file(fd)
-                if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else: removed by the one who finished
-                    self._fd = fd
-            except FileNotFoundError:
-                folder.mkdir(exist_ok=True)
-            except BlockingIOError as e:
-                raise OutputError(
-                    f"{shown(folder.parent)}: another merge is writing here. Wait for it, or choose another folder."
-                ) from e
-            finally:
-                if self._fd != fd:
-                    os.close(fd)
-
-    def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def remove_with(self, folder: Path) -> None:
-        """Remove the folder and all in it, the lock last."""
-        for entry in folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry != self.path and entry.name != "journal.jsonl":
-                entry.unlink()
-        (folder / "journal.jsonl").unlink(missing_ok=True)
-        if os.name == "nt":
-            self.release()
-        self.path.unlink(missing_ok=True)
-        self.release()
-        folder.rmdir()
-
-
-def _lock_file(fd: int) -> None:
-    """Lock or raise BlockingIOError: flock, else record locks where the file system has no flock."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError as e:
-            raise BlockingIOError(*e.args) from e
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except PermissionError as e:
-            raise BlockingIOError(*e.args) from e

@@ -18,7 +18,6 @@ from merge_tool._version import __version__
 from merge_tool.errors import shown
 from merge_tool.methods import METHODS, PairSums, Weights, pair_angle
 from merge_tool.plan import MergePlan, TensorJob
-from merge_tool.recipe import label_t
 
 CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relative, half a bfloat16 step is 2e-3
 
@@ -288,93 +287,6 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
     return "".join(lines).encode("utf-8", "surrogateescape")
 
 
-def card_text(
-    plan: MergePlan,
-    summary: Summary,
-    t: float,
-    command: str,
-    *,
-    base_card: Path | None,
-    is_transformers: bool,
-    has_code: bool,
-) -> str:
-    """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
-    from huggingface_hub import ModelCardData  # 2 MB; ModelCard, which only joins the two parts, 13 MB more
-
-    base, ft = plan.names
-    inherited = _inherited(base_card)
-    if is_transformers:
-        inherited.setdefault("library_name", "transformers")
-    data = ModelCardData(base_model=[base, ft], base_model_relation="merge", tags=["merge", "slerp-merge"], **inherited)
-    body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
-    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
-
-
-def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, has_code: bool) -> Iterator[str]:
-    base, ft = (_plain(name) for name in plan.names)
-    yield f"# {base} + {ft}"
-    yield (
-        f"A merge of **{base}** (t = 0) and **{ft}** (t = 1) by {METHODS[plan.recipe.method].summary} at "
-        f"t = {label_t(t)}, made with slerp-merge {__version__}:"
-    )
-    yield f"```\n{command}\n```"
-    yield (
-        f"{summary.num_tensors:,} tensors, {summary.num_parameters:,} parameters. Side files (configuration, "
-        f"tokenizer) are those of {base if plan.recipe.files_from == 'base' else ft}."
-    )
-    if has_code:
-        yield "The folder holds Python code of that model, copied as it is and not run; read it before you trust it."
-    yield "## How far apart the parents are"
-    yield "\n".join(_angle_table(summary))
-    yield from remarks(summary)
-    yield "Every tensor's angle, norms and weights are in `merge_report.json`; `SHA256SUMS` lists the files' digests."
-
-
-def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
-    yield "| tensors | count | median angle | largest angle |"
-    yield "|---|---:|---:|---:|"
-    groups = sorted(summary.groups.items(), key=lambda item: (-max(item[1]), item[0]))
-    for kind, angles in groups[:most]:
-        yield f"| `{_plain(kind)}` | {len(angles):,} | {median(angles):.3f}° | {max(angles):.3f}° |"
-    if len(groups) > most:
-        yield f"| {len(groups) - most:,} more kinds | | | |"
-
-
-def _plain(name: str) -> str:
-    """A name that cannot end a code span, a cell or a line of Markdown."""
-    return shown(name).replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")
-
-
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-
-
-def _inherited(base_card: Path | None) -> dict[str, Any]:
-    """Licence, language, task and library of the base's card, as far as they are plain strings."""
-    found: dict[str, Any] = {}
-    for key, value in _front_matter(base_card).items():
-        is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
-        if key in _INHERITED and (isinstance(value, str) or is_list) and len(str(value)) < 4000:
-            found[key] = value
-    return found
-
-
-def _front_matter(card: Path | None) -> dict[str, Any]:
-    import yaml
-
-    if card is None:
-        return {}
-    with card.open("rb") as file:
-        head = file.read(65_536).decode("utf-8", "replace")
-    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
-    if not match:
-        return {}
-    try:
-        found = yaml.safe_load(match[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def load_tensors(report: Path) -> list[dict[str, Any]]:
     """The tensors of a merge_report.json."""
     tensors = json.loads(report.read_text(encoding="utf-8"))["tensors"]
@@ -398,7 +310,6 @@ __all__ = [
     "Summary",
     "TensorReport",
     "alarms",
-    "card_text",
     "describe",
     "from_record",
     "load_tensors",

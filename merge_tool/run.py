@@ -11,7 +11,6 @@ A chunk is a whole number of tiles, so nothing in the output depends on how memo
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
+from merge_tool.buffers import Arena, WorkerMemory
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
 from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import DataError, shown
@@ -30,7 +30,6 @@ from merge_tool.methods import (
     TILE,
     Array,
     PairSums,
-    Scratch,
     Weights,
     as_bytes,
     combine,
@@ -144,55 +143,7 @@ class _OpenTensor:
     done: TensorDone | None = None  # set when the weights are known
 
 
-def _anonymous(nbytes: int) -> Array:
-    """Zeroed memory that goes back to the system with the last array on it."""
-    try:
-        return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)
-    except OSError as e:
-        raise MemoryError(f"{nbytes:,} bytes") from e
-
-
-class _Arena:
-    """One block of memory, cut into regions first fit. Used under the run's lock."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.memory = _anonymous(nbytes)
-        self._taken: dict[int, int] = {}  # start -> stop
-
-    def take(self, nbytes: int) -> int | None:
-        start = 0
-        for begin, end in sorted(self._taken.items()):
-            if begin - start >= nbytes:
-                break
-            start = end
-        if start + nbytes > self.nbytes:
-            return None
-        self._taken[start] = start + nbytes
-        return start
-
-    def give_back(self, start: int) -> None:
-        del self._taken[start]
-
-
-class _Worker:
-    """One thread's own memory: a slot for a chunk of both inputs and of the output, and scratch for blocks."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.slot = _anonymous(layout.slot_bytes)
-        self.scratch = Scratch(_anonymous(Scratch.NBYTES))
-
-    def arrays(self, job: TensorJob, length: int) -> tuple[Array, Array, Array]:
-        """Flat arrays of `length` elements for base, finetune and output."""
-        found, start = [], 0
-        for info in (job.base.info, job.ft.info, job.out):
-            dtype = NUMPY_DTYPES[info.dtype]
-            found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
-            start += aligned(length * dtype.itemsize)
-        return found[0], found[1], found[2]
-
-
-_Task = Callable[[_Worker], None]
+_Task = Callable[[WorkerMemory], None]
 
 
 class _Run:
@@ -205,7 +156,7 @@ class _Run:
         self.finished: deque[ShardDone] = deque()
         self.open_shards: list[_OpenShard] = []
         self.open_tensors: list[_OpenTensor] = []
-        self.arena = _Arena(layout.arena_bytes)
+        self.arena = Arena(layout.arena_bytes)
         self.failure: BaseException | None = None
         self.closing = False
         self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(layout.jobs)]
@@ -345,7 +296,7 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            worker = _Worker(self.layout)
+            worker = WorkerMemory(self.layout)
             with np.errstate(all="ignore"):  # what is not finite is looked for, not warned of
                 while (task := self._next_task()) is not None:
                     task(worker)
@@ -372,14 +323,14 @@ class _Run:
             if self.closing or self.failure is not None:
                 raise _Stopped
 
-    def _read(self, worker: _Worker, tensor: _OpenTensor, start: int, stop: int) -> tuple[Array, Array]:
+    def _read(self, worker: WorkerMemory, tensor: _OpenTensor, start: int, stop: int) -> tuple[Array, Array]:
         """Both inputs' elements [start, stop), read into the worker's slot."""
         x, y, _ = worker.arrays(tensor.job, stop - start)
         _fill(tensor.job.base, start, x)
         _fill(tensor.job.ft, start, y)
         return x, y
 
-    def _sum(self, tensor: _OpenTensor, start: int, stop: int, worker: _Worker) -> None:
+    def _sum(self, tensor: _OpenTensor, start: int, stop: int, worker: WorkerMemory) -> None:
         job = tensor.job
         if tensor.kept is None:
             x, y = self._read(worker, tensor, start, stop)
@@ -401,7 +352,7 @@ class _Run:
         if last:
             self._settle(worker, tensor)
 
-    def _settle(self, worker: _Worker, tensor: _OpenTensor) -> None:
+    def _settle(self, worker: WorkerMemory, tensor: _OpenTensor) -> None:
         """All sums are there: decide how the tensor is combined."""
         job, kept_base, sums = tensor.job, False, None
         if job.exact:
@@ -420,7 +371,7 @@ class _Run:
             tensor.shard.done.append(tensor.done)
             self.changed.notify_all()
 
-    def _sharpen(self, worker: _Worker, tensor: _OpenTensor, sums: PairSums) -> PairSums:
+    def _sharpen(self, worker: WorkerMemory, tensor: _OpenTensor, sums: PairSums) -> PairSums:
         """The sums, made again where they left float64's range or lost the angle's digits. Rare."""
         if not np.isfinite([sums.xx, sums.xd, sums.dd]).all():
             self._refuse_nonfinite(worker, tensor)
@@ -437,12 +388,12 @@ class _Run:
             sums = PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
         return sums
 
-    def _sum_again(self, worker: _Worker, tensor: _OpenTensor, scale: float) -> PairSums:
+    def _sum_again(self, worker: WorkerMemory, tensor: _OpenTensor, scale: float) -> PairSums:
         parts = [sum_tile(x, y, scale, worker.scratch) for _, x, y in self._tiles(worker, tensor)]
         xx, xd, dd = (total(column) for column in zip(*parts, strict=True))
         return PairSums(xx, xd, dd, scale)
 
-    def _refuse_nonfinite(self, worker: _Worker, tensor: _OpenTensor) -> None:
+    def _refuse_nonfinite(self, worker: WorkerMemory, tensor: _OpenTensor) -> None:
         for start, *sides in self._tiles(worker, tensor):
             for source, values in zip((tensor.job.base, tensor.job.ft), sides, strict=True):
                 if (place := first_nonfinite(values)) is not None:
@@ -451,7 +402,7 @@ class _Run:
                         f"{float(values[place])}. A merge would spread it; repair or leave out that model."
                     )
 
-    def _tiles(self, worker: _Worker, tensor: _OpenTensor) -> Iterator[tuple[int, Array, Array]]:
+    def _tiles(self, worker: WorkerMemory, tensor: _OpenTensor) -> Iterator[tuple[int, Array, Array]]:
         """(first element, x, y) of every tile once more."""
         for start, stop in self._chunks(tensor.numel):
             if tensor.kept is None:
@@ -461,7 +412,7 @@ class _Run:
             for begin in range(0, stop - start, TILE):
                 yield start + begin, x[begin : begin + TILE], y[begin : begin + TILE]
 
-    def _write(self, tensor: _OpenTensor, turn: int, start: int, stop: int, worker: _Worker) -> None:
+    def _write(self, tensor: _OpenTensor, turn: int, start: int, stop: int, worker: WorkerMemory) -> None:
         job, shard = tensor.job, tensor.shard
         self._block(lambda: tensor.done is not None)
         if tensor.kept is None:
@@ -485,7 +436,7 @@ class _Run:
 
     def _merge(
         self,
-        worker: _Worker,
+        worker: WorkerMemory,
         tensor: _OpenTensor,
         number: int,
         start: int,

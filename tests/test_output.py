@@ -18,7 +18,8 @@ import pytest
 from checkpoints import contents, language_model, save_model
 from merge_tool import DataError, MergeToolError, OutputError, merge
 from merge_tool.checkpoint import writer as writer_module
-from merge_tool.output import Journal, Target, Work
+from merge_tool.journal import Journal
+from merge_tool.output import Target, Work
 from merge_tool.report import to_record
 
 SMALL = {"max_shard_bytes": 10_000}
@@ -267,7 +268,7 @@ def test_records_come_back_exactly() -> None:
 
 
 def test_two_merges_into_one_folder_exclude_each_other(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    from merge_tool.api import prepare
+    from merge_tool.prepare import prepare
     from merge_tool.recipe import Recipe
 
     prepared = prepare(*pair, tmp_path / "out", Recipe())
@@ -278,8 +279,8 @@ def test_two_merges_into_one_folder_exclude_each_other(tmp_path: Path, pair: tup
 
 def test_a_lock_does_not_survive_its_process(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from merge_tool.output import _FolderLock; "
-        "lock = _FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from merge_tool.lock import FolderLock; "
+        "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     work = tmp_path / "out/.slerp-merge"
     work.mkdir(parents=True)

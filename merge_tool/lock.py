@@ -1,0 +1,80 @@
+"""One process at a time in a work folder. The system drops the lock with the process that holds it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from merge_tool.errors import OutputError, output_failed, shown
+
+
+class FolderLock:
+    """One process at a time in a work folder. The system drops the lock with the process that holds it."""
+
+    NAME = "lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / self.NAME
+        self._fd = -1
+        while self._fd < 0:
+            try:
+                fd = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+            except OSError as e:
+                raise output_failed(self.path, e) from e
+            try:
+                lock_file(fd)
+                if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else: removed by the one who finished
+                    self._fd = fd
+            except FileNotFoundError:
+                folder.mkdir(exist_ok=True)
+            except BlockingIOError as e:
+                raise OutputError(
+                    f"{shown(folder.parent)}: another merge is writing here. Wait for it, or choose another folder."
+                ) from e
+            finally:
+                if self._fd != fd:
+                    os.close(fd)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove_with(self, folder: Path) -> None:
+        """Remove the folder and all in it, the lock last."""
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != self.path and entry.name != "journal.jsonl":
+                entry.unlink()
+        (folder / "journal.jsonl").unlink(missing_ok=True)
+        if os.name == "nt":
+            self.release()
+        self.path.unlink(missing_ok=True)
+        self.release()
+        folder.rmdir()
+
+
+def lock_file(fd: int) -> None:
+    """Lock or raise BlockingIOError: flock, else record locks where the file system has no flock."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError as e:
+            raise BlockingIOError(*e.args) from e
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except PermissionError as e:
+            raise BlockingIOError(*e.args) from e

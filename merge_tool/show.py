@@ -1,0 +1,126 @@
+"""What the commands print: plans, reports and inspections as lines for people and as JSON for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from merge_tool.api import MergeReport
+from merge_tool.compare import Inspection
+from merge_tool.errors import shown
+from merge_tool.prepare import Prepared
+from merge_tool.recipe import label_t
+from merge_tool.report import remarks
+
+
+def inspection_lines(found: Inspection) -> Iterator[str]:
+    counts = f"{found.num_tensors:,} tensors, {found.num_parameters:,} parameters"
+    yield f"{shown(found.name)}: {counts}, {_size(found.nbytes)}"
+    for shard in found.shards:
+        yield f"  {shown(shard.name)}: {shard.num_tensors:,} tensors, {_size(shard.nbytes)}"
+    for dtype, (tensors, parameters) in found.dtypes.items():
+        yield f"  {dtype}: {tensors:,} tensors, {parameters:,} parameters"
+    for key, value in found.metadata.items():
+        yield f"  metadata {shown(key)}: {shown(value)}"
+    for notice in found.notices:
+        yield f"  note: {notice}"
+
+
+def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
+    plan, layout = prepared.plan, prepared.layout
+    return {
+        "base": plan.names[0],
+        "ft": plan.names[1],
+        "out": str(prepared.target.path),
+        "method": plan.recipe.method,
+        "t": list(plan.ts),
+        "num_tensors": plan.num_tensors,
+        "num_parameters": plan.num_parameters,
+        "read_bytes": plan.input_bytes,
+        "write_bytes": prepared.disk_bytes,
+        "free_disk_bytes": prepared.free_disk_bytes,
+        "shards": [{"name": s.file_name, "bytes": s.size, "num_tensors": len(s.jobs)} for s in plan.shards],
+        "jobs": layout.jobs,
+        "memory_budget_bytes": prepared.budget,
+        "expected_peak_bytes": prepared.expected_peak_bytes,
+        "side_files": [file.target for file in prepared.side_files.copied],
+        "skipped_files": list(prepared.side_files.skipped),
+        "already_complete": complete,
+        "warnings": list(prepared.warnings),
+    }
+
+
+def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
+    plan, layout = prepared.plan, prepared.layout
+    base, ft = (shown(name) for name in plan.names)
+    many = len(plan.ts) > 1
+    yield f"Plan: {plan.recipe.method} at t = {_ts(plan.ts)}; t=0 is BASE ({base}), t=1 is FT ({ft})"
+    yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters)"
+    yield f"  read      {_size(plan.input_bytes)} (tensors larger than the budget twice)"
+    yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
+        f" ({len(plan.ts)} outputs)" if many else ""
+    )
+    yield f"  disk      {_size(prepared.free_disk_bytes)} free"
+    peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
+    yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
+    yield f"  shards    {len(plan.shards):,}"
+    for shard in plan.shards[:10]:
+        yield f"            {shown(shard.file_name)}: {len(shard.jobs):,} tensors, {_size(shard.size)}"
+    if len(plan.shards) > 10:
+        yield f"            and {len(plan.shards) - 10:,} more"
+    yield f"  copied    {len(prepared.side_files.copied):,} other files"
+    yield (
+        "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
+    )
+
+
+def report_json(report: MergeReport) -> dict[str, Any]:
+    summary = report.summary
+    return {
+        "outputs": [str(path) for path in report.outputs],
+        "method": report.method,
+        "t": list(report.ts),
+        "num_tensors": summary.num_tensors,
+        "num_parameters": summary.num_parameters,
+        "num_equal": summary.num_equal,
+        "median_angle_degrees": summary.median_degrees,
+        "largest_angle_degrees": summary.largest_degrees,
+        "largest_angle_tensor": summary.largest_name,
+        "input_bytes": report.input_bytes,
+        "output_bytes": report.output_bytes,
+        "seconds": round(report.seconds, 3),
+        "peak_bytes": report.peak_bytes,
+        "already_complete": report.already_complete,
+        "warnings": list(report.warnings),
+    }
+
+
+def report_lines(report: MergeReport) -> Iterator[str]:
+    summary, where = report.summary, ", ".join(shown(path) for path in report.outputs)
+    if report.already_complete:
+        yield f"{where}: already complete, nothing to do."
+        return
+    moved = report.input_bytes + report.output_bytes
+    what = f"{report.method} at t = {_ts(report.ts)}"
+    yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
+    yield (
+        f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
+        f"peak memory {_size(report.peak_bytes)}"
+    )
+    if summary.median_degrees is not None and summary.largest_degrees is not None:
+        yield (
+            f"Angle between the models: median {summary.median_degrees:.3g} degrees, largest "
+            f"{summary.largest_degrees:.3g} ({shown(summary.largest_name)})"
+        )
+    yield from remarks(summary)
+
+
+def _ts(ts: Sequence[float]) -> str:
+    return ", ".join(label_t(t) for t in ts)
+
+
+def _size(nbytes: int) -> str:
+    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= width:
+            return f"{nbytes / width:.3g} {unit}" if nbytes < 1000 * width else f"{nbytes / width:,.0f} {unit}"
+    return f"{nbytes} bytes"
