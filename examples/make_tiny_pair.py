@@ -1,4 +1,4 @@
-"""Write two tiny checkpoints with random weights, a few degrees apart: FOLDER/base and FOLDER/ft. Needs no torch."""
+"""Write two tiny checkpoints with random weights, a few degrees apart: FOLDER/base, FOLDER/ft. Needs no torch."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ shared = np.random.default_rng(0)
 base = {name: shared.standard_normal(shape) * 0.02 for name, shape in SHAPES.items()}
 step = {name: shared.standard_normal(shape) * 0.001 for name, shape in SHAPES.items()}
 for side, weights in (("base", base), ("ft", {name: base[name] + step[name] for name in base})):
-    folder = Path(sys.argv[1]) / side
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "tiny") / side
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.astype(np.float16) for name, value in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

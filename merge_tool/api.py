@@ -5,9 +5,10 @@ open -> plan -> check the output -> run -> side files, report, card -> publish
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +16,25 @@ from typing import Any
 
 from merge_tool.card import card_text
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.errors import DataError, OutputError, RecipeError, shown
+from merge_tool.errors import DataError, OutputError, RecipeError, listed, shown
 from merge_tool.memory import (
     peak_bytes,
     resident_bytes,
     under_pressure,
 )
+from merge_tool.older import check_conflicts
 from merge_tool.output import Work
 from merge_tool.plan import MergePlan, ShardPlan
-from merge_tool.prepare import Prepared, check_room, is_complete, labelled, prepare, single_facts
+from merge_tool.prepare import (
+    Prepared,
+    check_exact_tensors,
+    check_room,
+    final_names,
+    is_complete,
+    labelled,
+    prepare,
+    single_facts,
+)
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, DEFAULT_T, Recipe, label_t
 from merge_tool.report import (
     Findings,
@@ -37,7 +48,7 @@ from merge_tool.report import (
     to_record,
 )
 from merge_tool.run import ShardDone, progress_bytes, run_plan
-from merge_tool.side_files import CARD, REPORT, SUMS, edit_config_dtype
+from merge_tool.side_files import CARD, REPORT, SUMS
 
 _FLUSH_BYTES = 8_000_000
 
@@ -100,19 +111,23 @@ def merge(
     >>> report = merge("memphis-cot", "scribe-ft", "memphis-scribe", t=0.4)  # doctest: +SKIP
     """
     started = time.monotonic()
-    ts = (t,) if isinstance(t, (int, float)) else tuple(t)
+    ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
     recipe = Recipe(ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate)
-    prepared = prepare(base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs)
+    report_path = None if report_path is None else Path(report_path)
+    prepared = prepare(
+        base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
+    )
     warn = on_warning or (lambda message: None)
     for message in prepared.warnings:
         warn(message)
-    if not overwrite and is_complete(prepared):
-        summary = summarise(prepared.plan, _findings_from_report(prepared))
-        return _report(prepared, summary, started, already_complete=True)
+    if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
+        return _complete(prepared, report_path, started)
     check_room(prepared, overwrite=overwrite)
+    check_exact_tensors(prepared.plan)
     flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
-    with Work(prepared.target, prepared.plan, flush_bytes=flush) as work:
-        work.begin(overwrite=overwrite)
+    with Work(prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush) as work:
+        if _finds_it_complete(prepared, work, overwrite=overwrite):
+            return _complete(prepared, report_path, started)
         try:
             _run(prepared, work, on_start, on_progress)
         except DataError:
@@ -122,11 +137,42 @@ def merge(
         summary = summarise(prepared.plan, findings)
         _write_side_files(prepared, work, findings, summary)
         if report_path is not None:
-            _copy_report(prepared, findings, Path(report_path))
-        work.publish(check_bytes=prepared.budget - resident_bytes())
+            _write_report(report_path, _report_of(prepared, findings, prepared.plan.ts[0]))
+        strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
+    if strangers:
+        warn(f"{shown(prepared.target.path)} also holds what was there before: {listed(strangers, 50)}.")
     for message in alarms(summary):
         warn(message)
     return _report(prepared, summary, started)
+
+
+def _finds_it_complete(prepared: Prepared, work: Work, *, overwrite: bool) -> bool:
+    """Begin the work, under its lock; true if another run has finished this very merge meanwhile.
+
+    Raises OutputError when OUT turns out to hold something else, and leaves it as it was.
+    """
+    resumed = work.begin(overwrite=overwrite)
+    try:
+        if not resumed and not overwrite and is_complete(prepared):
+            work.discard()
+            return True
+        if not prepared.target.is_file:
+            for label in prepared.plan.labels:
+                check_conflicts(prepared.target.path / label, final_names(prepared))
+    except OutputError:
+        if not resumed:
+            work.discard()
+        raise
+    return False
+
+
+def _complete(prepared: Prepared, report_path: Path | None, started: float) -> MergeReport:
+    """The report of a merge that was there already."""
+    first = prepared.target.path / prepared.plan.labels[0] / REPORT
+    if report_path is not None:
+        _write_report(report_path, [first.read_text(encoding="utf-8")])
+    summary = summarise(prepared.plan, _findings_from_report(prepared))
+    return _report(prepared, summary, started, already_complete=True)
 
 
 # ----------------------------------------------------------------------------------------------- run
@@ -187,47 +233,25 @@ def _findings_from_report(prepared: Prepared) -> Findings:
 
 def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summary: Summary) -> None:
     """Complete each output in the work folder: copies, index, card, report, checksums."""
-    plan = prepared.plan
+    plan, side_files = prepared.plan, prepared.side_files
     if prepared.target.is_file or work.is_publishing:
         return
-    digests = _shard_digests(work)
+    digests = {r["number"]: r["sha256"] for r in work.journal.records() if r.get("record") == "shard"}
     for number, (label, t) in enumerate(labelled(plan)):
         sums = {shard.file_name: digests[shard.number][number] for shard in plan.shards}
-        sums |= _copy_side_files(prepared, work, label)
+        for file in side_files.copied:
+            sums[file.target] = work.add(label, file.target, side_files.read(file, plan.config_dtype))
         if (index := plan.index()) is not None:
-            sums[plan.index_name] = work.add_file(label, plan.index_name, index)
-        digest, facts = single_facts(plan, t)
-        sums[REPORT] = work.add_lines(label, REPORT, report_lines(plan, findings, t, digest, facts))
-        sums[CARD] = work.add_file(label, CARD, _card(prepared, summary, t).encode())
-        work.add_file(label, SUMS, sums_text(sums))
+            sums[plan.index_name] = work.add(label, plan.index_name, [index])
+        report = _report_of(prepared, findings, t)
+        sums[REPORT] = work.add(label, REPORT, (line.encode() for line in report))
+        sums[CARD] = work.add(label, CARD, [_card(prepared, summary, t).encode()])
+        work.add(label, SUMS, [sums_text(sums)])
 
 
-def _shard_digests(work: Work) -> dict[int, list[str]]:
-    return {r["number"]: r["sha256"] for r in work.journal.records() if r.get("record") == "shard"}
-
-
-def _copy_side_files(prepared: Prepared, work: Work, label: str) -> dict[str, str]:
-    side_files = prepared.side_files
-    sums: dict[str, str] = {}
-    if side_files.folder is None:
-        return sums
-    for file in side_files.copied:
-        path = side_files.folder.path(file.source)
-        dtype = _config_dtype(prepared.plan)
-        if dtype is not None and file.source.split("/")[-1] == "config.json":
-            sums[file.target] = work.add_file(label, file.target, edit_config_dtype(path.read_bytes(), dtype))
-        else:
-            sums[file.target] = work.add_copy(label, file.target, path)
-    return sums
-
-
-def _config_dtype(plan: MergePlan) -> str | None:
-    """The dtype that config.json should name, if the merge changed it."""
-    changed = {job.out.dtype for job in plan.jobs() if job.out.dtype != job.base.info.dtype}
-    if plan.recipe.dtype in (None, "base"):
-        return "BF16" if changed else None
-    kinds = {job.out.dtype for job in plan.jobs() if not job.exact}
-    return next(iter(kinds)) if len(kinds) == 1 else None
+def _report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
+    digest, facts = single_facts(prepared.plan, t)
+    return report_lines(prepared.plan, findings, t, digest, facts, prepared.samples)
 
 
 def _card(prepared: Prepared, summary: Summary, t: float) -> str:
@@ -264,11 +288,13 @@ def _quoted(name: str) -> str:
     return name if re.fullmatch(r"[\w@%+=:,./-]+", name) else "'" + name.replace("'", "'\\''") + "'"
 
 
-def _copy_report(prepared: Prepared, findings: Findings, path: Path) -> None:
-    digest, facts = single_facts(prepared.plan, prepared.plan.ts[0])
+def _write_report(path: Path, lines: Iterable[str]) -> None:
+    """Write the report that was asked for beside the output; it appears whole."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(report_lines(prepared.plan, findings, prepared.plan.ts[0], digest, facts))
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+        part.replace(path)
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e
 

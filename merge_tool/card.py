@@ -44,7 +44,7 @@ def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, ha
     base, ft = (_plain(name) for name in plan.names)
     yield f"# {base} + {ft}"
     yield (
-        f"A merge of **{base}** (t = 0) and **{ft}** (t = 1) by {METHODS[plan.recipe.method].summary} at "
+        f"A merge of **{base}** (t = 0) and **{ft}** (t = 1) by {METHODS[plan.method].summary} at "
         f"t = {label_t(t)}, made with slerp-merge {__version__}:"
     )
     yield f"```\n{command}\n```"

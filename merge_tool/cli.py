@@ -56,7 +56,7 @@ def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: 
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", value.strip().lower(), re.ASCII)
-    if match is None or match[2] not in _UNITS:
+    if match is None or match[2] not in _UNITS or ("." in match[1] and not match[2]):
         raise click.BadParameter(
             f"'{shown(value)}' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", ctx, param
         )

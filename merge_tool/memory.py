@@ -87,9 +87,14 @@ def _slot_itemsize(job: TensorJob) -> int:
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:
     """As much of `room` as tensors read once can use: two of the largest that fit, so that work overlaps."""
-    sizes = [aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes) for job in plan.jobs()]
+    sizes = [region_bytes(job) for job in plan.jobs()]
     fitting = [size for size in sizes if size <= room]
     return max(0, min(room, sum(fitting), 2 * max(fitting, default=0)))
+
+
+def region_bytes(job: TensorJob) -> int:
+    """What a tensor takes of the arena: both inputs whole."""
+    return aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes)
 
 
 def aligned(nbytes: int) -> int:

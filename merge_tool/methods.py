@@ -310,9 +310,8 @@ def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) 
     fits = True
     for start in range(0, len(x), TILE):
         cut = slice(start, start + TILE)
-        if narrow:
-            fits &= _combine_narrow(x[cut], y[cut], weights, out[cut], scratch)
-        else:
+        done = narrow and _combine_narrow(x[cut], y[cut], weights, out[cut], scratch)
+        if not done:  # also where a product left float32's range, but the sum may not
             fits &= _combine_wide(x[cut], y[cut], weights, out[cut], scratch)
     return bool(fits)
 

@@ -18,16 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.writer import ShardWriter, part_path, rename_synced, sync_folder
 from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.journal import Journal
 from merge_tool.lock import FolderLock
+from merge_tool.older import is_model_file, older_labels, outdated, strangers
 from merge_tool.plan import MergePlan, ShardPlan
-from merge_tool.side_files import REPORT, SUMS, WORK
+from merge_tool.side_files import WORK
 
-_COPY_BYTES = 1 << 20
+_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
 _LIBRARY_BYTES = 1_200  # what the safetensors library holds for each tensor of a file it has open
 
 
@@ -52,18 +52,25 @@ class Target:
 
 def check_target(target: Target, inputs: Iterable[Path]) -> None:
     """Raise OutputError where writing to `target` could touch an input, or where it is of the wrong kind."""
-    out = target.path.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if out == source or out.is_relative_to(source) or source.is_relative_to(out):
+    path = target.path
+    try:
+        out = path.resolve()
+        sources = [(source, source.resolve()) for source in inputs]
+        is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    for source, real in sources:
+        if out == real or out.is_relative_to(real) or real.is_relative_to(out):
             raise OutputError(
-                f"{shown(target.path)}: the output is, or lies inside or around, the input {shown(path)}. "
+                f"{shown(path)}: the output is, or lies inside or around, the input {shown(source)}. "
                 "Choose another folder."
             )
-    if target.is_file and target.path.is_dir():
-        raise OutputError(f"{shown(target.path)}: is a folder, but a name ending in .safetensors asks for a file.")
-    if not target.is_file and target.path.exists() and not target.path.is_dir():
-        raise OutputError(f"{shown(target.path)}: is a file, expected a folder, or a name ending in .safetensors.")
+    if target.is_file and is_folder:
+        raise OutputError(f"{shown(path)}: is a folder, but a name ending in .safetensors asks for a file.")
+    if not target.is_file and exists and not is_folder:
+        raise OutputError(f"{shown(path)}: is a file, expected a folder, or a name ending in .safetensors.")
+    if is_link and not exists:
+        raise OutputError(f"{shown(path)}: is a link that leads nowhere. Remove it, or choose another folder.")
 
 
 # ------------------------------------------------------------------------------------------ the work
@@ -72,16 +79,19 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
 class Work:
     """The work folder of one merge, locked by this process from creation to `close`.
 
-    A Sink for run_plan. `done_shards` are the shards that an earlier run finished.
+    Keeps what run_plan's sink is given. `done_shards` are the shards that an earlier run finished.
     """
 
-    def __init__(self, target: Target, plan: MergePlan, *, flush_bytes: int | None = None) -> None:
-        self.target, self.plan, self.flush_bytes = target, plan, flush_bytes
+    def __init__(
+        self, target: Target, plan: MergePlan, *, samples: tuple[str, ...] = (), flush_bytes: int | None = None
+    ) -> None:
+        self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
         self.path = target.work
         self.journal = Journal(self.path / "journal.jsonl")
         self.done_shards: frozenset[int] = frozenset()
         self.is_publishing = False
         self._finishing = threading.Lock()
+        _refuse_foreign(self.path)
         self._made = _make_folders(self.path)
         try:
             self._lock = FolderLock(self.path)
@@ -103,22 +113,29 @@ class Work:
 
     # --------------------------------------------------------------------- starting and resuming
 
-    def begin(self, *, overwrite: bool) -> None:
-        """Take up what an earlier run of the same merge left here, or start anew.
+    def begin(self, *, overwrite: bool) -> bool:
+        """Take up what an earlier run of the same merge left here, or start anew; returns whether it is taken up.
 
-        Raises OutputError when the work is another merge's, naming what differs, unless `overwrite`.
+        Raises OutputError when the work is another merge's, naming what differs, unless `overwrite`; and when it
+        was begun with --overwrite, which must then be given again.
         """
         found = next(self.journal.records(), None)
-        ours = self._plan_record()
-        if found is not None and found.get("record") == "plan" and found != ours:
-            if not overwrite:
-                raise OutputError(
-                    f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
-                    f"{_differences(found, ours)}. Finish that one, or give --overwrite to start anew."
-                )
+        if found is not None and found.get("record") != "plan":
             found = None
+        ours = self._plan_record(overwrite)
+        same = found is not None and all(found.get(key) == ours[key] for key in ("facts", "modified", "samples"))
+        if found is not None and not same and not overwrite:
+            raise OutputError(
+                f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
+                f"{_differences(found, ours)}. Finish that one, or give --overwrite to start anew."
+            )
+        if found is not None and same and found.get("overwrite") and not overwrite:
+            raise OutputError(
+                f"{shown(self.target.path)}: this merge was begun with --overwrite and is half done. Give it again."
+            )
         try:
-            if found != ours:
+            if not same:
+                ours["leftover"] = self._leftover(found)
                 self._wipe()
                 self.journal.append([ours])
             self.journal.trim()
@@ -127,12 +144,27 @@ class Work:
             self.done_shards = frozenset(self._recover())
         except OSError as e:
             raise output_failed(self.path, e) from e
+        return same
 
-    def _plan_record(self) -> dict[str, Any]:
+    def _leftover(self, found: Mapping[str, Any] | None) -> dict[str, list[str]]:
+        """Files that a publishing which is now given up may have moved into OUT already."""
+        left: dict[str, list[str]] = dict((found or {}).get("leftover", {}))
+        for record in self.journal.records():
+            if record.get("record") == "publish":
+                left |= record["files"]
+        return left
+
+    def _plan_record(self, overwrite: bool) -> dict[str, Any]:
         changed = {
             f"{side}/{job_file.name}": job_file.mtime_ns for side, files in self._inputs().items() for job_file in files
         }
-        return {"record": "plan", "facts": dict(self.plan.facts), "modified": changed}
+        return {
+            "record": "plan",
+            "facts": dict(self.plan.facts),
+            "modified": changed,
+            "samples": list(self.samples),
+            "overwrite": overwrite,
+        }
 
     def _inputs(self) -> dict[str, list[LocalFile]]:
         sides: dict[str, dict[int, LocalFile]] = {"base": {}, "ft": {}}
@@ -190,69 +222,44 @@ class Work:
 
     # --------------------------------------------------------------------------------- side files
 
-    def add_file(self, label: str, name: str, content: bytes) -> str:
-        """Write one small file into the work folder, synced; returns its SHA-256 in hex."""
-        path = self.folder(label) / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as e:
-            raise output_failed(path, e) from e
-        return hashlib.sha256(content).hexdigest()
-
-    def add_lines(self, label: str, name: str, lines: Iterable[str]) -> str:
-        """The same for a file that is made line by line."""
-        path, digest = self.folder(label) / name, hashlib.sha256()
-        try:
-            with path.open("wb") as file:
-                for line in lines:
-                    raw = line.encode()
-                    digest.update(raw)
-                    file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as e:
-            raise output_failed(path, e) from e
-        return digest.hexdigest()
-
-    def add_copy(self, label: str, name: str, source: Path) -> str:
-        """Copy a file byte for byte (its mode follows the umask), synced; returns its SHA-256 in hex."""
+    def add(self, label: str, name: str, chunks: Iterable[bytes]) -> str:
+        """Write one file into the work folder, synced, with a mode that follows the umask; returns its SHA-256."""
         path, digest = self.folder(label) / name, hashlib.sha256()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with source.open("rb") as reader, path.open("wb") as writer:
-                while chunk := reader.read(_COPY_BYTES):
+            with path.open("wb") as file:
+                for chunk in chunks:
                     digest.update(chunk)
-                    writer.write(chunk)
-                writer.flush()
-                os.fsync(writer.fileno())
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as e:
             raise output_failed(path, e) from e
         return digest.hexdigest()
 
     # --------------------------------------------------------------------------------- publishing
 
-    def publish(self, *, check_bytes: int) -> None:
+    def publish(self, *, check_bytes: int) -> list[str]:
         """Move everything into place, what makes it a model last, and remove the work folder.
 
         Before that the safetensors library audits each weight file, if that takes at most `check_bytes` of memory.
+        Returns what else lies in OUT: files that are neither the new model's nor an older one's.
         """
         try:
             if not self.is_publishing:
                 self._check_with_library(check_bytes // _LIBRARY_BYTES)
                 self.journal.append([{"record": "publish", **self._moves()}])
             moves = next(r for r in self.journal.records() if r.get("record") == "publish")
-            if not self.target.is_file:
-                for label in self.plan.labels:
-                    self._remove_outdated(label, moves["remove"][label], frozenset(moves["files"][label]))
+            for label, names in moves["remove"].items():
+                self._remove_outdated(label, names, frozenset(moves["files"].get(label, ())))
             for label in self.plan.labels:
                 self._move(label, moves["files"][label])
             self._remove_work()
+            if self.target.is_file:
+                return []
+            return strangers(self.target.path, self.plan.labels, moves["files"].get("", ()))
         except OSError as e:
-            raise output_failed(self.path, e) from e
+            raise output_failed(Path(e.filename) if isinstance(e.filename, str) else self.path, e) from e
 
     def _check_with_library(self, most_tensors: int) -> None:
         """Open weight files with the safetensors library: an audit of names, shapes and types by other code."""
@@ -273,23 +280,30 @@ class Work:
                     )
 
     def _moves(self) -> dict[str, dict[str, list[str]]]:
-        """For each output: the files of an older model to remove, and the new ones in the order of their moves."""
+        """The files of older models to remove, and each output's new ones in the order of their moves."""
         files, remove = {}, {}
         last = self.plan.index_name if len(self.plan.shards) > 1 else self.plan.shards[0].file_name
         for label in self.plan.labels:
             folder = self.folder(label)
             names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
-            files[label] = sorted(names, key=lambda name: (name == last, not _is_model_file(name), name))
-            remove[label] = [] if self.target.is_file else _outdated(self.target.path / label)
+            files[label] = sorted(names, key=lambda name: (name == last, not is_model_file(name), name))
+        if not self.target.is_file:
+            leftover = next(self.journal.records()).get("leftover", {})
+            for label in {*older_labels(self.target.path), *self.plan.labels, *leftover}:
+                remove[label] = [*outdated(self.target.path / label), *leftover.get(label, ())]
         return {"files": files, "remove": remove}
 
-    def _remove_outdated(self, label: str, outdated: list[str], new: frozenset[str]) -> None:
+    def _remove_outdated(self, label: str, names: list[str], new: frozenset[str]) -> None:
         folder = self.target.path / label
         folder.mkdir(exist_ok=True)
-        for name in outdated:
+        for name in names:
             if name not in new or (self.folder(label) / name).exists():  # else it is the new one already
                 (folder / name).unlink(missing_ok=True)
+                if "/" in name:
+                    _remove_empty((folder / name).parent, folder)
         sync_folder(folder)
+        if label not in self.plan.labels and label:
+            _remove_empty(folder, self.target.path)
 
     def _move(self, label: str, names: list[str]) -> None:
         target = self.target.path.parent if self.target.is_file else self.target.path / label
@@ -316,28 +330,25 @@ class Work:
         _remove_folders(self._made)
 
 
-def _is_model_file(name: str) -> bool:
-    return "/" not in name and (is_weight_file(name) or name.endswith(".index.json"))
+def _refuse_foreign(work: Path) -> None:
+    """Raise OutputError unless `work` is missing or looks like a work folder of ours: nothing else is wiped."""
+    what = None
+    if work.is_symlink():
+        what = "is a link"
+    elif work.exists() and not work.is_dir():
+        what = "is a file"
+    elif work.is_dir() and (others := {entry.name for entry in work.iterdir()} - _OWN_ENTRIES):
+        what = f"holds files that are not ours ({listed(sorted(others))})"
+    if what:
+        raise OutputError(f"{shown(work)}: {what}; the work of a merge goes there. Move it away.")
 
 
-def _outdated(folder: Path) -> list[str]:
-    """Files of an older model in `folder`, the index first: what would mix with the new one."""
-    if not folder.is_dir():
-        return []
-    names = {name for name in _manifest_names(folder) if (folder / name).is_file()}
-    names |= {entry.name for entry in folder.iterdir() if not entry.is_dir() and _is_model_file(entry.name)}
-    return sorted(names, key=lambda name: (not name.endswith(".index.json"), name))
-
-
-def _manifest_names(folder: Path) -> Iterator[str]:
-    """The names in a SHA256SUMS of ours that lie inside its folder."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if not (folder / REPORT).is_file():
-            return
-        for line in (folder / SUMS).read_text().splitlines():
-            name = line[66:]
-            if name and not Path(name).is_absolute() and ".." not in Path(name).parts:
-                yield name
+def _remove_empty(folder: Path, stop: Path) -> None:
+    """Remove a folder and those above it, below `stop`, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        while folder != stop:
+            folder.rmdir()
+            folder = folder.parent
 
 
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -78,6 +78,14 @@ class MergePlan:
         return self.recipe.ts
 
     @property
+    def method(self) -> str:
+        return self.recipe.method
+
+    @property
+    def keeps_base_on_mismatch(self) -> bool:
+        return self.recipe.on_mismatch == "base"
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The sub-folder of each output: `t-0.3` and so on, or nothing when there is one."""
         return ("",) if len(self.ts) == 1 else tuple(f"t-{label_t(t)}" for t in self.ts)
@@ -102,6 +110,14 @@ class MergePlan:
     def output_bytes(self) -> int:
         """Bytes of all outputs' weight files."""
         return len(self.ts) * sum(shard.size for shard in self.shards)
+
+    @property
+    def config_dtype(self) -> str | None:
+        """The dtype code that config.json should name now, if the merge changed it."""
+        if self.recipe.dtype in (None, "base"):
+            changed = any(job.out.dtype != job.base.info.dtype for job in self.jobs())
+            return "BF16" if changed else None
+        return OUTPUT_DTYPES[self.recipe.dtype]
 
     @property
     def index_name(self) -> str:
@@ -132,7 +148,7 @@ def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str
     check_same_tensors(base, ft)
     if recipe.files_from == "ft" and ft.folder is None and base.folder is not None:
         raise RecipeError(f"--files-from ft: {ft.name} is a single file, it has no other files to copy.")
-    stem = "model" if base.folder is None else _stem(base.files[0].file_name)
+    stem = _stem(base)
     limit = None if single_file else recipe.max_shard_bytes
     groups = _split(_output_infos(recipe, base), limit)
     metadata = {**base.metadata, "format": base.metadata.get("format", "pt")}
@@ -188,8 +204,12 @@ def _split(infos: Sequence[TensorInfo], max_bytes: int | None) -> list[list[Tens
     return [sorted(group, key=write_order) for group in groups]
 
 
-def _stem(file_name: str) -> str:
-    return re.sub(r"-\d{5}-of-\d{5}$", "", file_name.removesuffix(".safetensors")) or "model"
+def _stem(base: Checkpoint) -> str:
+    """What the output's files are called, so that whoever loads BASE loads it: by the index, or the only file."""
+    if base.folder is None:
+        return "model"
+    name = base.index_name or base.files[0].file_name
+    return name.removesuffix(".index.json").removesuffix(".safetensors")
 
 
 def _shard_name(stem: str, place: int, count: int) -> str:

@@ -1,18 +1,20 @@
 """Everything that can go wrong for the user before the first byte is written: open, plan, check, warn.
 
-Reads headers and side files only; writes nothing.
+Reads headers, side files, and a few bytes of many tensors; writes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
-from merge_tool.errors import OutputError, RecipeError, listed, shown
+from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, shown
 from merge_tool.memory import (
     LEAST_BYTES,
     Layout,
@@ -20,20 +22,35 @@ from merge_tool.memory import (
     default_jobs,
     estimate_peak,
     plan_layout,
+    region_bytes,
     resident_bytes,
 )
+from merge_tool.older import read_sums
 from merge_tool.output import Target, check_target
-from merge_tool.plan import MergePlan, plan_merge
+from merge_tool.plan import MergePlan, TensorJob, plan_merge
 from merge_tool.recipe import Recipe, label_t
-from merge_tool.report import read_digest
-from merge_tool.side_files import CARD, REPORT, SUMS, SideFiles, plan_side_files
+from merge_tool.report import read_identity
+from merge_tool.side_files import (
+    BASE_CARD,
+    CARD,
+    FT_CARD,
+    REPORT,
+    SUMS,
+    WORK,
+    SideFiles,
+    plan_side_files,
+)
 
 _SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A merge that headers say will work: what `--dry-run` shows and `merge` carries out."""
+    """A merge that headers say will work: what `--dry-run` shows and `merge` carries out.
+
+    `samples` are digests of a few bytes of many tensors of either input (none after a dry run, which reads no
+    weights): what tells two finetunes of one layout apart.
+    """
 
     plan: MergePlan
     side_files: SideFiles
@@ -44,11 +61,18 @@ class Prepared:
     held_bytes: int
     target: Target
     warnings: tuple[str, ...]
+    samples: tuple[str, ...]
 
     @property
     def disk_bytes(self) -> int:
         """Disk space that the outputs take."""
         return self.plan.output_bytes + len(self.plan.ts) * self.side_files.size
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of weights to be read: once what fits the arena or is copied, twice the rest."""
+        sizes = ((job.input_nbytes, region_bytes(job)) for job in self.plan.jobs())
+        return sum(size if region <= self.layout.arena_bytes else 2 * size for size, region in sizes)
 
     @property
     def free_disk_bytes(self) -> int:
@@ -67,12 +91,19 @@ def prepare(
     *,
     memory_bytes: int | None = None,
     jobs: int | None = None,
+    report_path: Path | None = None,
+    read_samples: bool = False,
 ) -> Prepared:
-    """Open both checkpoints, plan the merge and check all that headers show; writes nothing."""
+    """Open both checkpoints, plan the merge and check all that can be checked; writes nothing.
+
+    With `read_samples` a few hundred kilobytes of weights are read, too, to know the inputs again later.
+    """
     target = Target(Path(out))
     if target.is_file and len(recipe.ts) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.ts)} values of t need a folder.")
     check_target(target, (Path(base), Path(ft)))
+    if report_path is not None:
+        _check_report_path(report_path, recipe, target, (Path(base), Path(ft)))
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
     budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
@@ -82,17 +113,53 @@ def prepare(
     models = open_checkpoint(base, max_header_bytes=most), open_checkpoint(ft, max_header_bytes=most)
     plan = plan_merge(recipe, models, single_file=target.single_file)
     donor = models[recipe.files_from == "ft"]
-    side_files = plan_side_files(None if target.is_file else donor.folder, donor.weight_files)
+    try:
+        side_files = plan_side_files(
+            None if target.is_file else donor.folder,
+            donor.weight_files,
+            card=FT_CARD if recipe.files_from == "ft" else BASE_CARD,
+        )
+    except OSError as e:
+        raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
     base_card = models[0].folder.path(CARD) if models[0].folder and models[0].folder.has(CARD) else None
     is_transformers = "architectures" in (models[0].config or {})
     warnings = tuple(_warnings(models, side_files))
+    samples = tuple(_sample(model) for model in models) if read_samples else ()
     del models, donor  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()
     layout = plan_layout(plan, budget, jobs or default_jobs(), held=held)
-    return Prepared(plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings)
+    return Prepared(plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples)
 
 
-# -------------------------------------------------------------------------------------------- checks
+def _check_report_path(path: Path, recipe: Recipe, target: Target, inputs: Iterable[Path]) -> None:
+    where = f"--report {shown(path)}"
+    if len(recipe.ts) > 1:
+        raise RecipeError(f"{where}: one report for one t; with several, each output folder has its own.")
+    try:
+        real = path.resolve()
+        forbidden = [other.resolve() for other in (*inputs, target.path, target.work)]
+        is_folder, has_parent = path.is_dir(), path.parent.is_dir()
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{where}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    if is_folder or not has_parent:
+        raise OutputError(f"{where}: {'is a folder' if is_folder else 'its folder is missing'}. Choose a file's path.")
+    if any(real == other or real.is_relative_to(other) for other in forbidden):
+        raise OutputError(f"{where}: lies inside an input or the output. Choose a path beside them.")
+
+
+def _sample(model: Checkpoint, tensors: int = 1024, nbytes: int = 256) -> str:
+    """SHA-256 over bytes from the middle of evenly chosen tensors: another finetune differs nearly everywhere."""
+    names = sorted(model.tensors)
+    digest, buffer = hashlib.sha256(), bytearray(nbytes)
+    for name in names[:: -(-len(names) // tensors)]:
+        info = model.tensors[name]
+        view = memoryview(buffer)[: min(nbytes, info.nbytes)]
+        model.source(name).read_into(info.offset + (info.nbytes - len(view)) // 2, view)
+        digest.update(view)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------- warnings
 
 _COMPARED_SETTINGS = (
     "architectures",
@@ -103,17 +170,22 @@ _COMPARED_SETTINGS = (
     "num_key_value_heads",
     "num_heads",
     "rope_theta",
-    "rope_parameters",
     "rope_scaling",
     "tie_word_embeddings",
 )
+_ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta"})  # worth a word if only one says
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
 )
 
 
@@ -121,59 +193,80 @@ def _warnings(models: Sequence[Checkpoint], side_files: SideFiles) -> Iterable[s
     base, ft = models
     for model in models:
         yield from model.notices
-    for key in _COMPARED_SETTINGS:
-        a, b = ((model.config or {}).get(key) for model in models)
-        if a != b and a is not None and b is not None:
-            yield f"{key} differs: {shown(a)} in {base.name}, {shown(b)} in {ft.name}. Are these related models?"
+    a, b = (_settings(model.config or {}) for model in models)
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) == b.get(key) or base.config is None or ft.config is None:
+            continue
+        if (key in a and key in b) or key.split(".")[-1] in _ONE_SIDED:
+            here, there = (shown(side.get(key, "nothing")) for side in (a, b))
+            yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}. Are these related models?"
     if base.folder and ft.folder:
         for name in _TOKENIZER_FILES:
-            if base.folder.has(name) and ft.folder.has(name) and not _same_bytes(base, ft, name):
-                yield f"{name} differs between {base.name} and {ft.name}: the same token may have different rows."
+            if base.folder.has(name) and ft.folder.has(name) and not _same_bytes(base.folder, ft.folder, name):
+                yield f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
     if side_files.unmerged:
-        yield f"Copied without merging, as parts of the model: {listed(side_files.unmerged)}."
+        yield f"Copied without merging, as parts of the model: {listed(side_files.unmerged, 50)}."
     if side_files.skipped:
-        yield f"Not copied: {listed(side_files.skipped)}."
+        yield f"Not copied: {listed(side_files.skipped, 50)}."
 
 
-def _same_bytes(base: Checkpoint, ft: Checkpoint, name: str) -> bool:
-    if base.folder is None or ft.folder is None:
-        return False
-    paths = base.folder.path(name), ft.folder.path(name)
-    if paths[0].stat().st_size != paths[1].stat().st_size:
-        return False
-    with paths[0].open("rb") as a, paths[1].open("rb") as b:
-        while True:
-            left, right = a.read(65_536), b.read(65_536)
-            if left != right:
-                return False
-            if not left:
-                return True
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that matter, those of sub-configs as `text_config.num_attention_heads`."""
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config = {"rope_theta": rope["rope_theta"], **config}
+    found = {f"{prefix}{key}": config[key] for key in _COMPARED_SETTINGS if config.get(key) is not None}
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config") and not prefix:
+            found |= _settings(value, f"{key}.")
+    return found
+
+
+def _same_bytes(base: Folder, ft: Folder, name: str) -> bool:
+    paths = base.path(name), ft.path(name)
+    try:
+        if paths[0].stat().st_size != paths[1].stat().st_size:
+            return False
+        with paths[0].open("rb") as a, paths[1].open("rb") as b:
+            while True:
+                left, right = a.read(65_536), b.read(65_536)
+                if left != right or not left:
+                    return left == right
+    except OSError as e:
+        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+
+
+# -------------------------------------------------------------------------------------- what OUT holds
 
 
 def is_complete(prepared: Prepared) -> bool:
     """Whether OUT already holds this very merge; raises OutputError when it holds anything else.
 
-    A merge made before its inputs last changed does not count, nor does one with a file missing or resized.
+    A merge made before its inputs last changed does not count, nor does one with a file missing, nor one whose
+    side files have changed since. A work folder in OUT is not looked at.
     """
     target = prepared.target
-    if target.work.exists() or not target.path.exists():
-        return False
-    if target.is_file:
-        raise OutputError(f"{shown(target.path)}: exists already. Give --overwrite to replace it.")
-    if not any(target.path.iterdir()):
-        return False
-    if all(_is_output(prepared, target.path / label, t) for label, t in labelled(prepared.plan)):
-        changed = _changed_since(prepared, target.path / prepared.plan.labels[0] / REPORT)
-        if not changed:
-            return True
+    try:
+        if target.is_file:
+            if target.path.exists():
+                raise OutputError(f"{shown(target.path)}: exists already. Give --overwrite to replace it.")
+            return False
+        if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
+            return False
+        if not all(_is_output(prepared, target.path / label, t) for label, t in labelled(prepared.plan)):
+            raise OutputError(
+                f"{shown(target.path)}: is not empty, and not the result of this merge. Choose another folder, or "
+                "give --overwrite to replace the model in it once the new one is complete."
+            )
+        changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
+    except OSError as e:
+        raise OutputError(f"{shown(target.path)}: cannot be read ({e.strerror}: {shown(e.filename)}).") from e
+    if changed:
         raise OutputError(
             f"{shown(target.path)}: holds this merge, but {listed(changed)} changed since. "
             "Give --overwrite to merge again."
         )
-    raise OutputError(
-        f"{shown(target.path)}: is not empty, and not the result of this merge. "
-        "Choose another folder, or give --overwrite to replace the model in it once the new one is complete."
-    )
+    return True
 
 
 def labelled(plan: MergePlan) -> Iterable[tuple[str, float]]:
@@ -182,20 +275,29 @@ def labelled(plan: MergePlan) -> Iterable[tuple[str, float]]:
 
 def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
     digest, _ = single_facts(prepared.plan, t)
-    if read_digest(folder / REPORT) != digest or not (folder / SUMS).is_file():
+    found, samples = read_identity(folder / REPORT)
+    if found != digest or (prepared.samples and samples != prepared.samples):
         return False
-    sizes = {folder / shard.file_name: shard.size for shard in prepared.plan.shards}
-    if len(prepared.plan.shards) > 1 and not (folder / prepared.plan.index_name).is_file():
-        return False
-    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+    sizes = {shard.file_name: shard.size for shard in prepared.plan.shards}
+    files = read_sums(folder).keys() | sizes.keys() | ({prepared.plan.index_name} if len(sizes) > 1 else set())
+    return all((folder / name).is_file() for name in files) and all(
+        (folder / name).stat().st_size == size for name, size in sizes.items()
+    )
 
 
-def _changed_since(prepared: Prepared, report: Path) -> list[str]:
-    """Input files written (or put in place: st_ctime, where that is what it means) after the report was."""
-    written = report.stat().st_mtime_ns
+def _changed_since(prepared: Prepared, output: Path) -> list[str]:
+    """Input files modified after the report was written, and side files that the output has otherwise."""
+    written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
     sources = {job.base.file.name: job.base.file for job in prepared.plan.jobs()}
     sources |= {job.ft.file.name: job.ft.file for job in prepared.plan.jobs()}
-    return [name for name, source in sources.items() if source.changed_ns > written]
+    changed = [name for name, source in sources.items() if source.mtime_ns > written]
+    for file in prepared.side_files.copied:
+        digest = hashlib.sha256()
+        for chunk in prepared.side_files.read(file, prepared.plan.config_dtype):
+            digest.update(chunk)
+        if sums.get(file.target) != digest.hexdigest():
+            changed.append(file.source)
+    return changed
 
 
 def single_facts(plan: MergePlan, t: float) -> tuple[str, dict[str, Any]]:
@@ -205,7 +307,7 @@ def single_facts(plan: MergePlan, t: float) -> tuple[str, dict[str, Any]]:
 
 
 def check_room(prepared: Prepared, *, overwrite: bool) -> None:
-    """Raise OutputError unless the disk can take the outputs beside what is there (less what a resumed run has)."""
+    """Raise OutputError unless the disk can take the outputs beside what is there, less what a resumed run has."""
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
     need = prepared.disk_bytes + _SPARE_DISK_BYTES - have
     free = prepared.free_disk_bytes
@@ -215,6 +317,37 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
             f"{shown(prepared.target.path)}: the output takes {need:,} bytes, the disk has {free:,} free.{beside} "
             "Free some space or choose another disk."
         )
+
+
+def check_exact_tensors(plan: MergePlan) -> None:
+    """Raise DataError naming all integer and boolean tensors that differ, unless the base's are to be kept."""
+    if plan.keeps_base_on_mismatch:
+        return
+    differing = [job.out.name for job in plan.jobs() if job.exact and not _same_values(job)]
+    if differing:
+        raise DataError(
+            f"{len(differing):,} integer tensors differ between {plan.names[0]} and {plan.names[1]}, and integers have "
+            f"nothing between them: {listed(differing)}. Give --on-mismatch base to keep the base's."
+        )
+
+
+def _same_values(job: TensorJob, chunk: int = 1 << 20) -> bool:
+    left, right = bytearray(chunk), bytearray(chunk)
+    for start in range(0, job.out.nbytes, chunk):
+        length = min(chunk, job.out.nbytes - start)
+        for source, buffer in ((job.base, left), (job.ft, right)):
+            source.file.read_into(source.info.offset + start, memoryview(buffer)[:length])
+        if left[:length] != right[:length]:
+            return False
+    return True
+
+
+def final_names(prepared: Prepared) -> list[str]:
+    """The files that every output will have, relative to it."""
+    plan = prepared.plan
+    index = [plan.index_name] if len(plan.shards) > 1 else []
+    side = [file.target for file in prepared.side_files.copied]
+    return [*(shard.file_name for shard in plan.shards), *index, *side, CARD, REPORT, SUMS]
 
 
 def _existing(path: Path) -> Path:

@@ -51,7 +51,10 @@ def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 
 
 def _check_ts(values: Iterable[float], extrapolate: bool) -> tuple[float, ...]:
-    ts = tuple(float(t) + 0.0 for t in values)  # -0.0 is 0.0
+    try:
+        ts = tuple(float(t) + 0.0 for t in values)  # -0.0 is 0.0
+    except (TypeError, ValueError) as e:
+        raise RecipeError(f"t is not a number ({shown(e)}): 0 is the base, 1 the finetune.") from e
     if not ts:
         raise RecipeError("No t is given; 0 is the base, 1 the finetune.")
     for t in ts:

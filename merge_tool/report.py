@@ -118,7 +118,7 @@ def describe(job: TensorJob, finding: Finding, method: str, t: float) -> TensorR
     angle = pair_angle(sums)
     degrees = None if angle is None else math.degrees(angle.theta)
     n0, n1 = (norm / sums.scale for norm in sums.norms)
-    change = math.sqrt(sums.dd) / sums.scale / n0 if n0 else None
+    change = math.sqrt(sums.dd / sums.xx) if sums.xx else None
     weights = None if finding.equal else METHODS[method].weights(sums, t)
     return TensorReport(
         job.out.name,
@@ -130,6 +130,11 @@ def describe(job: TensorJob, finding: Finding, method: str, t: float) -> TensorR
         weights,
         note or (weights.note if weights else ""),
     )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity; a float64 norm may be one."""
+    return value if math.isfinite(value) else None
 
 
 def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dict[str, Any]:
@@ -148,8 +153,8 @@ def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dic
     if found.norms is not None:
         n0, n1 = found.norms
         content["angle_degrees"] = found.angle_degrees
-        content["norm_base"], content["norm_ft"] = n0, n1
-        content["norm_ratio"] = n1 / n0 if n0 else None
+        content["norm_base"], content["norm_ft"] = _finite(n0), _finite(n1)
+        content["norm_ratio"] = _finite(n1 / n0) if n0 and math.isfinite(n0) else None
         content["relative_change"] = found.relative_change
     if found.weights is not None:
         content["weights"] = [found.weights.w0, found.weights.w1]
@@ -184,7 +189,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
-        found = describe(job, findings[job.number], plan.recipe.method, plan.ts[0])
+        found = describe(job, findings[job.number], plan.method, plan.ts[0])
         if found.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
         if found.angle_degrees is None:
@@ -258,13 +263,21 @@ def alarms(summary: Summary) -> list[str]:
 # ------------------------------------------------------------------------------------------ the files
 
 
-def report_lines(plan: MergePlan, findings: Findings, t: float, digest: str, facts: Mapping[str, Any]) -> Iterator[str]:
+def report_lines(
+    plan: MergePlan,
+    findings: Findings,
+    t: float,
+    digest: str,
+    facts: Mapping[str, Any],
+    samples: Sequence[str],
+) -> Iterator[str]:
     """merge_report.json, a line per tensor."""
     head = {
         "format": 1,
         "tool": f"slerp-merge {__version__}",
         "plan_sha256": digest,
-        "method": plan.recipe.method,
+        "samples_sha256": list(samples),
+        "method": plan.method,
         "t": t,
         "inputs": {"base": facts["base"], "ft": facts["ft"]},
         "options": {key: facts[key] for key in ("dtype", "max_shard_bytes", "files_from", "on_mismatch")},
@@ -273,8 +286,8 @@ def report_lines(plan: MergePlan, findings: Findings, t: float, digest: str, fac
     yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "tensors": [\n'
     count = plan.num_tensors
     for place, job in enumerate(plan.jobs(), 1):
-        content = _tensor_json(job, findings[job.number], plan.recipe.method, t)
-        yield "  " + json.dumps(content, ensure_ascii=False) + ("\n" if place == count else ",\n")
+        content = _tensor_json(job, findings[job.number], plan.method, t)
+        yield "  " + json.dumps(content, ensure_ascii=False, allow_nan=False) + ("\n" if place == count else ",\n")
     yield " ]\n}\n"
 
 
@@ -293,15 +306,16 @@ def load_tensors(report: Path) -> list[dict[str, Any]]:
     return [tensor for tensor in tensors if isinstance(tensor, dict)]
 
 
-def read_digest(report: Path) -> str | None:
-    """The plan digest of a merge_report.json, or None if that is not one."""
+def read_identity(report: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The plan digest and the inputs' samples of a merge_report.json; (None, ()) if that is not one."""
     try:
         with report.open(encoding="utf-8") as file:
             head = file.read(65_536)
     except (OSError, UnicodeDecodeError):
-        return None
-    match = re.search(r'"plan_sha256": "([0-9a-f]{64})"', head)
-    return match[1] if match else None
+        return None, ()
+    digest = re.search(r'"plan_sha256": "([0-9a-f]{64})"', head)
+    samples = re.search(r'"samples_sha256": \[\s*"([0-9a-f]{64})",\s*"([0-9a-f]{64})"\s*\]', head)
+    return digest and digest[1], samples.groups() if samples else ()
 
 
 __all__ = [
@@ -313,7 +327,7 @@ __all__ = [
     "describe",
     "from_record",
     "load_tensors",
-    "read_digest",
+    "read_identity",
     "remarks",
     "report_lines",
     "summarise",

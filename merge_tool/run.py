@@ -24,7 +24,7 @@ from merge_tool.buffers import Arena, WorkerMemory
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
 from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import DataError, shown
-from merge_tool.memory import Layout, aligned
+from merge_tool.memory import Layout, aligned, region_bytes
 from merge_tool.methods import (
     METHODS,
     TILE,
@@ -113,7 +113,7 @@ class _Stopped(Exception):
     """Another thread failed, or the run was given up; that is what the user sees."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _OpenShard:
     """A shard being written: one writer and one turn (the next chunk to be hashed) per output."""
 
@@ -125,7 +125,7 @@ class _OpenShard:
     done: list[TensorDone] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _OpenTensor:
     """A tensor between its first read and its last write."""
 
@@ -220,21 +220,18 @@ class _Run:
         for start in range(0, max(numel, 1), self.layout.chunk_elements):
             yield start, min(start + self.layout.chunk_elements, numel)
 
-    def _region_bytes(self, job: TensorJob) -> int:
-        return aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes)
-
     def _fits_arena(self, job: TensorJob) -> bool:
-        return 0 < self._region_bytes(job) <= self.arena.nbytes
+        return 0 < region_bytes(job) <= self.arena.nbytes
 
     def _take_region(self, job: TensorJob) -> int | None:
         with self.changed:
-            return self.arena.take(self._region_bytes(job)) if self._fits_arena(job) else None
+            return self.arena.take(region_bytes(job)) if self._fits_arena(job) else None
 
     def _await_region(self, job: TensorJob) -> int:
         taken: list[int] = []
 
         def try_again() -> bool:
-            if (region := self.arena.take(self._region_bytes(job))) is not None:
+            if (region := self.arena.take(region_bytes(job))) is not None:
                 taken.append(region)
             return bool(taken)
 
@@ -357,14 +354,14 @@ class _Run:
         job, kept_base, sums = tensor.job, False, None
         if job.exact:
             kept_base = not tensor.equal
-            if kept_base and self.plan.recipe.on_mismatch != "base":
+            if kept_base and not self.plan.keeps_base_on_mismatch:
                 raise DataError(_unequal_message(self.plan, job))
         else:
             xx, xd, dd = (total(column) for column in tensor.tile_sums.T)
             sums = PairSums(xx, xd, dd)
             if not tensor.equal:
                 sums = self._sharpen(worker, tensor, sums)
-                method = METHODS[self.plan.recipe.method]
+                method = METHODS[self.plan.method]
                 tensor.weights = tuple(method.weights(sums, t) for t in self.plan.ts)
         with self.changed:
             tensor.done = TensorDone(job.number, sums, tensor.equal, kept_base)
@@ -502,7 +499,5 @@ def _unequal_message(plan: MergePlan, job: TensorJob) -> str:
 
 
 def _overflow_message(job: TensorJob, place: int) -> str:
-    return (
-        f"{shown(job.out.name)}: element {place:,} is finite but too large for {job.out.dtype}. "
-        "Choose a wider type with --dtype float32 or --dtype bfloat16."
-    )
+    wider = "--dtype float32" if job.out.dtype == "BF16" else "--dtype base, bfloat16 or float32"
+    return f"{shown(job.out.name)}: element {place:,} is finite but too large for {job.out.dtype}. Choose {wider}."

@@ -32,11 +32,12 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
         "base": plan.names[0],
         "ft": plan.names[1],
         "out": str(prepared.target.path),
-        "method": plan.recipe.method,
+        "method": plan.method,
         "t": list(plan.ts),
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
-        "read_bytes": plan.input_bytes,
+        "read_bytes": prepared.read_bytes,
+        "input_bytes": plan.input_bytes,
         "write_bytes": prepared.disk_bytes,
         "free_disk_bytes": prepared.free_disk_bytes,
         "shards": [{"name": s.file_name, "bytes": s.size, "num_tensors": len(s.jobs)} for s in plan.shards],
@@ -54,9 +55,10 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     plan, layout = prepared.plan, prepared.layout
     base, ft = (shown(name) for name in plan.names)
     many = len(plan.ts) > 1
-    yield f"Plan: {plan.recipe.method} at t = {_ts(plan.ts)}; t=0 is BASE ({base}), t=1 is FT ({ft})"
+    yield f"Plan: {plan.method} at t = {_ts(plan.ts)}; t=0 is BASE ({base}), t=1 is FT ({ft})"
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters)"
-    yield f"  read      {_size(plan.input_bytes)} (tensors larger than the budget twice)"
+    again = " (tensors that do not fit the memory twice)" if prepared.read_bytes > plan.input_bytes else ""
+    yield f"  read      {_size(prepared.read_bytes)}{again}"
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
         f" ({len(plan.ts)} outputs)" if many else ""
     )

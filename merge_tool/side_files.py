@@ -7,24 +7,27 @@ Configuration, tokenizer, templates and code are copied byte for byte, sub-folde
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import Folder, is_weight_file
+from merge_tool.errors import CheckpointError, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
-BASE_CARD = "README.base.md"
+BASE_CARD, FT_CARD = "README.base.md", "README.ft.md"  # what the parents' own cards become
 WORK = ".slerp-merge"
 
+_COPY_BYTES = 1 << 20
 _SKIPPED_FOLDERS = re.compile(r"original|checkpoint-[^/]*|\.git|\.cache|\.ipynb_checkpoints|__pycache__")
 _SKIPPED_FILES = re.compile(
     r"(optimizer|scheduler|scaler|rng_state)[^/]*\.[^/]+|training_args\.bin|trainer_state\.json"
     r"|[^/]*\.(safetensors|bin)\.index\.json|\.DS_Store"
 )
-_CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(torch\.)?([a-z0-9_]+)(")')
+_CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(torch\.)?((?:[^"\\]|\\.)*)(")')
 _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -50,9 +53,29 @@ class SideFiles:
     def size(self) -> int:
         return sum(file.size for file in self.copied)
 
+    def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
+        """What the output's copy of `file` holds: its bytes, or config.json with `dtype`, if that changed."""
+        assert self.folder is not None
+        path = self.folder.path(file.source)
+        try:
+            if dtype is not None and file.source == "config.json":
+                yield edit_config_dtype(path.read_bytes(), dtype)
+                return
+            with path.open("rb") as content:
+                while chunk := content.read(_COPY_BYTES):
+                    yield chunk
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.folder.name}/{shown(file.source)}: cannot be read ({e.strerror}). Mend that, then run the same "
+                "command: it continues where it stopped."
+            ) from e
 
-def plan_side_files(folder: Folder | None, merged: frozenset[str] = frozenset()) -> SideFiles:
-    """Decide about every file of `folder` but the `merged` ones; raises CheckpointError for links that lead out."""
+
+def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str = BASE_CARD) -> SideFiles:
+    """Decide about every file of `folder` but the `merged` ones; its README.md is copied as `card`.
+
+    Raises CheckpointError for links that lead out of the folder and for files that may not be read.
+    """
     if folder is None:
         return SideFiles(None, (), (), ())
     modules = _module_folders(folder)
@@ -67,15 +90,17 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str] = frozenset())
             in_module = len(path.parts) > 1 and path.parts[0] in modules
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
-            unwanted |= relative in {REPORT, SUMS} or (relative == BASE_CARD and folder.has(CARD))
+            unwanted |= relative in {REPORT, SUMS} or (relative == card and folder.has(CARD))
         if unwanted and relative not in merged:
             skipped.append(f"{relative}/" if is_folder else relative)
         return unwanted or relative in merged
 
     copied = []
     for relative in folder.walk(skip):
-        target = BASE_CARD if relative == CARD else relative
-        copied.append(SideFile(relative, target, folder.path(relative).stat().st_size))
+        path = folder.path(relative)
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"{folder.name}/{shown(relative)}: may not be read (permission denied).")
+        copied.append(SideFile(relative, card if relative == CARD else relative, path.stat().st_size))
     unmerged = tuple(file.source for file in copied if is_weight_file(file.source))
     return SideFiles(folder, tuple(copied), tuple(skipped), unmerged)
 
@@ -105,15 +130,29 @@ def _load_modules(folder: Folder) -> Iterable[Any]:
 
 
 def edit_config_dtype(config: bytes, dtype: str) -> bytes:
-    """config.json with every `dtype` and `torch_dtype` that names a float type set to `dtype` (a code such as BF16).
+    """config.json with `dtype` and `torch_dtype` set to `dtype` (a code such as BF16), in sub-configs too.
 
-    Only those words change: spaces, order and line ends stay as they are.
+    Only those words change: spaces, order and line ends stay as they are. Other objects' keys stay as well, and so
+    do values that name no float type.
     """
     name = _CONFIG_NAMES[dtype].encode()
+    ours = iter(list(_dtype_keys(json.loads(config), is_config=True)))
 
     def replace(match: re.Match[bytes]) -> bytes:
         before, prefix, old, quote = match.groups()
-        is_float = old.startswith((b"float", b"bfloat"))
-        return before + (prefix or b"") + (name if is_float else old) + quote
+        is_ours = next(ours, False) and old.startswith((b"float", b"bfloat"))
+        return before + (prefix or b"") + (name if is_ours else old) + quote
 
     return _CONFIG_DTYPE.sub(replace, config)
+
+
+def _dtype_keys(value: Any, *, is_config: bool) -> Iterator[bool]:
+    """For every string-valued dtype key below `value`, in the text's order: whether a configuration holds it."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _dtype_keys(item, is_config=False)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key in {"dtype", "torch_dtype"} and isinstance(item, str):
+                yield is_config
+            yield from _dtype_keys(item, is_config=is_config and key.endswith("config"))

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from checkpoints import language_model, save_model
+
+settings.register_profile("same", derandomize=True)  # the same examples in every run; pytest
+settings.load_profile("same")  # --hypothesis-profile=default looks for new ones
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, pair: tuple[P
     written = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
     assert {s["name"]: s["bytes"] for s in plan["shards"]} == written
     assert plan["num_parameters"] == json.loads(report.stdout)["num_parameters"]
-    assert plan["read_bytes"] == json.loads(report.stdout)["input_bytes"]
+    assert plan["read_bytes"] == plan["input_bytes"] == json.loads(report.stdout)["input_bytes"]
 
 
 def test_a_dry_run_finds_what_headers_show(tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -181,7 +181,7 @@ def test_sizes_mean_bytes(text: str, expected: int) -> None:
     assert parse_size(None, None, text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "MB", "1e9", "1,5GB", "0x10", "2 G B", "²GB"])
+@pytest.mark.parametrize("text", ["", "MB", "1e9", "1.5", "1,5GB", "0x10", "2 G B", "²GB"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
         parse_size(None, None, text)

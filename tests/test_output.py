@@ -44,7 +44,7 @@ def test_the_same_merge_again_is_already_complete(tmp_path: Path, pair: tuple[Pa
 def test_an_output_whose_inputs_changed_is_not_complete(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "out")
     save_model(pair[1], language_model(2), shards=3)
-    assert "changed since" in refusal(*pair, tmp_path / "out")
+    assert "not the result of this merge" in refusal(*pair, tmp_path / "out")
     merge(*pair, tmp_path / "out", overwrite=True)
     merge(*pair, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -157,7 +157,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: in
         (Journal, "append"),
         (writer_module.ShardWriter, "publish"),
         (writer_module.ShardWriter, "sync"),
-        (Work, "add_file"),
+        (Work, "add"),
         (Work, "publish"),
         (Path, "replace"),
         (Path, "unlink"),
@@ -245,6 +245,162 @@ def test_a_damaged_journal_starts_anew_or_says_so(
     merge(*pair, out, overwrite=True, **SMALL)
     merge(*pair, tmp_path / "whole", **SMALL)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------- other people's files, other models
+
+
+def test_two_finetunes_of_one_name_and_layout_are_told_apart(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", language_model(0))
+    first, second = (save_model(tmp_path / f"run{n}/ft", language_model(n)) for n in (1, 2))
+    for path in second.iterdir():
+        os.utime(path, (1, 1))
+    merge(base, first, tmp_path / "out")
+    assert "not the result of this merge" in refusal(base, second, tmp_path / "out")
+    assert merge(base, first, tmp_path / "out").already_complete
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "SHA256SUMS", "sub/chat.jinja"])
+def test_an_output_that_lacks_a_file_is_not_complete(tmp_path: Path, pair: tuple[Path, Path], name: str) -> None:
+    merge(*pair, tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    assert "not empty" in refusal(*pair, tmp_path / "out") or name == "SHA256SUMS"
+
+
+def test_an_output_whose_side_files_changed_is_not_complete(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    merge(*pair, tmp_path / "out")
+    (pair[0] / "tokenizer.json").write_text("{ }")
+    assert "tokenizer.json changed since" in refusal(*pair, tmp_path / "out")
+
+
+def test_work_folders_that_are_not_ours_are_left_alone(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    (tmp_path / "x.safetensors.partial").mkdir()
+    (tmp_path / "x.safetensors.partial/thesis.txt").write_text("precious")
+    assert "holds files that are not ours (thesis.txt)" in refusal(*pair, tmp_path / "x.safetensors", overwrite=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/thesis.txt").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.slerp-merge").symlink_to("../elsewhere")
+    assert ".slerp-merge: is a link" in refusal(*pair, tmp_path / "out")
+    (tmp_path / "y.safetensors.partial").write_text("precious")
+    assert "partial: is a file" in refusal(*pair, tmp_path / "y.safetensors")
+    assert (tmp_path / "elsewhere/thesis.txt").read_text() == "precious"
+    assert (tmp_path / "x.safetensors.partial/thesis.txt").read_text() == "precious"
+
+
+def test_an_empty_work_folder_does_not_make_out_ours(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    (tmp_path / "out/.slerp-merge").mkdir(parents=True)
+    (tmp_path / "out/model.safetensors").write_text("precious")
+    assert "is not empty" in refusal(*pair, tmp_path / "out")
+    assert contents(tmp_path / "out") == {"model.safetensors": b"precious"}
+
+
+def test_a_run_that_finishes_first_is_not_merged_over(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look at OUT and our lock, another process completes a merge there."""
+    from merge_tool import api
+
+    original = api.check_room
+
+    def other_first(prepared: Any, *, overwrite: bool) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(api, "check_room", original)
+            merge(*pair, tmp_path / "out", 0.25)
+        original(prepared, overwrite=overwrite)
+
+    monkeypatch.setattr(api, "check_room", other_first)
+    assert "is not empty" in refusal(*pair, tmp_path / "out", 0.75)
+    monkeypatch.setattr(api, "check_room", original)
+    assert merge(*pair, tmp_path / "out", 0.25).already_complete
+
+
+def test_a_half_done_overwrite_wants_its_flag_again(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(*pair, tmp_path / "out", 0.1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, writer_module.ShardWriter, "sync", 0)
+        with pytest.raises(Stop):
+            merge(*pair, tmp_path / "out", 0.5, overwrite=True)
+    assert "was begun with --overwrite" in refusal(*pair, tmp_path / "out", 0.5)
+    merge(*pair, tmp_path / "out", 0.5, overwrite=True)
+
+
+def test_overwrite_leaves_no_older_model_in_any_corner(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Single, sweep, single; and what a loader would read from a stranger's folder."""
+    out = tmp_path / "out"
+    merge(*pair, out)
+    merge(*pair, out, [0.3, 0.5], overwrite=True)
+    assert sorted(p.name for p in out.iterdir()) == ["t-0.3", "t-0.5"]
+    (out / "t-notes").mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    (out / "thesis.txt").write_text("precious")
+    warnings: list[str] = []
+    merge(*pair, out, overwrite=True, on_warning=warnings.append)
+    merge(*pair, tmp_path / "fresh")
+    (out / "t-notes").rmdir()
+    assert contents(out) == {**contents(tmp_path / "fresh"), "thesis.txt": b"precious"}
+    assert any("also holds what was there before: t-notes, thesis.txt" in w for w in warnings)
+
+
+def test_given_up_publishing_leaves_nothing_to_the_next_merge(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    (pair[1] / "only_ft.txt").write_text("x")
+    merge(*pair, out, 0.1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, Path, "replace", 14)
+        with pytest.raises(Stop):
+            merge(*pair, out, 0.2, files_from="ft", overwrite=True, **SMALL)
+    merge(*pair, out, 0.3, overwrite=True)
+    merge(*pair, tmp_path / "fresh", 0.3)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_folders_in_the_way_are_named_before_the_work(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    out = tmp_path / "out"
+    (out / "config.json/x").mkdir(parents=True)
+    (out / "model.safetensors").write_text("old")
+    assert "config.json: is a folder where the new model has a file" in refusal(*pair, out, overwrite=True)
+    (out / "config.json/x").rmdir()
+    (out / "config.json").rmdir()
+    (out / "sub").write_text("a file")
+    assert "sub: is a file where the new model has a folder" in refusal(*pair, out, overwrite=True)
+    assert contents(out) == {"model.safetensors": b"old", "sub": b"a file"}
+
+
+def test_reports_go_where_they_harm_nothing(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    out = tmp_path / "out"
+
+    def report_refusal(path: Path, **options: Any) -> str:
+        with pytest.raises(MergeToolError) as caught:
+            merge(*pair, out, report_path=path, **options)
+        return str(caught.value)
+
+    for path in (pair[0] / "config.json", out / "r.json", out / ".slerp-merge/files/x"):
+        assert "lies inside an input or the output" in report_refusal(path) or "folder is missing" in report_refusal(
+            path
+        )
+    assert "its folder is missing" in report_refusal(tmp_path / "no/r.json")
+    assert "is a folder" in report_refusal(tmp_path)
+    assert "one report for one t" in report_refusal(tmp_path / "r.json", t=[0.1, 0.2])
+    assert not out.exists()
+    merge(*pair, out)
+    merge(*pair, out, report_path=tmp_path / "r.json")
+    assert (tmp_path / "r.json").read_bytes() == (out / "merge_report.json").read_bytes()
+
+
+def test_paths_that_the_system_refuses_are_our_errors(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for out in (tmp_path / ("x" * 300), tmp_path / "loop", tmp_path / "dangling"):
+        refusal(*pair, out)
+    with pytest.raises(MergeToolError):
+        merge(tmp_path / "loop", pair[1], tmp_path / "out")
+    with pytest.raises(MergeToolError):
+        merge(tmp_path / ("x" * 300), pair[1], tmp_path / "out")
 
 
 def test_a_journal_line_cut_short_does_not_count(tmp_path: Path) -> None:

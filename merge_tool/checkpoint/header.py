@@ -75,6 +75,7 @@ _USUAL_ENTRY = re.compile(  # as the library writes it: nearly every header ther
     rf'"data_offsets":\[({_INTEGER}),({_INTEGER})\]\}}'
 )
 _SPACE = re.compile(r"[ \t\n\r]*")
+_NULL = re.compile(r"[ \t\n\r]*null")
 _LONGEST_ENTRY = 65_536  # characters; a tensor's entry is about 100
 _LARGEST_DIM = 2**63 - 1
 
@@ -153,7 +154,10 @@ class _Members:
             self._skip()
 
     def take_strings(self, name: str) -> dict[str, str]:
-        """The value here, an object whose values are strings."""
+        """The value here, an object whose values are strings; null, which the library allows, is none."""
+        if _NULL.match(self.text, self.position):
+            self.position = _skip_space(self.text, self.position) + len("null")
+            return {}
         inner, found = _Members(self.text, self.position, f"{name!r}"), {}
         for key in inner:
             if key in found:

@@ -288,6 +288,7 @@ def _collect(
 
 # ------------------------------------------------------------------------------ what cannot be merged
 
+_WIDE_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _FP8_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale", ".k_scale", ".v_scale")
 _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".absmax", ".quant_map", ".scale_weight", ".weight_packed")
 
@@ -317,7 +318,14 @@ def _quantised(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInf
     has_fp8 = any(info.dtype.startswith("F8_") for info in tensors.values())
     for name in tensors:
         companion = next((name.removesuffix(s) for s in ("_scale_inv", "_scale") if name.endswith(s)), None)
-        if companion in tensors or (has_fp8 and name.endswith(_FP8_SCALES)):
+        is_named_so = name.endswith(_FP8_SCALES)
+        if (
+            companion is not None
+            and companion in tensors
+            and (is_named_so or tensors[companion].dtype not in _WIDE_FLOATS)
+        ):
+            return f"scales in tensor '{shown(name)}'"
+        if has_fp8 and is_named_so:
             return f"scales in tensor '{shown(name)}'"
         if name.endswith(_QUANTISED_SUFFIXES) or name == "scaled_fp8":
             return f"codes or scales in tensor '{shown(name)}'"
