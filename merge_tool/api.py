@@ -184,7 +184,7 @@ class _WorkSink:
     def __init__(self, work: Work) -> None:
         self.work = work
 
-    def open_shard(self, shard: ShardPlan, header: bytes) -> list[ShardWriter]:
+    def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
         return self.work.open_shard(shard, header)
 
     def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:

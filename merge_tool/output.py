@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -200,7 +201,7 @@ class Work:
 
     # ----------------------------------------------------------------------------------- the sink
 
-    def open_shard(self, shard: ShardPlan, header: bytes) -> list[ShardWriter]:
+    def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
         return [
             ShardWriter(self.folder(label) / shard.file_name, header, flush_bytes=self.flush_bytes)
             for label in self.plan.labels
@@ -216,7 +217,7 @@ class Work:
         """Record a shard whose files are synced, then give them their names."""
         done = {"record": "shard", "number": shard.number, "sha256": list(sha256)}
         with self._finishing:
-            self.journal.append([*({"record": "tensor", **tensor} for tensor in tensors), done])
+            self.journal.append(chain(({"record": "tensor", **tensor} for tensor in tensors), [done]))
         for writer in writers:
             writer.publish()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.checkpoint.header import TensorInfo, build_header, write_order
+from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
@@ -59,8 +59,8 @@ class ShardPlan:
     jobs: tuple[TensorJob, ...]
     metadata: Mapping[str, str]
 
-    def header(self) -> bytes:
-        return build_header((job.out for job in self.jobs), self.metadata)[0]
+    def header(self) -> bytearray:
+        return header_bytes((job.out for job in self.jobs), self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def _job(number: int, out: TensorInfo, base: Checkpoint, ft: Checkpoint) -> Tens
 
 def _output_infos(recipe: Recipe, base: Checkpoint) -> list[TensorInfo]:
     """The output's tensors in natural order (layer 2 before layer 10), in the dtypes they will have."""
-    names = sorted(base.tensors, key=natural_key)
+    names = sorted(sorted(base.tensors), key=natural_key)
     return [replace(base.tensors[n], dtype=_output_dtype(recipe, base.tensors[n].dtype)) for n in names]
 
 
@@ -183,12 +183,9 @@ def _output_dtype(recipe: Recipe, dtype: str) -> str:
     return OUTPUT_DTYPES[recipe.dtype] or dtype
 
 
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key under which numbers inside names compare as numbers."""
-    return tuple(
-        (0, int(part)) if part.isdecimal() and part.isascii() and len(part) < 4000 else (1, part)
-        for part in re.split(r"([0-9]+)", name)
-    )
+def natural_key(name: str) -> str:
+    """Sort key under which numbers inside names compare as numbers: each is preceded by its length."""
+    return re.sub(r"[0-9]+", lambda digits: f"{len(digits[0].lstrip('0')):06d}{digits[0].lstrip('0')}", name)
 
 
 def _split(infos: Sequence[TensorInfo], max_bytes: int | None) -> list[list[TensorInfo]]:
@@ -223,10 +220,10 @@ def check_same_tensors(base: Checkpoint, ft: Checkpoint) -> None:
     """Raise MismatchError unless both have the same tensors with the same shapes and kinds."""
     problems = []
     for here, there in ((base, ft), (ft, base)):
-        if only := sorted(here.tensors.keys() - there.tensors.keys(), key=natural_key):
+        if only := sorted(sorted(here.tensors.keys() - there.tensors.keys()), key=natural_key):
             problems.append(f"{len(only):,} tensors only in {here.name}: {listed(only)}")
     shapes, kinds = [], []
-    for name in sorted(base.tensors.keys() & ft.tensors.keys(), key=natural_key):
+    for name in sorted(base.tensors.keys() & ft.tensors.keys()):
         a, b = base.tensors[name], ft.tensors[name]
         if a.shape != b.shape:
             shapes.append(f"{shown(name)}: {list(a.shape)} in {base.name}, {list(b.shape)} in {ft.name}{_vocab(a, b)}")

@@ -69,7 +69,7 @@ class ShardDone:
 class Sink(Protocol):
     """Where shards go. Both are called from worker threads, each shard once."""
 
-    def open_shard(self, shard: ShardPlan, header: bytes) -> list[ShardWriter]:
+    def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
         """One writer per output, with the header written."""
 
     def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:

@@ -295,30 +295,39 @@ def write_order(info: TensorInfo) -> tuple[int, str]:
     return _WRITE_ORDER[info.dtype], info.name
 
 
-def build_header(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorInfo]]:
+def build_header(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytearray, list[TensorInfo]]:
     """The first bytes of a file (length, JSON, padding) and its tensors with their absolute offsets.
 
     The same bytes as `safetensors.serialize_file` writes for these tensors and at most one metadata entry;
     several entries are sorted here (the library's own order of them changes from run to run).
     """
     ordered: Sequence[TensorInfo] = sorted(infos, key=write_order)
-    parts, begin = [], 0
-    if metadata:
-        parts.append(f'"__metadata__":{_compact(dict(sorted(metadata.items())))}')
-    for info in ordered:
-        end = begin + info.nbytes
-        shape = ",".join(map(str, info.shape))
-        parts.append(
-            f'{_compact(info.name)}:{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}'
-        )
-        begin = end
-    text = ("{" + ",".join(parts) + "}").encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    placed, offset = [], 8 + len(text)
+    header = header_bytes(ordered, metadata)
+    placed, offset = [], len(header)
     for info in ordered:
         placed.append(TensorInfo(info.name, info.dtype, info.shape, offset))
         offset += info.nbytes
-    return len(text).to_bytes(8, "little") + text, placed
+    return header, placed
+
+
+def header_bytes(ordered: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytearray:
+    """The first bytes of a file whose tensors come in this order; in one piece of memory, for headers of many MB."""
+    header, begin = bytearray(b"\0\0\0\0\0\0\0\0{"), 0
+    if metadata:
+        header += f'"__metadata__":{_compact(dict(sorted(metadata.items())))},'.encode()
+    for info in ordered:
+        end = begin + info.nbytes
+        shape = ",".join(map(str, info.shape))
+        header += (
+            f'{_compact(info.name)}:{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}},'
+        ).encode()
+        begin = end
+    if header.endswith(b","):
+        header.pop()
+    header += b"}"
+    header += b" " * (-len(header) % 8)
+    header[:8] = (len(header) - 8).to_bytes(8, "little")
+    return header
 
 
 def _compact(value: object) -> str:

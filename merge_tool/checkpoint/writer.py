@@ -18,7 +18,7 @@ from merge_tool.errors import OutputError, shown
 class ShardWriter:
     """Writes `path` through `path.part`. `write` is safe from several threads; `hash_next` is the caller's to order."""
 
-    def __init__(self, path: Path, header: bytes, *, flush_bytes: int | None = None) -> None:
+    def __init__(self, path: Path, header: bytes | bytearray, *, flush_bytes: int | None = None) -> None:
         self.path = path
         self.part = part_path(path)
         self._flush_bytes = flush_bytes
