@@ -96,8 +96,10 @@ class _FusedMixCE(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(labels), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = functional.linear(hidden[part], weight, bias).to(wide)
-            chunk_loss, grad = _chunk_gradient(logits, labels[part], mixing_ratio, softcap, any(needed))
+            chunk_loss, grad = _chunk_gradient(
+                functional.linear(hidden[part], weight, bias).to(wide), labels[part], mixing_ratio, softcap,
+                any(needed),
+            )  # fmt: skip
             loss += chunk_loss
             if grad is None:
                 continue
@@ -108,6 +110,7 @@ class _FusedMixCE(torch.autograd.Function):
                 _add_product(grad_weight, narrow, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del grad, narrow  # before the next chunk's logits are allocated: one chunk at a time
         ctx.grads = (
             grad_hidden,
             grad_weight if grad_weight is None else grad_weight.to(weight.dtype),

@@ -1,0 +1,399 @@
+"""A mixture of sources -> tokenised examples in a cache -> batches: who sees which row at which step.
+
+The law of this file: the order is a pure function of the seed. A batch is found by its step number, so a
+resumed run, or a run on another number of processes, meets the same rows. Nothing is tokenised twice: an
+example store is named by what went into it (the rows' content, the templates, the tokenizer), and one
+process writes it while the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train.config import SourceConfig, TrainConfig
+from train.errors import TrainError
+from train.sources import Segment, open_rows, render_row
+
+STORE_VERSION = 1  # raise it when the same inputs would give other tokens
+_TOKENIZE_ROWS = 256
+_OPEN_BINS = 64
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one source: every row and example is counted somewhere."""
+
+    title: str
+    rows: int  # in the file or data set
+    rows_kept: int  # after `where`
+    rows_held_out: int
+    examples: int
+    tokens: int
+    labelled_tokens: int
+    dropped_long: int  # examples longer than sequence_length
+    dropped_empty: int  # examples with nothing to learn
+    held_out_examples: int
+    held_out_tokens: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids of many examples end to end; example i is [offsets[i], offsets[i + 1])."""
+
+    ids: NDArray[np.int32]
+    learned: NDArray[np.bool_]  # whether the token is one to be predicted
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source, tokenised: what is learned from it and what is held out."""
+
+    title: str
+    train: Examples
+    held_out: Examples
+    report: SourceReport
+    digest: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. All tensors are [rows, tokens], int64.
+
+    `labels[:, t]` is the token to predict at t (-100: nothing); `positions` restart with each example;
+    `lengths` is the length of the example a token belongs to, 0 for padding.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    lengths: Tensor
+    sources: tuple[str, ...]  # titles, sorted, of the sources inside
+
+    def to(self, device: torch.device) -> Batch:
+        ids, labels, positions, lengths = (
+            t.to(device, non_blocking=True) for t in (self.ids, self.labels, self.positions, self.lengths)
+        )
+        return Batch(ids, labels, positions, lengths, self.sources)
+
+
+# ---- tokenised examples, kept by content -------------------------------------------------------------
+
+
+def prepare_sources(config: TrainConfig, tokenizer: Any, cache: Path) -> list[str]:
+    """Names of each source's example store below `cache`, tokenised now where it is not there yet.
+
+    One process calls this; the others get the names. Raises TrainError for unreadable sources, missing
+    columns, or a source that gives no example.
+    """
+    return [_prepare_source(source, config, tokenizer, cache) for source in config.sources]
+
+
+def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, cache: Path) -> str:
+    rows = open_rows(source)
+    asked = {
+        "version": STORE_VERSION,
+        "rows": rows.digest,
+        "source": {k: v for k, v in asdict(source).items() if k not in ("weight", "label", "path")},
+        "sequence_length": config.sequence_length,
+        "seed": config.seed,
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    if not (cache / digest / "report.json").exists():
+        _write_store(cache / digest, *_tokenize_source(source, config, tokenizer, rows))
+    return digest
+
+
+def open_sources(config: TrainConfig, cache: Path, names: Sequence[str]) -> list[Source]:
+    """The stores that `prepare_sources` named, memory-mapped."""
+    sources = []
+    for asked, name in zip(config.sources, names, strict=True):
+        stored = json.loads((cache / name / "report.json").read_text())
+        report = SourceReport(**{**stored, "title": asked.title})
+        train, held_out = (_open_examples(cache / name, part) for part in ("train", "held_out"))
+        sources.append(Source(asked.title, train, held_out, report, name))
+    return sources
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how text becomes ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256((content + str(tokenizer.chat_template)).encode()).hexdigest()
+
+
+def _tokenize_source(
+    source: SourceConfig, config: TrainConfig, tokenizer: Any, rows: Any
+) -> tuple[Examples, Examples, SourceReport]:
+    kept, held_out = rows.split(source, config.seed)
+    train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take)
+    if not len(train.examples):
+        raise TrainError(
+            f"source {source.title} gives no example: {rows.count} rows, {len(kept) + len(held_out)} after "
+            f"`where`, {train.long} examples longer than sequence_length {config.sequence_length}, "
+            f"{train.empty} with nothing to learn"
+        )
+    held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, None)
+    report = SourceReport(
+        title=source.title,
+        rows=rows.count,
+        rows_kept=len(kept) + len(held_out),
+        rows_held_out=len(held_out),
+        examples=len(train.examples),
+        tokens=len(train.examples.ids),
+        labelled_tokens=int(train.examples.learned.sum()),
+        dropped_long=train.long + held.long,
+        dropped_empty=train.empty + held.empty,
+        held_out_examples=len(held.examples),
+        held_out_tokens=int(held.examples.learned.sum()),
+    )
+    return train.examples, held.examples, report
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    examples: Examples
+    long: int
+    empty: int
+
+
+def _tokenize(
+    source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int], longest: int, take: int | None
+) -> _Tokenized:
+    """The first `take` examples that fit, in the order of the rows; over-long ones are dropped, not cut."""
+    ids: list[NDArray[np.int32]] = []
+    learned: list[NDArray[np.bool_]] = []
+    long = empty = 0
+    for example in _token_lists(source, tokenizer, rows, order):
+        if take is not None and len(ids) == take:
+            break
+        tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in example] or [np.empty(0, np.int32)])
+        marks = np.concatenate([np.full(len(t), mark) for t, mark in example] or [np.empty(0, bool)])
+        if len(tokens) > longest:
+            long += 1
+        elif not marks[1:].any():  # the first token is predicted from nothing
+            empty += 1
+        else:
+            ids.append(tokens)
+            learned.append(marks)
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in ids])]).astype(np.int64)
+    flat_ids = np.concatenate(ids) if ids else np.empty(0, np.int32)
+    return _Tokenized(
+        Examples(flat_ids, np.concatenate(learned or [np.empty(0, bool)]), offsets), long, empty
+    )
+
+
+def _token_lists(
+    source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int]
+) -> Iterator[list[tuple[list[int], bool]]]:
+    """Each example as [(ids, learned)], its segments tokenised apart, a few hundred rows at a time."""
+    for start in range(0, len(order), _TOKENIZE_ROWS):
+        examples: list[list[Segment]] = []
+        for row in rows.select(order[start : start + _TOKENIZE_ROWS]):
+            examples.extend(render_row(source, row, tokenizer))
+        texts = [segment.text for example in examples for segment in example]
+        ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        for example in examples:
+            yield [(next(ids), segment.learned) for segment in example]
+
+
+def _write_store(folder: Path, train: Examples, held_out: Examples, report: SourceReport) -> None:
+    """All arrays, then the report: its presence says that the store is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, examples in (("train", train), ("held_out", held_out)):
+        for name, array in (
+            ("ids", examples.ids),
+            ("learned", examples.learned),
+            ("offsets", examples.offsets),
+        ):
+            np.save(folder / f"{part}.{name}.npy", array)
+    partial = folder / "report.json.partial"
+    partial.write_text(json.dumps(asdict(report), indent=1))
+    partial.replace(folder / "report.json")
+
+
+def _open_examples(folder: Path, part: str) -> Examples:
+    arrays = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("ids", "learned", "offsets"))
+    return Examples(*arrays)
+
+
+def report_table(reports: Sequence[SourceReport]) -> str:
+    """A line per source for people: examples, tokens, and everything that was dropped."""
+    names = [
+        "source", "rows", "kept", "held out", "examples", "tokens", "labelled", "too long", "empty",
+    ]  # fmt: skip
+    lines = [names]
+    for r in reports:
+        numbers = (
+            r.rows, r.rows_kept, r.rows_held_out, r.examples, r.tokens, r.labelled_tokens,
+            r.dropped_long, r.dropped_empty,
+        )  # fmt: skip
+        lines.append([r.title, *(f"{n:,}" for n in numbers)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+# ---- the order: a pure function of the seed ------------------------------------------------------------
+
+Row = tuple[tuple[int, int], ...]  # the examples of one sequence, as (source, example)
+
+
+def plan_rows(sources: Sequence[Source], config: TrainConfig, epoch: int) -> list[Row]:
+    """The sequences of one epoch, in order: examples shuffled, then packed or one to a sequence."""
+    picks = [
+        (number, int(example))
+        for number, (source, asked) in enumerate(zip(sources, config.sources, strict=True))
+        for example in _passes(len(source.train), asked.weight, epoch, (config.seed, 1, number))
+    ]
+    order = np.random.default_rng((config.seed, 2, epoch)).permutation(len(picks))
+    shuffled = [picks[i] for i in order]
+    if not config.packing:
+        return [(pick,) for pick in shuffled]
+    lengths = [source.train.lengths for source in sources]
+    return pack([(pick, int(lengths[pick[0]][pick[1]])) for pick in shuffled], config.sequence_length)
+
+
+def _passes(count: int, weight: float, epoch: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
+    """Examples of one source in one epoch: a window of `weight` passes over endless fresh permutations."""
+    start, stop = round(count * weight * epoch), round(count * weight * (epoch + 1))
+    parts = []
+    for number in range(start // count, -(-stop // count)):
+        order = np.random.default_rng((*seed, number)).permutation(count)
+        parts.append(order[max(0, start - number * count) : stop - number * count])
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def pack(items: Sequence[tuple[tuple[int, int], int]], capacity: int) -> list[Row]:
+    """Best fit in order: each example goes to the fullest open row that holds it, else to a new one.
+
+    At most 64 rows are open, the fullest is closed first; rows come out in the order they were opened.
+    """
+    rows: list[list[tuple[int, int]]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for pick, length in items:
+        at = bisect_left(room, (length, -1))
+        if at == len(room):
+            rows.append([])
+            left, row = capacity, len(rows) - 1
+        else:
+            left, row = room.pop(at)
+        rows[row].append(pick)
+        insort(room, (left - length, row))
+        if len(room) > _OPEN_BINS:
+            room.pop(0)
+    return [tuple(row) for row in rows]
+
+
+class Mixture:
+    """Batches by step number, for one process of `world_size`."""
+
+    def __init__(self, sources: Sequence[Source], config: TrainConfig, pad_id: int, world_size: int) -> None:
+        self.sources, self._config, self._pad_id = sources, config, pad_id
+        self._rows_per_step, self._world_size = config.sequences_per_step(world_size), world_size
+        self._epochs: dict[int, list[Row]] = {}
+        self._starts = [0]  # of the epochs planned so far, in rows
+        self.steps = config.max_steps or self._steps_of_epochs()
+        if self.steps == 0:
+            raise TrainError(
+                f"{config.epochs:g} epochs give {self._total_rows()} sequences, fewer than one global batch "
+                f"of {self._rows_per_step}: lower global_batch, raise epochs, or set max_steps"
+            )
+
+    def _total_rows(self) -> int:
+        whole = int(self._config.epochs)
+        rows = sum(len(self._epoch(e)) for e in range(whole))
+        return rows + int((self._config.epochs - whole) * len(self._epoch(whole)))
+
+    def _steps_of_epochs(self) -> int:
+        return self._total_rows() // self._rows_per_step
+
+    def _epoch(self, epoch: int) -> list[Row]:
+        if epoch not in self._epochs:
+            self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1}  # two at a time
+            self._epochs[epoch] = plan_rows(self.sources, self._config, epoch)
+        if epoch == len(self._starts) - 1:
+            self._starts.append(self._starts[-1] + len(self._epochs[epoch]))
+        return self._epochs[epoch]
+
+    def row(self, number: int) -> Row:
+        """Sequence `number` of the endless run of epochs."""
+        epoch = 0
+        while True:
+            rows = self._epoch(epoch) if len(self._starts) <= epoch + 1 else []
+            if number < self._starts[epoch + 1]:
+                return (rows or self._epoch(epoch))[number - self._starts[epoch]]
+            epoch += 1
+
+    def step_batches(self, step: int, rank: int) -> list[Batch]:
+        """This process's micro-batches of a step (from 0): every world_size-th row of its global batch."""
+        first = step * self._rows_per_step
+        mine = [self.row(first + i) for i in range(rank, self._rows_per_step, self._world_size)]
+        size = self._config.micro_batch
+        return [self._collate(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def _collate(self, rows: Sequence[Row]) -> Batch:
+        picked = [[(self.sources[s].title, self.sources[s].train, e) for s, e in row] for row in rows]
+        return collate(picked, self._pad_id)
+
+    def held_out_batches(self, source: Source, rank: int) -> Iterator[Batch]:
+        """This process's share of a source's held-out examples, one to a row, a micro-batch at a time."""
+        size, count = self._config.micro_batch, len(source.held_out)
+        starts = list(range(0, count, size))[: self._config.eval_batches]
+        for start in starts[rank :: self._world_size]:
+            block = range(start, min(count, start + size))
+            yield collate([[(source.title, source.held_out, e)] for e in block], self._pad_id)
+
+
+def collate(rows: Sequence[Sequence[tuple[str, Examples, int]]], pad_id: int) -> Batch:
+    """Rows of (title, examples, index) -> a Batch as wide as the longest row.
+
+    A token's label is its successor inside the same example, if that one is to be learned; so the last
+    token of each example, and all padding, have none. Padding after packed examples restarts its positions
+    (an example of its own); after a single example it goes on, so that no mask is needed.
+    """
+    sizes = [sum(int(ex.offsets[i + 1] - ex.offsets[i]) for _, ex, i in row) for row in rows]
+    width = max(sizes)
+    shape = (len(rows), width)
+    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, -100, np.int64)
+    positions, lengths = np.tile(np.arange(width), (len(rows), 1)), np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        at = 0
+        for _, examples, index in row:
+            span = slice(int(examples.offsets[index]), int(examples.offsets[index + 1]))
+            tokens, learned = examples.ids[span], examples.learned[span]
+            stop = at + len(tokens)
+            ids[number, at:stop] = tokens
+            labels[number, at : stop - 1] = np.where(learned[1:], tokens[1:], -100)
+            positions[number, at:stop] = np.arange(len(tokens))
+            lengths[number, at:stop] = len(tokens)
+            at = stop
+        if len(row) > 1:
+            positions[number, at:] = np.arange(width - at)
+    titles = tuple(sorted({title for row in rows for title, _, _ in row}))
+    tensors = [torch.from_numpy(a) for a in (ids, labels, positions, lengths)]
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], titles)
