@@ -18,24 +18,8 @@ from train.config import TrainConfig, build_config
 
 REPO = Path(__file__).parents[1]
 WORDS = [
-    "red",
-    "blue",
-    "green",
-    "cat",
-    "dog",
-    "bird",
-    "sun",
-    "moon",
-    "tree",
-    "river",
-    "stone",
-    "house",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
+    *("red", "blue", "green", "cat", "dog", "bird", "sun", "moon", "tree"),
+    *("river", "stone", "house", "one", "two", "three", "four", "five", "six"),
 ]
 
 
@@ -165,15 +149,31 @@ def run_cli(*arguments: Any, processes: int = 1, **kwargs: Any) -> subprocess.Co
     """`python -m train ...`, or the same under torchrun on several processes."""
     command = [sys.executable, "-m"]
     if processes > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "-m"]
-        command[2:2] = []
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command += ["train", *map(str, arguments)]
     kwargs.setdefault("env", environment())
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=REPO, timeout=300, check=False, **kwargs
+        command, capture_output=True, text=True, cwd=REPO, timeout=120, check=False, **kwargs
     )
 
 
 def read_metrics(output: Path, kind: str = "train") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def run_two_ranks(*configs: Path) -> subprocess.CompletedProcess[str]:
+    """`finetune` of each config in turn in the same two gloo processes (imports are what costs time)."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, __file__, *map(str, configs)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=REPO, timeout=200, check=False, env=environment()
+    )
+
+
+if __name__ == "__main__":
+    from train.config import load_config
+    from train.loop import finetune
+
+    for argument in sys.argv[1:]:
+        finetune(load_config(argument))

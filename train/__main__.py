@@ -51,7 +51,7 @@ def _finetune(config: TrainConfig) -> None:
     from train.loop import finetune
 
     datasets.disable_progress_bars()  # one bar is enough, ours
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     finetune(config)
 
 

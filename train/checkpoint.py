@@ -275,17 +275,16 @@ def load_training_state(
 
 
 def _placed(whole: Tensor | None, like: Tensor) -> Tensor | None:
-    """The tensor on `like`'s device, sharded as it is when the rows agree, else replicated."""
+    """The tensor on `like`'s device, sharded as it is; a scalar is the same everywhere."""
     if whole is None:
         return None
     whole = whole.to(like.device)
-    if not hasattr(like, "placements"):
+    if whole.ndim == 0 or not hasattr(like, "placements"):
         return whole
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    same_rows = whole.ndim == like.ndim and whole.shape[0] == like.shape[0]
     shards: Any = like
-    return distribute_tensor(whole, shards.device_mesh, shards.placements if same_rows else [Replicate()])
+    return distribute_tensor(whole, shards.device_mesh, shards.placements)
 
 
 class _TensorFiles:

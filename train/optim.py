@@ -59,22 +59,36 @@ def adalite_(p: Tensor, g: Tensor, state: State, step: int, lr: float, config: T
 
     `step` counts this parameter's updates from 1. p and g are float32, alike in shape and placement.
     """
-    per_row = tuple(range(1, p.ndim)) or (0,)
-    g.sub_(g.mean(per_row, keepdim=True) if p.ndim else g)
+    g.sub_(_row_mean(g))
     beta = 1 - step**-ADALITE_DECAY
     u = g.square().mul_(1 - beta).add_(ADALITE_EPS)
     if "c" in state:
-        u.add_(state["c"].mul(beta))
-    state["c"] = u.mean(per_row, keepdim=True) if p.ndim else u.clone()
+        u.add_(state["c"] * beta)
+    state["c"] = _row_mean(u)
     m = u.rsqrt_().mul_(g)
-    p_norm, g_norm = p.norm(), g.norm()
-    m.div_((m.norm() / math.sqrt(p.numel())).clamp_min(1.0))
+    p_norm, g_norm, m_norm = _norm(p), _norm(g), _norm(m)
+    m.div_((m_norm / math.sqrt(p.numel())).clamp_min(1.0))
     both = (p_norm > 0) & (g_norm > 0)
-    ratio = torch.where(both, p_norm / g_norm, torch.ones_like(p_norm))
+    ratio = torch.where(both, p_norm / g_norm, 1.0)
     # Lambda pulls |p| towards 1: p - p / |p| is the gradient of (|p| - 1)^2 / 2.
-    pull = torch.where(both, config.adalite_lambda * (1 - 1 / p_norm), torch.zeros_like(p_norm))
+    pull = torch.where(both, config.adalite_lambda * (1 - 1 / p_norm), 0.0)
     m.mul_(ratio).addcmul_(p, pull)
     p.sub_(m.mul_(lr))
+
+
+def _row_mean(x: Tensor) -> Tensor:
+    """The mean of each row, shaped to be subtracted; of a vector, its one mean.
+
+    Over a sharded vector a mean of the shards' means would be wrong when they are uneven; a sum is not.
+    """
+    if x.ndim > 1:
+        return x.mean(tuple(range(1, x.ndim)), keepdim=True)
+    return _whole(x.sum()) / x.numel()
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The 2-norm of the whole tensor, also when it is sharded."""
+    return _whole(torch.linalg.vector_norm(x))
 
 
 def adamw_(p: Tensor, g: Tensor, state: State, step: int, lr: float, config: TrainConfig) -> None:
