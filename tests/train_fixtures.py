@@ -175,5 +175,7 @@ if __name__ == "__main__":
     from train.config import load_config
     from train.loop import finetune
 
+    torch.distributed.init_process_group("gloo")
     for argument in sys.argv[1:]:
         finetune(load_config(argument))
+    torch.distributed.destroy_process_group()

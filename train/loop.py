@@ -73,7 +73,7 @@ def finetune(config: TrainConfig) -> None:
             f"fused_backward, or use more processes ({str(e).splitlines()[0]})"
         ) from e
     finally:
-        close_world()
+        close_world(world)
 
 
 def _finetune(config: TrainConfig, world: World) -> None:

@@ -25,8 +25,8 @@ _PATIENCE = timedelta(hours=4)
 class World:
     """Rank, size and device, with the collectives that the loop needs; each is a no-op for one process."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int, size: int, device: torch.device, owns_group: bool = False) -> None:
+        self.rank, self.size, self.device, self.owns_group = rank, size, device, owns_group
 
     @property
     def is_first(self) -> bool:
@@ -91,12 +91,13 @@ def open_world(device: str) -> World:
     )
     if kind == "cuda":
         torch.cuda.set_device(here)
-    if size > 1:
+    owns_group = size > 1 and not dist.is_initialized()
+    if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
-    return World(rank_from_environment(), size, here)
+    return World(rank_from_environment(), size, here, owns_group)
 
 
-def close_world() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+def close_world(world: World) -> None:
+    """Leave the process group that `open_world` joined; one that was there before stays."""
+    if world.owns_group:
         dist.destroy_process_group()
