@@ -40,7 +40,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sources": [{"path": "x", "templates": [{"prompt": "{a}"}]}]}, "response is missing in format memphis"),
     ({"sources": [{**SOURCE, "format": "text"}]}, "prompt has no place in format text"),
     ({"sources": [{**SOURCE, "where": [{"column": "a", "op": "~", "value": 1}]}]}, "op is '~'"),
-    ({"sources": [{**SOURCE, "where": [{"column": "a", "op": "in", "value": 1}]}]}, "expected a list for 'in'"),
+    ({"sources": [{**SOURCE, "where": [{"column": "a", "op": "in", "value": 1}]}]}, "a list for 'in'"),
     ({"global_batch": 8, "global_batch_tokens": 8192}, "both given"),
     ({"global_batch_tokens": 5000}, "expected a multiple of sequence_length 4096"),
     ({"fused_backward": True, "max_grad_norm": 1.0}, "max_grad_norm cannot apply"),

@@ -125,10 +125,12 @@ def activation_bytes(model: Any, rows: int, tokens: int) -> int | None:
 def _saved_bytes(model: Any, rows: int, tokens: int) -> int:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
+    # On this device attention keeps its scores; the kernels used in training do not.
+    scores = rows * model.config.get_text_config().num_attention_heads * tokens * tokens
 
     def pack(x: Tensor) -> Tensor:
         key = x.untyped_storage()._cdata
-        if key not in weights and tuple(x.shape[-2:]) != (tokens, tokens):
+        if key not in weights and (x.shape[-2:] != (tokens, tokens) or x.numel() != scores):
             kept[key] = x
         return x
 
