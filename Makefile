@@ -8,7 +8,7 @@ CORE_BIN := $(CORE_VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: help test test-slow test-core lint demo bench clean
+.PHONY: help test test-slow test-core lint demo bench bigram clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,6 +41,9 @@ test-core: $(CORE_VENV)/.installed ## a merge in an environment without torch
 
 test-slow: $(VENV)/.installed ## the longer checks
 	$(BIN)/python -m pytest -m slow
+
+bigram: $(VENV)/.installed ## the MixCE paper's synthetic experiment (under 15 minutes on 2 cores)
+	$(BIN)/python examples/mixce_bigram/run.py
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(CORE_VENV) build dist .mypy_cache .ruff_cache .pytest_cache

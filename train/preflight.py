@@ -32,6 +32,7 @@ class Preflight:
     activation_bytes: int | None  # of one micro-batch; None when the model cannot be run without storage
     loss_bytes: int
     gathered_bytes: int  # several processes: the largest piece that is whole while it is used
+    update_bytes: int  # the optimizer's temporaries for the largest parameter
     tokens_per_step: int
     steps: int
 
@@ -44,6 +45,7 @@ class Preflight:
             "activations": self.activation_bytes,
             "loss": self.loss_bytes,
             "gathered": self.gathered_bytes,
+            "update": self.update_bytes,
         }
         shown = [f"  {name:16} {_gb(value)}" for name, value in parts.items() if value != 0]
         total = sum(value or 0 for value in parts.values())
@@ -80,6 +82,7 @@ def preflight(
         activation_bytes=activation_bytes(model, config.micro_batch, config.sequence_length),
         loss_bytes=_loss_bytes(config, model, size),
         gathered_bytes=_gathered_bytes(model) if world_size > 1 else 0,
+        update_bytes=_update_bytes(trained, size) // world_size,
         tokens_per_step=config.sequences_per_step(world_size) * config.sequence_length,
         steps=steps,
     )
@@ -145,12 +148,18 @@ def _saved_bytes(model: Any, rows: int, tokens: int) -> int:
 
 def _loss_bytes(config: TrainConfig, model: Any, size: int) -> int:
     """The fused loss holds a chunk of logits, the hidden gradient and a trained head's; the plain one all."""
-    head = model.get_output_embeddings().weight
+    head: Tensor = model.get_output_embeddings().weight
     tokens = config.micro_batch * config.sequence_length
     if not config.fused_loss:
         return 3 * 4 * tokens * len(head)
     trained_head = 4 * head.numel() if head.requires_grad else 0
     return (256 << 20) + tokens * head.shape[1] * size + trained_head
+
+
+def _update_bytes(trained: list[Any], size: int) -> int:
+    """Float32 temporaries of one update: two, and of 16-bit weights also the weight and the gradient."""
+    largest = max((int(p.numel()) for p in trained), default=0)
+    return largest * (8 if size == 4 else 16)
 
 
 def _gathered_bytes(model: Any) -> int:
