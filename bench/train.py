@@ -1,10 +1,10 @@
 """Paired measurements of `train`: prints ratios; never part of the test suite.
 
-    python bench/train.py loss              reference against fused loss: extra memory, time
-    python bench/train.py optim             bytes per parameter of a step, with and without fused backward
-    python bench/train.py loop --trl PYTHON this loop against TRL's and transformers' trainers; PYTHON is one of
-                                            an environment with trl, accelerate, torch and transformers
-    python bench/train.py memory            what StableLM 3B needs per setting, computed: docs/training_memory.md
+    python bench/train.py loss               reference against fused loss: extra memory, time
+    python bench/train.py optim              bytes per parameter of a step, with and without fused backward
+    python bench/train.py loop --trl PYTHON  this loop against TRL's and transformers' trainers; PYTHON has
+                                             trl installed; --checkpointing: that case
+    python bench/train.py memory             StableLM 3B per setting, computed: docs/training_memory.md
 
 Every arm runs in a process of its own, so that a peak is that arm's; times are interleaved and repeated.
 """
@@ -156,12 +156,12 @@ def bench_optim(repeats: int) -> None:
 
 # ---- loops -------------------------------------------------------------------------------------------
 
-STEPS, ROWS, LENGTH = 14, 4, 512
+STEPS, ROWS, LENGTH = 24, 4, 256
 WARM = 4  # steps not timed
 
 
 def make_task(folder: Path, words: int) -> None:
-    """A StableLM of about 19M parameters, a tokenizer of whole words, and texts of exactly 512 tokens."""
+    """A StableLM of 5.8M parameters, a tokenizer of whole words, and texts of exactly 256 tokens."""
     import random
 
     import torch
@@ -176,8 +176,8 @@ def make_task(folder: Path, words: int) -> None:
     ).save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = StableLmConfig(
-        hidden_size=320, intermediate_size=864, num_hidden_layers=8, num_attention_heads=5,
-        num_key_value_heads=5, vocab_size=words, max_position_embeddings=LENGTH,
+        hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=words, max_position_embeddings=LENGTH,
     )  # fmt: skip
     StableLmForCausalLM(config).save_pretrained(folder / "model")
     draw = random.Random(0)
@@ -323,18 +323,20 @@ def _trainer(folder: Path, checkpointing: bool) -> Arm:
     return run
 
 
-def bench_loop(python: str, repeats: int, words: int) -> None:
+def bench_loop(python: str, repeats: int, words: int, checkpointing: bool) -> None:
+    print(f"loops: {ROWS} x {LENGTH} tokens a step, vocabulary {words}, float32, {repeats} interleaved runs")
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": [], "trainer": []}
     with tempfile.TemporaryDirectory() as name:
-        make_task(Path(name), words)
-        print(
-            f"loops: {ROWS} x {LENGTH} tokens a step, vocabulary {words}, float32, {repeats} interleaved runs"
-        )
-        for checkpointing in (False, True):
-            runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": [], "trainer": []}
-            for _ in range(repeats):
-                for which, found in runs.items():
-                    found.append(in_process("loop-arm", which, name, str(int(checkpointing)), python=python))
-            _print_loops(checkpointing, runs)
+        in_process("loop-task", name, "--words", str(words), python=python)
+        for _ in range(repeats):
+            for which, found in runs.items():
+                found.append(in_process("loop-arm", which, name, str(int(checkpointing)), python=python))
+    _print_loops(checkpointing, runs)
+
+
+def loop_task(folder: Path, words: int) -> None:
+    make_task(folder, words)
+    print("{}")
 
 
 def _print_loops(checkpointing: bool, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -414,7 +416,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "loss-arm": lambda a: print(json.dumps(loss_arm(a.rest[0], a.rest[1], 3))),
     "optim": lambda a: bench_optim(a.repeats),
     "optim-arm": lambda a: print(json.dumps(optim_arm(a.rest[0], a.rest[1] == "1"))),
-    "loop": lambda a: bench_loop(a.trl, a.repeats, a.words),
+    "loop": lambda a: bench_loop(a.trl, a.repeats, a.words, a.checkpointing),
+    "loop-task": lambda a: loop_task(Path(a.rest[0]), a.words),
     "loop-arm": lambda a: print(json.dumps(loop_arm(a.rest[0], Path(a.rest[1]), a.rest[2] == "1"))),
     "memory": lambda a: print(memory_table()),
 }
@@ -428,7 +431,8 @@ def main() -> None:
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl", default=sys.executable, help="python of an environment with trl")
-    parser.add_argument("--words", type=int, default=16384, help="vocabulary of the loops' model")
+    parser.add_argument("--checkpointing", action="store_true", help="loop: checkpoint activations")
+    parser.add_argument("--words", type=int, default=8192, help="vocabulary of the loops' model")
     arguments = parser.parse_args()
     COMMANDS[arguments.command](arguments)
 

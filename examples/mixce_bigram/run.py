@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from train.loss import mixce_loss
 
@@ -75,16 +76,26 @@ class Pairs:
         return list(order.split(torch.bincount(batch).tolist()))
 
 
-def build_network() -> nn.Module:
-    return nn.Sequential(
-        nn.Embedding(VOCAB, 50), nn.Linear(50, 50), nn.ReLU(), nn.Dropout(0.1), nn.Linear(50, VOCAB)
-    )
+class Network(nn.Module):
+    """Embedding 50 -> linear 50 -> ReLU -> dropout 0.1 -> vocabulary; input is one symbol.
+
+    The first layers see only 20 different inputs, so they run once per symbol, not once per transition.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.out = nn.Embedding(VOCAB, 50), nn.Linear(50, 50), nn.Linear(50, VOCAB)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        table = torch.relu(self.hidden(self.embed.weight))
+        hidden = functional.embedding(symbols, table)
+        return self.out(functional.dropout(hidden, 0.1, self.training))
 
 
 def learn(train: Pairs, dev: Pairs, ratio: float, seed: int) -> tuple[Tensor, int]:
     """The learned transition matrix [19, 20] of the best epoch by its own loss on dev, and that epoch."""
     torch.manual_seed(seed)
-    network = build_network()
+    network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
     best, best_epoch, kept = float("inf"), 0, copy.deepcopy(network.state_dict())
     for epoch in range(1, EPOCHS + 1):
