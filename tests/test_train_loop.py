@@ -381,7 +381,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "adamw-clipped": {"max_grad_norm": 0.5, "micro_batch": 1, "max_shard_bytes": 60_000},
     "adalite-frozen-checkpointed": {**ADALITE, "freeze_embeddings": True, "activation_checkpointing": True},
     "fused-backward": {**ADALITE, "fused_backward": True},
-    "padded": {**ADALITE, "packing": False},
+    "padded-uneven-evaluation": {**ADALITE, "packing": False, "eval_batches": 3},
 }
 
 

@@ -361,12 +361,19 @@ class Mixture:
         return collate(picked, self._pad_id)
 
     def held_out_batches(self, source: Source, rank: int) -> Iterator[Batch]:
-        """This process's share of a source's held-out examples, one to a row, a micro-batch at a time."""
+        """This process's share of a source's held-out examples, one to a row, a micro-batch at a time.
+
+        Every process gets as many batches (a sharded model computes in step); surplus ones have no labels.
+        """
         size, count = self._config.micro_batch, len(source.held_out)
         starts = list(range(0, count, size))[: self._config.eval_batches]
-        for start in starts[rank :: self._world_size]:
+        for first in range(0, len(starts), self._world_size):
+            start = starts[min(first + rank, len(starts) - 1)]
             block = range(start, min(count, start + size))
-            yield collate([[(source.title, source.held_out, e)] for e in block], self._pad_id)
+            batch = collate([[(source.title, source.held_out, e)] for e in block], self._pad_id)
+            if first + rank >= len(starts):
+                batch.labels.fill_(-100)
+            yield batch
 
 
 def collate(rows: Sequence[Sequence[tuple[str, Examples, int]]], pad_id: int) -> Batch:

@@ -35,6 +35,7 @@ from train.checkpoint import (
 from train.config import TrainConfig, check_batch
 from train.data import Batch, Mixture, open_sources, prepare_sources, report_table
 from train.errors import TrainError
+from train.evaluate import evaluate, sample
 from train.model import (
     LossModel,
     check_model,
@@ -85,12 +86,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
     world.first(lambda: _open_output(output))
     saved = list_checkpoints(output)
     done = (output / "final" / "config.json").exists()
-    if config.resume is False and (saved or done):
-        raise TrainError(
-            f"{output} already holds a run: leave `resume` out to go on, or choose another output"
-        )
-    if config.resume and not (saved or done):
-        raise TrainError(f"resume was asked for, but {output} holds no checkpoint")
+    _check_resume(config, output, bool(saved or done))
 
     # ---- data ----
     model_config = load_model_config(config.model, config.revision, say)
@@ -115,22 +111,10 @@ def _finetune(config: TrainConfig, world: World) -> None:
     say(preflight(config, model_config, dtype, world.size, mixture.steps).lines())
 
     # ---- model and optimizer ----
-    torch.manual_seed(config.seed * 1000 + world.rank)
+    generators = _seeded_generators(config.seed * 1000 + world.rank, world.device)
     hf_model = load_model(str(saved[-1]) if saved else config.model, config, model_config, dtype)
-    if world.size == 1:
-        hf_model.to(world.device)
-    model = LossModel(hf_model, neftune_alpha=config.neftune_alpha, fused=config.fused_loss)
-    check_model(model, config, hf_model.device)
-    prepare_model(hf_model, config)
-    if world.size > 1:
-        model.to(world.device)
-        shard_model(model, world.size)
-    model.train()
-    rounding = torch.Generator(world.device).manual_seed(config.seed * 1000 + world.rank)
-    generators = {"torch": torch.default_generator, "rounding": rounding}
-    if world.device.type == "cuda":
-        generators["cuda"] = torch.cuda.default_generators[world.device.index]
-    optimizer = Optimizer(dict(hf_model.named_parameters()), config, rounding)
+    model = _ready(hf_model, config, world)
+    optimizer = Optimizer(dict(hf_model.named_parameters()), config, generators["rounding"])
 
     # ---- where it stood ----
     progress = Progress(step=0)
@@ -159,24 +143,17 @@ def _finetune(config: TrainConfig, world: World) -> None:
             try:
                 result = train_step(model, batches, optimizer, config, world, now["lr"], stop)
             except TrainError as e:
-                last = list_checkpoints(output)
-                where = f"start again to go on from {last[-1].name}" if last else "there is no checkpoint yet"
-                raise TrainError(f"step {progress.step + 1}: {e}; {where}") from e
+                raise TrainError(f"step {progress.step + 1}: {e}; {_way_back(output)}") from e
             progress = _after(progress, result)
             if result.is_finite:
-                rate = result.tokens / (time.perf_counter() - started)
-                watch.record(
-                    "train", progress.step, loss=result.loss, lr=now["lr"], grad_norm=result.grad_norm,
-                    tokens=progress.tokens, tokens_per_second=rate,
-                )  # fmt: skip
-                watch.advance(result.loss, rate, now["lr"])
+                _report_step(progress, result, now["lr"], time.perf_counter() - started, watch)
             else:
                 _report_skip(batches, progress, result, watch, world)
 
             is_last = progress.step == mixture.steps
             if _is_due(config.eval_every, progress.step) or is_last:
                 progress = replace(progress, eval_loss=evaluate(model, mixture, world, watch, progress.step))
-                _sample(hf_model, tokenizer, config, world, watch, output, progress.step)
+                sample(hf_model, tokenizer, config, world, watch, output, progress.step)
             if _is_due(config.save_every, progress.step) and not (is_last or result.stop):
                 save()
             if result.stop and not is_last:
@@ -280,6 +257,15 @@ def _after(progress: Progress, result: StepResult) -> Progress:
     )  # fmt: skip
 
 
+def _report_step(progress: Progress, result: StepResult, lr: float, seconds: float, watch: Watch) -> None:
+    rate = result.tokens / seconds
+    watch.record(
+        "train", progress.step, loss=result.loss, lr=lr, grad_norm=result.grad_norm,
+        tokens=progress.tokens, tokens_per_second=rate,
+    )  # fmt: skip
+    watch.advance(result.loss, rate, lr)
+
+
 def _report_skip(
     batches: list[Batch], progress: Progress, result: StepResult, watch: Watch, world: World
 ) -> None:
@@ -298,55 +284,6 @@ def _report_skip(
 def _titles(batches: Iterable[Batch], world: World) -> list[str]:
     mine = sorted({title for batch in batches for title in batch.sources})
     return sorted({title for titles in world.gather(mine) for title in titles})
-
-
-# ---- evaluation ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(model: LossModel, mixture: Mixture, world: World, watch: Watch, step: int) -> float | None:
-    """Plain cross-entropy (nats per labelled token) per source, recorded; the mean over sources, or None."""
-    model.eval()
-    nll: dict[str, float] = {}
-    for source in mixture.sources:
-        if not len(source.held_out):
-            continue
-        total = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in mixture.held_out_batches(source, world.rank):
-            loss, count = model(batch.to(world.device), 1.0)
-            total += torch.stack([loss.double(), count.double()])
-        loss_sum, tokens = world.sum(total).tolist()
-        nll[source.title] = loss_sum / tokens
-    model.train()
-    if not nll:
-        return None
-    watch.record("eval", step, nll=nll, perplexity={k: math.exp(min(v, 700)) for k, v in nll.items()})
-    watch.say(f"step {step}: " + ", ".join(f"{k} {v:.4f} nats/token" for k, v in nll.items()))
-    return sum(nll.values()) / len(nll)
-
-
-@torch.no_grad()
-def _sample(
-    model: Any, tokenizer: Any, config: TrainConfig, world: World, watch: Watch, output: Path, step: int
-) -> None:
-    """Greedy continuations of the sample prompts, appended to samples.jsonl (one process only)."""
-    if not config.sample_prompts or world.size > 1:
-        return
-    model.eval()
-    for prompt in config.sample_prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(world.device)
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=config.sample_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        )
-        text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
-        with open(output / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
-        watch.say(f"sample: {prompt!r} -> {text!r}")
-    model.train()
 
 
 # ---- small things --------------------------------------------------------------------------------------
@@ -369,6 +306,41 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _check_resume(config: TrainConfig, output: Path, holds_a_run: bool) -> None:
+    if config.resume is False and holds_a_run:
+        raise TrainError(
+            f"{output} already holds a run: leave `resume` out to go on, or choose another output"
+        )
+    if config.resume and not holds_a_run:
+        raise TrainError(f"resume was asked for, but {output} holds no checkpoint")
+
+
+def _seeded_generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
+    """Every source of random numbers of this process: torch's own (NEFTune, dropout) and the rounding's."""
+    torch.manual_seed(seed)
+    generators = {"torch": torch.default_generator, "rounding": torch.Generator(device).manual_seed(seed)}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.default_generators[device.index]
+    return generators
+
+
+def _ready(hf_model: Any, config: TrainConfig, world: World) -> LossModel:
+    """Checked, frozen, checkpointed, on its device, and sharded when there are several processes."""
+    model = LossModel(hf_model, neftune_alpha=config.neftune_alpha, fused=config.fused_loss)
+    if world.size == 1:
+        model.to(world.device)
+    check_model(model, config, hf_model.device)
+    prepare_model(hf_model, config)
+    if world.size > 1:
+        shard_model(model, world.size, world.device.type)  # from host memory, a layer at a time
+    return model.train()
+
+
+def _way_back(output: Path) -> str:
+    last = list_checkpoints(output)
+    return f"start again to go on from {last[-1].name}" if last else "there is no checkpoint yet"
 
 
 def _is_due(every: int | None, step: int) -> bool:

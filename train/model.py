@@ -179,13 +179,12 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def shard_model(model: LossModel, world_size: int) -> None:
+def shard_model(model: LossModel, world_size: int, device_type: str) -> None:
     """FSDP2 over all processes: each decoder layer, then the whole. Gradients are summed in float32."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (world_size,))
+    mesh = init_device_mesh(device_type, (world_size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in decoder_layers(model.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
