@@ -28,6 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(base: Path, tmp_path: Path, **overrides: Any) -> Path:
+    tmp_path.mkdir(exist_ok=True)
     return write_config(
         tmp_path / "c.yaml", config_values(base / "model", base / "d.jsonl", tmp_path / "o", **overrides)
     )
@@ -117,3 +118,42 @@ def test_importing_the_config_does_not_import_torch() -> None:
 
     code = "import sys, train.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(base: Path, tmp_path: Path) -> None:
+    """`compile: true` changes nothing but the time (needs a C++ compiler)."""
+    values = {"max_steps": 3}
+    assert run_cli(config(base, tmp_path / "a", **values)).returncode == 0
+    done = run_cli(config(base, tmp_path / "b", **values), "--compile", "true")
+    assert done.returncode == 0, done.stderr
+    a, b = ([m["loss"] for m in read_metrics(tmp_path / run / "o")] for run in "ab")
+    assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_on_both_processes(base: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher reaches the workers, which agree on the step and write one checkpoint."""
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    from tests.train_fixtures import REPO, environment
+    from train.checkpoint import list_checkpoints, read_progress
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = config(base, tmp_path, max_steps=100_000)
+    process = subprocess.Popen(
+        [*launcher, "-m", "train", str(path)], cwd=REPO, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "o" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(read_metrics(tmp_path / "o")) > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    (folder,) = list_checkpoints(tmp_path / "o")
+    assert f"saved step {read_progress(folder).step}" in said
