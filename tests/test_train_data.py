@@ -1,4 +1,4 @@
-"""Laws of train/data.py and train/sources.py: what is learned, what is dropped, who sees which row when."""
+"""Laws of sources.py, data.py and batches.py: what is learned, what is dropped, who sees which row when."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train_fixtures import copy_rows, make_config, make_tokenizer, write_jsonl
+from train.batches import Mixture, pack, plan_rows
 from train.config import TrainConfig
-from train.data import Mixture, Source, open_sources, pack, plan_rows, prepare_sources
+from train.data import Source, open_sources, prepare_sources
 from train.errors import TrainError
 from train.sources import Segment, render_row
 

@@ -95,7 +95,8 @@ def test_micro_batches_equal_one_batch(base: Path, tmp_path: Path, change: dict[
 
 def test_a_step_loss_is_the_mean_over_labelled_tokens(base: Path, tmp_path: Path) -> None:
     """The first recorded loss is the reference loss of that batch, divided once by its labels."""
-    from train.data import Mixture, open_sources
+    from train.batches import Mixture
+    from train.data import open_sources
     from train.loss import mixce_loss
 
     found = train(base, tmp_path / "a", max_steps=1)

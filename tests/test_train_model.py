@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StableLmConfig
 
 from tests.train_fixtures import make_config, make_model, make_tokenizer, save_model
-from train.data import Batch
+from train.batches import Batch
 from train.errors import TrainError
 from train.loss import mixce_loss
 from train.model import (

@@ -153,7 +153,7 @@ def run_cli(*arguments: Any, processes: int = 1, **kwargs: Any) -> subprocess.Co
     command += ["train", *map(str, arguments)]
     kwargs.setdefault("env", environment())
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=REPO, timeout=120, check=False, **kwargs
+        command, capture_output=True, text=True, cwd=REPO, timeout=300, check=False, **kwargs
     )
 
 
@@ -167,7 +167,7 @@ def run_two_ranks(*configs: Path) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, __file__, *map(str, configs)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=REPO, timeout=200, check=False, env=environment()
+        command, capture_output=True, text=True, cwd=REPO, timeout=300, check=False, env=environment()
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from train.batches import Mixture
 from train.config import TrainConfig
-from train.data import Mixture
 from train.model import LossModel
 from train.watch import Watch
 from train.world import World

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from train.batches import Batch, Mixture
 from train.checkpoint import (
     Progress,
     check_same_run,
@@ -33,7 +34,7 @@ from train.checkpoint import (
     write_model,
 )
 from train.config import TrainConfig, check_batch
-from train.data import Batch, Mixture, open_sources, prepare_sources, report_table
+from train.data import open_sources, prepare_sources, report_table
 from train.errors import TrainError
 from train.evaluate import evaluate, sample
 from train.model import (

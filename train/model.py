@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.batches import Batch
 from train.config import TrainConfig
-from train.data import Batch
 from train.errors import TrainError
 from train.loss import fused_mixce_loss, mixce_loss
 
