@@ -8,7 +8,7 @@ CORE_BIN := $(CORE_VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: help test test-slow test-core lint demo bench clean
+.PHONY: help test test-slow test-core lint demo bench bigram clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -55,6 +55,9 @@ demo: $(VENV)/.installed ## train a tiny model and a finetune of it, merge them,
 
 bench: $(VENV)/.installed ## time and memory against the disk (MERGEKIT=path/to/python adds mergekit)
 	$(BIN)/python bench/merge.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) $(BENCH_FLAGS)
+
+bigram: $(VENV)/.installed ## the MixCE paper's synthetic experiment (under 15 minutes on 2 cores)
+	$(BIN)/python examples/mixce_bigram/run.py
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(CORE_VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OutputError,
         RecipeError,
     )
+    from merge_tool.memory import Layout, plan_layout
     from merge_tool.plan import MergePlan, plan_merge
     from merge_tool.recipe import Recipe
     from merge_tool.run import run_plan
@@ -41,6 +42,8 @@ _HOMES = {
     "MismatchError": "merge_tool.errors",
     "OutputError": "merge_tool.errors",
     "RecipeError": "merge_tool.errors",
+    "Layout": "merge_tool.memory",
+    "plan_layout": "merge_tool.memory",
     "MergePlan": "merge_tool.plan",
     "plan_merge": "merge_tool.plan",
     "Recipe": "merge_tool.recipe",
@@ -63,6 +66,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "HeaderError",
+    "Layout",
     "MergePlan",
     "MergeReport",
     "MergeToolError",
@@ -73,6 +77,7 @@ __all__ = [
     "__version__",
     "merge",
     "open_checkpoint",
+    "plan_layout",
     "plan_merge",
     "run_plan",
 ]

@@ -29,7 +29,7 @@ from merge_tool.plan import MergePlan, ShardPlan
 from merge_tool.side_files import WORK
 
 _OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
-_LIBRARY_BYTES = 1_200  # what the safetensors library holds for each tensor of a file it has open
+_LIBRARY_BYTES = 2_000  # what the safetensors library holds for each tensor of a file it has open, at most
 
 
 @dataclass(frozen=True, slots=True)

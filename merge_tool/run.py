@@ -89,8 +89,10 @@ def run_plan(
     """Merge all shards of `plan` that are not in `skip`, and yield each as it is finished.
 
     `rank` of `world_size` processes takes every `world_size`-th shard. `on_progress(nbytes, tensor_name)` is
-    called from worker threads with the input bytes summed and the output bytes written. Raises DataError for
-    values that cannot be merged, CheckpointError and OutputError where reading or writing fails.
+    called from worker threads with the input bytes summed and the output bytes written. `layout` comes from
+    `plan_layout(plan, memory_bytes, jobs)`, `sink` is where shards go (`merge` uses a resumable folder).
+
+    Raises DataError for values that cannot be merged, CheckpointError and OutputError where reading or writing fails.
     """
     shards = [s for s in plan.shards[rank::world_size] if s.number not in skip]
     run = _Run(plan, sink, layout, on_progress or (lambda nbytes, name: None))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARROWS: dict[str, set[str]] = {
-    "__init__": {"_version", "api", "checkpoint.reader", "errors", "plan", "recipe", "run"},
+    "__init__": {"_version", "api", "checkpoint.reader", "errors", "memory", "plan", "recipe", "run"},
     "__main__": {"cli"},
     "_version": set(),
     "errors": set(),

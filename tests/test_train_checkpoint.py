@@ -1,0 +1,189 @@
+"""Laws of train/checkpoint.py: a folder is whole or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.train_fixtures import (
+    REPO,
+    config_values,
+    copy_rows,
+    environment,
+    read_metrics,
+    save_model,
+    write_config,
+    write_jsonl,
+)
+from train.checkpoint import list_checkpoints, prune, read_progress, sweep
+from train.config import build_config, load_config
+from train.errors import TrainError
+from train.loop import finetune
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_model(folder / "model")
+    write_jsonl(folder / "d.jsonl", copy_rows())
+    return folder
+
+
+def values(base: Path, output: Path, **overrides: Any) -> dict[str, Any]:
+    return config_values(base / "model", base / "d.jsonl", output, **overrides)
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "train", str(config)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment())
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline, "the awaited state did not come"
+        time.sleep(0.0005)
+
+
+@contextmanager
+def file_size_limit(most: int) -> Iterator[None]:
+    """Writing a file beyond `most` bytes fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_killed_during_a_save_the_previous_checkpoint_loads(base: Path, tmp_path: Path) -> None:
+    """SIGKILL while the hidden folder is being written: what has a name is whole, and the run goes on."""
+    output = tmp_path / "o"
+    config = write_config(tmp_path / "c.yaml", values(base, output, save_every=1, max_steps=100_000, keep_last=2))
+    process = start(config)
+    wait_until(lambda: len(list_checkpoints(output)) == 2, process)
+    wait_until(lambda: any((output / "checkpoints").glob(".partial-*")), process)
+    process.kill()
+    process.communicate()
+    left = [p.name for p in (output / "checkpoints").iterdir()]
+    folders = list_checkpoints(output)
+    assert len(folders) >= 2, left
+    for folder in folders:
+        AutoModelForCausalLM.from_pretrained(folder)
+    last = read_progress(folders[-1]).step
+    changed = {**values(base, output, save_every=1, keep_last=2), "max_steps": 100_000}
+    process = start(write_config(tmp_path / "c.yaml", changed))
+    wait_until(lambda: len(read_metrics(output)) > last + 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 0
+    assert f"resuming from step-{last:08d}" in said
+    assert [m["step"] for m in read_metrics(output)] == list(range(1, len(read_metrics(output)) + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(base: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Exit code 0, a checkpoint of the last finished step, one line that says how to go on."""
+    output = tmp_path / "o"
+    process = start(write_config(tmp_path / "c.yaml", values(base, output, max_steps=100_000)))
+    wait_until(lambda: (output / "metrics.jsonl").exists() and len(read_metrics(output)) > 3, process)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    (folder,) = list_checkpoints(output)
+    step = read_progress(folder).step
+    assert f"stopped by a signal; saved step {step}" in said
+    assert read_metrics(output)[-1]["step"] == step
+    assert "Traceback" not in said
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(base: Path, tmp_path: Path) -> None:
+    """The failed save is one error that says so; no half folder is left; with room again the run goes on."""
+    output = tmp_path / "o"
+    whole = build_config(values(base, output, save_every=2, max_steps=6))
+    from train import loop
+
+    real = loop.publish_folder
+    reached: list[int] = []
+
+    def stops_at_the_end(*arguments: Any) -> None:
+        reached.append(1)
+        with file_size_limit(100_000):
+            real(*arguments)
+
+    loop.publish_folder = stops_at_the_end  # the final save alone meets a full disk
+    try:
+        with pytest.raises(TrainError, match=r"cannot save .*final: .*Earlier checkpoints are untouched"):
+            finetune(whole)
+    finally:
+        loop.publish_folder = real
+    assert reached
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert not list(output.glob(".partial*"))
+    for folder in list_checkpoints(output):
+        AutoModelForCausalLM.from_pretrained(folder)
+    finetune(whole)
+    assert (output / "final" / "model.safetensors").exists()
+
+
+def test_a_full_disk_at_the_first_checkpoint(base: Path, tmp_path: Path) -> None:
+    """A step's checkpoint that does not fit is the same error, and leaves nothing behind."""
+    config = build_config(values(base, tmp_path / "o", save_every=2, max_steps=6))
+    with (
+        file_size_limit(100_000),
+        pytest.raises(TrainError, match=r"cannot save .*step-00000002: .*make room"),
+    ):
+        finetune(config)
+    assert list((tmp_path / "o" / "checkpoints").iterdir()) == []
+
+
+def test_no_write_access_is_one_error(base: Path, tmp_path: Path) -> None:
+    """An output that cannot be made is refused before anything is loaded."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainError, match=r"cannot write to the output .*file/o"):
+        finetune(build_config(values(base, tmp_path / "file" / "o")))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output_is_one_error(base: Path, tmp_path: Path) -> None:
+    """The same for a folder without the permission."""
+    (tmp_path / "o").mkdir(mode=0o500)
+    with pytest.raises(TrainError, match="cannot write to the output"):
+        finetune(build_config(values(base, tmp_path / "o")))
+
+
+def test_leftovers_are_swept_and_unfinished_folders_ignored(tmp_path: Path) -> None:
+    """A folder without state.json is no checkpoint; hidden ones of a killed process go."""
+    parent = tmp_path / "checkpoints"
+    for name in (".partial-step-00000003", ".trash-step-00000001", "step-00000009"):
+        (parent / name).mkdir(parents=True)
+    assert list_checkpoints(tmp_path) == []
+    sweep(tmp_path)
+    assert [p.name for p in parent.iterdir()] == ["step-00000009"]
+    prune(tmp_path, 1)
+
+
+def test_a_saved_checkpoint_is_ordinary(base: Path, tmp_path: Path) -> None:
+    """Loaded by transformers it has the run's weights; names and dtype are the base's."""
+    config = load_config(write_config(tmp_path / "c.yaml", values(base, tmp_path / "o", save_every=2, max_steps=4)))
+    finetune(config)
+    folder = tmp_path / "o" / "checkpoints" / "step-00000002"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = AutoModelForCausalLM.from_pretrained(base / "model")
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert model.dtype == before.dtype == torch.float32
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))

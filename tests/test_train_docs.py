@@ -1,0 +1,70 @@
+"""Docs are run: tables are what the programs print, snippets are configs that load."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.train_fixtures import REPO, environment
+from train.config import build_config
+
+BIGRAM = REPO / "examples" / "mixce_bigram"
+
+
+def load_script(path: Path) -> Any:
+    spec = spec_from_file_location("script_under_test", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bigram_table_is_that_of_the_stored_results() -> None:
+    """The README's numbers come from results.json, which the experiment wrote: 5 seeds, 4 ratios."""
+    results = json.loads((BIGRAM / "results.json").read_text())
+    assert len({r["seed"] for r in results}) == 5
+    assert {r["ratio"] for r in results} == {1.0, 0.99, 0.9, 0.5}
+    assert load_script(BIGRAM / "run.py").table(results) in (BIGRAM / "README.md").read_text()
+
+
+def test_the_bigram_experiment_measures_what_it_says() -> None:
+    """The gold model is its own nearest neighbour; half of the other transitions are impossible."""
+    import torch
+
+    script = load_script(BIGRAM / "run.py")
+    state = torch.get_rng_state()
+    gold = script.gold_model(torch.Generator().manual_seed(7))
+    torch.set_rng_state(state)
+    assert gold.shape == (19, 20)
+    torch.testing.assert_close(gold.sum(1), torch.ones(19))
+    assert (gold == 0).sum(1).tolist() == [9] * 19
+    assert script.distance(gold, gold) == (0.0, 0.0)
+    uniform = torch.full_like(gold, 1 / 20)
+    js, zeros = script.distance(gold, uniform)
+    assert 0.1 < js < 0.7
+    assert zeros == pytest.approx(0.05)
+
+
+def test_the_smallest_config_of_the_docs_loads() -> None:
+    """Every YAML block of docs/training.md is a config."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (REPO / "docs" / "training.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        build_config(yaml.safe_load(block))
+
+
+@pytest.mark.slow
+def test_the_memory_page_is_what_the_preflight_computes() -> None:
+    """docs/training_memory.md holds the table that `bench/train.py memory` prints."""
+    command = [sys.executable, str(REPO / "bench" / "train.py"), "memory"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout.strip() in (REPO / "docs" / "training_memory.md").read_text()

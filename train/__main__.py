@@ -1,0 +1,113 @@
+"""`mixce-train CONFIG.yaml [--key value ...]`, the same as `python -m train`: parse, call, exit code.
+
+1 for an error the user can repair (one message, no traceback), 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import yaml
+
+from train.config import TrainConfig, load_config, unknown_key
+from train.errors import TrainError
+
+USAGE = "usage: mixce-train CONFIG.yaml [--key value ...]"
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exits with 0, 1 (TrainError) or 2 (usage)."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of the command with these arguments."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{USAGE}\n\nFinetune a causal language model with MixCE. Keys and their defaults:\n{_keys()}")
+        return 0
+    try:
+        path, overrides = parse(arguments)
+        config = load_config(path, overrides)
+        _finetune(config)
+    except UsageError as e:
+        return _complain(f"{USAGE}\nError: {e}", 2)
+    except TrainError as e:
+        return _complain(f"Error: {e}", 1)
+    return 0
+
+
+def _finetune(config: TrainConfig) -> None:
+    # torch and transformers are imported here: not for --help or a typo.
+    import datasets  # type: ignore[import-untyped]
+    import transformers
+
+    from train.loop import finetune
+
+    datasets.disable_progress_bars()  # one bar is enough, ours
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    finetune(config)
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(config path, overrides): `--key value` or `--key=value`, values as YAML; `--resume` may stand alone.
+
+    Raises UsageError.
+    """
+    known = [item.name for item in fields(TrainConfig)]
+    paths: list[str] = []
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            paths.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in known:
+            raise UsageError(unknown_key(key, known))
+        if not equals:
+            alone = key == "resume" and (not rest or rest[0].lower() not in ("true", "false"))
+            if not alone and not rest:
+                raise UsageError(f"--{key} needs a value")
+            value = "true" if alone else rest.pop(0)
+        overrides[key] = _yaml(key, value)
+    if len(paths) != 1:
+        raise UsageError(f"expected one config, found {len(paths)}: {' '.join(paths)}".rstrip(": "))
+    return paths[0], overrides
+
+
+def _yaml(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise UsageError(f"--{key} {value}: not a YAML value") from e
+
+
+def _keys() -> str:
+    return "\n".join(f"  --{item.name:22} {_default(item)}" for item in fields(TrainConfig))
+
+
+def _default(item: Any) -> str:
+    import dataclasses
+
+    return "required" if item.default is dataclasses.MISSING else str(item.default)
+
+
+def _complain(message: str, code: int) -> int:
+    import os
+
+    if os.environ.get("RANK", "0") == "0":  # every process fails alike; one tells
+        print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Tokenised sources -> batches by step number: who sees which sequence when.
+
+The law of this file: the order is a pure function of the seed. A batch is found by its step number, so a
+resumed run, or a run on another number of processes, meets the same sequences.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train.config import TrainConfig
+from train.data import Examples, Source
+from train.errors import TrainError
+
+_OPEN_BINS = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. All tensors are [rows, tokens], int64.
+
+    `labels[:, t]` is the token to predict at t (-100: nothing); `positions` restart with each example;
+    `lengths` is the length of the example a token belongs to, 0 for padding.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    lengths: Tensor
+    sources: tuple[str, ...]  # titles, sorted, of the sources inside
+
+    def to(self, device: torch.device) -> Batch:
+        ids, labels, positions, lengths = (
+            t.to(device, non_blocking=True) for t in (self.ids, self.labels, self.positions, self.lengths)
+        )
+        return Batch(ids, labels, positions, lengths, self.sources)
+
+
+Row = tuple[tuple[int, int], ...]  # the examples of one sequence, as (source, example)
+
+
+def plan_rows(sources: Sequence[Source], config: TrainConfig, epoch: int) -> list[Row]:
+    """The sequences of one epoch, in order: examples shuffled, then packed or one to a sequence."""
+    picks = [
+        (number, int(example))
+        for number, (source, asked) in enumerate(zip(sources, config.sources, strict=True))
+        for example in _passes(len(source.train), asked.weight, epoch, (config.seed, 1, number))
+    ]
+    order = np.random.default_rng((config.seed, 2, epoch)).permutation(len(picks))
+    shuffled = [picks[i] for i in order]
+    if not config.packing:
+        return [(pick,) for pick in shuffled]
+    lengths = [source.train.lengths for source in sources]
+    return pack([(pick, int(lengths[pick[0]][pick[1]])) for pick in shuffled], config.sequence_length)
+
+
+def _passes(count: int, weight: float, epoch: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
+    """Examples of one source in one epoch: a window of `weight` passes over endless fresh permutations."""
+    start, stop = round(count * weight * epoch), round(count * weight * (epoch + 1))
+    parts = []
+    for number in range(start // count, -(-stop // count)):
+        order = np.random.default_rng((*seed, number)).permutation(count)
+        parts.append(order[max(0, start - number * count) : stop - number * count])
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def pack(items: Sequence[tuple[tuple[int, int], int]], capacity: int) -> list[Row]:
+    """Best fit in order: each example goes to the fullest open row that holds it, else to a new one.
+
+    At most 64 rows are open, the fullest is closed first; rows come out in the order they were opened.
+    """
+    rows: list[list[tuple[int, int]]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for pick, length in items:
+        at = bisect_left(room, (length, -1))
+        if at == len(room):
+            rows.append([])
+            left, row = capacity, len(rows) - 1
+        else:
+            left, row = room.pop(at)
+        rows[row].append(pick)
+        insort(room, (left - length, row))
+        if len(room) > _OPEN_BINS:
+            room.pop(0)
+    return [tuple(row) for row in rows]
+
+
+class Mixture:
+    """Batches by step number, for one process of `world_size`."""
+
+    def __init__(self, sources: Sequence[Source], config: TrainConfig, pad_id: int, world_size: int) -> None:
+        self.sources, self._config, self._pad_id = sources, config, pad_id
+        self._rows_per_step, self._world_size = config.sequences_per_step(world_size), world_size
+        self._epochs: dict[int, list[Row]] = {}
+        self._starts = [0]  # of the epochs planned so far, in rows
+        self.steps = config.max_steps or self._steps_of_epochs()
+        if self.steps == 0:
+            raise TrainError(
+                f"{config.epochs:g} epochs give {self._total_rows()} sequences, fewer than one global batch "
+                f"of {self._rows_per_step}: lower global_batch, raise epochs, or set max_steps"
+            )
+
+    def _total_rows(self) -> int:
+        whole = int(self._config.epochs)
+        rows = sum(len(self._epoch(e)) for e in range(whole))
+        return rows + int((self._config.epochs - whole) * len(self._epoch(whole)))
+
+    def _steps_of_epochs(self) -> int:
+        return self._total_rows() // self._rows_per_step
+
+    def _epoch(self, epoch: int) -> list[Row]:
+        if epoch not in self._epochs:
+            self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1}  # two at a time
+            self._epochs[epoch] = plan_rows(self.sources, self._config, epoch)
+        if epoch == len(self._starts) - 1:
+            self._starts.append(self._starts[-1] + len(self._epochs[epoch]))
+        return self._epochs[epoch]
+
+    def row(self, number: int) -> Row:
+        """Sequence `number` of the endless run of epochs."""
+        epoch = 0
+        while True:
+            rows = self._epoch(epoch) if len(self._starts) <= epoch + 1 else []
+            if number < self._starts[epoch + 1]:
+                return (rows or self._epoch(epoch))[number - self._starts[epoch]]
+            epoch += 1
+
+    def step_batches(self, step: int, rank: int) -> list[Batch]:
+        """This process's micro-batches of a step (from 0): every world_size-th row of its global batch."""
+        first = step * self._rows_per_step
+        mine = [self.row(first + i) for i in range(rank, self._rows_per_step, self._world_size)]
+        size = self._config.micro_batch
+        return [self._collate(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def _collate(self, rows: Sequence[Row]) -> Batch:
+        picked = [[(self.sources[s].title, self.sources[s].train, e) for s, e in row] for row in rows]
+        return collate(picked, self._pad_id)
+
+    def held_out_batches(self, source: Source, rank: int) -> Iterator[Batch]:
+        """This process's share of a source's held-out examples, one to a row, a micro-batch at a time.
+
+        Every process gets as many batches (a sharded model computes in step); surplus ones have no labels.
+        """
+        size, count = self._config.micro_batch, len(source.held_out)
+        starts = list(range(0, count, size))[: self._config.eval_batches]
+        for first in range(0, len(starts), self._world_size):
+            start = starts[min(first + rank, len(starts) - 1)]
+            block = range(start, min(count, start + size))
+            batch = collate([[(source.title, source.held_out, e)] for e in block], self._pad_id)
+            if first + rank >= len(starts):
+                batch.labels.fill_(-100)
+            yield batch
+
+
+def collate(rows: Sequence[Sequence[tuple[str, Examples, int]]], pad_id: int) -> Batch:
+    """Rows of (title, examples, index) -> a Batch as wide as the longest row.
+
+    A token's label is its successor inside the same example, if that one is to be learned; so the last
+    token of each example, and all padding, have none. Padding after packed examples restarts its positions
+    (an example of its own); after a single example it goes on, so that no mask is needed.
+    """
+    sizes = [sum(int(ex.offsets[i + 1] - ex.offsets[i]) for _, ex, i in row) for row in rows]
+    width = max(sizes)
+    shape = (len(rows), width)
+    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, -100, np.int64)
+    positions, lengths = np.tile(np.arange(width), (len(rows), 1)), np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        at = 0
+        for _, examples, index in row:
+            span = slice(int(examples.offsets[index]), int(examples.offsets[index + 1]))
+            tokens, learned = examples.ids[span], examples.learned[span]
+            stop = at + len(tokens)
+            ids[number, at:stop] = tokens
+            labels[number, at : stop - 1] = np.where(learned[1:], tokens[1:], -100)
+            positions[number, at:stop] = np.arange(len(tokens))
+            lengths[number, at:stop] = len(tokens)
+            at = stop
+        if len(row) > 1:
+            positions[number, at:] = np.arange(width - at)
+    titles = tuple(sorted({title for row in rows for title, _, _ in row}))
+    tensors = [torch.from_numpy(a) for a in (ids, labels, positions, lengths)]
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], titles)

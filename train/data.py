@@ -1,0 +1,229 @@
+"""The sources of a mixture -> tokenised examples in a store, and a count of what became of every row.
+
+The law of this file: nothing is tokenised twice. A store is named by what went into it (the rows' content,
+the templates, the tokenizer), and one process writes it while the others wait. Its report is written last,
+so a store with a report is whole. `batches.py` decides who sees which example when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.config import SourceConfig, TrainConfig
+from train.errors import TrainError
+from train.sources import Segment, open_rows, render_row
+
+STORE_VERSION = 1  # raise it when the same inputs would give other tokens
+_TOKENIZE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one source: every row and example is counted somewhere."""
+
+    title: str
+    rows: int  # in the file or data set
+    rows_kept: int  # after `where`
+    rows_held_out: int
+    examples: int
+    tokens: int
+    labelled_tokens: int
+    dropped_long: int  # examples longer than sequence_length
+    dropped_empty: int  # examples with nothing to learn
+    held_out_examples: int
+    held_out_tokens: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids of many examples end to end; example i is [offsets[i], offsets[i + 1])."""
+
+    ids: NDArray[np.int32]
+    learned: NDArray[np.bool_]  # whether the token is one to be predicted
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source, tokenised: what is learned from it and what is held out."""
+
+    title: str
+    train: Examples
+    held_out: Examples
+    report: SourceReport
+    digest: str
+
+
+# ---- tokenised examples, kept by content -------------------------------------------------------------
+
+
+def prepare_sources(config: TrainConfig, tokenizer: Any, cache: Path) -> list[str]:
+    """Names of each source's example store below `cache`, tokenised now where it is not there yet.
+
+    One process calls this; the others get the names. Raises TrainError for unreadable sources, missing
+    columns, or a source that gives no example.
+    """
+    return [_prepare_source(source, config, tokenizer, cache) for source in config.sources]
+
+
+def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, cache: Path) -> str:
+    rows = open_rows(source)
+    asked = {
+        "version": STORE_VERSION,
+        "rows": rows.digest,
+        "source": {k: v for k, v in asdict(source).items() if k not in ("weight", "label", "path")},
+        "sequence_length": config.sequence_length,
+        "seed": config.seed,
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    if not (cache / digest / "report.json").exists():
+        _write_store(cache / digest, *_tokenize_source(source, config, tokenizer, rows))
+    return digest
+
+
+def open_sources(config: TrainConfig, cache: Path, names: Sequence[str]) -> list[Source]:
+    """The stores that `prepare_sources` named, memory-mapped."""
+    sources = []
+    for asked, name in zip(config.sources, names, strict=True):
+        stored = json.loads((cache / name / "report.json").read_text())
+        report = SourceReport(**{**stored, "title": asked.title})
+        train, held_out = (_open_examples(cache / name, part) for part in ("train", "held_out"))
+        sources.append(Source(asked.title, train, held_out, report, name))
+    return sources
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how text becomes ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256((content + str(tokenizer.chat_template)).encode()).hexdigest()
+
+
+def _tokenize_source(
+    source: SourceConfig, config: TrainConfig, tokenizer: Any, rows: Any
+) -> tuple[Examples, Examples, SourceReport]:
+    kept, held_out = rows.split(source, config.seed)
+    train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take)
+    if not len(train.examples):
+        raise TrainError(
+            f"source {source.title} gives no example: {rows.count} rows, {len(kept) + len(held_out)} after "
+            f"`where`, {train.long} examples longer than sequence_length {config.sequence_length}, "
+            f"{train.empty} with nothing to learn"
+        )
+    held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, None)
+    report = SourceReport(
+        title=source.title,
+        rows=rows.count,
+        rows_kept=len(kept) + len(held_out),
+        rows_held_out=len(held_out),
+        examples=len(train.examples),
+        tokens=len(train.examples.ids),
+        labelled_tokens=int(train.examples.learned.sum()),
+        dropped_long=train.long + held.long,
+        dropped_empty=train.empty + held.empty,
+        held_out_examples=len(held.examples),
+        held_out_tokens=int(held.examples.learned.sum()),
+    )
+    return train.examples, held.examples, report
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    examples: Examples
+    long: int
+    empty: int
+
+
+def _tokenize(
+    source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int], longest: int, take: int | None
+) -> _Tokenized:
+    """The first `take` examples that fit, in the order of the rows; over-long ones are dropped, not cut."""
+    ids: list[NDArray[np.int32]] = []
+    learned: list[NDArray[np.bool_]] = []
+    long = empty = 0
+    for example in _token_lists(source, tokenizer, rows, order):
+        if take is not None and len(ids) == take:
+            break
+        tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in example] or [np.empty(0, np.int32)])
+        marks = np.concatenate([np.full(len(t), mark) for t, mark in example] or [np.empty(0, bool)])
+        if len(tokens) > longest:
+            long += 1
+        elif not marks[1:].any():  # the first token is predicted from nothing
+            empty += 1
+        else:
+            ids.append(tokens)
+            learned.append(marks)
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in ids])]).astype(np.int64)
+    flat_ids = np.concatenate(ids) if ids else np.empty(0, np.int32)
+    return _Tokenized(Examples(flat_ids, np.concatenate(learned or [np.empty(0, bool)]), offsets), long, empty)
+
+
+def _token_lists(
+    source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int]
+) -> Iterator[list[tuple[list[int], bool]]]:
+    """Each example as [(ids, learned)], its segments tokenised apart, a few hundred rows at a time."""
+    for start in range(0, len(order), _TOKENIZE_ROWS):
+        examples: list[list[Segment]] = []
+        for row in rows.select(order[start : start + _TOKENIZE_ROWS]):
+            examples.extend(render_row(source, row, tokenizer))
+        texts = [segment.text for example in examples for segment in example]
+        ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        for example in examples:
+            yield [(next(ids), segment.learned) for segment in example]
+
+
+def _write_store(folder: Path, train: Examples, held_out: Examples, report: SourceReport) -> None:
+    """All arrays, then the report: its presence says that the store is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, examples in (("train", train), ("held_out", held_out)):
+        for name, array in (
+            ("ids", examples.ids),
+            ("learned", examples.learned),
+            ("offsets", examples.offsets),
+        ):
+            np.save(folder / f"{part}.{name}.npy", array)
+    partial = folder / "report.json.partial"
+    partial.write_text(json.dumps(asdict(report), indent=1))
+    partial.replace(folder / "report.json")
+
+
+def _open_examples(folder: Path, part: str) -> Examples:
+    arrays = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("ids", "learned", "offsets"))
+    return Examples(*arrays)
+
+
+def report_table(reports: Sequence[SourceReport]) -> str:
+    """A line per source for people: examples, tokens, and everything that was dropped."""
+    names = [
+        "source", "rows", "kept", "held out", "examples", "tokens", "labelled", "too long", "empty",
+    ]  # fmt: skip
+    lines = [names]
+    for r in reports:
+        numbers = (
+            r.rows, r.rows_kept, r.rows_held_out, r.examples, r.tokens, r.labelled_tokens,
+            r.dropped_long, r.dropped_empty,
+        )  # fmt: skip
+        lines.append([r.title, *(f"{n:,}" for n in numbers)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

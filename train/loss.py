@@ -1,0 +1,171 @@
+"""MixCE, the reference and the fused form: tensors in, (sum over tokens, number of tokens) out.
+
+The law of this file: a loss is a sum and a count, never a mean; the caller divides once, by the labelled
+tokens of the whole global step. `labels[..., t]` is the token that position `t` should predict (already
+shifted), -100 where nothing is to be learned. All arithmetic after the projection is float32 or better.
+
+The trick of the fused form: MixCE's gradient is the cross-entropy gradient times a per-token weight, so
+once a chunk's logits exist its gradient is known. It is taken in the forward pass and the logits are
+thrown away; backward only multiplies by a scalar.
+
+MixCE: Zhang et al., "MixCE: Training Autoregressive Language Models by Mixing Forward and Reverse
+Cross-Entropies", ACL 2023, arXiv 2305.16958.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+IGNORE = -100
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of logits held at once; larger gains no speed
+
+
+def mixce_loss(logits: Tensor, labels: Tensor, mixing_ratio: float) -> tuple[Tensor, Tensor]:
+    """MixCE from logits [..., vocabulary] and labels [...]: the reference, easy to read and hungry.
+
+    Per token, with q the model's probability of the label and eta the mixing ratio:
+    `-(eta + (1 - eta) * stop_gradient(q)) * log q`. One is cross-entropy, zero pure self-reinforcement.
+
+    Returns the sum over labelled tokens (nats; float32, or float64 for float64 logits) and their number.
+    With no labelled token the sum is 0 and its gradient is 0. Raises ValueError for a ratio outside [0, 1].
+    """
+    _check_ratio(mixing_ratio)
+    logits, labels = logits.flatten(0, -2), labels.flatten()
+    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+    nll = functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)  # -log q, 0 where ignored
+    weight = mixing_ratio + (1 - mixing_ratio) * torch.exp(-nll.detach())
+    return (weight * nll).sum(), (labels != IGNORE).sum()
+
+
+def fused_mixce_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    mixing_ratio: float,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`mixce_loss` of `hidden @ lm_head_weight.T + bias`, without ever holding tokens x vocabulary.
+
+    hidden [..., width], lm_head_weight [vocabulary, width], labels [...] (-100 is ignored and never
+    projected), bias [vocabulary]; `softcap` c replaces logits z by c * tanh(z / c). `chunk_tokens` rows are
+    projected at a time (default: about 32 MB of logits on CPU, 256 MB on a GPU). Gradients reach those of
+    hidden, weight and bias that require them; a head's gradient is summed in float32 over the chunks.
+
+    The backward pass may run once. Raises ValueError for a ratio outside [0, 1].
+    """
+    _check_ratio(mixing_ratio)
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    rows = (labels != IGNORE).nonzero().squeeze(-1)
+    picked = hidden if len(rows) == len(labels) else hidden.index_select(0, rows)
+    chunk = chunk_tokens or _default_chunk(picked, lm_head_weight)
+    wants_grad = torch.is_grad_enabled()
+    loss: Tensor = _FusedMixCE.apply(  # type: ignore[no-untyped-call]
+        picked, lm_head_weight, bias, labels.index_select(0, rows), mixing_ratio, softcap, chunk, wants_grad
+    )
+    return loss, torch.tensor(len(rows), device=labels.device)
+
+
+class _FusedMixCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        mixing_ratio: float,
+        softcap: float | None,
+        chunk_tokens: int,
+        wants_grad: bool,
+    ) -> Tensor:
+        needed = [wants_grad and need for need in ctx.needs_input_grad[:3]]
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_hidden = torch.empty_like(hidden) if needed[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needed[2] and bias is not None else None
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, len(labels), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            chunk_loss, grad = _chunk_gradient(
+                functional.linear(hidden[part], weight, bias).to(wide), labels[part], mixing_ratio, softcap,
+                any(needed),
+            )  # fmt: skip
+            loss += chunk_loss
+            if grad is None:
+                continue
+            narrow = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(narrow, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, narrow, hidden[part])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            del grad, narrow  # before the next chunk's logits are allocated: one chunk at a time
+        ctx.grads = (
+            grad_hidden,
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_bias if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("fused_mixce_loss: backward may run once; its gradients are already handed out")
+        grads, ctx.grads = ctx.grads, None
+        # In place: these tensors are ours alone, and a copy of a head's gradient is 100s of MB.
+        return (*(None if g is None else g.mul_(scale) for g in grads), None, None, None, None, None)
+
+
+def _chunk_gradient(
+    logits: Tensor, labels: Tensor, mixing_ratio: float, softcap: float | None, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss (scalar) and its gradient by the logits [chunk, vocabulary]; overwrites `logits`.
+
+    d/dz_j of -w log softmax(z)_y, w held fixed, is w (p_j - [j = y]); a soft cap multiplies by 1 - tanh^2.
+    """
+    slope = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits * logits if wants_grad else None
+        logits.mul_(softcap)
+    column = labels.unsqueeze(1)
+    logits.sub_(logits.amax(1, keepdim=True))
+    shifted = logits.gather(1, column)
+    exps = logits.exp_()
+    total = exps.sum(1, keepdim=True)
+    log_q = shifted - total.log()
+    weight = mixing_ratio + (1 - mixing_ratio) * log_q.exp()
+    loss = -(weight * log_q).sum()
+    if not wants_grad:
+        return loss, None
+    grad = exps.mul_(weight / total)
+    grad.scatter_add_(1, column, -weight)
+    return loss, grad if slope is None else grad.mul_(slope)
+
+
+def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total += grad.T @ hidden, in total's dtype (float32 or better, however narrow the factors)."""
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.T, hidden)
+    else:
+        total += grad.T @ hidden
+
+
+def _default_chunk(hidden: Tensor, weight: Tensor) -> int:
+    held = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
+    return max(16, held // (4 * len(weight)))
+
+
+def _check_ratio(mixing_ratio: float) -> None:
+    if not 0 <= mixing_ratio <= 1:
+        raise ValueError(f"mixing_ratio is {mixing_ratio}, expected a number from 0 to 1")

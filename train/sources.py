@@ -1,0 +1,295 @@
+"""One source of the mixture: rows from a hub or a file, filtered and ordered, then rendered to segments.
+
+Text only: nothing here knows tokens. A segment is a piece of text that is tokenised by itself and is
+either learned or only read; the formats below decide where the borders lie. Rows come through `datasets`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.config import Sort, SourceConfig, Template, Where
+from train.errors import TrainError
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text tokenised apart from its neighbours; `learned` when the model is to predict its tokens."""
+
+    text: str
+    learned: bool
+
+
+# ---- rows ----------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The rows of one source; `digest` names their content, whatever the file is called."""
+
+    def __init__(self, dataset: Any, digest: str, title: str) -> None:
+        self._dataset, self.digest, self._title = dataset, digest, title
+        self.count: int = len(dataset)
+
+    def select(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """These rows, in this order."""
+        return list(self._dataset.select(list(indices)))
+
+    def split(self, source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
+        """Row numbers to learn from, ordered as `shuffle` and `sort` say, and those held out."""
+        self._check_columns(source)
+        kept = list(range(self.count))
+        for test in source.where:
+            values = self._column(test.column)
+            kept = [i for i in kept if _holds(values[i], test, self._title)]
+        train, held_out = _hold_out(kept, source, seed)
+        if source.shuffle is not None:
+            train = [train[i] for i in np.random.default_rng((source.shuffle, 3)).permutation(len(train))]
+        return self._sorted(train, source.sort), held_out
+
+    def _column(self, name: str) -> list[Any]:
+        return list(self._dataset[name])
+
+    def _sorted(self, rows: list[int], sort: Sort | None) -> list[int]:
+        if sort is None:
+            return rows
+        column = self._column(sort.column)
+        values = {i: _cast(column[i], sort.cast, sort.column, self._title) for i in rows}
+        rows = [i for i in rows if values[i] is not None] or rows
+        try:
+            return sorted(rows, key=lambda i: values[i], reverse=sort.descending)
+        except TypeError as e:
+            raise TrainError(f"source {self._title}: cannot sort by {sort.column}: {e}; add `cast`") from e
+
+    def _check_columns(self, source: SourceConfig) -> None:
+        known = self._dataset.column_names
+        for column in _columns(source):
+            if column not in known:
+                raise TrainError(f"source {self._title} has no column {column!r}; its columns are {', '.join(known)}")
+
+
+def open_rows(source: SourceConfig) -> Rows:
+    """The rows of a local file or folder when the path exists, else of a hub data set.
+
+    Raises TrainError when they cannot be had, naming the source and the reason.
+    """
+    import datasets  # type: ignore[import-untyped]
+
+    local = Path(source.path)
+    if _looks_local(source.path) and not local.exists():
+        raise TrainError(f"source {source.title}: there is no file {source.path}")
+    try:
+        if local.is_file():
+            dataset = datasets.load_dataset(_builder(local), data_files=str(local), split=source.split)
+        elif local.is_dir():
+            dataset = datasets.load_dataset(str(local), name=source.name, split=source.split)
+        else:
+            dataset = datasets.load_dataset(source.path, name=source.name, split=source.split, revision=source.revision)
+    except TrainError:
+        raise
+    except Exception as e:  # the library raises dozens of kinds; all mean: not readable
+        raise TrainError(f"source {source.title}: cannot load {source.path}: {_first_line(e)}") from e
+    return Rows(dataset, _content_digest(local) or dataset._fingerprint, source.title)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or Path(path).suffix in _BUILDERS
+
+
+def _builder(path: Path) -> str:
+    if path.suffix not in _BUILDERS:
+        raise TrainError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+    return _BUILDERS[path.suffix]
+
+
+def _content_digest(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.relative_to(path).as_posix().encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+
+
+def _hold_out(rows: list[int], source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
+    """Split by row, before templates: both directions of a row are on one side."""
+    asked = source.held_out
+    count = int(asked) if asked >= 1 else round(asked * len(rows))
+    if count and count >= len(rows):
+        raise TrainError(f"source {source.title}: held_out asks for {count} rows of {len(rows)}; nothing would be left")
+    chosen = set(np.random.default_rng((seed, 4)).permutation(len(rows))[:count].tolist())
+    train = [row for i, row in enumerate(rows) if i not in chosen]
+    return train, [row for i, row in enumerate(rows) if i in chosen]
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda a, b: a in b,
+    "not in": lambda a, b: a not in b,
+}
+_CASTS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "str": str}
+
+
+def _cast(value: Any, cast: str | None, column: str, title: str) -> Any:
+    if cast is None or value is None:
+        return value
+    try:
+        return _CASTS[cast](value)
+    except (TypeError, ValueError) as e:
+        raise TrainError(f"source {title}: cannot cast {column} = {value!r} to {cast}") from e
+
+
+def _holds(value: Any, test: Where, title: str) -> bool:
+    """Whether the comparison holds; an empty cell fails every one but != and `not in`."""
+    value = _cast(value, test.cast, test.column, title)
+    if value is None:
+        return test.op in ("!=", "not in")
+    try:
+        return _OPERATORS[test.op](value, test.value)
+    except TypeError as e:
+        raise TrainError(
+            f"source {title}: {test.column} holds {value!r} ({type(value).__name__}), which does not compare "
+            f"with {test.value!r} by {test.op}: add `cast: int` (or float, str)"
+        ) from e
+
+
+def _columns(source: SourceConfig) -> Iterable[str]:
+    yield from (test.column for test in source.where)
+    if source.sort is not None:
+        yield source.sort.column
+    if source.messages is not None:
+        yield source.messages
+    for template in source.templates:
+        for text in (template.prompt, template.rationale, template.response, template.text):
+            yield from template_fields(text or "", source.title)
+
+
+# ---- templates -----------------------------------------------------------------------------------------
+
+
+def template_fields(text: str, title: str) -> list[str]:
+    """The columns a template names; raises TrainError for anything beyond a plain `{column}`."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as e:
+        raise TrainError(f"source {title}: template {text!r}: {e}") from e
+    for _, name, spec, conversion in parts:
+        if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
+            raise TrainError(f"source {title}: template {text!r}: expected plain {{column}} fields")
+    return [name for _, name, _, _ in parts if name is not None]
+
+
+def _fill(text: str, row: Mapping[str, Any]) -> str:
+    """The template with the row's values, without white space at its ends; an empty cell is empty text."""
+    pieces = []
+    for literal, name, _, _ in string.Formatter().parse(text):
+        value = None if name is None else row[name]
+        pieces += [literal, "" if value is None else str(value)]
+    return "".join(pieces).strip()
+
+
+# ---- formats -------------------------------------------------------------------------------------------
+
+USER, ASSISTANT, SYSTEM = "### User:\n", "### Assistant:\n", "### System:\n"
+RATIONALE, ANSWER = "### Rationale:\n", "### Answer:\n"
+_HEADERS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+
+
+def render_row(source: SourceConfig, row: Mapping[str, Any], tokenizer: Any) -> list[list[Segment]]:
+    """One list of segments per template (or conversation); an empty one when nothing is to be learned."""
+    if source.messages is not None:
+        return [_render_messages(source, _messages(row[source.messages], source), tokenizer)]
+    return [_render_template(source, template, row, tokenizer) for template in source.templates]
+
+
+def _render_template(source: SourceConfig, template: Template, row: Mapping[str, Any], tokenizer: Any) -> list[Segment]:
+    if source.format == "text":
+        text = _fill(template.text or "", row)
+        return [Segment(text, True)] if text else []
+    prompt, response = _fill(template.prompt, row), _fill(template.response, row)
+    if not response:
+        return []
+    if source.format == "tinycot":
+        rationale = _fill(template.rationale or "", row)
+        # The next turn's header ends the answer, so it is learned too.
+        answer = f"{rationale}\n{ANSWER}{response}\n{USER}"
+        return [Segment(f"{USER}{prompt}\n{RATIONALE}", False), Segment(answer, True)]
+    messages = [("user", prompt), ("assistant", response)]
+    return _render_messages(source, messages, tokenizer)
+
+
+def _messages(value: Any, source: SourceConfig) -> list[tuple[str, str]]:
+    try:
+        return [(message["role"], str(message["content"]).strip()) for message in value]
+    except (TypeError, KeyError) as e:
+        raise TrainError(
+            f"source {source.title}: column {source.messages} holds {value!r:.80}, expected a list of {{role, content}}"
+        ) from e
+
+
+def _render_messages(source: SourceConfig, messages: list[tuple[str, str]], tokenizer: Any) -> list[Segment]:
+    if source.format == "chat-template":
+        return _chat_template(messages, tokenizer, source.title)
+    return _memphis_chat(messages, source.title)
+
+
+def _memphis_chat(messages: list[tuple[str, str]], title: str) -> list[Segment]:
+    """Turns under `###` headers; each assistant turn is learned together with the user header after it."""
+    segments: list[Segment] = []
+    pending, header_written = "", False
+    for role, content in messages:
+        if role not in _HEADERS or (header_written and role != "user"):
+            expected = "user" if header_written else "system, user or assistant"
+            raise TrainError(f"source {title}: a message has role {role!r}, expected {expected}")
+        pending += "" if header_written else _HEADERS[role]
+        header_written = role == "assistant"
+        if role == "assistant":
+            segments += [Segment(pending, False), Segment(f"{content}\n{USER}", True)]
+            pending = ""
+        else:
+            pending += f"{content}\n"
+    return segments if any(content for role, content in messages if role == "assistant") else []
+
+
+def _chat_template(messages: list[tuple[str, str]], tokenizer: Any, title: str) -> list[Segment]:
+    """The tokenizer's own template; an assistant turn runs from its generation prompt to the turn's end."""
+    if not tokenizer.chat_template:
+        raise TrainError(f"source {title}: format chat-template, but the tokenizer has none: use memphis-chat")
+    turns = [{"role": role, "content": content} for role, content in messages]
+    segments: list[Segment] = []
+    done = ""
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(turns[:number], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(turns[: number + 1], tokenize=False)
+        if not (after.startswith(before) and before.startswith(done)):
+            raise TrainError(
+                f"source {title}: the tokenizer's chat template rewrites earlier turns, so the learned span "
+                "cannot be told: use memphis-chat"
+            )
+        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
+        done = after
+    return segments if any(content for role, content in messages if role == "assistant") else []

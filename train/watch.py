@@ -1,0 +1,180 @@
+"""What a user watches: a progress line, metrics.jsonl, TensorBoard when it is installed, the card at the end.
+
+Never a weight: numbers come in as plain floats. metrics.jsonl is the record; the plot and the card are made
+from it, so they are whole after any number of resumes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from train.config import TrainConfig
+from train.data import SourceReport, report_table
+
+
+class Watch:
+    """The first process's progress line and metrics; the others' does nothing."""
+
+    def __init__(self, output: Path, steps: int, done: int, active: bool) -> None:
+        self._active = active
+        if not active:
+            return
+        self._path = output / "metrics.jsonl"
+        _forget_after(self._path, done)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        # A line every half minute when nobody is looking at a terminal.
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            unit="step",
+            desc="train",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        self._board = _tensorboard(output)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """One line of metrics: `kind` is train, eval, skip or stop."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def advance(self, loss: float, tokens_per_second: float, lr: float) -> None:
+        """Move the progress line by one step; it also shows the time left."""
+        if self._active:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, lr {lr:.2e}", refresh=False)
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line beside the progress bar."""
+        if self._active:
+            tqdm.write(text, file=sys.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            self._bar.close()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again (and a half-written last line)."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    beside.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue  # a kill can cut the last line
+    return lines
+
+
+def _tensorboard(output: Path) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(output / "tensorboard"))
+
+
+# ---- at the end ----------------------------------------------------------------------------------------
+
+
+def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Training and evaluation loss by step as a PNG; False when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure  # no pyplot: it would choose a backend
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    train = [m for m in metrics if m["kind"] == "train"]
+    axes.plot([m["step"] for m in train], [m["loss"] for m in train], label="train (MixCE)", linewidth=1)
+    evals = [m for m in metrics if m["kind"] == "eval"]
+    for title in sorted({title for m in evals for title in m["nll"]}):
+        points = [(m["step"], m["nll"][title]) for m in evals if title in m["nll"]]
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"held out: {title}")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("nats per token")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def build_card(
+    config: TrainConfig,
+    reports: Sequence[SourceReport],
+    metrics: Sequence[dict[str, Any]],
+    facts: dict[str, Any],
+    has_plot: bool,
+) -> str:
+    """The model card: what was trained on what, how, and what came of it."""
+    settings = {
+        key: getattr(config, key)
+        for key in TrainConfig.__dataclass_fields__
+        if key not in ("sources", "output", "resume", "sample_prompts", "model") and getattr(config, key) is not None
+    }
+    base = Path(config.model).name if Path(config.model).exists() else config.model
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixce\n---\n",
+        f"# {Path(config.output).name}\n",
+        f"A finetune of `{base}` with the MixCE loss (arXiv 2305.16958) at mixing ratio "
+        f"{config.mixing_ratio}, made by `mixce-train`.\n",
+        "## Data\n",
+        f"```\n{report_table(reports)}\n```\n",
+        "## Result\n",
+        _result_lines(metrics, facts),
+        "![loss](loss.png)\n" if has_plot else "",
+        "## Settings\n",
+        "\n".join(f"- {key}: {value}" for key, value in settings.items()) + "\n",
+        "## Versions\n",
+        "\n".join(f"- {name} {number}" for name, number in versions().items()) + "\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _result_lines(metrics: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+    train = [m["loss"] for m in metrics if m["kind"] == "train"]
+    evals = [m for m in metrics if m["kind"] == "eval"]
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    if train:
+        lines.append(f"- training loss: {train[0]:.4f} at the first step, {train[-1]:.4f} at the last")
+    for title, nll in (evals[-1]["nll"] if evals else {}).items():
+        perplexity = evals[-1]["perplexity"][title]
+        lines.append(f"- held out, {title}: cross-entropy {nll:.4f}, perplexity {perplexity:.3f}")
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the weights."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("slerp-merge", "torch", "transformers", "datasets", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
