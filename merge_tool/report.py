@@ -99,9 +99,6 @@ def _parse_sums(found: Mapping[str, Any]) -> PairSums:
 class TensorReport:
     """One merged tensor: angle in degrees, norms of base and finetune, |y - x| / |x|; None where there is none."""
 
-    name: str
-    dtype: str
-    t: float
     angle_degrees: float | None
     norms: tuple[float, float] | None
     relative_change: float | None
@@ -109,27 +106,18 @@ class TensorReport:
     note: str
 
 
-def describe(job: TensorJob, finding: Finding, method: str, t: float) -> TensorReport:
+def describe(finding: Finding, method: str, t: float) -> TensorReport:
     """The report of one tensor in the output of parameter `t`."""
     note = "equal: copied" if finding.equal else "differs: base kept" if finding.kept_base else ""
     sums = finding.sums
     if sums is None or not math.isfinite(sums.xx + sums.xd + sums.dd):
-        return TensorReport(job.out.name, job.out.dtype, t, None, None, None, None, note)
+        return TensorReport(None, None, None, None, note)
     angle = pair_angle(sums)
     degrees = None if angle is None else math.degrees(angle.theta)
     n0, n1 = (norm / sums.scale for norm in sums.norms)
     change = math.sqrt(sums.dd / sums.xx) if sums.xx else None
     weights = None if finding.equal else METHODS[method].weights(sums, t)
-    return TensorReport(
-        job.out.name,
-        job.out.dtype,
-        t,
-        degrees,
-        (n0, n1),
-        change,
-        weights,
-        note or (weights.note if weights else ""),
-    )
+    return TensorReport(degrees, (n0, n1), change, weights, note or (weights.note if weights else ""))
 
 
 def _finite(value: float) -> float | None:
@@ -138,7 +126,7 @@ def _finite(value: float) -> float | None:
 
 
 def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dict[str, Any]:
-    found = describe(job, finding, method, t)
+    found = describe(finding, method, t)
     content: dict[str, Any] = {
         "name": job.out.name,
         "shape": list(job.out.shape),
@@ -189,7 +177,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
-        found = describe(job, findings[job.number], plan.method, plan.ts[0])
+        found = describe(findings[job.number], plan.method, plan.ts[0])
         if found.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
         if found.angle_degrees is None:

@@ -140,7 +140,6 @@ class _OpenTensor:
     sums_left: int
     writes_left: int
     equal: bool = True
-    unequal_at: int = 0
     weights: tuple[Weights, ...] = ()
     done: TensorDone | None = None  # set when the weights are known
 
@@ -341,7 +340,7 @@ class _Run:
         for begin in range(0, stop - start, TILE):
             cut = slice(begin, begin + TILE)
             if tensor.equal and not same_values(x[cut], y[cut]):
-                tensor.equal, tensor.unequal_at = False, start + begin
+                tensor.equal = False
             if not job.exact:
                 tensor.tile_sums[(start + begin) // TILE] = sum_tile(x[cut], y[cut], 1.0, worker.scratch)
         self.on_progress((stop - start) * (x.itemsize + y.itemsize), job.out.name)

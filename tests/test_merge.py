@@ -121,6 +121,25 @@ def test_one_digest_for_any_memory_and_jobs(tiles: tuple[Path, Path], tmp_path: 
     assert len(found) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="these switches are Linux's")
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "NPY_DISABLE_CPU_FEATURES=X86_V3",
+        "GLIBC_TUNABLES=glibc.cpu.hwcaps=-FMA,-AVX2,-FMA4",
+        "OPENBLAS_CORETYPE=Prescott",
+        "OPENBLAS_NUM_THREADS=1",
+    ],
+)
+def test_one_digest_for_any_kernels(tiles: tuple[Path, Path], tmp_path: Path, switch: str) -> None:
+    """Without this processor's newer instructions, in numpy, in the C library's sine, in BLAS: the same bytes."""
+    merge(*tiles, tmp_path / "here", 0.4)
+    command = [sys.executable, "-W", "ignore", "-m", "merge_tool", "merge", *map(str, tiles), str(tmp_path / "there")]
+    environment = os.environ | dict([switch.split("=", 1)])
+    subprocess.run([*command, "--t", "0.4", "--quiet"], env=environment, check=True)
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
 class Memory:
     """A sink that keeps shards in files of its own folder and nothing else."""
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, folder_name, is_weight_file
+from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, is_weight_file
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, HeaderError, listed, shown
@@ -337,4 +337,4 @@ def _with_sub_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     yield from (value for key, value in config.items() if isinstance(value, dict) and key.endswith("config"))
 
 
-__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "folder_name", "open_checkpoint"]
+__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "open_checkpoint"]

@@ -53,7 +53,6 @@ class LocalFile:
             raise CheckpointError(f"{shown(name)}: is not a regular file.")
         self.size = status.st_size
         self.identity = _identity(status)
-        self.changed_ns = max(status.st_mtime_ns, status.st_ctime_ns if os.name == "posix" else 0)
         self._lock = threading.Lock()
         self._users = 0
         self._fd = -1
