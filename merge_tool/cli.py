@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from decimal import Decimal
+from functools import reduce, wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -25,6 +28,7 @@ from merge_tool.compare import inspect_checkpoint
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.memory import LEAST_BYTES, MAX_JOBS
 from merge_tool.methods import METHODS
+from merge_tool.plot import can_plot, plot_sweep
 from merge_tool.prepare import Prepared, check_room, is_complete, prepare
 from merge_tool.recipe import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -35,7 +39,16 @@ from merge_tool.recipe import (
     Recipe,
     label_t,
 )
-from merge_tool.show import inspection_lines, plan_json, plan_lines, report_json, report_lines
+from merge_tool.show import (
+    inspection_lines,
+    plan_json,
+    plan_lines,
+    report_json,
+    report_lines,
+    scores_line,
+    sweep_lines,
+)
+from merge_tool.sweep import sweep
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,16 +79,28 @@ def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: 
 
 
 def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tuple[str, ...]) -> tuple[float, ...]:
-    """Every t of options that hold one number each, or several with commas."""
+    """Every t of options that hold a number, several with commas, or a range START:STOP:STEP, its ends included."""
     found: list[float] = []
     for text in value:
         try:
-            found.extend(float(part) for part in text.split(","))
-        except ValueError as e:
+            found.extend(t for part in text.split(",") for t in _parse_range(part))
+        except (ValueError, ArithmeticError) as e:
             raise click.BadParameter(
-                f"'{shown(text)}' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 for several.", ctx, param
+                f"'{shown(text)}' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 or --t 0:1:0.1 for several.",
+                ctx,
+                param,
             ) from e
     return tuple(found)
+
+
+def _parse_range(text: str) -> list[float]:
+    if ":" not in text:
+        return [float(text)]
+    start, stop, step = (Decimal(part.strip()) for part in text.split(":"))
+    count = int((stop - start) / step) + 1
+    if not 1 <= count <= 10_000 or step == 0:
+        raise ValueError(text)
+    return [float(start + k * step) for k in range(count)]
 
 
 def _print_errors(function: Callable[P, R]) -> Callable[P, R]:
@@ -120,6 +145,52 @@ def _terminable() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------- slerp-merge
 
+_RECIPE_OPTIONS = [
+    click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
+    click.option(
+        "--dtype",
+        type=click.Choice(list(OUTPUT_DTYPES)),
+        help="Type of the output's floats.  [default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
+    ),
+    click.option(
+        "--max-shard-size",
+        "max_shard_bytes",
+        callback=parse_size,
+        metavar="SIZE",
+        default=str(DEFAULT_MAX_SHARD_BYTES),
+        show_default="5GB",
+        help="Largest size of one output file, in bytes or with a unit.",
+    ),
+    click.option(
+        "--files-from",
+        type=click.Choice(SIDES),
+        default="base",
+        help="Whose configuration and tokenizer files the output gets.",
+    ),
+    click.option(
+        "--on-mismatch",
+        type=click.Choice(ON_MISMATCH),
+        default="error",
+        help="What to do with integer tensors that differ: stop, or keep BASE's.",
+    ),
+    click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1."),
+]
+_MACHINE_OPTIONS = [
+    click.option(
+        "--memory",
+        "memory_bytes",
+        callback=parse_size,
+        metavar="SIZE",
+        help=f"Keep the whole process below this, at least {LEAST_BYTES // 10**6}MB.  [default: at most 256MB]",
+    ),
+    click.option("--jobs", "-j", type=int, help=f"Threads.  [default: the cores, at most {MAX_JOBS}]"),
+]
+
+
+def _with(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Several options as one decorator."""
+    return lambda command: reduce(lambda done, option: option(done), reversed(options), command)
+
 
 @click.command("slerp-merge", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("base", type=click.Path(path_type=Path))
@@ -133,44 +204,10 @@ def _terminable() -> Iterator[None]:
     show_default=label_t(DEFAULT_T),
     callback=parse_ts,
     metavar="NUMBER",
-    help="How far to go from BASE (0) to FT (1). Several (--t 0.3 --t 0.5, or --t 0.3,0.5) are made in one pass.",
+    help="How far to go from BASE (0) to FT (1). Several (0.3,0.5 or 0:1:0.1) are made in one pass.",
 )
-@click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate.")
-@click.option(
-    "--dtype",
-    type=click.Choice(list(OUTPUT_DTYPES)),
-    help="Type of the output's floats.  [default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
-)
-@click.option(
-    "--max-shard-size",
-    "max_shard_bytes",
-    callback=parse_size,
-    metavar="SIZE",
-    default=str(DEFAULT_MAX_SHARD_BYTES),
-    show_default="5GB",
-    help="Largest size of one output file, in bytes or with a unit.",
-)
-@click.option(
-    "--files-from",
-    type=click.Choice(SIDES),
-    default="base",
-    help="Whose configuration and tokenizer files the output gets.",
-)
-@click.option(
-    "--on-mismatch",
-    type=click.Choice(ON_MISMATCH),
-    default="error",
-    help="What to do with integer tensors that differ: stop, or keep BASE's.",
-)
-@click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")
-@click.option(
-    "--memory",
-    "memory_bytes",
-    callback=parse_size,
-    metavar="SIZE",
-    help=f"Keep the whole process below this, at least {LEAST_BYTES // 10**6}MB.  [default: at most 256MB]",
-)
-@click.option("--jobs", "-j", type=int, help=f"Threads.  [default: the cores, at most {MAX_JOBS}]")
+@_with(_RECIPE_OPTIONS)
+@_with(_MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new model is complete.")
 @click.option(
     "--report",
@@ -279,6 +316,49 @@ def inspect_command(path: Path, as_json: bool) -> None:
     """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH."""
     found = inspect_checkpoint(path)
     click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(inspection_lines(found)))
+
+
+@merge_tool.command("sweep", context_settings={"show_default": True})
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("ft", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--t", "ts", multiple=True, default=["0:1:0.1"], callback=parse_ts, metavar="RANGE", help="Every t to try."
+)
+@click.option(
+    "--eval",
+    "command",
+    required=True,
+    metavar="COMMAND",
+    help="Scores models: gets their folders as last arguments (or in place of {}), prints `name value` lines or JSON.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, help="Models merged at once, and given to one COMMAND.")
+@click.option("--keep", is_flag=True, help="Keep the merged models; otherwise each is deleted once it has its scores.")
+@click.option(
+    "--minimize", multiple=True, metavar="NAME", help="A score of which less is better.  [default: by its name]"
+)
+@_with(_RECIPE_OPTIONS)
+@_with(_MACHINE_OPTIONS)
+@click.option("--overwrite", is_flag=True, help="Forget the scores that are in OUT and start anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+@_print_errors
+def sweep_command(
+    base: Path, ft: Path, out: Path, ts: tuple[float, ...], command: str, as_json: bool, **options: Any
+) -> None:
+    """Merge BASE and FT at many t, score each merge by a command, and name the Pareto-optimal t.
+
+    OUT gets sweep.jsonl, sweep.csv and (with matplotlib) sweep.png. A sweep that was stopped continues with the
+    same command; more values of t may be added. No shell sees the COMMAND: it is split into words as a shell would.
+    """
+    try:
+        words = shlex.split(command, posix=os.name == "posix")
+    except ValueError as e:
+        raise click.BadParameter(f"'{shown(command)}' cannot be split into words ({e}).", param_hint="--eval") from e
+    on_scores = lambda point: click.echo(f"  {scores_line(point)}", err=True)  # noqa: E731
+    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **options)
+    if can_plot():
+        plot_sweep(report, out / "sweep.png")
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(sweep_lines(report)))
 
 
 def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:

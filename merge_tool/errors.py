@@ -6,7 +6,8 @@
     │   └── HeaderError     the header of one safetensors file breaks the format's rules
     ├── MismatchError       two inputs do not fit together: names, shapes
     ├── DataError           values that cannot be merged: NaN, infinity, overflow, unequal integers
-    └── OutputError         the output cannot be written: not empty, in use, disk full
+    ├── OutputError         the output cannot be written: not empty, in use, disk full
+    └── EvaluationError     a sweep's evaluation command failed, or its scores cannot be read
 
 A message says which file or tensor, what was found, what was expected, and what to do next.
 Anything else that escapes is a bug of ours and may show a traceback.
@@ -44,6 +45,10 @@ class DataError(MergeToolError):
 
 class OutputError(MergeToolError):
     """The output folder or file cannot be used or written."""
+
+
+class EvaluationError(MergeToolError):
+    """The user's evaluation command failed or printed no scores."""
 
 
 def shown(name: object, limit: int = 200) -> str:

@@ -11,6 +11,7 @@ from merge_tool.errors import shown
 from merge_tool.prepare import Prepared
 from merge_tool.recipe import label_t
 from merge_tool.report import remarks
+from merge_tool.sweep import SweepPoint, SweepReport
 
 
 def inspection_lines(found: Inspection) -> Iterator[str]:
@@ -115,6 +116,28 @@ def report_lines(report: MergeReport) -> Iterator[str]:
             f"{summary.largest_degrees:.3g} ({shown(summary.largest_name)})"
         )
     yield from remarks(summary)
+
+
+def scores_line(point: SweepPoint) -> str:
+    return f"t = {label_t(point.t)}: " + ", ".join(f"{shown(name)} {value:g}" for name, value in point.scores.items())
+
+
+def sweep_lines(report: SweepReport) -> Iterator[str]:
+    """A table: t, a column per score, a star at Pareto-optimal points."""
+    rows = [["t", *report.names, ""]]
+    for point in report.points:
+        rows.append([label_t(point.t), *(f"{point.scores[n]:g}" for n in report.names), "*" * point.is_pareto])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    best = ", ".join(label_t(point.t) for point in report.points if point.is_pareto)
+    less = [name for name in report.names if name in report.less_is_better]
+    yield (
+        f"Pareto-optimal (*): t = {best}. Less is better for {', '.join(less)}; more for the rest."
+        if less
+        else (f"Pareto-optimal (*): t = {best}. More is better.")
+    )
+    yield f"{shown(report.folder)}: sweep.csv has the table."
 
 
 def _ts(ts: Sequence[float]) -> str:

@@ -128,7 +128,7 @@ def test_requests_that_make_no_sense(tmp_path: Path, pair: tuple[Path, Path], wo
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--t", "half"], "'half' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 for several."),
+        (["--t", "half"], "'half' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 or --t 0:1:0.1 for several."),
         (["--t", "0.5;0.7"], "'0.5;0.7' is not a number."),
         (["--max-shard-size", "2XB"], "'2XB' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes."),
         (["--max-shard-size", "-5"], "'-5' is not a size."),
@@ -198,7 +198,7 @@ def test_the_options_are_frozen() -> None:
     context = click.Context(slerp_merge)
     found = sorted(o for p in slerp_merge.get_params(context) for o in p.opts if o.startswith("--"))
     assert found == OPTIONS
-    assert sorted(merge_tool.commands) == ["inspect", "merge"]
+    assert sorted(merge_tool.commands) == ["inspect", "merge", "sweep"]
 
 
 def test_merge_tool_merge_is_slerp_merge(tmp_path: Path, pair: tuple[Path, Path]) -> None:

@@ -43,8 +43,12 @@ ARROWS: dict[str, set[str]] = {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
         "run", "side_files",
     },
-    "show": {"api", "compare", "errors", "prepare", "recipe", "report"},
-    "cli": {"_version", "api", "compare", "errors", "memory", "methods", "prepare", "recipe", "show"},
+    "sweep": {"api", "errors", "lock", "prepare", "recipe"},
+    "plot": {"errors", "recipe", "sweep"},
+    "show": {"api", "compare", "errors", "prepare", "recipe", "report", "sweep"},
+    "cli": {
+        "_version", "api", "compare", "errors", "memory", "methods", "plot", "prepare", "recipe", "show", "sweep",
+    },
 }  # fmt: skip
 OUTSIDE = {
     "click": {"cli"},
@@ -54,6 +58,7 @@ OUTSIDE = {
     "numpy": {"methods", "checkpoint.reader", "run", "buffers"},
     "ml_dtypes": {"methods", "checkpoint.reader"},
     "safetensors": {"output"},
+    "matplotlib": {"plot"},
 }
 
 

@@ -1,0 +1,358 @@
+"""Many values of t, one judge: merge, run the user's command on the models, keep its scores, drop the models.
+
+The scores go into `sweep.jsonl` line by line, so that a sweep that was stopped continues; `--batch` models are on
+disk at once. What a score means is the user's affair; here is only which way is better.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_tool.api import merge
+from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
+from merge_tool.lock import FolderLock
+from merge_tool.prepare import prepare
+from merge_tool.recipe import Recipe, label_t
+
+JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
+LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # parts of a score's name, unless told
+_LAST_LINES = 10
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One merge: its t, the command's scores, and whether no other t is at least as good in every score."""
+
+    t: float
+    scores: Mapping[str, float]
+    is_pareto: bool = False
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """All points in order of t; `less_is_better` are the scores to be kept small, `folder` holds the files."""
+
+    folder: Path
+    points: tuple[SweepPoint, ...]
+    less_is_better: frozenset[str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.points[0].scores)
+
+    def as_json(self) -> dict[str, Any]:
+        points = [{"t": p.t, "scores": dict(p.scores), "pareto": p.is_pareto} for p in self.points]
+        return {"less_is_better": sorted(self.less_is_better), "points": points}
+
+    def as_csv(self) -> str:
+        """A row per t: t, the scores, pareto (0 or 1)."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["t", *self.names, "pareto"])
+        for point in self.points:
+            rows.writerow([label_t(point.t), *(repr(point.scores[n]) for n in self.names), int(point.is_pareto)])
+        return text.getvalue()
+
+
+def sweep(
+    base: str | Path,
+    ft: str | Path,
+    out: str | Path,
+    ts: Iterable[float],
+    command: Sequence[str],
+    *,
+    batch: int = 1,
+    keep: bool = False,
+    minimize: Sequence[str] = (),
+    overwrite: bool = False,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    on_scores: Callable[[SweepPoint], None] | None = None,
+    **options: Any,
+) -> SweepReport:
+    """Merge `base` and `ft` at every t, and score each merge by `command`.
+
+    The command gets the folders of up to `batch` merges as its last arguments (or in the place of an argument `{}`)
+    and prints `name value` lines, in the folders' order, or JSON: an object of numbers, or a list of them. No shell is
+    involved. Merges are deleted once they are scored, unless `keep`. `minimize` names scores of which less is
+    better, besides those with loss, perplexity, ppl, nll, error or wer in their name. `options` are `merge`'s.
+    The same call continues a sweep that was stopped, and may add values of t.
+
+    Raises EvaluationError when the command fails or its scores cannot be read; the errors of `merge`.
+    """
+    recipe = Recipe(tuple(ts), **options)
+    if batch < 1:
+        raise RecipeError(f"The batch is {batch} models, expected at least 1.")
+    if not command:
+        raise RecipeError("The evaluation command is empty, expected a program and its arguments.")
+    folder = Path(out)
+    settings = {"memory_bytes": memory_bytes, "jobs": jobs}
+    facts = _facts(base, ft, folder, recipe, command, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = _Journal(folder, facts, overwrite=overwrite)
+    except OSError as e:
+        raise output_failed(folder, e) from e
+    try:
+        found = journal.scores
+        if not keep:
+            _remove(folder / f"t-{label_t(t)}" for t in journal.begun if t in found)
+        rest = [t for t in recipe.ts if t not in found]
+        for chosen in (rest[start : start + batch] for start in range(0, len(rest), batch)):
+            folders = _merge(base, ft, folder, chosen, journal, {**settings, **options})
+            results = _evaluate(command, folders, folder, journal.names)
+            _less_is_better(tuple(results[0]), minimize)
+            for t, scores in zip(chosen, results, strict=True):
+                journal.add(t, scores)
+                if on_scores is not None:
+                    on_scores(SweepPoint(t, scores))
+            if not keep:
+                _remove(folders)
+        report = build_report(folder, {t: found[t] for t in sorted(found)}, minimize)
+        (folder / TABLE).write_text(report.as_csv(), encoding="utf-8")
+        return report
+    except OSError as e:
+        raise output_failed(folder, e) from e
+    finally:
+        journal.close()
+
+
+def _facts(
+    base: str | Path, ft: str | Path, folder: Path, recipe: Recipe, command: Sequence[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes two sweeps one: the inputs, the merge's options, the command. Checks that the merge will work."""
+    prepared = prepare(base, ft, folder / f"t-{label_t(recipe.ts[0])}", recipe, read_samples=True, **settings)
+    merged = {key: value for key, value in prepared.plan.facts.items() if key not in ("t", "version")}
+    return {**merged, "samples": list(prepared.samples), "command": list(command)}
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+
+
+def _merge(
+    base: str | Path, ft: str | Path, folder: Path, ts: Sequence[float], journal: _Journal, options: dict[str, Any]
+) -> list[Path]:
+    """The folders of the merges, made in one pass over the inputs."""
+    folders = [folder / f"t-{label_t(t)}" for t in ts]
+    begun = journal.begin(ts)
+    merge(base, ft, folders[0] if len(ts) == 1 else folder, tuple(ts), overwrite=not begun, **options)
+    return folders
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def _evaluate(
+    command: Sequence[str], folders: Sequence[Path], folder: Path, names: tuple[str, ...] | None
+) -> list[dict[str, float]]:
+    """The command's scores for each folder. What it writes on stderr is kept in the log."""
+    given = [str(path) for path in folders]
+    has_place = "{}" in command
+    args = [arg for word in command for arg in (given if word == "{}" else [word])] + ([] if has_place else given)
+    try:
+        with (folder / LOG).open("ab") as log:
+            done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False)
+    except OSError as e:
+        raise EvaluationError(f"The evaluation command {shown(args[0])} cannot be run ({e.strerror}).") from e
+    text = done.stdout.decode(errors="replace")
+    if done.returncode:
+        raise EvaluationError(
+            f"The evaluation command ended with {_ending(done.returncode)}. Its last lines:\n"
+            f"{_tail(folder / LOG, text)}\nMend it, then run the same sweep: it continues with these models."
+        )
+    try:
+        return parse_scores(text, len(folders), names)
+    except ValueError as e:
+        raise EvaluationError(
+            f"The evaluation command's output cannot be read: {e}. It printed:\n{_indented(text)}\n"
+            "Expected `name value` lines, or JSON, for each folder in order."
+        ) from e
+
+
+def _ending(code: int) -> str:
+    return f"exit code {code}" if code > 0 else f"signal {-code}"
+
+
+def _tail(log: Path, text: str) -> str:
+    """The last lines of what the command wrote: its stderr, or where that is empty its stdout."""
+    return _indented(log.read_text(encoding="utf-8", errors="replace") or text)
+
+
+def _indented(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+    return "\n".join(f"    {shown(line)}" for line in lines) or "    (nothing)"
+
+
+_LINE = re.compile(r"\s*([A-Za-z_][^\s:=]*)\s*[\s:=]\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*%?\s*")
+
+
+def parse_scores(text: str, count: int, names: tuple[str, ...] | None = None) -> list[dict[str, float]]:
+    """The scores of `count` models: JSON, or `name value` lines in the models' order; other lines are passed over.
+
+    Raises ValueError unless every model has the same finite scores (`names`, where they are known).
+
+    >>> parse_scores("loading 3 files\\naccuracy 0.5\\nloss: 2\\naccuracy 0.75\\nloss: 1", 2)
+    [{'accuracy': 0.5, 'loss': 2.0}, {'accuracy': 0.75, 'loss': 1.0}]
+    """
+    found = _parse_json(text)
+    if found is None:
+        found = _parse_lines(text, count)
+    if len(found) != count:
+        raise ValueError(f"scores for {len(found)} models, expected {count}")
+    expected = names or tuple(found[0])
+    if not expected:
+        raise ValueError("no score was found")
+    for scores in found:
+        if scores.keys() != set(expected):
+            raise ValueError(f"the scores are {', '.join(scores)}, expected {', '.join(expected)}")
+        if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
+            raise ValueError(f"{bad[0]} is {scores[bad[0]]}")
+    return [{name: scores[name] for name in expected} for scores in found]
+
+
+def _parse_json(text: str) -> list[dict[str, float]] | None:
+    """The output, or its last line, as JSON; None if neither is."""
+    for part in (text, text.strip().rpartition("\n")[2]):
+        try:
+            content = json.loads(part)
+        except ValueError:
+            continue
+        rows = content if isinstance(content, list) else [content]
+        if rows and all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in rows):
+            return [{str(name): float(value) for name, value in row.items()} for row in rows]
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parse_lines(text: str, count: int) -> list[dict[str, float]]:
+    columns: dict[str, list[float]] = {}
+    for match in filter(None, map(_LINE.fullmatch, text.splitlines())):
+        columns.setdefault(match[1], []).append(float(match[2]))
+    if bad := [name for name, values in columns.items() if len(values) != count]:
+        raise ValueError(f"{bad[0]} was printed {len(columns[bad[0]])} times for {count} models")
+    return [{name: values[k] for name, values in columns.items()} for k in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+def build_report(folder: Path, found: Mapping[float, Mapping[str, float]], minimize: Iterable[str]) -> SweepReport:
+    """The points with their Pareto marks. Raises RecipeError when `minimize` names no score."""
+    names = tuple(next(iter(found.values())))
+    less = _less_is_better(names, minimize)
+    marks = pareto([[-s[n] if n in less else s[n] for n in names] for s in found.values()])
+    points = (SweepPoint(t, scores, mark) for (t, scores), mark in zip(found.items(), marks, strict=True))
+    return SweepReport(folder, tuple(points), less)
+
+
+def _less_is_better(names: Sequence[str], minimize: Iterable[str]) -> frozenset[str]:
+    if unknown := sorted(set(minimize) - set(names)):
+        raise RecipeError(f"--minimize {shown(unknown[0])}: there is no such score; found: {', '.join(names)}.")
+    return frozenset(minimize) | {n for n in names if any(part in n.lower() for part in LESS_IS_BETTER)}
+
+
+def pareto(rows: Sequence[Sequence[float]]) -> list[bool]:
+    """For each row of scores, more being better, whether no other row is as good in all and better in one."""
+
+    def beats(a: Sequence[float], b: Sequence[float]) -> bool:
+        return all(x >= y for x, y in zip(a, b, strict=True)) and list(a) != list(b)
+
+    return [not any(beats(other, row) for other in rows) for row in rows]
+
+
+# --------------------------------------------------------------------------------------------- journal
+
+
+class _Journal:
+    """`sweep.jsonl`: what is swept, then a line per t begun or scored. One process at a time holds it."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], *, overwrite: bool) -> None:
+        self._path = folder / JOURNAL
+        self.scores: dict[float, dict[str, float]] = {}
+        self.begun: list[float] = []
+        hidden = folder / ".sweep"
+        hidden.mkdir(exist_ok=True)
+        self._hidden, self._lock = hidden, FolderLock(hidden)
+        try:
+            lines = [] if overwrite else list(_read_lines(self._path))
+            if lines:
+                _check_same(self._path, lines[0], facts)
+            elif not overwrite and (others := sorted(p.name for p in folder.iterdir() if p.name != hidden.name)):
+                raise OutputError(
+                    f"{shown(folder)}: is not empty ({shown(others[0])}) and holds no sweep. Choose another folder."
+                )
+            with self._path.open("w", encoding="utf-8") as file:  # again, without a line that was cut short
+                file.writelines(json.dumps(line) + "\n" for line in (lines or [dict(facts)]))
+            for line in lines[1:]:
+                self.begun = line.get("begun", self.begun)
+                if "scores" in line:
+                    self.scores[line["t"]] = line["scores"]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return next((tuple(scores) for scores in self.scores.values()), None)
+
+    def begin(self, ts: Sequence[float]) -> bool:
+        """Note that these are merged now; true if they were begun before, so that the merge may go on."""
+        was_begun, self.begun = self.begun == list(ts), list(ts)
+        self._append({"begun": self.begun})
+        return was_begun
+
+    def add(self, t: float, scores: dict[str, float]) -> None:
+        self.scores[t] = scores
+        self._append({"t": t, "scores": scores})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self._lock.remove_with(self._hidden)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines; the last may have been cut short by a kill."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return
+        yield found
+
+
+def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise OutputError naming what differs from the sweep that is there."""
+    now = json.loads(json.dumps(now))
+    if different := [key for key in now if before.get(key) != now[key]]:
+        key = different[0]
+        raise OutputError(
+            f"{shown(path)}: is of another sweep: {', '.join(different)} differ "
+            f"({key}: {shown(before.get(key), 80)} there, {shown(now[key], 80)} now). "
+            "Choose another folder, or --overwrite to start anew."
+        )
