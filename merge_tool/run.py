@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from merge_tool.buffers import Arena, WorkerMemory
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
-from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import DataError, shown
 from merge_tool.memory import Layout, aligned, region_bytes
 from merge_tool.methods import (
@@ -30,6 +29,7 @@ from merge_tool.methods import (
     TILE,
     Array,
     PairSums,
+    Scratch,
     Weights,
     as_bytes,
     combine,
@@ -66,14 +66,26 @@ class ShardDone:
     tensors: tuple[TensorDone, ...]
 
 
+class Writer(Protocol):
+    """What takes one output file's bytes: a ShardWriter, or whoever compares them with a file that is there."""
+
+    def write(self, offset: int, data: memoryview) -> None: ...
+
+    def hash_next(self, data: memoryview) -> None: ...
+
+    def sync(self) -> str: ...
+
+    def abandon(self) -> None: ...
+
+
 class Sink(Protocol):
     """Where shards go. Both are called from worker threads, each shard once."""
 
-    def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
+    def open_shard(self, shard: ShardPlan, header: bytearray) -> Sequence[Writer]:
         """One writer per output, with the header written."""
 
-    def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
-        """All bytes are written and synced: record the shard and give its files their names."""
+    def finish_shard(self, done: ShardDone, writers: Any) -> None:
+        """All bytes are written and synced: record the shard and give its files their names. `writers` are its own."""
 
 
 def run_plan(
@@ -121,7 +133,7 @@ class _OpenShard:
 
     plan: ShardPlan
     tensors_left: int
-    writers: list[ShardWriter] = field(default_factory=list)
+    writers: Sequence[Writer] = ()
     turns: list[int] = field(default_factory=list)
     queued: int = 0
     done: list[TensorDone] = field(default_factory=list)
@@ -440,19 +452,9 @@ class _Run:
         start: int,
         arrays: tuple[Array, Array, Array],
     ) -> Array:
-        """The chunk of output `number`: an input as it is, an input converted, or both combined."""
-        x, y, out = arrays
-        t, done = self.plan.ts[number], tensor.done
-        if t in (0, 1) or tensor.equal or (done is not None and done.kept_base):
-            chosen = y if t == 1 and not tensor.equal and not tensor.job.exact else x
-            if chosen.dtype == out.dtype:
-                return chosen
-            fits = convert(chosen, out)
-        else:
-            fits = combine(x, y, tensor.weights[number], out, worker.scratch)
-        if not fits:
-            raise DataError(_overflow_message(tensor.job, start + (first_nonfinite(out) or 0)))
-        return out
+        copied = tensor.equal or (tensor.done is not None and tensor.done.kept_base)
+        weights = None if copied else tensor.weights[number]
+        return merge_chunk(tensor.job, self.plan.ts[number], weights, start, arrays, worker.scratch)
 
     def _wrote(self, tensor: _OpenTensor) -> None:
         shard, job = tensor.shard, tensor.job
@@ -480,6 +482,27 @@ class _Run:
             self.open_shards.remove(shard)
             self.finished.append(done)
             self.changed.notify_all()
+
+
+def merge_chunk(
+    job: TensorJob, t: float, weights: Weights | None, start: int, arrays: tuple[Array, Array, Array], scratch: Scratch
+) -> Array:
+    """The output's elements from `start` on: an input as it is, an input converted, or both combined.
+
+    `arrays` are those elements of base and finetune, and room for the output's; `start` is a multiple of TILE, for
+    a tile is combined as one. Without `weights` (equal tensors, integers) the base is kept.
+    """
+    x, y, out = arrays
+    if weights is None or t in (0, 1):
+        chosen = y if t == 1 and weights is not None else x
+        if chosen.dtype == out.dtype:
+            return chosen
+        fits = convert(chosen, out)
+    else:
+        fits = combine(x, y, weights, out, scratch)
+    if not fits:
+        raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
+    return out
 
 
 def _byte_range(source: Source, start: int, stop: int) -> tuple[int, int]:

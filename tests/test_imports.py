@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe"},
     "memory": {"checkpoint.reader", "errors", "methods", "plan"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
-    "run": {"buffers", "checkpoint.reader", "checkpoint.writer", "errors", "memory", "methods", "plan"},
+    "run": {"buffers", "checkpoint.reader", "errors", "memory", "methods", "plan"},
     "side_files": {"checkpoint.folder", "errors"},
     "older": {"checkpoint.folder", "errors", "side_files"},
     "journal": {"errors"},
@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "output": {"checkpoint.source", "checkpoint.writer", "errors", "journal", "lock", "older", "plan", "side_files"},
     "report": {"_version", "errors", "methods", "plan"},
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
-    "compare": {"checkpoint.reader"},
+    "compare": {"checkpoint.reader", "methods"},
     "prepare": {
         "checkpoint.folder", "checkpoint.reader", "errors", "memory", "older", "output", "plan", "recipe", "report",
         "side_files",
@@ -43,11 +43,17 @@ ARROWS: dict[str, set[str]] = {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
         "run", "side_files",
     },
+    "remerge": {
+        "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare", "recipe", "report",
+        "run", "side_files",
+    },
+    "verify": {"checkpoint.folder", "checkpoint.reader", "errors", "older", "remerge", "report", "side_files"},
     "sweep": {"api", "errors", "lock", "prepare", "recipe"},
     "plot": {"errors", "recipe", "sweep"},
-    "show": {"api", "compare", "errors", "prepare", "recipe", "report", "sweep"},
+    "show": {"api", "compare", "errors", "prepare", "recipe", "report", "sweep", "verify"},
     "cli": {
         "_version", "api", "compare", "errors", "memory", "methods", "plot", "prepare", "recipe", "show", "sweep",
+        "verify",
     },
 }  # fmt: skip
 OUTSIDE = {
@@ -57,7 +63,7 @@ OUTSIDE = {
     "huggingface_hub": {"card"},
     "numpy": {"methods", "checkpoint.reader", "run", "buffers"},
     "ml_dtypes": {"methods", "checkpoint.reader"},
-    "safetensors": {"output"},
+    "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
 }
 

@@ -52,6 +52,13 @@ class Folder:
             )
         return target
 
+    def regular(self, relative: str) -> Path:
+        """As `path`, for a regular file: opening it does not wait, as opening a pipe would."""
+        target = self.path(relative)
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise CheckpointError(f"{self.name}/{shown(relative)}: is not a regular file.")
+        return target
+
     def has(self, relative: str) -> bool:
         return os.path.lexists(self.root / relative)
 
@@ -81,10 +88,8 @@ class Folder:
     def load_json(self, relative: str, *, unique_keys: bool = False) -> dict[str, Any]:
         """The JSON object in a file; CheckpointError if it is anything else, or too large."""
         where = f"{self.name}/{shown(relative)}"
-        path = self.path(relative)
+        path = self.regular(relative)
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{where}: is not a regular file.")
         if status.st_size > _LARGEST_JSON:
             raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {_LARGEST_JSON:,} are read.")
         try:
