@@ -90,6 +90,7 @@ def merge(
     memory_bytes: int | None = None,
     jobs: int | None = None,
     overwrite: bool = False,
+    check_resumed: bool = False,
     files_from: str = "base",
     on_mismatch: str = "error",
     extrapolate: bool = False,
@@ -103,7 +104,8 @@ def merge(
     `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each
     (`t-0.3`), in one pass over the inputs. `memory_bytes` bounds the peak resident memory of the
     whole process, what it holds already included (default: see `merge_tool.memory.default_budget`); the rest is as
-    in `Recipe`. `on_start(total)` and `on_progress(nbytes, tensor)` drive a progress bar.
+    in `Recipe`. `check_resumed` hashes what an earlier run finished before it is kept. `on_start(total)` and
+    `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.
@@ -125,7 +127,9 @@ def merge(
     check_room(prepared, overwrite=overwrite)
     check_exact_tensors(prepared.plan)
     flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
-    with Work(prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush) as work:
+    with Work(
+        prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=check_resumed
+    ) as work:
         if _finds_it_complete(prepared, work, overwrite=overwrite):
             return _complete(prepared, report_path, started)
         try:
@@ -294,6 +298,8 @@ def _write_report(path: Path, lines: Iterable[str]) -> None:
     try:
         with part.open("w", encoding="utf-8") as file:
             file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e

@@ -223,6 +223,7 @@ def _with(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 @_with(_RECIPE_OPTIONS)
 @_with(_MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new model is complete.")
+@click.option("--check-resumed", is_flag=True, help="When continuing, hash the finished shards before trusting them.")
 @click.option(
     "--report",
     "report_path",
@@ -242,6 +243,7 @@ def slerp_merge(
     memory_bytes: int | None,
     jobs: int | None,
     overwrite: bool,
+    check_resumed: bool,
     report_path: Path | None,
     dry_run: bool,
     as_json: bool,
@@ -270,6 +272,7 @@ def slerp_merge(
             memory_bytes=memory_bytes,
             jobs=jobs,
             overwrite=overwrite,
+            check_resumed=check_resumed,
             report_path=report_path,
             on_warning=lambda message: click.echo(f"Warning: {message}", err=True),
             on_start=bar.start,

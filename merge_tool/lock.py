@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -39,7 +40,8 @@ class FolderLock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):  # the lock is gone with the descriptor, whatever this says
+                os.close(self._fd)
             self._fd = -1
 
     def remove_with(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ A chunk is a whole number of tiles, so nothing in the output depends on how memo
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from merge_tool.methods import (
 from merge_tool.plan import MergePlan, ShardPlan, Source, TensorJob
 
 Progress = Callable[[int, str], None]
+_PATIENCE = 1.0  # seconds that a signal waits for the disk
 _QUEUED_CHUNKS = 4  # for each worker: what is prefetched ahead of it
 
 
@@ -110,8 +112,13 @@ def run_plan(
     run = _Run(plan, sink, layout, on_progress or (lambda nbytes, name: None))
     try:
         yield from run.walk(shards)
-    finally:
+    except (Exception, GeneratorExit):
         run.close()
+        raise
+    except BaseException:  # a signal: whoever sent it does not wait for a slow disk
+        run.close(patience=_PATIENCE)
+        raise
+    run.close()
 
 
 def progress_bytes(plan: MergePlan, skip: frozenset[int] = frozenset()) -> int:
@@ -171,7 +178,7 @@ class _Run:
         self.open_tensors: list[_OpenTensor] = []
         self.arena = Arena(layout.arena_bytes)
         self.failure: BaseException | None = None
-        self.closing = False
+        self.closing = self.abandoned = False
         self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(layout.jobs)]
         for thread in self.threads:
             thread.start()
@@ -206,14 +213,20 @@ class _Run:
             self.finished.clear()
         return found
 
-    def close(self) -> None:
-        """Stop the workers, and close what they left open."""
+    def close(self, *, patience: float | None = None) -> None:
+        """Stop the workers, and close what they left open.
+
+        With `patience` (seconds), workers that the disk holds up longer are left to the end of the process.
+        """
         with self.changed:
-            self.closing = True
+            self.closing, self.abandoned = True, patience is not None
             self.tasks.clear()
             self.changed.notify_all()
+        deadline = None if patience is None else time.monotonic() + patience
         for thread in self.threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self.threads):
+            return  # they still use what is open
         for tensor in self.open_tensors:
             tensor.job.base.file.release()
             tensor.job.ft.file.release()
@@ -475,6 +488,8 @@ class _Run:
 
     def _finish(self, shard: _OpenShard) -> None:
         digests = tuple(writer.sync() for writer in shard.writers)
+        if self.abandoned:  # the process is ending, and the work folder is no longer ours
+            raise _Stopped
         tensors = tuple(sorted(shard.done, key=lambda tensor: tensor.number))
         done = ShardDone(shard.plan, digests, tensors)
         self.sink.finish_shard(done, shard.writers)

@@ -7,7 +7,6 @@ very code that merged them. `full` is a whole merge whose writers compare instea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +16,13 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import open_checkpoint
+from merge_tool.checkpoint.source import sha256_of
 from merge_tool.errors import CheckpointError, MergeToolError, OutputError, shown
 from merge_tool.older import read_sums, strangers
 from merge_tool.remerge import Checks, StoredReport, check_parents, plan_again
 from merge_tool.report import FORMAT, stream_report, sums_text
 from merge_tool.side_files import CARD, REPORT, SUMS, WORK
 
-_PIECE = 1 << 20
 _MOST = 50  # tensors too many that are named
 _HEAD: Mapping[str, type | tuple[type, ...]] = {
     "method": str, "t": (int, float), "inputs": dict, "options": dict, "shards": dict, "samples_sha256": list,
@@ -160,18 +159,16 @@ def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
 
 
 def _check_digest(checks: Checks, folder: Folder, name: str, expected: str) -> None:
-    digest = hashlib.sha256()
     try:
-        with folder.regular(name).open("rb", buffering=0) as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-                checks.nbytes += len(piece)
+        path = folder.regular(name)
+        digest = sha256_of(path)
+        checks.nbytes += path.stat().st_size
     except (CheckpointError, OSError) as e:
         checks.add(f"{shown(name)}: {shown(e)}")
         return
     checks.num_files += 1
-    if digest.hexdigest() != expected:
-        checks.add(f"{shown(name)}: its SHA-256 is {digest.hexdigest()}, {SUMS} says {expected}. The file was changed.")
+    if digest != expected:
+        checks.add(f"{shown(name)}: its SHA-256 is {digest}, {SUMS} says {expected}. The file was changed.")
 
 
 # ------------------------------------------------------------------------ weights against the report

@@ -47,7 +47,10 @@ ARROWS: dict[str, set[str]] = {
         "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare", "recipe", "report",
         "run", "side_files",
     },
-    "verify": {"checkpoint.folder", "checkpoint.reader", "errors", "older", "remerge", "report", "side_files"},
+    "verify": {
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
+        "side_files",
+    },
     "sweep": {"api", "errors", "lock", "prepare", "recipe"},
     "plot": {"errors", "recipe", "sweep"},
     "show": {"api", "compare", "errors", "prepare", "recipe", "report", "sweep", "verify"},
