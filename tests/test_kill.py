@@ -1,0 +1,28 @@
+"""A process that is killed loses nothing: the harness of kill_harness.py, in small and in full."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kill_harness import VARIANTS, make_pair, run
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+def test_merges_killed_at_random_moments_continue_to_the_same_bytes(tmp_path: Path) -> None:
+    """Ten moments, in the work and in the publishing; never half a model, nothing beside OUT."""
+    found = run(2 * len(VARIANTS), 1, make_pair(tmp_path, False), tmp_path, transformers=False)
+    assert sum(found.values()) >= 2 * len(VARIANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transformers", [False, True])
+def test_two_hundred_kills(tmp_path: Path, transformers: bool) -> None:
+    """The second time transformers itself is asked whether what was left is a model."""
+    found = run(200, 2, make_pair(tmp_path, transformers), tmp_path, transformers=transformers)
+    print("kills:", dict(found))
+    assert found["publishing"] >= 20
+    assert found["merging"] >= 20
