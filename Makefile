@@ -8,7 +8,9 @@ CORE_BIN := $(CORE_VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: help test test-slow test-core lint demo bench bigram clean
+FUZZ_SECONDS ?= 60
+
+.PHONY: help test test-slow fuzz test-core lint demo bench bigram clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +44,11 @@ test-core: $(CORE_VENV)/.installed ## a merge in an environment without torch
 
 test-slow: $(VENV)/.installed ## the longer checks
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.installed ## damaged files for every reader, FUZZ_SECONDS for each; headers by libFuzzer as well
+	$(BIN)/python fuzz/fuzzing.py --seconds $(FUZZ_SECONDS)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt atheris
+	$(BIN)/python fuzz/fuzzing.py header --atheris --seconds $(FUZZ_SECONDS)
 
 demo: $(VENV)/.installed ## train a tiny model and a finetune of it, merge them, show the result (about a minute)
 	@rm -rf runs/mini
