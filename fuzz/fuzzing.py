@@ -1,4 +1,4 @@
-"""Everything of ours that reads strangers' files, fed with damaged ones: `python fuzz/fuzzing.py header --inputs 1000000`.
+"""What reads strangers' files, fed with damaged ones: `python fuzz/fuzzing.py header --inputs 1000000`.
 
 Valid inputs are mutated: by our own mutator, which knows where the format's numbers and quotes are, or with
 `--atheris` by libFuzzer, which watches what the code does. An input may be accepted or refused by a MergeToolError;

@@ -127,6 +127,11 @@ def _print_errors(function: Callable[P, R]) -> Callable[P, R]:
                 return function(*args, **kwargs)
         except MergeToolError as e:
             raise click.ClickException(str(e)) from e
+        except MemoryError as e:
+            raise click.ClickException(
+                f"The system has too little memory left ({shown(e) or 'an allocation failed'}). Give it more, or a "
+                "smaller --memory, then run the same command."
+            ) from e
         except KeyboardInterrupt:
             click.echo("\nInterrupted. Run the same command to continue.", err=True)
             sys.exit(130)

@@ -179,9 +179,15 @@ class _Run:
         self.arena = Arena(layout.arena_bytes)
         self.failure: BaseException | None = None
         self.closing = self.abandoned = False
-        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(layout.jobs)]
-        for thread in self.threads:
-            thread.start()
+        self.threads: list[threading.Thread] = []
+        for _ in range(layout.jobs):
+            thread = threading.Thread(target=self._work, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as e:  # how Python says that the system has no memory for its stack
+                self.close()
+                raise MemoryError("no thread can be started") from e
+            self.threads.append(thread)
 
     # ------------------------------------------------------------------------- the calling thread
 

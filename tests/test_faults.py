@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -271,6 +272,48 @@ def test_a_disk_that_fills_up_is_an_error_and_room_continues(
     assert contents(small_disk / "out") == whole
 
 
+# ---------------------------------------------------------------------------------- little memory
+
+
+def limited(tmp_path: Path, pair: tuple[Path, Path], whole: dict[str, bytes], kind: str, megabytes: int) -> bool:
+    """Merge under a limit on memory; whether it finished. If not it says so, and OUT is no model and continues."""
+    limit = lambda: resource.setrlimit(getattr(resource, kind), (megabytes * 10**6,) * 2)  # noqa: E731
+    command = [*COMMAND, *map(str, pair), str(tmp_path / "out"), "--max-shard-size", "20kB", "--jobs", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    out = contents(tmp_path / "out") if (tmp_path / "out").exists() else {}
+    assert_never_half(out, whole)
+    if done.returncode == 0:
+        assert out == whole
+    else:
+        before_us = ("OpenBLAS", "numpy", "cannot allocate", "failed to map", "MemoryError", "init_")
+        assert "Error: " in done.stderr or any(word in done.stderr for word in before_us), done
+        assert "Traceback" not in done.stderr or any(word in done.stderr for word in before_us), done.stderr
+    subprocess.run([*command, "--quiet"], check=True)
+    assert contents(tmp_path / "out") == whole
+    shutil.rmtree(tmp_path / "out")
+    return done.returncode == 0
+
+
+@linux_only
+@pytest.mark.parametrize(("kind", "sizes"), [("RLIMIT_AS", [90, 250, 1500]), ("RLIMIT_DATA", [60, 90, 100, 300])])
+def test_under_a_limit_on_memory_a_merge_finishes_or_says_so(
+    tmp_path: Path, pair: tuple[Path, Path], kind: str, sizes: list[int]
+) -> None:
+    merge(*pair, tmp_path / "whole", **SMALL)
+    finished = [limited(tmp_path, pair, contents(tmp_path / "whole"), kind, size) for size in sizes]
+    assert finished[-1]
+
+
+@pytest.mark.slow
+@linux_only
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_every_limit_on_memory(tmp_path: Path, pair: tuple[Path, Path], kind: str) -> None:
+    merge(*pair, tmp_path / "whole", **SMALL)
+    whole = contents(tmp_path / "whole")
+    finished = {size: limited(tmp_path, pair, whole, kind, size) for size in range(30, 260, 5)}
+    print(kind, finished)
+
+
 # ------------------------------------------------------------------------------- inputs that change
 
 
@@ -347,6 +390,45 @@ def test_an_input_that_is_replaced_between_plan_and_read_is_noticed(tmp_path: Pa
     with pytest.raises(CheckpointError, match="changed while it was being merged"):  # noqa: SIM117
         with meanwhile(2, replace) as begin:
             merge(*pair, tmp_path / "out", on_start=begin, **SMALL)
+
+
+# --------------------------------------------------------------------------------------------- signals
+
+SLOW_DISK = """
+import os, sys, time
+real = os.fsync
+def slow(fd):
+    if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors.part"):
+        print("syncing", flush=True)
+        time.sleep(60)
+    real(fd)
+os.fsync = slow
+sys.argv[0] = "slerp-merge"
+from merge_tool.cli import slerp_merge
+slerp_merge()
+"""
+
+
+@linux_only
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_does_not_wait_for_a_slow_disk(
+    tmp_path: Path, pair: tuple[Path, Path], number: int, code: int
+) -> None:
+    """A sync that takes a minute; the process is gone long before, and the work continues."""
+    words = [*map(str, pair), str(tmp_path / "out"), "--max-shard-size", "20kB"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_DISK, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"syncing\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert b"Run the same command to continue." in said
+    assert b"Traceback" not in said
+    subprocess.run([*COMMAND, *words], check=True, capture_output=True)
+    merge(*pair, tmp_path / "whole", **SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # -------------------------------------------------------------------------------------------- resuming
