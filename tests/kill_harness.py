@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -131,14 +132,45 @@ def check_left(out: Path, whole: dict[str, bytes], old: dict[str, bytes], where:
         assert new or is_old, f"{where}: {folder} looks finished and is neither the old model nor the new one"
 
 
+def signal_times(number: int, seed: int, root: Path) -> list[float]:
+    """Seconds from SIGINT or SIGTERM, at random moments of a merge of 2 x 400 MB, to the end of the process."""
+    from test_memory import write_model
+
+    chance, taken = random.Random(seed), []
+    shapes = {f"layers.{n}.weight": (5000, 4000) for n in range(10)}
+    base, ft = (str(write_model(root / f"{n}.safetensors", shapes, n)) for n in (1, 2))
+    while len(taken) < number:
+        out = root / "signalled"
+        command = [*COMMAND, base, ft, str(out), "--max-shard-size", chance.choice(["100MB", "5GB"])]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (out / ".slerp-merge/journal.jsonl").exists():
+            time.sleep(0.001)
+        time.sleep(chance.random() * 2)
+        which, code = chance.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+        begun = time.monotonic()
+        process.send_signal(which)
+        said = process.communicate()[1]
+        if process.returncode != 0:
+            taken.append(time.monotonic() - begun)
+            assert process.returncode == code, said
+            assert "Run the same command to continue." in said
+        shutil.rmtree(out)
+    return taken
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", type=int, default=200)
+    parser.add_argument("--signals", type=int, default=0, help="measure how fast so many signals end a merge instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transformers", action="store_true", help="ask transformers whether OUT is a model")
     options: Any = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        if options.signals:
+            taken = sorted(signal_times(options.signals, options.seed, root))
+            print(f"{len(taken)} signals: median {taken[len(taken) // 2]:.2f} s, longest {taken[-1]:.2f} s")
+            return
         found = run(
             options.moments,
             options.seed,
