@@ -52,11 +52,14 @@ ARROWS: dict[str, set[str]] = {
         "side_files",
     },
     "sweep": {"api", "errors", "lock", "prepare", "recipe"},
-    "plot": {"errors", "recipe", "sweep"},
-    "show": {"api", "compare", "errors", "prepare", "recipe", "report", "sweep", "verify"},
+    "diff": {
+        "checkpoint.header", "checkpoint.reader", "errors", "memory", "methods", "plan", "report",
+    },
+    "plot": {"diff", "errors", "recipe", "sweep"},
+    "show": {"api", "compare", "diff", "errors", "prepare", "recipe", "report", "sweep", "verify"},
     "cli": {
-        "_version", "api", "compare", "errors", "memory", "methods", "plot", "prepare", "recipe", "show", "sweep",
-        "verify",
+        "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
+        "sweep", "verify",
     },
 }  # fmt: skip
 OUTSIDE = {
@@ -64,7 +67,7 @@ OUTSIDE = {
     "tqdm": {"cli"},
     "yaml": {"card"},
     "huggingface_hub": {"card"},
-    "numpy": {"methods", "checkpoint.reader", "run", "buffers"},
+    "numpy": {"methods", "checkpoint.reader", "run", "buffers", "diff"},
     "ml_dtypes": {"methods", "checkpoint.reader"},
     "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
