@@ -519,3 +519,113 @@ def test_resuming_may_change_memory_and_jobs_and_nothing_else(tmp_path: Path, pa
             merge(*pair, out, **{**options, **other})
     merge(*pair, out, jobs=3, memory_bytes=300_000_000, **options)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------- locks
+
+HOLD = """
+import errno, fcntl, sys, time
+from pathlib import Path
+def refuse(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+for name in sys.argv[2:]:
+    setattr(fcntl, name, refuse)
+from merge_tool.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("missing", [["flock"], ["flock", "lockf"]])
+def test_file_systems_without_locks_have_one_all_the_same(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    """The second process is refused; when the first is killed its lock is gone."""
+    import fcntl
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    work = tmp_path / "out/.slerp-merge"
+    work.mkdir(parents=True)
+    for name in missing:
+        monkeypatch.setattr(fcntl, name, refuse)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(work), *missing], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(OutputError, match="another merge is writing here"):
+            merge(*pair, tmp_path / "out")
+        process.kill()
+    merge(*pair, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------- a one-file output
+
+
+@linux_only
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "replace", "unlink", "open"])
+def test_a_one_file_output_survives_failing_calls(tmp_path: Path, pair: tuple[Path, Path], name: str) -> None:
+    """The file has its name only when it is whole; beside it lies at most its work folder, and in the end nothing."""
+    merge(*pair, tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    out = tmp_path / "sub/x.safetensors"
+    out.parent.mkdir()
+    with failing(name, 0, errno.EIO) as count:
+        merge(*pair, out)
+    out.unlink()
+    for turn in range(1, count[0] + 1, 2 if name == "open" else 1):
+        try:
+            with failing(name, turn, errno.EIO):
+                merge(*pair, out)
+        except MergeToolError:
+            assert not out.exists() or out.read_bytes() == whole
+        assert {p.name for p in out.parent.iterdir()} <= {out.name, f"{out.name}.partial"}
+        if not out.exists() or out.with_name(f"{out.name}.partial").exists():
+            try:
+                merge(*pair, out)
+            except OutputError as e:  # whole, and stopped while its work folder was removed: see the README's limits
+                assert "exists already" in str(e)  # noqa: PT017
+        assert out.read_bytes() == whole
+        assert [p.name for p in out.parent.iterdir()] == [out.name]
+        out.unlink()
+
+
+# -------------------------------------------------------------------------------- by the system itself
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("call", ["write", "pwrite64", "fsync", "rename", "openat", "read", "preadv", "unlink"])
+def test_every_system_call_fails_in_turn(tmp_path: Path, pair: tuple[Path, Path], call: str, error: str) -> None:
+    """Below Python: the kernel's answer to each call on a file of the inputs or of OUT is replaced by strace."""
+    merge(*pair, tmp_path / "whole", **SMALL)
+    whole = contents(tmp_path / "whole")
+    out, work = tmp_path / "out", tmp_path / "out/.slerp-merge"
+    paths = [out, work, work / "journal.jsonl", work / "lock", work / "files", *pair]
+    for name in whole:
+        paths += [out / name, work / "files" / name, work / f"files/{name}.part"]
+    paths += [p for folder in pair for p in folder.iterdir() if p.is_file()]
+    only = [word for path in paths for word in ("-P", str(path))]
+    command = [*COMMAND, *map(str, pair), str(out), "--max-shard-size", "20kB", "--jobs", "1", "--quiet"]
+    tried = fatal = 0
+    for turn in range(1, 400):
+        trace = tmp_path / "trace"
+        inject = f"inject={call}:error={error}:when={turn}"
+        words = ["strace", "-f", "-qq", "-o", str(trace), *only, "-e", f"trace={call}", "-e", inject]
+        done = subprocess.run([*words, *command], capture_output=True, text=True)
+        injected = "INJECTED" in trace.read_text()
+        trace.unlink()
+        assert done.returncode == 0 or done.stderr.startswith("Error: "), (turn, done.stderr)
+        found = contents(out) if out.exists() else {}
+        assert_never_half(found, whole)
+        merge(*pair, out, **SMALL)
+        assert contents(out) == whole
+        shutil.rmtree(out)
+        if not injected:
+            break
+        tried, fatal = tried + 1, fatal + (done.returncode != 0)
+    print(f"faults: {call} {error}: {tried} tried, {fatal} were errors, all survived")
+    assert tried
