@@ -201,7 +201,11 @@ def _check_weights(
             held[tensor] = shape, dtype, name
     if report is None:
         return len(held), 0
-    _check_index(checks, folder, report, {tensor: name for tensor, (_, _, name) in held.items()})
+    if len(sizes) > 1:
+        _check_index(checks, folder, {tensor: name for tensor, (_, _, name) in held.items()})
+    elif report.path.parent.resolve() == folder.root:
+        for name in _indices(folder):
+            checks.add(f"{shown(name)}: an index where one file has all tensors.")
     count = elements = 0
     for _, told in report.tensors():
         count += 1
@@ -235,16 +239,15 @@ def _check_tensor(checks: Checks, tensor: Mapping[str, Any], held: dict[str, Any
     return prod(there[0])
 
 
-def _check_index(checks: Checks, folder: Folder, report: StoredReport, weight_map: Mapping[str, str]) -> None:
-    names = [name for name in (p.name for p in folder.root.iterdir()) if name.endswith(".safetensors.index.json")]
-    if len(report.head["shards"]) <= 1:
-        if names and report.path.parent.resolve() == folder.root:
-            checks.add(f"{shown(names[0])}: an index where one file has all tensors.")
-        return
+def _indices(folder: Folder) -> list[str]:
+    return [p.name for p in sorted(folder.root.iterdir()) if p.name.endswith(".safetensors.index.json")]
+
+
+def _check_index(checks: Checks, folder: Folder, weight_map: Mapping[str, str]) -> None:
+    names = _indices(folder)
     if len(names) != 1:
         checks.add(f"{len(names)} indices found, planned was one.")
-        return
-    if folder.load_json(names[0]).get("weight_map") != weight_map:
+    elif folder.load_json(names[0]).get("weight_map") != weight_map:
         checks.add(f"{shown(names[0])}: does not name exactly the shards' tensors.")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzzing
 import pytest
 
 from checkpoints import contents, language_model, save_model
@@ -16,9 +17,6 @@ from merge_tool import CheckpointError, MergeToolError, merge, open_checkpoint
 from merge_tool.card import _inherited
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "fuzz"))
-import fuzzing  # noqa: E402
-
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs links, pipes and /proc")
 
 

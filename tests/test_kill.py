@@ -26,3 +26,13 @@ def test_two_hundred_kills(tmp_path: Path, transformers: bool) -> None:
     print("kills:", dict(found))
     assert found["publishing"] >= 20
     assert found["merging"] >= 20
+
+
+@pytest.mark.slow
+def test_training_killed_fifty_times(tmp_path: Path) -> None:
+    """Inside saves and between them; a small version is in test_train_checkpoint.py."""
+    from train_kill_harness import run as run_training
+
+    found = run_training(50, 1, tmp_path, 1200)
+    print("kills of a training run:", dict(found))
+    assert found["inside a save"] >= 10
