@@ -111,6 +111,16 @@ def test_a_power_cut_while_an_older_model_is_replaced(tmp_path: Path, pair: tupl
     print("cuts:", cuts(tmp_path, pair, before, {"t": 0.5, **SMALL}, every=9))
 
 
+@pytest.mark.slow
+@linux_only
+@pytest.mark.parametrize("before", [{"t": 0.9}, {"t": 0.9, "max_shard_bytes": 15_000}])
+def test_every_power_cut_of_a_replacement_is_continued_from(
+    tmp_path: Path, pair: tuple[Path, Path], before: Any
+) -> None:
+    merge(*pair, tmp_path / "old", **before)
+    print("cuts:", cuts(tmp_path, pair, before, {"t": 0.5, **SMALL}, every=1))
+
+
 # -------------------------------------------------------------------------------- every call in turn
 
 CALLS = ["open", "preadv", "pwrite", "fsync", "replace", "unlink", "mkdir", "rmdir", "close"]
