@@ -16,7 +16,7 @@ from typing import Any
 
 from merge_tool.card import card_text
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.errors import DataError, OutputError, RecipeError, listed, shown
+from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, output_failed, shown
 from merge_tool.memory import (
     peak_bytes,
     resident_bytes,
@@ -116,12 +116,42 @@ def merge(
     ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
     recipe = Recipe(ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate)
     report_path = None if report_path is None else Path(report_path)
-    prepared = prepare(
-        base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
-    )
+    try:
+        prepared = prepare(
+            base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
+        )
+    except OSError as e:
+        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
     warn = on_warning or (lambda message: None)
     for message in prepared.warnings:
         warn(message)
+    try:
+        return _carry_out(
+            prepared,
+            started,
+            warn,
+            on_start,
+            on_progress,
+            overwrite=overwrite,
+            check_resumed=check_resumed,
+            report_path=report_path,
+        )
+    except OSError as e:  # of the many looks at OUT that have no message of their own
+        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else prepared.target.path, e) from e
+
+
+def _carry_out(
+    prepared: Prepared,
+    started: float,
+    warn: Callable[[str], None],
+    on_start: Callable[[int], None] | None,
+    on_progress: Callable[[int, str], None] | None,
+    *,
+    overwrite: bool,
+    check_resumed: bool,
+    report_path: Path | None,
+) -> MergeReport:
+    """What `merge` does once it is planned."""
     if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
         return _complete(prepared, report_path, started)
     check_room(prepared, overwrite=overwrite)

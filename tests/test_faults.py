@@ -608,7 +608,7 @@ def test_a_one_file_output_survives_failing_calls(tmp_path: Path, pair: tuple[Pa
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-@pytest.mark.parametrize("call", ["write", "pwrite64", "fsync", "rename", "openat", "read", "preadv", "unlink"])
+@pytest.mark.parametrize("call", ["write", "pwrite64", "fsync", "rename", "openat", "read", "preadv,preadv2", "unlink"])
 def test_every_system_call_fails_in_turn(tmp_path: Path, pair: tuple[Path, Path], call: str, error: str) -> None:
     """Below Python: the kernel's answer to each call on a file of the inputs or of OUT is replaced by strace."""
     merge(*pair, tmp_path / "whole", **SMALL)
