@@ -106,7 +106,7 @@ def run(moments: int, seed: int, pair: tuple[Path, Path], root: Path, *, transfo
         variant, out = VARIANTS[number], root / "place/out"
         out.parent.mkdir()
         old = old_output(out, words) if "--overwrite" in variant else {}
-        publishing = moment // len(VARIANTS) % 2 == 1
+        publishing = moment % 2 == 1
         command = [*COMMAND, *words, str(out), *variant]
         found[killed(command, out, chance, 0.012 if publishing else taken[number] / 2, publishing=publishing)] += 1
         check_left(out, whole[number], old, f"moment {moment}", transformers=transformers)

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 
 def test_merges_killed_at_random_moments_continue_to_the_same_bytes(tmp_path: Path) -> None:
-    """Ten moments, in the work and in the publishing; never half a model, nothing beside OUT."""
-    found = run(2 * len(VARIANTS), 1, make_pair(tmp_path, False), tmp_path, transformers=False)
-    assert sum(found.values()) >= 2 * len(VARIANTS)
+    """Five moments, in the work and in the publishing; never half a model, nothing beside OUT."""
+    found = run(len(VARIANTS), 1, make_pair(tmp_path, False), tmp_path, transformers=False)
+    assert sum(found.values()) >= len(VARIANTS)
 
 
 @pytest.mark.slow
