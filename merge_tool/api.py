@@ -171,7 +171,7 @@ def _carry_out(
         summary = summarise(prepared.plan, findings)
         _write_side_files(prepared, work, findings, summary)
         if report_path is not None:
-            _write_report(report_path, _report_of(prepared, findings, prepared.plan.ts[0]))
+            _write_report(report_path, report_of(prepared, findings, prepared.plan.ts[0]))
         strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     if strangers:
         warn(f"{shown(prepared.target.path)} also holds what was there before: {listed(strangers, 50)}.")
@@ -277,18 +277,20 @@ def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summar
             sums[file.target] = work.add(label, file.target, side_files.read(file, plan.config_dtype))
         if (index := plan.index()) is not None:
             sums[plan.index_name] = work.add(label, plan.index_name, [index])
-        report = _report_of(prepared, findings, t)
+        report = report_of(prepared, findings, t)
         sums[REPORT] = work.add(label, REPORT, (line.encode() for line in report))
-        sums[CARD] = work.add(label, CARD, [_card(prepared, summary, t).encode()])
+        sums[CARD] = work.add(label, CARD, [card_of(prepared, summary, t).encode()])
         work.add(label, SUMS, [sums_text(sums)])
 
 
-def _report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
+def report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
+    """merge_report.json of the output of `t`, its head first."""
     digest, facts = single_facts(prepared.plan, t)
     return report_lines(prepared.plan, findings, t, digest, facts, prepared.samples)
 
 
-def _card(prepared: Prepared, summary: Summary, t: float) -> str:
+def card_of(prepared: Prepared, summary: Summary, t: float) -> str:
+    """The model card of the output of `t`."""
     return card_text(
         prepared.plan,
         summary,

@@ -15,6 +15,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from merge_tool._version import __version__
+from merge_tool.api import card_of, report_of
 from merge_tool.buffers import WorkerMemory
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
@@ -23,9 +25,9 @@ from merge_tool.methods import METHODS, TILE, as_bytes, same_values
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.prepare import Prepared, prepare
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
-from merge_tool.report import Finding, Findings, from_record, stream_report, tensor_text
+from merge_tool.report import Finding, Findings, from_record, stream_report, summarise, tensor_text
 from merge_tool.run import ShardDone, merge_chunk, run_plan
-from merge_tool.side_files import REPORT
+from merge_tool.side_files import CARD, REPORT
 
 _PIECE = 1 << 20
 _MOST = 50  # problems that are named; the rest is counted
@@ -113,6 +115,8 @@ def check_parents(
     else:
         _check_sample(checks, files, prepared, findings, sample)
         _check_lines(checks, report, plan, findings)
+    if _is_told_alike(report, plan):
+        _check_words(checks, folder, report, prepared, findings)
     if prepared.target.path.is_dir():
         _check_side_files(checks, folder, prepared)
 
@@ -157,6 +161,35 @@ def _difference(text: str, expected: str) -> str:
     told, ours = json.loads(text), json.loads(expected)
     keys = [key for key in {**ours, **told} if told.get(key) != ours.get(key)]
     return "; ".join(f"{key} {told.get(key)}, found {ours.get(key)}" for key in keys) or "the same in other words"
+
+
+def _is_told_alike(report: StoredReport, plan: MergePlan) -> bool:
+    """Whether the report is of this version, and its parents' folders still have their names: it holds both."""
+    names = [report.head["inputs"][side].get("name") for side in ("base", "ft")]
+    return report.head.get("tool") == f"slerp-merge {__version__}" and names == list(plan.names)
+
+
+def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared: Prepared, findings: Findings) -> None:
+    """The report's head, and the card but for its YAML, whose form is another library's."""
+    t = prepared.plan.ts[0]
+    head = next(report_of(prepared, findings, t))
+    with report.path.open(encoding="utf-8", newline="") as lines:
+        if lines.read(len(head)) != head:
+            checks.add(f"{REPORT}: its head is not that of a merge of these parents.")
+    if not prepared.target.path.is_dir():
+        return
+    card = card_of(prepared, summarise(prepared.plan, findings), t)
+    try:
+        told = folder.regular(CARD).read_text(encoding="utf-8")
+    except (CheckpointError, OSError, ValueError) as e:
+        checks.add(f"{CARD}: {shown(e)}")
+        return
+    if _body(told) != _body(card):
+        checks.add(f"{CARD}: is not the card of a merge of these parents.")
+
+
+def _body(card: str) -> str:
+    return card.partition("\n---\n")[2]
 
 
 def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> None:

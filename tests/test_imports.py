@@ -44,8 +44,8 @@ ARROWS: dict[str, set[str]] = {
         "run", "side_files",
     },
     "remerge": {
-        "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare", "recipe", "report",
-        "run", "side_files",
+        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare",
+        "recipe", "report", "run", "side_files",
     },
     "verify": {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",

@@ -141,6 +141,8 @@ LIES: dict[str, Any] = {
     "the method": lambda h, t: h.update(method="linear"),
     "a size": lambda h, t: h["shards"].update({"model.safetensors": 7}),
     "a parent": lambda h, t: h["inputs"]["ft"]["files"].clear(),
+    "a digest": lambda h, t: h.update(plan_sha256="0" * 64),
+    "a type": lambda h, t: h["options"].update(dtype="bfloat16"),
     "a sample": lambda h, t: h.update(samples_sha256=["0" * 64, "0" * 64]),
     "an order": lambda h, t: t.reverse(),
     "a tensor": lambda h, t: t.pop(),
@@ -204,6 +206,16 @@ def test_files_that_do_not_belong_are_told(tmp_path: Path, pair: tuple[Path, Pat
     assert (one.problems, one.others) == ((), ("thesis.txt",))
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "out/evil.safetensors")
     assert "evil.safetensors: weights or an index that SHA256SUMS does not list." in problems(tmp_path / "out")
+
+
+def test_a_card_that_lies_is_found_unless_the_parents_were_renamed(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """The card names its parents, so it can be held against them only while their folders have those names."""
+    merge(*pair, tmp_path / "out")
+    card = tmp_path / "out/README.md"
+    card.write_text(card.read_text().replace("t = 0.5", "t = 0.4"))
+    resign(tmp_path / "out")
+    assert problems(tmp_path / "out") == []
+    assert problems(tmp_path / "out", *pair) == ["README.md: is not the card of a merge of these parents."]
 
 
 def test_side_files_and_index_are_held_against_the_parents(tmp_path: Path, pair: tuple[Path, Path]) -> None:
