@@ -316,6 +316,8 @@ def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         if line == " ]\n":
             break
         text = line.strip().removesuffix(",")
+        if line not in (f"  {text},\n", f"  {text}\n"):
+            raise ValueError("a line is not as it was written")
         yield text, _object(text)
     if "".join(lines) != "}\n":
         raise ValueError("it does not end as a report does")
