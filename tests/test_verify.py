@@ -395,3 +395,24 @@ def test_the_reports_weights_give_the_merge(tmp_path: Path, pair: tuple[Path, Pa
     for name, x in language_model(0).items():
         expected = float64_merge(x, language_model(1)[name], 0.3)
         assert np.abs(merged[name] - expected).max() < 1e-7
+
+
+def test_outputs_mutated_and_signed_anew_are_found_in_full(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Whatever was changed in whatever file, the card apart: never a crash, always a problem."""
+    from fuzzing import mutated
+
+    merge(*pair, tmp_path / "out", **SMALL)
+    chance, whole = random.Random(5), contents(tmp_path / "out")
+    for number in range(60):
+        name = chance.choice([n for n in whole if n != "README.md"])
+        changed = mutated(whole[name], chance)
+        (tmp_path / "out" / name).write_bytes(changed)
+        if number % 2 and name != "SHA256SUMS":
+            resign(tmp_path / "out")
+        if changed != whole[name]:
+            try:
+                assert problems(tmp_path / "out", *pair, full=True), (name, number)
+            except MergeToolError as e:
+                assert str(e)  # noqa: PT017 - a refusal is as good
+        for other, content in whole.items():
+            (tmp_path / "out" / other).write_bytes(content)
