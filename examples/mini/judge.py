@@ -43,10 +43,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 def exact_match(model: Any, tokenizer: Any, problems: list[dict[str, str]]) -> float:
     """Percentage of problems whose answer, after a rationale of the model's own, is right."""
     prompts = [f"### User:\n{row['prompt']}\n### Rationale:\n" for row in problems]
+    answers = [f"{row['rationale']}\n### Answer:\n{row['target']}\n" for row in problems]
+    longest = max(map(len, tokenizer(answers)["input_ids"])) + 2
     right = 0
     for ids, places in same_length(tokenizer(prompts)["input_ids"]):
         written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False, pad_token_id=0
         )
         for place, text in zip(places, tokenizer.batch_decode(written[:, ids.shape[1] :]), strict=True):
             found = re.search(r"### Answer:\n(\d+)\n", text)

@@ -2,7 +2,8 @@
 
 The skill is addition of two numbers of three digits, with a rationale that adds digit by digit; a pair and its swapped
 twin are in one split. The prose is the reference manual that every CPython carries (`pydoc_data`), held out by
-whole topics: every tenth for validation, every tenth for the test.
+whole topics: every tenth for validation, every tenth for the test. Topics repeat each other's paragraphs; each
+paragraph is in one split only, and once.
 """
 
 import json
@@ -18,7 +19,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StableLmConfig, StableLmForCausalLM
 
-SPLITS = {"train": 16_000, "validation": 200, "test": 300}
+SPLITS = {"train": 16_000, "validation": 200, "test": 300}  # problems
+QUICK = {"train": 300, "validation": 8, "test": 8}
 PIECE_TOKENS = 124  # of prose; what fits a training sequence of 128
 HELD_OUT_EVERY = 10  # topics
 VOCABULARY = 1024
@@ -27,20 +29,19 @@ VOCABULARY = 1024
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", type=int, default=0)
-def main(folder: Path, seed: int) -> None:
+@click.option("--quick", is_flag=True, help="Few problems: to try things out.")
+def main(folder: Path, seed: int, quick: bool) -> None:
     torch.manual_seed(seed)
-    problems = list(unique_problems(random.Random(seed), sum(SPLITS.values())))
+    counts = QUICK if quick else SPLITS
+    problems = list(unique_problems(random.Random(seed), sum(counts.values())))
     tokenizer = make_tokenizer([*topics.values(), *(" ".join(row.values()) for row in problems[:2000])])
     folder.mkdir(parents=True, exist_ok=True)
     start = 0
-    for split, count in SPLITS.items():
+    for split, count in counts.items():
         write_rows(folder / f"skill_{split}.jsonl", problems[start : start + count])
         start += count
-    names = sorted(topics)
-    validation, test = names[::HELD_OUT_EVERY], names[5::HELD_OUT_EVERY]
-    rest = sorted({*names} - {*validation, *test})
-    for split, chosen in (("train", rest), ("validation", validation), ("test", test)):
-        pieces = (piece for name in chosen for piece in cut(topics[name], tokenizer))
+    for split, texts in split_prose(topics).items():
+        pieces = (piece for text in texts if text.strip() for piece in cut(text, tokenizer))
         write_rows(folder / f"prose_{split}.jsonl", [{"text": piece} for piece in pieces])
     model = StableLmForCausalLM(
         StableLmConfig(
@@ -51,6 +52,23 @@ def main(folder: Path, seed: int) -> None:
     )  # fmt: skip
     model.save_pretrained(folder / "init")
     tokenizer.save_pretrained(folder / "init")
+
+
+def split_prose(texts: dict[str, str]) -> dict[str, list[str]]:
+    """The texts of each split; a paragraph that several texts share stays where it is met first, test before train."""
+    names = sorted(texts)
+    test, validation = names[5::HELD_OUT_EVERY], names[::HELD_OUT_EVERY]
+    splits = {"test": test, "validation": validation, "train": sorted({*names} - {*test, *validation})}
+    seen: set[str] = set()
+    found: dict[str, list[str]] = {}
+    for split, chosen in splits.items():
+        found[split] = []
+        for name in chosen:
+            paragraphs = {p.strip(): p for p in texts[name].split("\n\n")}
+            fresh = [paragraph for key, paragraph in paragraphs.items() if key not in seen]
+            seen.update(paragraphs)
+            found[split].append("\n\n".join(fresh))
+    return found
 
 
 def unique_problems(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
