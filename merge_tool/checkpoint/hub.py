@@ -116,7 +116,8 @@ def _listing(repo: str, commit: str, folder: Path) -> list[str]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return sorted(HfApi().list_repo_files(repo, revision=commit))
+        # list_repo_files would do, but tries for half a minute when nobody answers.
+        return sorted(file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings or [])
     except Exception as e:
         if isinstance(e, HfHubHTTPError):
             raise
