@@ -120,7 +120,8 @@ def _booksum(folder: Path, r: random.Random) -> None:
     for name, count in (("train", 80), ("validation", 10), ("test", 10)):
         rows = _rows(count, lambda n: {
             "bid": n, "book_id": f"book {n}", "chapter_path": f"all/{n}.txt",
-            "chapter": f'"{_words(r, 3)}",\n{_words(r)}', "chapter_length": float(500 - n), "summary_name": "Chapter 1", "summary_text": _words(r),
+            "chapter": f'"{_words(r, 3)}",\n{_words(r)}',
+            "chapter_length": float(500 - n), "summary_name": "Chapter 1", "summary_text": _words(r),
             "summary_length": float(n), "source": "novelguide",
         })  # fmt: skip
         pa.csv.write_csv(pa.Table.from_pylist(rows), folder / f"{name}.csv")
@@ -130,7 +131,9 @@ def _mathoverflow(folder: Path, r: random.Random) -> None:
     """Scores are strings, and not all above 10."""
     _parquet(folder, _rows(150, lambda n: {
         "parent_url": f"https://mathoverflow.net/questions/{n}", "parent_score": str(n),
-        "parent_body": f"<p>{_words(r)}</p>", "parent_user": "a", "parent_title": _words(r, 3), "body": f"<p>{_words(r)}</p>", "score": str(n % 160 - 4),
+        "parent_body": f"<p>{_words(r)}</p>",
+        "parent_user": "a", "parent_title": _words(r, 3),
+        "body": f"<p>{_words(r)}</p>", "score": str(n % 160 - 4),
         "user": "b", "answer_id": str(n), "__index_level_0__": n,
     }))  # fmt: skip
 

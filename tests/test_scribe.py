@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from checkpoints import load_folder
-from hub_replica import TOKEN, Replica, serve
+from hub_replica import Replica, serve
 from tests.scribe_hub import DATA_SETS, MEMPHIS, make_hub
 from tests.test_train_docs import load_script
 from tests.train_fixtures import REPO, environment, read_metrics
@@ -35,19 +36,19 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
         yield replica
 
 
+def programs() -> str:
+    """PATH with the programs of this environment first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def run(hub: Replica, folder: Path, *command: object, **more: str) -> subprocess.CompletedProcess[str]:
     """A command in `folder` as a newcomer would run it there, with a cache of its own and our programs on the path."""
-    here = Path(sys.executable).parent
-    more = {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPO), **more}
+    more = {"PATH": programs(), "PYTHONPATH": str(REPO), **more}
     return subprocess.run(
         [str(word) for word in command],
         cwd=folder, env={**environment(), **hub.environment(folder / "home"), **more},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-
-
-def train(hub: Replica, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return run(hub, folder, sys.executable, "-m", "train", *more)
 
 
 def test_the_recipe_says_what_is_known() -> None:
@@ -78,7 +79,7 @@ def trained(hub: Replica, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which train.yaml (with oasst2) and merge.sh have run."""
     folder = tmp_path_factory.mktemp("scribe")
     (folder / "train.yaml").write_text(with_oasst2_text())
-    done = train(hub, folder, "train.yaml", *SMALL)
+    done = run(hub, folder, sys.executable, "-m", "train", "train.yaml", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "old stablelm_epoch config" in done.stdout + done.stderr
     done = run(hub, folder, "sh", SCRIBE / "merge.sh")
@@ -116,6 +117,28 @@ def test_the_merge_lies_between_and_loses_nothing(trained: Path, hub: Replica) -
     assert f"- {MEMPHIS}\n" in (trained / "memphis-scribe/README.md").read_text()
 
 
+@pytest.mark.slow
+def test_the_whole_recipe_is_evaluated_and_compared(trained: Path, hub: Replica) -> None:
+    """evaluate.sh as it stands, with local tasks under the card's names, scores all four models; compare.py prints
+    them. A second run finds everything done. At t = 0 the old base comes out bit by bit."""
+    if shutil.which("lm_eval", path=programs()) is None:
+        pytest.skip("needs lm-evaluation-harness: make test-slow installs it")
+    load_script(REPO / "tests/lm_eval_tasks/make_tasks.py").make(trained / "local")
+    shutil.move(trained / "local/data", trained / "data")
+    flags = "--include_path local/tasks --device cpu --batch_size 4 --limit 4"
+    for _ in range(2):
+        done = run(hub, trained, "sh", SCRIBE / "evaluate.sh", FLAGS=flags, HF_DATASETS_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("has results already") == 4
+    done = run(hub, trained, sys.executable, SCRIBE / "compare.py", "runs/eval")
+    assert done.returncode == 0, done.stderr
+    assert "No results yet" not in done.stdout
+    scores = done.stdout.split("\n\n")[0].splitlines()[2:]
+    assert [row.count("+/-") for row in scores] == [4, 4, 4, 4]
+    old, new = (load_folder(folder) for folder in (hub.root / "models" / MEMPHIS, trained / "runs/memphis-cot"))
+    assert all(np.array_equal(new[name].view(np.uint16), value.view(np.uint16)) for name, value in old.items())
+
+
 def test_what_the_trainer_cannot_have_is_one_line(hub: Replica, tmp_path: Path) -> None:
     """Models and data sets that are missing, gated, offline or lack the revision: what, why, what to do.
 
@@ -130,7 +153,8 @@ def test_what_the_trainer_cannot_have_is_one_line(hub: Replica, tmp_path: Path) 
     lines = done.stdout.splitlines()
     expected = [
         ("no/thing", "no such model"), (MEMPHIS, "no revision 'v9'"), ("stabilityai/stablelm-3b-4e1t", "gated"),
-        ("no/data", "no such data set"), ("euclaise/mathqa_programs", "no revision 'v9'"), ("euclaise/TinyCoT", "gated"),
+        ("no/data", "no such data set"), ("euclaise/mathqa_programs", "no revision 'v9'"),
+        ("euclaise/TinyCoT", "gated"),
     ]  # fmt: skip
     assert len(lines) == len(expected), lines
     for line, (name, reason) in zip(lines, expected, strict=True):
@@ -152,7 +176,9 @@ def source(path, revision=None):
 
 models = [("no/thing", None), ("euclaise/Memphis-CoT-3B", "v9"), ("stabilityai/stablelm-3b-4e1t", None)]
 sources = [("no/data", None), ("euclaise/mathqa_programs", "v9"), ("euclaise/TinyCoT", None)]
-for call, asked in [(lambda m, r: load_model_config(m, r, print), models), (lambda p, r: open_rows(source(p, r)), sources)]:
+open_model = lambda name, revision: load_model_config(name, revision, print)
+open_data = lambda name, revision: open_rows(source(name, revision))
+for call, asked in [(open_model, models), (open_data, sources)]:
     for name, revision in asked:
         try:
             call(name, revision)
@@ -162,11 +188,7 @@ for call, asked in [(lambda m, r: load_model_config(m, r, print), models), (lamb
 
 
 def test_a_model_offline_and_not_cached_is_one_line(hub: Replica, tmp_path: Path) -> None:
-    done = (
-        train(hub, tmp_path, str(SCRIBE / "train.yaml"), *SMALL)
-        if False
-        else run(hub, tmp_path, sys.executable, "-m", "train", SCRIBE / "train.yaml", HF_HUB_OFFLINE="1")
-    )
+    done = run(hub, tmp_path, sys.executable, "-m", "train", SCRIBE / "train.yaml", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     assert "HF_HUB_OFFLINE forbids" in done.stderr
     assert done.stderr.count("\n") == 1
