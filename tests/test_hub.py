@@ -152,3 +152,34 @@ def test_python_users_get_a_fetch_error(hub: Replica, tmp_path: Path, monkeypatc
     with pytest.raises(FetchError, match="no such model"):
         open_checkpoint("org/nothing")
     assert open_checkpoint("org/ft").name == "org/ft"
+
+
+def test_a_cache_without_links_does(hub: Replica, tmp_path: Path) -> None:
+    """Where links cannot be made (Windows), the snapshot holds the files themselves."""
+    done = run(hub, tmp_path, "merge", "org/base", "org/ft", "merged", HF_HUB_DISABLE_SYMLINKS="1")
+    assert done.returncode == 0, done.stderr
+    assert not any(path.is_symlink() for path in (tmp_path / "home/hub").rglob("*"))
+    assert load_folder(tmp_path / "cwd/merged").keys() == load_folder(hub.root / "models/org/base").keys()
+
+
+def test_a_dry_run_fetches_and_writes_nothing_here(hub: Replica, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "merge", "org/base", "org/ft", "merged", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "25 (28,160 parameters)" in done.stdout
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_a_sweep_takes_hub_ids(hub: Replica, tmp_path: Path) -> None:
+    score = f"{sys.executable} -c \"print('loss 1')\""
+    done = run(hub, tmp_path, "sweep", "org/base", "org/ft", "out", "--t", "0.2,0.4", "--eval", score)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "cwd/out/sweep.csv").read_text().splitlines()) == 3
+
+
+def test_an_incomplete_cache_offline_is_not_half_a_model(hub: Replica, tmp_path: Path) -> None:
+    """A shard missing from the cache: refused offline, fetched again online."""
+    assert run(hub, tmp_path, "inspect", "org/base").returncode == 0
+    (shard,) = (tmp_path / "home").rglob("snapshots/*/model-00001-of-00002.safetensors")
+    shard.unlink()
+    assert "does not hold all of it" in refusal(hub, tmp_path, "org/base", HF_HUB_OFFLINE="1")
+    assert run(hub, tmp_path, "inspect", "org/base").returncode == 0

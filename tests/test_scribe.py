@@ -145,12 +145,14 @@ def test_what_the_trainer_cannot_have_is_one_line(hub: Replica, tmp_path: Path) 
     One process for all: each import of torch and transformers costs seconds.
     """
     hub.gated = {"euclaise/TinyCoT", "stabilityai/stablelm-3b-4e1t"}
+    hub.tags["euclaise/mathqa_programs"] = {"v1"}
     try:
         done = run(hub, tmp_path, sys.executable, "-c", REFUSALS)
     finally:
         hub.gated = set()
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    *lines, tagged = done.stdout.splitlines()
+    assert tagged == "130 rows of a tagged revision"
     expected = [
         ("no/thing", "no such model"), (MEMPHIS, "no revision 'v9'"), ("stabilityai/stablelm-3b-4e1t", "gated"),
         ("no/data", "no such data set"), ("euclaise/mathqa_programs", "no revision 'v9'"),
@@ -184,6 +186,7 @@ for call, asked in [(open_model, models), (open_data, sources)]:
             call(name, revision)
         except TrainError as e:
             print(e)
+print(open_data("euclaise/mathqa_programs", "v1").count, "rows of a tagged revision")
 """
 
 
