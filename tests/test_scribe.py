@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import load_folder
 from hub_replica import Replica, serve
@@ -99,7 +101,7 @@ def test_all_eight_data_sets_are_trained_on(trained: Path) -> None:
 
 
 def test_the_merge_lies_between_and_loses_nothing(trained: Path, hub: Replica) -> None:
-    """356 tensors in bfloat16, 60 % Memphis-CoT and 40 % finetune by SLERP, in the new config."""
+    """356 tensors in bfloat16, 60 % Memphis-CoT and 40 % finetune by SLERP; transformers loads and runs it."""
     base = load_folder(hub.root / "models" / MEMPHIS)
     ft, merged = load_folder(trained / "runs/scribe-ft/final"), load_folder(trained / "memphis-scribe")
     assert len(base) == 356
@@ -114,6 +116,10 @@ def test_the_merge_lies_between_and_loses_nothing(trained: Path, hub: Replica) -
         np.testing.assert_allclose(value.astype(np.float64).ravel(), expected, rtol=2**-8, atol=1e-7)
     config = json.loads((trained / "memphis-scribe/config.json").read_text())
     assert (config["model_type"], config["layer_norm_eps"]) == ("stablelm", 1e-5)
+    model = AutoModelForCausalLM.from_pretrained(trained / "memphis-scribe")
+    ids = AutoTokenizer.from_pretrained(trained / "memphis-scribe")("### User:\nred cat", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids).logits).all()
     assert f"- {MEMPHIS}\n" in (trained / "memphis-scribe/README.md").read_text()
 
 
