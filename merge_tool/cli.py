@@ -25,10 +25,11 @@ import click
 from merge_tool._version import __version__
 from merge_tool.api import merge
 from merge_tool.compare import inspect_checkpoint
+from merge_tool.diff import diff_checkpoints
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.memory import LEAST_BYTES, MAX_JOBS
 from merge_tool.methods import METHODS
-from merge_tool.plot import can_plot, plot_sweep
+from merge_tool.plot import can_plot, check_plot_path, plot_diff, plot_sweep
 from merge_tool.prepare import Prepared, check_room, is_complete, prepare
 from merge_tool.recipe import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -40,6 +41,7 @@ from merge_tool.recipe import (
     label_t,
 )
 from merge_tool.show import (
+    diff_lines,
     inspection_lines,
     plan_json,
     plan_lines,
@@ -319,6 +321,37 @@ def inspect_command(path: Path, as_json: bool) -> None:
     """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH."""
     found = inspect_checkpoint(path)
     click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(inspection_lines(found)))
+
+
+@merge_tool.command("diff", context_settings={"show_default": True})
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("ft", type=click.Path(path_type=Path))
+@click.option("--tensors", "every_tensor", is_flag=True, help="List every tensor, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the angles here: layers by modules.",
+)
+@_with(_MACHINE_OPTIONS)
+@_print_errors
+def diff_command(
+    base: Path, ft: Path, every_tensor: bool, as_json: bool, picture: Path | None, **machine: int | None
+) -> None:
+    """Show how far apart two checkpoints are: angles, norm ratios and relative change, by layer and module.
+
+    Any two checkpoints will do; tensors that only one has are listed. The angle is that between the two tensors as
+    vectors, the norm ratio |FT| / |BASE|, the relative change |FT - BASE| / |BASE|.
+    """
+    if picture is not None:
+        check_plot_path(picture)
+    found = diff_checkpoints(base, ft, **machine)
+    if picture is not None:
+        plot_diff(found, picture)
+    click.echo(
+        json.dumps(found.as_json(), indent=1) if as_json else "\n".join(diff_lines(found, every_tensor=every_tensor))
+    )
 
 
 @merge_tool.command("sweep", context_settings={"show_default": True})

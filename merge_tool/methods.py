@@ -8,7 +8,7 @@ and added with fsum; so the same tensors give the same bits whatever the chunks,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -171,6 +171,35 @@ def total(parts: Any) -> float:
         return math.fsum(parts)
     except (OverflowError, ValueError):
         return math.nan
+
+
+def sharpen(
+    sums: PairSums, tiles: Callable[[], Iterable[tuple[Array, Array]]], *, has_float64: bool, scratch: Scratch
+) -> PairSums:
+    """The sums, made again where they left float64's range or lost the angle's digits: rare.
+
+    `tiles` gives the pair of tensors once more, tile by tile; their values must be finite.
+    """
+    if not is_finite(sums):
+        sums = _sum_again(tiles, 2.0**-600, scratch)
+    elif has_float64 and sums.xx + sums.dd < 1e-200:
+        sums = _sum_again(tiles, 2.0**500, scratch)
+    while (found := refinement(sums)) is not None:
+        sign, factor = found
+        parts = [sum_refined_tile(x, y, sums.scale, sign, factor, scratch) for x, y in tiles()]
+        yy, ee = (total(column) for column in zip(*parts, strict=True))
+        sums = PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
+    return sums
+
+
+def is_finite(sums: PairSums) -> bool:
+    return all(math.isfinite(value) for value in (sums.xx, sums.xd, sums.dd))
+
+
+def _sum_again(tiles: Callable[[], Iterable[tuple[Array, Array]]], scale: float, scratch: Scratch) -> PairSums:
+    parts = [sum_tile(x, y, scale, scratch) for x, y in tiles()]
+    xx, xd, dd = (total(column) for column in zip(*parts, strict=True))
+    return PairSums(xx, xd, dd, scale)
 
 
 # -------------------------------------------------------------------------------------------- angles

@@ -35,9 +35,9 @@ from merge_tool.methods import (
     combine,
     convert,
     first_nonfinite,
-    refinement,
+    is_finite,
     same_values,
-    sum_refined_tile,
+    sharpen,
     sum_tile,
     total,
 )
@@ -370,26 +370,14 @@ class _Run:
             self.changed.notify_all()
 
     def _sharpen(self, worker: WorkerMemory, tensor: _OpenTensor, sums: PairSums) -> PairSums:
-        """The sums, made again where they left float64's range or lost the angle's digits. Rare."""
-        if not np.isfinite([sums.xx, sums.xd, sums.dd]).all():
+        if not is_finite(sums):
             self._refuse_nonfinite(worker, tensor)
-            sums = self._sum_again(worker, tensor, 2.0**-600)
-        elif "F64" in (tensor.job.base.info.dtype, tensor.job.ft.info.dtype) and sums.xx + sums.dd < 1e-200:
-            sums = self._sum_again(worker, tensor, 2.0**500)
-        while (found := refinement(sums)) is not None:
-            sign, factor = found
-            parts = [
-                sum_refined_tile(x, y, sums.scale, sign, factor, worker.scratch)
-                for _, x, y in self._tiles(worker, tensor)
-            ]
-            yy, ee = (total(column) for column in zip(*parts, strict=True))
-            sums = PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
-        return sums
-
-    def _sum_again(self, worker: WorkerMemory, tensor: _OpenTensor, scale: float) -> PairSums:
-        parts = [sum_tile(x, y, scale, worker.scratch) for _, x, y in self._tiles(worker, tensor)]
-        xx, xd, dd = (total(column) for column in zip(*parts, strict=True))
-        return PairSums(xx, xd, dd, scale)
+        return sharpen(
+            sums,
+            lambda: ((x, y) for _, x, y in self._tiles(worker, tensor)),
+            has_float64="F64" in (tensor.job.base.info.dtype, tensor.job.ft.info.dtype),
+            scratch=worker.scratch,
+        )
 
     def _refuse_nonfinite(self, worker: WorkerMemory, tensor: _OpenTensor) -> None:
         for start, *sides in self._tiles(worker, tensor):

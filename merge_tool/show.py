@@ -7,7 +7,8 @@ from typing import Any
 
 from merge_tool.api import MergeReport
 from merge_tool.compare import Inspection
-from merge_tool.errors import shown
+from merge_tool.diff import Diff, GroupDiff, TensorDiff
+from merge_tool.errors import listed, shown
 from merge_tool.prepare import Prepared
 from merge_tool.recipe import label_t
 from merge_tool.report import remarks
@@ -118,6 +119,67 @@ def report_lines(report: MergeReport) -> Iterator[str]:
     yield from remarks(summary)
 
 
+def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
+    """Tables by layer, by module and, if asked, by tensor; then what could not be compared."""
+    base, ft = (shown(name) for name in diff.names)
+    equal = sum(tensor.equal for tensor in diff.tensors)
+    yield f"{base} and {ft}: {len(diff.tensors):,} tensors compared, {equal:,} of them equal"
+    head = ["tensors", "angle (median)", "(largest)", "norm ratio", "relative change"]
+    for title, groups in (("by layer", diff.layers), ("by module", diff.modules)):
+        if groups:
+            yield ""
+            yield from _table([[title, *head], *([shown(g.name), *_group_cells(g)] for g in groups)])
+    if every_tensor:
+        yield ""
+        rows = [[shown(t.name), *_tensor_cells(t)] for t in diff.tensors]
+        yield from _table([["tensor", "angle", "norm ratio", "relative change", ""], *rows])
+    else:
+        largest = sorted((t for t in diff.tensors if t.angle_degrees), key=lambda t: -(t.angle_degrees or 0))[:5]
+        if largest:
+            yield ""
+            yield "Furthest apart: " + ", ".join(f"{shown(t.name)} ({t.angle_degrees:.3g}°)" for t in largest)
+    for what, names in (
+        (f"only in {base}", diff.only_base),
+        (f"only in {ft}", diff.only_ft),
+        ("differ in shape or type", diff.unlike),
+        ("hold NaN or infinity, or are integers that differ", _without_figures(diff)),
+    ):
+        if names:
+            yield f"{len(names):,} tensors {what}: {listed(names)}"
+    yield from (f"note: {notice}" for notice in diff.notices)
+
+
+def _without_figures(diff: Diff) -> list[str]:
+    return [t.name for t in diff.tensors if t.note in ("holds NaN or infinity", "integers that differ")]
+
+
+def _group_cells(group: GroupDiff) -> list[str]:
+    angles = (_degrees(group.median_degrees), _degrees(group.largest_degrees))
+    return [f"{group.num_tensors:,}", *angles, _number(group.norm_ratio), _number(group.relative_change)]
+
+
+def _tensor_cells(tensor: TensorDiff) -> list[str]:
+    return [
+        _degrees(tensor.angle_degrees), _number(tensor.norm_ratio), _number(tensor.relative_change), tensor.note,
+    ]  # fmt: skip
+
+
+def _degrees(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}°"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns in line: the first to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        yield "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
+
+
 def scores_line(point: SweepPoint) -> str:
     return f"t = {label_t(point.t)}: " + ", ".join(f"{shown(name)} {value:g}" for name, value in point.scores.items())
 
@@ -127,9 +189,7 @@ def sweep_lines(report: SweepReport) -> Iterator[str]:
     rows = [["t", *report.names, ""]]
     for point in report.points:
         rows.append([label_t(point.t), *(f"{point.scores[n]:g}" for n in report.names), "*" * point.is_pareto])
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from _table(rows)
     best = ", ".join(label_t(point.t) for point in report.points if point.is_pareto)
     less = [name for name in report.names if name in report.less_is_better]
     yield (

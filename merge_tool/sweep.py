@@ -27,6 +27,7 @@ from merge_tool.prepare import prepare
 from merge_tool.recipe import Recipe, label_t
 
 JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
+MODELS = "models"  # the merges that are being scored, below the sweep's folder
 LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # parts of a score's name, unless told
 _LAST_LINES = 10
 
@@ -108,8 +109,7 @@ def sweep(
         raise output_failed(folder, e) from e
     try:
         found = journal.scores
-        if not keep:
-            _remove(folder / f"t-{label_t(t)}" for t in journal.begun if t in found)
+        _put_away(folder, [t for t in journal.begun if t in found], keep=keep)
         rest = [t for t in recipe.ts if t not in found]
         for chosen in (rest[start : start + batch] for start in range(0, len(rest), batch)):
             folders = _merge(base, ft, folder, chosen, journal, {**settings, **options})
@@ -119,10 +119,9 @@ def sweep(
                 journal.add(t, scores)
                 if on_scores is not None:
                     on_scores(SweepPoint(t, scores))
-            if not keep:
-                _remove(folders)
+            _put_away(folder, chosen, keep=keep)
         report = build_report(folder, {t: found[t] for t in sorted(found)}, minimize)
-        (folder / TABLE).write_text(report.as_csv(), encoding="utf-8")
+        _write_whole(folder / TABLE, report.as_csv())
         return report
     except OSError as e:
         raise output_failed(folder, e) from e
@@ -134,25 +133,48 @@ def _facts(
     base: str | Path, ft: str | Path, folder: Path, recipe: Recipe, command: Sequence[str], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What makes two sweeps one: the inputs, the merge's options, the command. Checks that the merge will work."""
-    prepared = prepare(base, ft, folder / f"t-{label_t(recipe.ts[0])}", recipe, read_samples=True, **settings)
+    prepared = prepare(base, ft, folder / _name(recipe.ts[0]), recipe, read_samples=True, **settings)
     merged = {key: value for key, value in prepared.plan.facts.items() if key not in ("t", "version")}
     return {**merged, "samples": list(prepared.samples), "command": list(command)}
 
 
-def _remove(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder)
+def _name(t: float) -> str:
+    return f"t-{label_t(t)}"
 
 
 def _merge(
     base: str | Path, ft: str | Path, folder: Path, ts: Sequence[float], journal: _Journal, options: dict[str, Any]
 ) -> list[Path]:
-    """The folders of the merges, made in one pass over the inputs."""
-    folders = [folder / f"t-{label_t(t)}" for t in ts]
-    begun = journal.begin(ts)
-    merge(base, ft, folders[0] if len(ts) == 1 else folder, tuple(ts), overwrite=not begun, **options)
+    """The folders of the merges, made in one pass over the inputs; what an earlier run began is continued."""
+    models = folder / MODELS
+    if not journal.begin(ts) and models.exists():
+        shutil.rmtree(models)
+    folders = [models / _name(t) for t in ts]
+    merge(base, ft, folders[0] if len(ts) == 1 else models, tuple(ts), **options)
     return folders
+
+
+def _put_away(folder: Path, ts: Iterable[float], *, keep: bool) -> None:
+    """Scored models: to be kept under their names in the sweep's folder, or not at all."""
+    for model in (folder / MODELS / _name(t) for t in ts):
+        if model.is_dir() and keep:
+            if (folder / model.name).exists():
+                raise OutputError(f"{shown(folder / model.name)}: is in the way of the model to keep. Move it away.")
+            model.rename(folder / model.name)
+        elif model.is_dir():
+            shutil.rmtree(model)
+    if (folder / MODELS).is_dir() and not any((folder / MODELS).iterdir()):
+        (folder / MODELS).rmdir()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place, then move it there: a kill leaves the old one."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -167,6 +189,7 @@ def _evaluate(
     args = [arg for word in command for arg in (given if word == "{}" else [word])] + ([] if has_place else given)
     try:
         with (folder / LOG).open("ab") as log:
+            start = log.tell()
             done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False)
     except OSError as e:
         raise EvaluationError(f"The evaluation command {shown(args[0])} cannot be run ({e.strerror}).") from e
@@ -174,7 +197,7 @@ def _evaluate(
     if done.returncode:
         raise EvaluationError(
             f"The evaluation command ended with {_ending(done.returncode)}. Its last lines:\n"
-            f"{_tail(folder / LOG, text)}\nMend it, then run the same sweep: it continues with these models."
+            f"{_tail(folder / LOG, start, text)}\nMend it, then run the same sweep: it continues with these models."
         )
     try:
         return parse_scores(text, len(folders), names)
@@ -189,9 +212,12 @@ def _ending(code: int) -> str:
     return f"exit code {code}" if code > 0 else f"signal {-code}"
 
 
-def _tail(log: Path, text: str) -> str:
-    """The last lines of what the command wrote: its stderr, or where that is empty its stdout."""
-    return _indented(log.read_text(encoding="utf-8", errors="replace") or text)
+def _tail(log: Path, start: int, text: str) -> str:
+    """The last lines of what the command wrote: on stderr (from byte `start` of the log), or else on stdout."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 65_536))
+        errors = file.read().decode(errors="replace")
+    return _indented(errors if errors.strip() else text)
 
 
 def _indented(text: str) -> str:
@@ -300,8 +326,8 @@ class _Journal:
                 raise OutputError(
                     f"{shown(folder)}: is not empty ({shown(others[0])}) and holds no sweep. Choose another folder."
                 )
-            with self._path.open("w", encoding="utf-8") as file:  # again, without a line that was cut short
-                file.writelines(json.dumps(line) + "\n" for line in (lines or [dict(facts)]))
+            # Again, without a line that was cut short.
+            _write_whole(self._path, "".join(json.dumps(line) + "\n" for line in (lines or [dict(facts)])))
             for line in lines[1:]:
                 self.begun = line.get("begun", self.begun)
                 if "scores" in line:

@@ -183,3 +183,9 @@ def test_an_incomplete_cache_offline_is_not_half_a_model(hub: Replica, tmp_path:
     shard.unlink()
     assert "does not hold all of it" in refusal(hub, tmp_path, "org/base", HF_HUB_OFFLINE="1")
     assert run(hub, tmp_path, "inspect", "org/base").returncode == 0
+
+
+def test_a_diff_takes_hub_ids(hub: Replica, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "diff", "org/base", "org/ft", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "org/base" in done.stdout

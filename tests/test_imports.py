@@ -47,10 +47,14 @@ ARROWS: dict[str, set[str]] = {
         "run", "side_files",
     },
     "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
-    "plot": {"errors", "recipe", "sweep"},
-    "show": {"api", "compare", "errors", "prepare", "recipe", "report", "sweep"},
+    "diff": {
+        "checkpoint.header", "checkpoint.reader", "errors", "memory", "methods", "plan", "report",
+    },
+    "plot": {"diff", "errors", "recipe", "sweep"},
+    "show": {"api", "compare", "diff", "errors", "prepare", "recipe", "report", "sweep"},
     "cli": {
-        "_version", "api", "compare", "errors", "memory", "methods", "plot", "prepare", "recipe", "show", "sweep",
+        "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
+        "sweep",
     },
 }  # fmt: skip
 OUTSIDE = {
@@ -58,7 +62,7 @@ OUTSIDE = {
     "tqdm": {"cli"},
     "yaml": {"card"},
     "huggingface_hub": {"card", "checkpoint.hub"},
-    "numpy": {"methods", "checkpoint.reader", "run", "buffers"},
+    "numpy": {"methods", "checkpoint.reader", "run", "buffers", "diff"},
     "ml_dtypes": {"methods", "checkpoint.reader"},
     "safetensors": {"output"},
     "matplotlib": {"plot"},

@@ -1,0 +1,283 @@
+"""How far apart two checkpoints are: every tensor's angle, norms and relative change, then by layer and by module.
+
+Streamed tile by tile, on the sums that a merge makes, so the angles are a merge's to the last bit. Any two
+checkpoints will do: what only one has, or has in another shape or type, is listed and not an error.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.reader import FLOAT_DTYPES, NUMPY_DTYPES, Checkpoint, open_checkpoint
+from merge_tool.errors import RecipeError
+from merge_tool.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
+from merge_tool.methods import (
+    TILE,
+    Array,
+    PairSums,
+    Scratch,
+    is_finite,
+    pair_angle,
+    same_values,
+    sharpen,
+    sum_tile,
+    total,
+)
+from merge_tool.plan import natural_key
+from merge_tool.report import median
+
+_WORKER_BYTES = Scratch.NBYTES + 2 * 8 * TILE
+_RESERVE_BYTES = 8_000_000  # threads' stacks, malloc's own, the results
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiff:
+    """One tensor of both: angle in degrees, norms, |y| / |x|, |y - x| / |x|; None where there is none.
+
+    `layer` is the first number in the name, `module` the name with `*` in its place. `note` says why figures are
+    missing (integers, NaN), or that the bytes are equal.
+    """
+
+    name: str
+    layer: int | None
+    module: str
+    shape: tuple[int, ...]
+    dtype_base: str
+    dtype_ft: str
+    equal: bool
+    angle_degrees: float | None = None
+    norm_base: float | None = None
+    norm_ft: float | None = None
+    norm_ratio: float | None = None
+    relative_change: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDiff:
+    """Several tensors together: their angles in degrees, and norms as if they were one tensor."""
+
+    name: str
+    num_tensors: int
+    num_equal: int
+    median_degrees: float | None
+    largest_degrees: float | None
+    norm_ratio: float | None
+    relative_change: float | None
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Two checkpoints compared. `unlike` are tensors of both whose shapes or types cannot be compared."""
+
+    names: tuple[str, str]
+    tensors: tuple[TensorDiff, ...]
+    only_base: tuple[str, ...] = ()
+    only_ft: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+    layers: tuple[GroupDiff, ...] = field(default=())
+    modules: tuple[GroupDiff, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["base"], found["ft"] = found.pop("names")
+        return found
+
+
+def diff_checkpoints(
+    base: str | Path, ft: str | Path, *, memory_bytes: int | None = None, jobs: int | None = None
+) -> Diff:
+    """Compare every tensor of `base` with `ft`'s of the same name, in at most `memory_bytes` of resident memory.
+
+    Raises CheckpointError when one cannot be read; RecipeError when the memory does not suffice.
+    """
+    budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
+    if budget < LEAST_BYTES:
+        raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
+    if jobs is not None and jobs < 1:
+        raise RecipeError(f"jobs is {jobs}, expected at least 1.")
+    most = max(4_000_000, (budget - resident_bytes()) // 3)
+    models = [open_checkpoint(ref, max_header_bytes=most, mergeable=False) for ref in (base, ft)]
+    a, b = (model.tensors for model in models)
+    shared = sorted(sorted(a.keys() & b.keys()), key=natural_key)
+    unlike = [name for name in shared if not _comparable(a[name], b[name])]
+    names = [name for name in shared if _comparable(a[name], b[name])]
+    found = list(_compare_all(models, names, _workers(budget, jobs or default_jobs())))
+    return Diff(
+        (models[0].name, models[1].name) if models[0].name != models[1].name else (str(base), str(ft)),
+        tuple(tensor for tensor, _ in found),
+        tuple(sorted(sorted(a.keys() - b.keys()), key=natural_key)),
+        tuple(sorted(sorted(b.keys() - a.keys()), key=natural_key)),
+        tuple(f"{n}: {a[n].dtype} {list(a[n].shape)}, {b[n].dtype} {list(b[n].shape)}" for n in unlike),
+        tuple(notice for model in models for notice in model.notices),
+        tuple(_groups(found, lambda t: "outside layers" if t.layer is None else f"layer {t.layer}")),
+        tuple(_groups(found, lambda t: t.module)),
+    )
+
+
+def _comparable(a: TensorInfo, b: TensorInfo) -> bool:
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= NUMPY_DTYPES.keys():
+        return False
+    return a.dtype == b.dtype or {a.dtype, b.dtype} <= FLOAT_DTYPES
+
+
+def _workers(budget: int, jobs: int) -> int:
+    room = budget - resident_bytes() - _RESERVE_BYTES
+    if room < _WORKER_BYTES:
+        needed = -(-(resident_bytes() + _RESERVE_BYTES + _WORKER_BYTES) // 1_000_000)
+        raise RecipeError(f"This comparison needs more memory than {budget:,} bytes. Give --memory {needed}MB or more.")
+    return min(jobs, room // _WORKER_BYTES)
+
+
+# --------------------------------------------------------------------------------------------- tensors
+
+_Found = tuple[TensorDiff, PairSums | None]
+
+
+class _Memory:
+    """What one worker needs: scratch, and a tile of either side."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch(np.zeros(Scratch.NBYTES, np.uint8))
+        self.tiles = np.zeros((2, 8 * TILE), np.uint8)
+
+
+def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: int) -> Iterator[_Found]:
+    free: queue.SimpleQueue[_Memory] = queue.SimpleQueue()
+    for _ in range(workers):
+        free.put(_Memory())
+    stop = threading.Event()
+
+    def work(name: str) -> _Found:
+        memory = free.get()
+        try:
+            return _compare(models, name, memory, stop)
+        finally:
+            free.put(memory)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(work, names)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Found:
+    a, b = (model.tensors[name] for model in models)
+    is_float = a.dtype in FLOAT_DTYPES
+    equal, parts = True, []
+    tiles = partial(_tiles, models, name, memory, stop)
+    with np.errstate(all="ignore"):  # what is not finite is told, not warned of
+        for x, y in tiles():
+            equal = equal and same_values(x, y)
+            if is_float:
+                parts.append(sum_tile(x, y, 1.0, memory.scratch))
+        sums = None
+        if is_float:
+            xx, xd, dd = (total(column) for column in zip(*parts or [(0.0, 0.0, 0.0)], strict=True))
+            sums = PairSums(xx, xd, dd)
+            if not is_finite(sums) and any(not np.isfinite(v.astype(np.float64)).all() for v in _both(tiles())):
+                sums = None
+            elif not equal:
+                sums = sharpen(sums, tiles, has_float64="F64" in (a.dtype, b.dtype), scratch=memory.scratch)
+    return _describe(name, a, b, equal, sums), sums
+
+
+def _both(tiles: Iterable[tuple[Array, Array]]) -> Iterator[Array]:
+    for x, y in tiles:
+        yield from (x, y)
+
+
+def _tiles(
+    models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event
+) -> Iterator[tuple[Array, Array]]:
+    """The tensor of both, tile by tile, in buffers that the next tile overwrites."""
+    infos = [model.tensors[name] for model in models]
+    dtypes = [NUMPY_DTYPES[info.dtype] for info in infos]
+    files = [model.source(name) for model in models]
+    for start in range(0, infos[0].numel, TILE):
+        if stop.is_set():
+            return
+        length = min(TILE, infos[0].numel - start)
+        pair = [memory.tiles[k, : length * d.itemsize].view(d) for k, d in enumerate(dtypes)]
+        for model, info, file, dtype, values in zip(models, infos, files, dtypes, pair, strict=True):
+            model.read(name, start, start + length, values)
+            file.forget(info.offset + start * dtype.itemsize, values.nbytes)
+        yield pair[0], pair[1]
+
+
+def _describe(name: str, a: TensorInfo, b: TensorInfo, equal: bool, sums: PairSums | None) -> TensorDiff:
+    layer, module = split_layer(name)
+    place = (name, layer, module, a.shape, a.dtype, b.dtype, equal)
+    if sums is None:
+        is_float = a.dtype in FLOAT_DTYPES
+        note = "holds NaN or infinity" if is_float else "equal" if equal else "integers that differ"
+        return TensorDiff(*place, note=note)
+    angle = pair_angle(sums)
+    n0, n1 = (norm / sums.scale for norm in sums.norms)
+    return TensorDiff(
+        *place,
+        angle_degrees=None if angle is None else math.degrees(angle.theta),
+        norm_base=_finite(n0),
+        norm_ft=_finite(n1),
+        norm_ratio=_finite(n1 / n0) if n0 else None,
+        relative_change=_finite(math.sqrt(sums.dd / sums.xx)) if sums.xx else None,
+        note="equal" if equal else "zero norm" if angle is None else "",
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """The first number in a tensor's name, and the name with `*` for every number.
+
+    >>> split_layer("model.layers.3.mlp.experts.7.w1.weight")
+    (3, 'model.layers.*.mlp.experts.*.w1.weight')
+    """
+    parts = name.split(".")
+    layer = next((int(part) for part in parts if re.fullmatch(r"[0-9]{1,9}", part)), None)
+    return layer, ".".join("*" if re.fullmatch(r"[0-9]{1,9}", part) else part for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------- groups
+
+
+def _groups(found: Sequence[_Found], key: Any) -> Iterator[GroupDiff]:
+    groups: dict[str, list[_Found]] = {}
+    for item in found:
+        groups.setdefault(key(item[0]), []).append(item)
+    for name in sorted(groups, key=lambda name: (name == "outside layers", natural_key(name))):
+        yield _group(name, groups[name])
+
+
+def _group(name: str, found: Sequence[_Found]) -> GroupDiff:
+    angles = [tensor.angle_degrees for tensor, _ in found if tensor.angle_degrees is not None]
+    sums = [s for _, s in found if s is not None and s.scale == 1.0]
+    rows = [(s.xx, s.norms[1] ** 2, s.dd) for s in sums] or [(0.0, 0.0, 0.0)]
+    xx, yy, dd = (total(column) for column in zip(*rows, strict=True))
+    return GroupDiff(
+        name,
+        len(found),
+        sum(tensor.equal for tensor, _ in found),
+        median(angles) if angles else None,
+        max(angles, default=None),
+        _finite(math.sqrt(yy / xx)) if xx else None,
+        _finite(math.sqrt(dd / xx)) if xx else None,
+    )
