@@ -41,7 +41,12 @@ test-core: $(CORE_VENV)/.installed ## a merge in an environment without torch
 	@echo "== core install: slerp-merge without torch"
 	$(CORE_BIN)/python tests/core_install.py
 
-test-slow: $(VENV)/.installed ## the longer checks
+$(BIN)/lm_eval: $(VENV)/.installed
+	@echo "== lm-evaluation-harness into $(VENV): 39 packages, half a minute"
+	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt 'lm-eval[hf]'
+	@touch $@
+
+test-slow: $(BIN)/lm_eval ## the longer checks
 	$(BIN)/python -m pytest -m slow
 
 demo: $(VENV)/.installed ## train a tiny model that reasons, a finetune that forgets, merge them, judge all (SEEDS=3: means)

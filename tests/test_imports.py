@@ -19,7 +19,10 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint.header": {"errors"},
     "checkpoint.source": {"errors"},
     "checkpoint.folder": {"errors"},
-    "checkpoint.reader": {"checkpoint.folder", "checkpoint.header", "checkpoint.source", "errors"},
+    "checkpoint.hub": {"checkpoint.folder", "errors"},
+    "checkpoint.reader": {
+        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.source", "errors",
+    },
     "checkpoint.writer": {"errors"},
     "methods": set(),
     "recipe": {"errors", "methods"},
@@ -36,14 +39,14 @@ ARROWS: dict[str, set[str]] = {
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader"},
     "prepare": {
-        "checkpoint.folder", "checkpoint.reader", "errors", "memory", "older", "output", "plan", "recipe", "report",
-        "side_files",
+        "checkpoint.folder", "checkpoint.hub", "checkpoint.reader", "errors", "memory", "older", "output", "plan",
+        "recipe", "report", "side_files",
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
         "run", "side_files",
     },
-    "sweep": {"api", "errors", "lock", "prepare", "recipe"},
+    "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
     "diff": {
         "checkpoint.header", "checkpoint.reader", "errors", "memory", "methods", "plan", "report",
     },
@@ -58,7 +61,7 @@ OUTSIDE = {
     "click": {"cli"},
     "tqdm": {"cli"},
     "yaml": {"card"},
-    "huggingface_hub": {"card"},
+    "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {"methods", "checkpoint.reader", "run", "buffers", "diff"},
     "ml_dtypes": {"methods", "checkpoint.reader"},
     "safetensors": {"output"},
