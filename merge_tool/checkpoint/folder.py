@@ -125,7 +125,10 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | N
     pickles = [file for file in listing if is_weight_file(file)]
     if pickles:
         raise CheckpointError(f"{name}: {unread_format(pickles)}")
-    raise CheckpointError(f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.")
+    inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else ""
+    raise CheckpointError(
+        f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
+    )
 
 
 def unread_format(names: list[str]) -> str:
