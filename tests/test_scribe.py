@@ -62,7 +62,7 @@ def test_the_recipe_says_what_is_known() -> None:
     }  # fmt: skip
     where = {s.title: s.where for s in config.sources if s.where}
     ((test,),) = where.values()
-    assert (list(where), test.op, test.value, test.cast) == (["mathoverflow-accepted"], ">", 10, "int")
+    assert (list(where), test.op, test.value, test.cast) == (["mathoverflow-accepted"], ">", 10, "float")
     assert (config.mixing_ratio, config.neftune_alpha, config.epochs, config.global_batch) == (0.5, 10, 2, 128)
     settings = (SCRIBE / "train.yaml").read_text().split("# ---- watching")[0].splitlines()
     for line in settings:
