@@ -46,7 +46,7 @@ $(BIN)/lm_eval: $(VENV)/.installed
 	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt 'lm-eval[hf]'
 	@touch $@
 
-test-slow: $(BIN)/lm_eval ## the longer checks
+test-slow: $(BIN)/lm_eval $(VENV)/.smollm2 ## the longer checks
 	$(BIN)/python -m pytest -m slow
 
 demo: $(VENV)/.installed ## train a tiny model that reasons, a finetune that forgets, merge them, judge all (SEEDS=3: means)
