@@ -11,7 +11,7 @@ SEEDS ?= 1
 
 FUZZ_SECONDS ?= 60
 
-.PHONY: help test test-slow fuzz test-core lint demo bench bigram clean
+.PHONY: help test test-slow fuzz test-core lint demo demo-smollm2 bench bigram clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -43,7 +43,12 @@ test-core: $(CORE_VENV)/.installed ## a merge in an environment without torch
 	@echo "== core install: slerp-merge without torch"
 	$(CORE_BIN)/python tests/core_install.py
 
-test-slow: $(VENV)/.installed ## the longer checks
+$(BIN)/lm_eval: $(VENV)/.installed
+	@echo "== lm-evaluation-harness into $(VENV): 39 packages, half a minute"
+	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt 'lm-eval[hf]'
+	@touch $@
+
+test-slow: $(BIN)/lm_eval $(VENV)/.smollm2 ## the longer checks
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/.installed ## damaged files for every reader, FUZZ_SECONDS for each; headers by libFuzzer as well
@@ -55,6 +60,15 @@ demo: $(VENV)/.installed ## train a tiny model that reasons, a finetune that for
 	@rm -rf runs/mini
 	@echo "== the scribe in miniature, in runs/mini: about 3 minutes a seed on 2 cores"
 	@$(BIN)/python examples/mini/demo.py runs/mini --seeds $(SEEDS)
+
+$(VENV)/.smollm2: $(VENV)/.installed
+	@echo "== reasoning-gym (problems) and rdata (prose) into $(VENV)"
+	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt reasoning-gym rdata
+	@touch $@
+
+demo-smollm2: $(VENV)/.smollm2 ## the same with SmolLM2-135M (about half an hour a seed; SEEDS=3: means)
+	@rm -rf runs/smollm2
+	@$(BIN)/python examples/smollm2/demo.py runs/smollm2 --seeds $(SEEDS)
 
 bench: $(VENV)/.installed ## time and memory against the disk (MERGEKIT=path/to/python adds mergekit)
 	$(BIN)/python bench/merge.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) $(BENCH_FLAGS)

@@ -7,6 +7,7 @@ judgement of all on the test data. What a size has of its own (data, configs, ju
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ class Story:
     kept: Callable[[Scores, Scores, Scores], float]
     least_kept: float
     validation_note: str
+    batch: int = 11  # models that the sweep has on disk at once
+    keep_merges: bool = True
     cot: str = "cot/final"
     ft: str = "ft/final"
 
@@ -60,7 +63,18 @@ def run_seed(story: Story, folder: Path, seed: int, quick: bool) -> dict[str, An
     pair = [story.cot, story.ft]
     say(f"merge-tool sweep {story.cot} {story.ft} sweep --t 0:1:0.1 --eval 'judge.py . validation'")
     judge = shlex.join([sys.executable, str(story.here / "judge.py"), "."])
-    sweep = ["sweep", *pair, "sweep", "--t", "0:1:0.1", "--batch", 11, "--eval", f"{judge} validation", "--json"]
+    sweep = [
+        "sweep",
+        *pair,
+        "sweep",
+        "--t",
+        "0:1:0.1",
+        "--batch",
+        story.batch,
+        "--eval",
+        f"{judge} validation",
+        "--json",
+    ]
     points = json.loads(run(python("merge_tool"), *sweep, cwd=folder))["points"]
     validation = {point["t"]: point["scores"] for point in points}
     for method in ("slerp", "linear"):
@@ -69,6 +83,9 @@ def run_seed(story: Story, folder: Path, seed: int, quick: bool) -> dict[str, An
     say("judge.py . test MODEL...")
     models = [*pair, *(f"{method}/t-{t}" for method in ("slerp", "linear") for t in TS)]
     scores = run([sys.executable, story.here / "judge.py"], ".", "test", *models, cwd=folder)
+    if not story.keep_merges:
+        for method in ("slerp", "linear"):
+            shutil.rmtree(folder / method)
     say(f"merge-tool diff {story.cot} {story.ft} --plot angles.png")
     diff = run(python("merge_tool"), "diff", *pair, "--json", "--plot", "angles.png", cwd=folder)
     return {

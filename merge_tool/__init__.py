@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from merge_tool.errors import (
         CheckpointError,
         DataError,
+        FetchError,
         HeaderError,
         MergeToolError,
         MismatchError,
@@ -37,6 +38,7 @@ _HOMES = {
     "open_checkpoint": "merge_tool.checkpoint.reader",
     "CheckpointError": "merge_tool.errors",
     "DataError": "merge_tool.errors",
+    "FetchError": "merge_tool.errors",
     "HeaderError": "merge_tool.errors",
     "MergeToolError": "merge_tool.errors",
     "MismatchError": "merge_tool.errors",
@@ -65,6 +67,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DataError",
+    "FetchError",
     "HeaderError",
     "Layout",
     "MergePlan",

@@ -259,9 +259,12 @@ def slerp_merge(
 ) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
-    BASE and FT are model folders or .safetensors files. OUT is a folder, or one file if it ends in .safetensors.
+    BASE and FT are model folders, .safetensors files, or models of the Hub: org/name, org/name@revision (fetched first,
+    also for --dry-run). OUT is a folder, or one file if it ends in .safetensors.
     A merge that was stopped continues with the same command.
     """
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if dry_run:
         recipe = Recipe(ts, **options)
         prepared = prepare(base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs)

@@ -10,12 +10,13 @@ import math
 import queue
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from merge_tool.methods import (
     Array,
     PairSums,
     Scratch,
+    first_nonfinite,
     is_finite,
     pair_angle,
     same_values,
@@ -144,7 +146,8 @@ def _workers(budget: int, jobs: int) -> int:
 
 # --------------------------------------------------------------------------------------------- tensors
 
-_Found = tuple[TensorDiff, PairSums | None]
+_Found: TypeAlias = "tuple[TensorDiff, PairSums | None]"
+Tiles: TypeAlias = Callable[[], Iterable[tuple[Array, Array]]]
 
 
 class _Memory:
@@ -179,23 +182,31 @@ def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: in
 
 def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Found:
     a, b = (model.tensors[name] for model in models)
-    is_float = a.dtype in FLOAT_DTYPES
-    equal, parts = True, []
-    tiles = partial(_tiles, models, name, memory, stop)
-    with np.errstate(all="ignore"):  # what is not finite is told, not warned of
-        for x, y in tiles():
-            equal = equal and same_values(x, y)
-            if is_float:
-                parts.append(sum_tile(x, y, 1.0, memory.scratch))
-        sums = None
-        if is_float:
-            xx, xd, dd = (total(column) for column in zip(*parts or [(0.0, 0.0, 0.0)], strict=True))
-            sums = PairSums(xx, xd, dd)
-            if not is_finite(sums) and any(not np.isfinite(v.astype(np.float64)).all() for v in _both(tiles())):
-                sums = None
-            elif not equal:
-                sums = sharpen(sums, tiles, has_float64="F64" in (a.dtype, b.dtype), scratch=memory.scratch)
+    with ExitStack() as opened:
+        for model in models:
+            source = model.source(name)
+            source.acquire()
+            opened.callback(source.release)
+        with np.errstate(all="ignore"):  # what is not finite is told, not warned of
+            equal, sums = _sums(a, b, partial(_tiles, models, name, memory, stop), memory.scratch)
     return _describe(name, a, b, equal, sums), sums
+
+
+def _sums(a: TensorInfo, b: TensorInfo, tiles: Tiles, scratch: Scratch) -> tuple[bool, PairSums | None]:
+    """Whether the bytes are equal, and the sums: None for integers and where a value is not finite."""
+    is_float = a.dtype in FLOAT_DTYPES
+    equal, parts = True, [(0.0, 0.0, 0.0)]
+    for x, y in tiles():
+        equal = equal and same_values(x, y)
+        if is_float:
+            parts.append(sum_tile(x, y, 1.0, scratch))
+    xx, xd, dd = (total(column) for column in zip(*parts, strict=True))
+    sums = PairSums(xx, xd, dd)
+    if not is_float or (not is_finite(sums) and any(first_nonfinite(values) is not None for values in _both(tiles()))):
+        return equal, None
+    if not equal:
+        sums = sharpen(sums, tiles, has_float64="F64" in (a.dtype, b.dtype), scratch=scratch)
+    return equal, sums
 
 
 def _both(tiles: Iterable[tuple[Array, Array]]) -> Iterator[Array]:

@@ -3,6 +3,7 @@
     MergeToolError          anything this package refuses to do; the command line prints it and exits 1
     ├── RecipeError         what was asked makes no sense: t out of range, an unknown method, too little memory
     ├── CheckpointError     an input cannot be read: missing, damaged, quantised, changed while we read it
+    │   ├── FetchError      a model of the Hub cannot be had: gated, missing, offline, no such revision
     │   └── HeaderError     the header of one safetensors file breaks the format's rules
     ├── MismatchError       two inputs do not fit together: names, shapes
     ├── DataError           values that cannot be merged: NaN, infinity, overflow, unequal integers
@@ -33,6 +34,10 @@ class CheckpointError(MergeToolError):
 
 class HeaderError(CheckpointError):
     """A safetensors header breaks the format's rules."""
+
+
+class FetchError(CheckpointError):
+    """A model of the Hub cannot be fetched."""
 
 
 class MismatchError(MergeToolError):

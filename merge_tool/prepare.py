@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.hub import local_path
 from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
 from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, shown
 from merge_tool.memory import (
@@ -110,6 +111,8 @@ def prepare(
     if budget < LEAST_BYTES:
         raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
+    base, ft = local_path(base), local_path(ft)
+    check_target(target, (base, ft))  # again: models of the Hub are elsewhere than their ids say
     models = open_checkpoint(base, max_header_bytes=most), open_checkpoint(ft, max_header_bytes=most)
     plan = plan_merge(recipe, models, single_file=target.single_file)
     donor = models[recipe.files_from == "ft"]

@@ -248,12 +248,10 @@ def sweep_lines(report: SweepReport) -> Iterator[str]:
         rows.append([label_t(point.t), *(f"{point.scores[n]:g}" for n in report.names), "*" * point.is_pareto])
     yield from _table(rows)
     best = ", ".join(label_t(point.t) for point in report.points if point.is_pareto)
-    less = [name for name in report.names if name in report.less_is_better]
-    yield (
-        f"Pareto-optimal (*): t = {best}. Less is better for {', '.join(less)}; more for the rest."
-        if less
-        else (f"Pareto-optimal (*): t = {best}. More is better.")
-    )
+    less = [shown(name) for name in report.names if name in report.less_is_better]
+    rest = "" if len(less) == len(report.names) else "; more for the rest" if less else "More is better"
+    wanted = f"Less is better for {', '.join(less)}" if less else ""
+    yield f"Pareto-optimal (*): t = {best}. {wanted}{rest}."
     yield f"{shown(report.folder)}: sweep.csv has the table."
 
 

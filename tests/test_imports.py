@@ -19,7 +19,10 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint.header": {"errors"},
     "checkpoint.source": {"errors"},
     "checkpoint.folder": {"errors"},
-    "checkpoint.reader": {"checkpoint.folder", "checkpoint.header", "checkpoint.source", "errors"},
+    "checkpoint.hub": {"checkpoint.folder", "errors"},
+    "checkpoint.reader": {
+        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.source", "errors",
+    },
     "checkpoint.writer": {"errors"},
     "methods": set(),
     "recipe": {"errors", "methods"},
@@ -36,8 +39,8 @@ ARROWS: dict[str, set[str]] = {
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader", "methods"},
     "prepare": {
-        "checkpoint.folder", "checkpoint.reader", "errors", "memory", "older", "output", "plan", "recipe", "report",
-        "side_files",
+        "checkpoint.folder", "checkpoint.hub", "checkpoint.reader", "errors", "memory", "older", "output", "plan",
+        "recipe", "report", "side_files",
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
@@ -51,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
         "side_files",
     },
-    "sweep": {"api", "errors", "lock", "prepare", "recipe"},
+    "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
     "diff": {
         "checkpoint.header", "checkpoint.reader", "errors", "memory", "methods", "plan", "report",
     },
@@ -66,7 +69,7 @@ OUTSIDE = {
     "click": {"cli"},
     "tqdm": {"cli"},
     "yaml": {"card"},
-    "huggingface_hub": {"card"},
+    "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {"methods", "checkpoint.reader", "run", "buffers", "diff"},
     "ml_dtypes": {"methods", "checkpoint.reader"},
     "safetensors": {"output", "verify"},

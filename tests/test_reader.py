@@ -66,7 +66,6 @@ def refusal(ref: Path) -> str:
 
 def test_what_is_not_there_says_so(tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
-    assert "hf download some/model" in refusal(Path("some/model"))
     (tmp_path / "empty").mkdir()
     assert "no weights found" in refusal(tmp_path / "empty")
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
+from smollm2_model import convert_smollm2
 
 from checkpoints import load_folder
 from merge_tool import merge
 from oracle import float64_merge
-from real_models import convert_smollm2, copy_model, minilm_folder
+from real_models import copy_model, minilm_folder
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_smollm2_and_a_finetuned_copy_merge_load_and_speak(tmp_path: Path, torch
     """135M parameters, tied embeddings, bfloat16: 272 tensors, and text that is still English."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = convert_smollm2(tmp_path)
+    base = convert_smollm2(tmp_path / "smollm2", "bfloat16")
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     batch = dict(tokenizer("It is a truth universally acknowledged, that a single man", return_tensors="pt"))

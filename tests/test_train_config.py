@@ -128,3 +128,16 @@ def test_every_key_is_documented() -> None:
     text = (REPO / "docs" / "training.md").read_text()
     missing = [f.name for c in (TrainConfig, SourceConfig) for f in fields(c) if f"`{f.name}`" not in text]
     assert missing == []
+
+
+def test_a_models_revision_may_stand_behind_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`org/name@revision` is the two keys; two different revisions are refused; a local path that exists wins."""
+    monkeypatch.chdir(tmp_path)
+    config = make_config(model="org/name@refs/pr/1")
+    assert (config.model, config.revision) == ("org/name", "refs/pr/1")
+    assert make_config(model="org/name@v1", revision="v1").revision == "v1"
+    for values in ({"model": "org/name@v1", "revision": "v2"}, {"model": "org/name@"}):
+        with pytest.raises(TrainError, match="give one revision, in one place"):
+            make_config(**values)
+    (tmp_path / "org/name@v1").mkdir(parents=True)
+    assert make_config(model="org/name@v1").model == "org/name@v1"

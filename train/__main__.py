@@ -46,12 +46,16 @@ def run(arguments: list[str]) -> int:
 def _finetune(config: TrainConfig) -> None:
     # torch and transformers are imported here: not for --help or a typo.
     import datasets  # type: ignore[import-untyped]
+    import huggingface_hub
     import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
 
     from train.loop import finetune
 
     datasets.disable_progress_bars()  # one bar is enough, ours
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if sys.stderr.isatty() and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()  # the line before turned downloads' off as well, and these take long
     finetune(config)
 
 

@@ -80,7 +80,7 @@ class SourceConfig:
 class TrainConfig:
     """A whole run. Sizes in tokens or sequences as named, fractions in [0, 1], seeds are integers."""
 
-    model: str  # a local folder or a hub id
+    model: str  # a local folder or a hub id (`org/name`, or with its revision `org/name@revision`)
     output: str  # the folder for checkpoints, metrics and the result
     sources: tuple[SourceConfig, ...]
     revision: str | None = None  # of the model, when it is a hub id
@@ -150,12 +150,22 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def build_config(data: Mapping[str, Any]) -> TrainConfig:
     """TrainConfig from plain values: types, ranges and contradictions are checked, no more."""
-    config: TrainConfig = _build(TrainConfig, data, "")
+    config: TrainConfig = _split_revision(_build(TrainConfig, data, ""))
     _check_ranges(config)
     _check_together(config)
     for number, source in enumerate(config.sources):
         _check_source(source, f"sources[{number}]")
     return config
+
+
+def _split_revision(config: TrainConfig) -> TrainConfig:
+    """`model: org/name@revision` as the two keys it stands for; a local path that exists wins."""
+    name, at, revision = config.model.partition("@")
+    if not at or name.count("/") != 1 or Path(config.model).exists():
+        return config
+    if not revision or config.revision not in (None, revision):
+        raise TrainError(f"model is {config.model!r} and revision {config.revision!r}: give one revision, in one place")
+    return dataclasses.replace(config, model=name, revision=revision)
 
 
 # ---- plain values -> dataclasses ---------------------------------------------------------------------

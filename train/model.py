@@ -21,6 +21,7 @@ from torch.nn import functional
 from train.batches import Batch
 from train.config import TrainConfig
 from train.errors import TrainError
+from train.hub import explain
 from train.loss import fused_mixce_loss, mixce_loss
 
 Say = Callable[[str], None]
@@ -42,7 +43,7 @@ def load_model_config(model: str, revision: str | None, say: Say) -> Any:
             return convert_stablelm_epoch(raw)
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
-        raise TrainError(f"cannot read the model config of {model}: {_first_line(e)}") from e
+        raise TrainError(f"cannot read the model config of {model}: {_reason(e, model, revision)}") from e
 
 
 _OLD_NAMES = {
@@ -77,7 +78,7 @@ def load_tokenizer(model: str, revision: str | None, model_config: Any) -> Any:
             model, revision=revision, config=model_config, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as e:
-        raise TrainError(f"cannot load the tokenizer of {model}: {_first_line(e)}") from e
+        raise TrainError(f"cannot load the tokenizer of {model}: {_reason(e, model, revision)}") from e
     highest = max(tokenizer.get_vocab().values(), default=-1)
     vocabulary = model_config.get_text_config().vocab_size
     if highest < 0:
@@ -127,7 +128,7 @@ def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError) as e:
-        raise TrainError(f"cannot load the model {source}: {_first_line(e)}") from e
+        raise TrainError(f"cannot load the model {source}: {_reason(e, source, revision)}") from e
     model, info = loaded
     # Old checkpoints store the rotary table, which is computed.
     unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith("rotary_emb.inv_freq"))
@@ -138,6 +139,10 @@ def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch
     if info["mismatched_keys"]:
         raise TrainError(f"{source} has tensors of other shapes than its config says: {info['mismatched_keys']}")
     return model
+
+
+def _reason(error: Exception, model: str, revision: str | None) -> str:
+    return explain(error, model, revision, "model") or _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from train.config import Sort, SourceConfig, Template, Where
 from train.errors import TrainError
+from train.hub import explain
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -97,7 +98,8 @@ def open_rows(source: SourceConfig) -> Rows:
     except TrainError:
         raise
     except Exception as e:  # the library raises dozens of kinds; all mean: not readable
-        raise TrainError(f"source {source.title}: cannot load {source.path}: {_first_line(e)}") from e
+        reason = explain(e, source.path, source.revision, "data set") or _first_line(e)
+        raise TrainError(f"source {source.title}: cannot load {source.path}: {reason}") from e
     return Rows(dataset, _content_digest(local) or dataset._fingerprint, source.title)
 
 

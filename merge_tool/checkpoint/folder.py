@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_tool.errors import CheckpointError, shown
+from merge_tool.errors import CheckpointError, listed, shown
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
@@ -108,6 +108,52 @@ class Folder:
 
 def is_weight_file(relative: str) -> bool:
     return PurePosixPath(relative).suffix.lower() in WEIGHT_SUFFIXES
+
+
+def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | None]:
+    """The single weights file, or the index: model.safetensors first, else the only one of its kind.
+
+    `name` is the folder's, for messages. Raises CheckpointError when there is neither.
+    """
+    singles = [file for file in listing if file.endswith(".safetensors")]
+    indexes = [file for file in listing if file.endswith(".safetensors.index.json")]
+    if "model.safetensors" in singles:
+        return "model.safetensors", None
+    if "model.safetensors.index.json" in indexes:
+        return None, "model.safetensors.index.json"
+    if len(indexes) == 1:
+        return None, indexes[0]
+    if len(singles) == 1 and not indexes:
+        return singles[0], None
+    if singles or indexes:
+        raise CheckpointError(
+            f"{name}: has {len(singles)} .safetensors files but neither model.safetensors nor one index "
+            f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
+        )
+    pickles = [file for file in listing if is_weight_file(file)]
+    if pickles:
+        raise CheckpointError(f"{name}: {unread_format(pickles)}")
+    inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else ""
+    raise CheckpointError(
+        f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
+    )
+
+
+def unread_format(names: list[str]) -> str:
+    if any(name.endswith(".gguf") for name in names):
+        return f"GGUF weights ({listed(names)}) are not read: merge the original safetensors and convert the result."
+    return (
+        f"only pickled weights ({listed(names)}), which are not read yet: they can run code when opened. Convert "
+        "them first: load with transformers, then save_pretrained(FOLDER) writes safetensors."
+    )
+
+
+def weight_map_files(index: Any) -> list[str]:
+    """The weights files that an index names, sorted; ValueError when it names none."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
+        raise ValueError("it has no weight_map from tensor names to file names")
+    return sorted(set(weight_map.values()))
 
 
 def folder_name(root: Path) -> str:

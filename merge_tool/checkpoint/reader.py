@@ -17,8 +17,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, is_weight_file
+from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, find_weights, unread_format
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
+from merge_tool.checkpoint.hub import local_path
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, HeaderError, listed, shown
 
@@ -110,12 +111,13 @@ class Checkpoint:
 
 
 def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True) -> Checkpoint:
-    """Open a model folder or a .safetensors file and read its headers.
+    """Open a model folder, a .safetensors file or a model of the Hub (`org/name`, `org/name@revision`) and read its
+    headers. A local path that exists wins; a model of the Hub is fetched into its cache if it is not there yet.
 
-    Raises CheckpointError when there is no checkpoint there, or, if it is to be `mergeable`, one that cannot be
-    merged (quantised, odd dtypes); HeaderError when a file is damaged.
+    Raises FetchError when a model of the Hub cannot be had; CheckpointError when there is no checkpoint there, or, if
+    it is to be `mergeable`, one that cannot be merged (quantised, odd dtypes); HeaderError when a file is damaged.
     """
-    path = Path(ref)
+    path = local_path(ref)
     try:
         if path.is_dir():
             checkpoint = _open_folder(Folder(path), max_header_bytes)
@@ -124,7 +126,7 @@ def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES
         elif path.exists():
             raise CheckpointError(f"{shown(path)}: is neither a folder nor a regular file.")
         else:
-            raise CheckpointError(f"{shown(path)}: no such file or folder.{_hub_hint(str(ref))}")
+            raise CheckpointError(f"{shown(path)}: no such file or folder. Check the spelling.")
     except OSError as e:
         raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
     if not checkpoint.tensors:
@@ -134,15 +136,9 @@ def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES
     return checkpoint
 
 
-def _hub_hint(ref: str) -> str:
-    if ref.count("/") == 1 and not ref.startswith((".", "/", "~")):
-        return f" If it is a model on the Hub, fetch it first: hf download {shown(ref)}"
-    return " Check the spelling."
-
-
 def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
     if path.suffix.lower() in PICKLE_SUFFIXES | {".gguf"}:
-        raise CheckpointError(f"{path.name}: {_unread_format([path.name])}")
+        raise CheckpointError(f"{path.name}: {unread_format([path.name])}")
     file, tensors, metadata = _read_header(LocalFile(path.resolve(), path.name), path.name, max_header_bytes)
     return Checkpoint(path.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
 
@@ -151,7 +147,7 @@ def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
     listing = sorted(entry.name for entry in folder.root.iterdir())
     notices: list[str] = []
     weight_map: dict[str, str] = {}
-    single, index = _find_weights(folder, listing)
+    single, index = find_weights(folder.name, listing)
     if index:
         weight_map = _load_weight_map(folder, index)
     shards = [single] if single else sorted(set(weight_map.values()))
@@ -170,40 +166,6 @@ def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
     config = folder.load_json("config.json") if "config.json" in listing else None
     files = tuple(file for file, _, _ in parsed)
     return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, index, tuple(notices))
-
-
-def _find_weights(folder: Folder, listing: list[str]) -> tuple[str | None, str | None]:
-    """The single weights file, or the index: model.safetensors first, else the only one of its kind."""
-    singles = [name for name in listing if name.endswith(".safetensors")]
-    indexes = [name for name in listing if name.endswith(".safetensors.index.json")]
-    if "model.safetensors" in singles:
-        return "model.safetensors", None
-    if "model.safetensors.index.json" in indexes:
-        return None, "model.safetensors.index.json"
-    if len(indexes) == 1:
-        return None, indexes[0]
-    if len(singles) == 1 and not indexes:
-        return singles[0], None
-    if singles or indexes:
-        raise CheckpointError(
-            f"{folder.name}: has {len(singles)} .safetensors files but neither model.safetensors nor one index "
-            f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
-        )
-    pickles = [name for name in listing if is_weight_file(name)]
-    if pickles:
-        raise CheckpointError(f"{folder.name}: {_unread_format(pickles)}")
-    raise CheckpointError(
-        f"{folder.name}: no weights found, expected model.safetensors or model.safetensors.index.json."
-    )
-
-
-def _unread_format(names: list[str]) -> str:
-    if any(name.endswith(".gguf") for name in names):
-        return f"GGUF weights ({listed(names)}) are not read: merge the original safetensors and convert the result."
-    return (
-        f"only pickled weights ({listed(names)}), which are not read yet: they can run code when opened. Convert "
-        "them first: load with transformers, then save_pretrained(FOLDER) writes safetensors."
-    )
 
 
 def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:

@@ -1,0 +1,47 @@
+"""The scribe with a real model: SmolLM2-135M learns word problems, forgets some over prose, merges. demo.py [FOLDER]"""
+
+import sys
+from math import log
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from story import Scores, Story, run_story
+from story_report import write_report
+
+
+def kept(scores: Scores, cot: Scores, ft: Scores) -> float:
+    """1 at the CoT model's log perplexity of answers, 0 at the finetune's."""
+    here, best, worst = (log(s["answer_perplexity"]) for s in (scores, cot, ft))
+    return (worst - here) / (worst - best) if worst > best else 1.0
+
+
+STORY = Story(
+    here=Path(__file__).resolve().parent,
+    title="A merge that remembers: SmolLM2-135M",
+    stages=("cot", "finetune"),
+    skill="answer_perplexity",
+    skill_label="answer perplexity",
+    prose="prose_perplexity",
+    prose_label="prose perplexity",
+    kept=kept,
+    least_kept=0.75,
+    validation_note="40 validation problems of other templates (the skill: log perplexity of the worked answers, "
+    "100 % the CoT model's, 0 % the finetune's); the figures are of 40 problems of templates that no model saw",
+    batch=3,
+    keep_merges=False,
+)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default="runs/smollm2")
+@click.option("--seeds", type=click.IntRange(1), default=1)
+@click.option("--quick", is_flag=True, help="A few steps on a few problems, to try the demo out.")
+def main(folder: Path, seeds: int, quick: bool) -> None:
+    results = run_story(STORY, folder, seeds, quick=quick)
+    print("\n" + write_report(STORY, folder, results))
+
+
+if __name__ == "__main__":
+    main()
