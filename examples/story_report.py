@@ -105,8 +105,9 @@ def plot(story: Story, results: Results, path: Path) -> None:
     """Skill kept against prose gained: up and to the right is better."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    chosen = "chosen t: " + ", ".join(str(t) for t in sorted({result["chosen_t"] for result in results}))
     for number, result in enumerate(results):
-        draw_seed(axes, story, result, with_labels=number == 0, alpha=1.0 if len(results) == 1 else 0.6)
+        draw_seed(axes, story, result, chosen, with_labels=number == 0, alpha=1.0 if len(results) == 1 else 0.6)
     axes.invert_xaxis()
     if story.skill_label.endswith("%"):
         axes.set_ylim(-3, 103)
@@ -119,7 +120,7 @@ def plot(story: Story, results: Results, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_seed(axes: Any, story: Story, result: dict[str, Any], *, with_labels: bool, alpha: float) -> None:
+def draw_seed(axes: Any, story: Story, result: dict[str, Any], chosen: str, *, with_labels: bool, alpha: float) -> None:
     def place(*models: str) -> tuple[list[float], list[float]]:
         scores = [result["test"][model] for model in models]
         return [s[story.prose] for s in scores], [s[story.skill] for s in scores]
@@ -133,9 +134,8 @@ def draw_seed(axes: Any, story: Story, result: dict[str, Any], *, with_labels: b
     axes.scatter(*place(story.cot), marker="s", s=60, color=BLACK, zorder=3, label=label("CoT model"))
     axes.scatter(*place(story.ft), marker="D", s=60, color=BLACK, zorder=3, label=label("finetune"))
     if t := result["chosen_t"]:
-        x, y = place(f"slerp/t-{t}")
-        axes.scatter(x, y, marker="*", s=280, color=BLUE, edgecolors="white", zorder=4, label=label("chosen t"))
-        axes.annotate(f"t = {t}", (x[0], y[0]), xytext=(10, 6), textcoords="offset points")
+        star = {"marker": "*", "s": 280, "color": BLUE, "edgecolors": "white", "zorder": 4}
+        axes.scatter(*place(f"slerp/t-{t}"), **star, label=label(chosen))
 
 
 # -------------------------------------------------------------------------------------------- the page
