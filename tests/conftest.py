@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import settings
 
 from checkpoints import language_model, save_model
 
+# A shell that starts us in the background has SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("same", derandomize=True)  # the same examples in every run; pytest
 settings.load_profile("same")  # --hypothesis-profile=default looks for new ones
 

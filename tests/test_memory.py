@@ -50,7 +50,7 @@ def measured(base: Path, ft: Path, out: Path, *options: str) -> tuple[int, int]:
 def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """A pair with one tensor of 640 MB, ten times the least budget, between small ones."""
     folder = tmp_path_factory.mktemp("huge")
-    shapes = {"a.norm": (512,), "b.embed": (80_000, 4_000), "c.norm": (512,), "d.proj": (2000, 2000)}
+    shapes = {"a.norm": (512,), "b.embed": (80_000, 4_000), "c.norm": (512,), "d.proj": (1000, 2000)}
     pair = write_model(folder / "base.safetensors", shapes, 1), write_model(folder / "ft.safetensors", shapes, 2)
     yield pair
     for path in pair:
