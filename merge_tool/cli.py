@@ -148,6 +148,13 @@ def _terminable() -> Iterator[None]:
 # --------------------------------------------------------------------------------------- slerp-merge
 
 _RECIPE_OPTIONS = [
+    click.option(
+        "--t-for",
+        multiple=True,
+        metavar="PATTERN=T[,T...]",
+        help="Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
+        "layers. Several: the first that matches counts.",
+    ),
     click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
     click.option(
         "--dtype",

@@ -355,7 +355,9 @@ def _remove_empty(folder: Path, stop: Path) -> None:
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     before, now = found.get("facts", {}), ours["facts"]
     parts = [
-        f"{key} was {before.get(key)}, now {now[key]}" for key in now if _brief(before.get(key)) != _brief(now[key])
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in {**now, **before}
+        if _brief(before.get(key)) != _brief(now.get(key))
     ]
     changed = [
         key for key in ("base", "ft") if before.get(key) != now[key] and not any(p.startswith(key) for p in parts)

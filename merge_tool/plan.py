@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
 from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
+from merge_tool.schedule import Pattern, Schedule
 
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
@@ -35,7 +36,8 @@ class Source:
 class TensorJob:
     """One output tensor: where it goes, and its inputs. `number` counts jobs over the whole plan.
 
-    `exact` tensors (integers, booleans) have no values between two: they are copied when equal.
+    `exact` tensors (integers, booleans) have no values between two: they are copied when equal. `ts` has the t of each
+    output.
     """
 
     number: int
@@ -43,6 +45,7 @@ class TensorJob:
     base: Source
     ft: Source
     exact: bool
+    ts: tuple[float, ...]
 
     @property
     def input_nbytes(self) -> int:
@@ -72,6 +75,7 @@ class MergePlan:
     shards: tuple[ShardPlan, ...]
     stem: str
     facts: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @property
     def ts(self) -> tuple[float, ...]:
@@ -97,6 +101,11 @@ class MergePlan:
     @property
     def num_tensors(self) -> int:
         return sum(len(shard.jobs) for shard in self.shards)
+
+    @property
+    def num_scheduled(self) -> int:
+        """How many tensors have a t of their own."""
+        return sum(job.ts is not self.ts for job in self.jobs()) if self.recipe.rules else 0
 
     @property
     def num_parameters(self) -> int:
@@ -142,7 +151,8 @@ class MergePlan:
 def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str | None = None) -> MergePlan:
     """Plan the merge of `models` (base, finetune). `single_file` names the one file to write, if that is asked.
 
-    Raises MismatchError with all mismatches at once; RecipeError when files are asked of a model without any.
+    Raises MismatchError with all mismatches at once; RecipeError when files are asked of a model without any, or a
+    pattern matches no tensor.
     """
     base, ft = models
     check_same_tensors(base, ft)
@@ -152,21 +162,58 @@ def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str
     limit = None if single_file else recipe.max_shard_bytes
     groups = _split(_output_infos(recipe, base), limit)
     metadata = {**base.metadata, "format": base.metadata.get("format", "pt")}
+    schedule = _ScheduledTs(recipe, base)
     shards, number = [], 0
     for place, group in enumerate(groups):
         name = single_file or _shard_name(stem, place, len(groups))
         header, placed = build_header(group, metadata)
-        jobs = tuple(_job(number + k, out, base, ft) for k, out in enumerate(placed))
+        jobs = tuple(_job(number + k, out, base, ft, schedule(out.name)) for k, out in enumerate(placed))
         number += len(jobs)
         size = len(header) + sum(out.nbytes for out in placed)
         shards.append(ShardPlan(place, name, size, jobs, metadata))
-    return MergePlan(recipe, (base.name, ft.name), tuple(shards), stem, _facts(recipe, base, ft, stem, single_file))
+    facts = _facts(recipe, base, ft, stem, single_file)
+    warnings = tuple(schedule.check(base.tensors))
+    return MergePlan(recipe, (base.name, ft.name), tuple(shards), stem, facts, warnings)
 
 
-def _job(number: int, out: TensorInfo, base: Checkpoint, ft: Checkpoint) -> TensorJob:
+def _job(number: int, out: TensorInfo, base: Checkpoint, ft: Checkpoint, ts: tuple[float, ...]) -> TensorJob:
     name = out.name
     x, y = (Source(model.tensors[name], model.source(name)) for model in (base, ft))
-    return TensorJob(number, out, x, y, exact=x.info.dtype not in FLOAT_DTYPES)
+    return TensorJob(number, out, x, y, x.info.dtype not in FLOAT_DTYPES, ts)
+
+
+class _ScheduledTs:
+    """From a tensor's name to its t in every output; and what is wrong with the rules once all names were asked."""
+
+    def __init__(self, recipe: Recipe, base: Checkpoint) -> None:
+        self.ts, self.rules = recipe.ts, recipe.rules
+        self.schedule = Schedule(recipe.rules, base.tensors)
+        self.used: set[int | None] = set()
+        self.shared: dict[float, tuple[float, ...]] = {}  # one tuple for all tensors of one t
+
+    def __call__(self, name: str) -> tuple[float, ...]:
+        rule = self.schedule.find(name)
+        self.used.add(rule)
+        if rule is None:
+            return self.ts
+        t = self.schedule.t(rule, name)
+        return self.shared.setdefault(t, (t,) * len(self.ts))
+
+    def check(self, names: Iterable[str]) -> Iterator[str]:
+        """Warnings of rules without effect; RecipeError for one that matches no tensor."""
+        idle = [rule for k, rule in enumerate(self.rules) if k not in self.used]
+        for rule in idle:
+            if not any(map(rule.pattern.matches, names)):
+                raise RecipeError(_no_match(f"--t-for {shown(rule)}", rule.pattern, names))
+        if None not in self.used and len(self.ts) > 1:
+            raise RecipeError("Every tensor has its t from --t-for, so all outputs would be the same. Give one --t.")
+        for rule in idle:
+            yield f"--t-for {shown(rule)} has no effect: what it matches has its t from one before it."
+
+
+def _no_match(option: str, pattern: Pattern, names: Iterable[str]) -> str:
+    some = sorted(sorted(names), key=natural_key)
+    return f"{option}: matches no tensor.{pattern.hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."
 
 
 def _output_infos(recipe: Recipe, base: Checkpoint) -> list[TensorInfo]:
@@ -267,6 +314,7 @@ def _facts(recipe: Recipe, base: Checkpoint, ft: Checkpoint, stem: str, single_f
         "stem": stem,
         "base": _input_facts(base),
         "ft": _input_facts(ft),
+        **recipe.selection,
     }
 
 

@@ -126,7 +126,7 @@ def prepare(
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
     base_card = models[0].folder.path(CARD) if models[0].folder and models[0].folder.has(CARD) else None
     is_transformers = "architectures" in (models[0].config or {})
-    warnings = tuple(_warnings(models, side_files))
+    warnings = (*plan.warnings, *_warnings(models, side_files))
     samples = tuple(_sample(model) for model in models) if read_samples else ()
     del models, donor  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()

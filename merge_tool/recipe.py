@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from merge_tool.errors import RecipeError, shown
 from merge_tool.methods import METHODS
+from merge_tool.schedule import Rule, Rules, parse_rules
 
 DEFAULT_T = 0.5
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -23,7 +25,8 @@ class Recipe:
     `ts` are the interpolation parameters, one output each: 0 is the base, 1 the finetune. `dtype` is a key of
     OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats. `files_from` names the
     side whose configuration and tokenizer are copied. `on_mismatch` says what happens to integer tensors that
-    differ. Raises RecipeError for values out of range.
+    differ. `t_for` gives some tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping
+    from patterns to values; of those that match a tensor the first counts. Raises RecipeError for values out of range.
     """
 
     ts: tuple[float, ...] = (DEFAULT_T,)
@@ -33,6 +36,7 @@ class Recipe:
     files_from: str = "base"
     on_mismatch: str = "error"
     extrapolate: bool = False
+    t_for: Rules = ()
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
@@ -43,6 +47,21 @@ class Recipe:
         if self.max_shard_bytes < 1:
             raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
         object.__setattr__(self, "ts", _check_ts(self.ts, self.extrapolate))
+        object.__setattr__(self, "t_for", parse_rules(self.t_for))
+        for rule in self.rules:
+            for t in rule.values:
+                _check_range(t, self.extrapolate, f" for {shown(rule.pattern.text)}")
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """`t_for`, parsed."""
+        return self.t_for  # type: ignore[return-value]  # set so in __post_init__
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What is asked for some tensors only, in words; empty for a plain merge."""
+        found = {"t_for": [str(rule) for rule in self.rules]}
+        return {key: value for key, value in found.items() if value}
 
 
 def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
@@ -60,11 +79,15 @@ def _check_ts(values: Iterable[float], extrapolate: bool) -> tuple[float, ...]:
     for t in ts:
         if not math.isfinite(t):
             raise RecipeError(f"t is {t}, expected a finite number: 0 is the base, 1 the finetune.")
-        if not 0 <= t <= 1 and not extrapolate:
-            raise RecipeError(f"t is {label_t(t)}, expected 0 to 1. Give --extrapolate if you mean it.")
+        _check_range(t, extrapolate)
     if repeated := {t for t in ts if ts.count(t) > 1}:
         raise RecipeError(f"t = {', '.join(label_t(t) for t in sorted(repeated))} is given more than once.")
     return ts
+
+
+def _check_range(t: float, extrapolate: bool, where: str = "") -> None:
+    if not 0 <= t <= 1 and not extrapolate:
+        raise RecipeError(f"t{where} is {label_t(t)}, expected 0 to 1. Give --extrapolate if you mean it.")
 
 
 def label_t(t: float) -> str:

@@ -177,7 +177,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
-        found = describe(findings[job.number], plan.method, plan.ts[0])
+        found = describe(findings[job.number], plan.method, job.ts[0])
         if found.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
         if found.angle_degrees is None:
@@ -268,13 +268,14 @@ def report_lines(
         "method": plan.method,
         "t": t,
         "inputs": {"base": facts["base"], "ft": facts["ft"]},
-        "options": {key: facts[key] for key in ("dtype", "max_shard_bytes", "files_from", "on_mismatch")},
+        "options": {key: facts[key] for key in ("dtype", "max_shard_bytes", "files_from", "on_mismatch")}
+        | plan.recipe.selection,
         "shards": {shard.file_name: shard.size for shard in plan.shards},
     }
     yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "tensors": [\n'
-    count = plan.num_tensors
+    count, number = plan.num_tensors, plan.ts.index(t)
     for place, job in enumerate(plan.jobs(), 1):
-        content = _tensor_json(job, findings[job.number], plan.method, t)
+        content = _tensor_json(job, findings[job.number], plan.method, job.ts[number])
         yield "  " + json.dumps(content, ensure_ascii=False, allow_nan=False) + ("\n" if place == count else ",\n")
     yield " ]\n}\n"
 

@@ -363,7 +363,7 @@ class _Run:
             if not tensor.equal:
                 sums = self._sharpen(worker, tensor, sums)
                 method = METHODS[self.plan.method]
-                tensor.weights = tuple(method.weights(sums, t) for t in self.plan.ts)
+                tensor.weights = tuple(method.weights(sums, t) for t in job.ts)
         with self.changed:
             tensor.done = TensorDone(job.number, sums, tensor.equal, kept_base)
             tensor.shard.done.append(tensor.done)
@@ -430,7 +430,7 @@ class _Run:
     ) -> Array:
         """The chunk of output `number`: an input as it is, an input converted, or both combined."""
         x, y, out = arrays
-        t, done = self.plan.ts[number], tensor.done
+        t, done = tensor.job.ts[number], tensor.done
         if t in (0, 1) or tensor.equal or (done is not None and done.kept_base):
             chosen = y if t == 1 and not tensor.equal and not tensor.job.exact else x
             if chosen.dtype == out.dtype:

@@ -25,8 +25,11 @@ ARROWS: dict[str, set[str]] = {
     },
     "checkpoint.writer": {"errors"},
     "methods": set(),
-    "recipe": {"errors", "methods"},
-    "plan": {"_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe"},
+    "schedule": {"errors"},
+    "recipe": {"errors", "methods", "schedule"},
+    "plan": {
+        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "schedule",
+    },
     "memory": {"checkpoint.reader", "errors", "methods", "plan"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
     "run": {"buffers", "checkpoint.reader", "checkpoint.writer", "errors", "memory", "methods", "plan"},
@@ -44,14 +47,14 @@ ARROWS: dict[str, set[str]] = {
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
-        "run", "side_files",
+        "run", "schedule", "side_files",
     },
     "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
     "diff": {
         "checkpoint.header", "checkpoint.reader", "errors", "memory", "methods", "plan", "report",
     },
     "plot": {"diff", "errors", "recipe", "sweep"},
-    "show": {"api", "compare", "diff", "errors", "prepare", "recipe", "report", "sweep"},
+    "show": {"api", "compare", "diff", "errors", "plan", "prepare", "recipe", "report", "schedule", "sweep"},
     "cli": {
         "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
         "sweep",
