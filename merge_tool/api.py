@@ -96,6 +96,8 @@ def merge(
     on_mismatch: str = "error",
     extrapolate: bool = False,
     t_for: Rules = (),
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     report_path: str | Path | None = None,
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
@@ -117,7 +119,7 @@ def merge(
     """
     started = time.monotonic()
     ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
-    recipe = Recipe(ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for)
+    recipe = Recipe(ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude)
     report_path = None if report_path is None else Path(report_path)
     prepared = prepare(
         base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
@@ -287,6 +289,9 @@ def _command(plan: MergePlan, t: float) -> str:
             words += [option, str(value)]
     for rule in recipe.rules:
         words += ["--t-for", _quoted(str(rule), 10_000)]
+    for option, patterns in (("--only", recipe.only), ("--exclude", recipe.exclude)):
+        for pattern in patterns:
+            words += [option, _quoted(pattern, 10_000)]
     beyond = any(not 0 <= value <= 1 for value in (t, *(value for rule in recipe.rules for value in rule.values)))
     return " ".join(words + ["--extrapolate"] * beyond)
 

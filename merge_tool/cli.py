@@ -155,6 +155,15 @@ _RECIPE_OPTIONS = [
         help="Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
         "layers. Several: the first that matches counts.",
     ),
+    click.option(
+        "--only",
+        multiple=True,
+        metavar="PATTERN",
+        help="Merge only tensors whose names match; the others are BASE's, byte for byte. Several add up.",
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="Do not merge tensors whose names match. Several add up."
+    ),
     click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
     click.option(
         "--dtype",

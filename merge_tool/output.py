@@ -170,8 +170,8 @@ class Work:
     def _inputs(self) -> dict[str, list[LocalFile]]:
         sides: dict[str, dict[int, LocalFile]] = {"base": {}, "ft": {}}
         for job in self.plan.jobs():
-            sides["base"].setdefault(id(job.base.file), job.base.file)
-            sides["ft"].setdefault(id(job.ft.file), job.ft.file)
+            for side, source in zip(("base", "ft"), job.sources, strict=False):
+                sides[side].setdefault(id(source.file), source.file)
         return {side: list(files.values()) for side, files in sides.items()}
 
     def _wipe(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merge_tool.errors import RecipeError, shown
 from merge_tool.methods import METHODS
-from merge_tool.schedule import Rule, Rules, parse_rules
+from merge_tool.schedule import Pattern, Rule, Rules, parse_rules
 
 DEFAULT_T = 0.5
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -26,7 +26,9 @@ class Recipe:
     OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats. `files_from` names the
     side whose configuration and tokenizer are copied. `on_mismatch` says what happens to integer tensors that
     differ. `t_for` gives some tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping
-    from patterns to values; of those that match a tensor the first counts. Raises RecipeError for values out of range.
+    from patterns to values; of those that match a tensor the first counts. Merged are the tensors that a pattern of
+    `only` matches (all, without one) and none of `exclude`; the rest is the base's. Raises RecipeError for values out
+    of range.
     """
 
     ts: tuple[float, ...] = (DEFAULT_T,)
@@ -37,6 +39,8 @@ class Recipe:
     on_mismatch: str = "error"
     extrapolate: bool = False
     t_for: Rules = ()
+    only: Sequence[str] = ()
+    exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
@@ -48,6 +52,11 @@ class Recipe:
             raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
         object.__setattr__(self, "ts", _check_ts(self.ts, self.extrapolate))
         object.__setattr__(self, "t_for", parse_rules(self.t_for))
+        for field in ("only", "exclude"):
+            given = getattr(self, field)
+            object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
+            for text in getattr(self, field):
+                Pattern(text)
         for rule in self.rules:
             for t in rule.values:
                 _check_range(t, self.extrapolate, f" for {shown(rule.pattern.text)}")
@@ -60,7 +69,11 @@ class Recipe:
     @property
     def selection(self) -> dict[str, Any]:
         """What is asked for some tensors only, in words; empty for a plain merge."""
-        found = {"t_for": [str(rule) for rule in self.rules]}
+        found = {
+            "t_for": [str(rule) for rule in self.rules],
+            "only": list(self.only),
+            "exclude": list(self.exclude),
+        }
         return {key: value for key, value in found.items() if value}
 
 

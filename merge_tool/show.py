@@ -9,7 +9,8 @@ from merge_tool.api import MergeReport
 from merge_tool.compare import Inspection
 from merge_tool.diff import Diff, GroupDiff, TensorDiff
 from merge_tool.errors import listed, shown
-from merge_tool.plan import MergePlan, natural_key
+from merge_tool.matching import natural_key
+from merge_tool.plan import MergePlan
 from merge_tool.prepare import Prepared
 from merge_tool.recipe import label_t
 from merge_tool.report import remarks
@@ -43,6 +44,7 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
         ],
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
+        "num_kept": plan.num_kept,
         "read_bytes": prepared.read_bytes,
         "input_bytes": plan.input_bytes,
         "write_bytes": prepared.disk_bytes,
@@ -64,6 +66,8 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     many = len(plan.ts) > 1
     yield f"Plan: {plan.method} at t = {_ts(plan.ts)}; t=0 is BASE ({base}), t=1 is FT ({ft})"
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters)"
+    if plan.num_kept:
+        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are BASE's as they are"
     again = " (tensors that do not fit the memory twice)" if prepared.read_bytes > plan.input_bytes else ""
     yield f"  read      {_size(prepared.read_bytes)}{again}"
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
@@ -107,6 +111,8 @@ def _schedule(plan: MergePlan) -> list[tuple[str, list[list[float]]]]:
     schedule = Schedule(plan.recipe.rules, [job.out.name for job in plan.jobs()])
     rows: dict[str, list[list[float]]] = {}
     for job in plan.jobs() if schedule.rules else ():
+        if job.ft is None:
+            continue
         stack, layer = split_layer(job.out.name) or ("", None)
         place = "outside layers" if layer is None else f"{stack}{layer}"
         rule = schedule.find(job.out.name)

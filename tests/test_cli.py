@@ -188,8 +188,9 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 OPTIONS = [
-    "--dry-run", "--dtype", "--extrapolate", "--files-from", "--help", "--jobs", "--json", "--max-shard-size",
-    "--memory", "--method", "--on-mismatch", "--overwrite", "--quiet", "--report", "--t", "--t-for", "--version",
+    "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs", "--json",
+    "--max-shard-size", "--memory", "--method", "--on-mismatch", "--only", "--overwrite", "--quiet", "--report", "--t",
+    "--t-for", "--version",
 ]  # fmt: skip
 
 

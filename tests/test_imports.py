@@ -27,8 +27,10 @@ ARROWS: dict[str, set[str]] = {
     "methods": set(),
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
+    "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "schedule"},
     "plan": {
-        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "schedule",
+        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching", "recipe",
+        "schedule",
     },
     "memory": {"checkpoint.reader", "errors", "methods", "plan"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
@@ -51,10 +53,12 @@ ARROWS: dict[str, set[str]] = {
     },
     "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
     "diff": {
-        "checkpoint.header", "checkpoint.reader", "errors", "memory", "methods", "plan", "report",
+        "checkpoint.header", "checkpoint.reader", "errors", "matching", "memory", "methods", "report",
     },
     "plot": {"diff", "errors", "recipe", "sweep"},
-    "show": {"api", "compare", "diff", "errors", "plan", "prepare", "recipe", "report", "schedule", "sweep"},
+    "show": {
+        "api", "compare", "diff", "errors", "matching", "plan", "prepare", "recipe", "report", "schedule", "sweep",
+    },
     "cli": {
         "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
         "sweep",

@@ -1,0 +1,183 @@
+"""Which tensors are merged and with what: chosen, missing, of another shape, tied, or called otherwise."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
+from merge_tool import merge
+from merge_tool.cli import slerp_merge
+from merge_tool.methods import TILE
+from merge_tool.prepare import prepare
+from merge_tool.recipe import Recipe
+
+
+def run(*words: Any) -> Result:
+    return CliRunner().invoke(slerp_merge, [str(word) for word in words])
+
+
+def report(out: Path) -> dict[str, Any]:
+    content = json.loads((out / "merge_report.json").read_text())
+    return {tensor["name"]: tensor for tensor in content["tensors"]}
+
+
+def check_parts(out: Path, whole: Path, base: dict[str, Any], kept: set[str]) -> None:
+    """`out` has BASE's bytes of what is in `kept`, and the bytes of the merge of everything else."""
+    found, merged = load_folder(out), load_folder(whole)
+    assert found.keys() == base.keys()
+    assert kept <= base.keys()
+    for name, array in found.items():
+        expected = base[name] if name in kept else merged[name]
+        assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+        assert array.tobytes() == expected.tobytes(), name
+
+
+# ------------------------------------------------------------------------------------------- choosing
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--only", "self_attn"], lambda name: "self_attn" not in name),
+        (["--only", "self_attn", "--only", "*norm*"], lambda name: "self_attn" not in name and "norm" not in name),
+        (["--exclude", "lm_head", "--exclude", "embed"], lambda name: "lm_head" in name or "embed" in name),
+        (["--only", "layers", "--exclude", r"re:layers\.(0|2)"], lambda name: "layers.1." not in name),
+    ],
+)
+def test_what_is_not_chosen_is_the_bases(tmp_path: Path, pair: tuple[Path, Path], words: list[str], kept: Any) -> None:
+    x = language_model(0)
+    run(*pair, tmp_path / "whole", "--t", "0.3")
+    result = run(*pair, tmp_path / "out", "--t", "0.3", *words)
+    assert (result.exit_code, result.stderr) == (0, "")
+    names = {name for name in x if kept(name)}
+    check_parts(tmp_path / "out", tmp_path / "whole", x, names)
+    assert f"{len(names)} tensors are not merged: they are the base's." in result.stdout
+    told, whole = report(tmp_path / "out"), report(tmp_path / "whole")
+    for name in x:
+        if name in names:
+            assert told[name] == {
+                "name": name, "shape": list(x[name].shape), "dtype": "BF16", "dtype_base": "BF16", "dtype_ft": None,
+                "t": 0.0, "equal": False, "note": "not chosen: base kept", "weights": [1.0, 0.0],
+            }  # fmt: skip
+        else:
+            assert told[name] == whole[name]
+
+
+def odd_base() -> dict[str, Any]:
+    """What no merge could take, beside a tensor that it can."""
+    rng = np.random.default_rng(0)
+    return {
+        "merged": rng.standard_normal(1000).astype(np.float32),
+        "odd.nan": np.full(3 * TILE + 5, np.nan, np.float32),
+        "odd.payloads": rng.integers(0, 2**16, 70_001, dtype=np.uint16).view(BF16),
+        "odd.eight": np.arange(256, dtype=np.uint8).view(DTYPES["F8_E4M3"]),
+        "odd.ids": np.arange(10),
+        "odd.empty": np.zeros((0, 3), np.float64),
+        "odd.scalar": np.array(-np.inf),
+    }
+
+
+def test_copies_are_bit_for_bit_whatever_they_hold_and_ft_has(tmp_path: Path) -> None:
+    """NaN with any payload, infinity, 8-bit floats, integers: also where FT lacks it, or has another shape or type."""
+    x = odd_base()
+    y = {"merged": x["merged"] + 1, "odd.nan": np.zeros(3), "odd.ids": np.ones(10), "odd.extra": np.zeros(2)}
+    base, ft = save_model(tmp_path / "base", x), save_model(tmp_path / "ft", y, shards=2)
+    for number, jobs in enumerate((1, 4)):
+        merge(base, ft, tmp_path / str(number), exclude=["odd."], dtype="float16", jobs=jobs)
+        out = load_folder(tmp_path / str(number))
+        assert out.keys() == x.keys()
+        assert out.pop("merged").dtype == np.float16
+        for name, array in out.items():
+            assert (array.dtype, array.shape, array.tobytes()) == (x[name].dtype, x[name].shape, x[name].tobytes())
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
+def test_copies_take_part_in_several_outputs_and_in_resuming(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    options: Any = {"only": "mlp", "t_for": {"layers.1.": 0.9}, "max_shard_bytes": 20_000}
+    merge(*pair, tmp_path / "many", (0.2, 0.4), **options)
+    for t in (0.2, 0.4):
+        merge(*pair, tmp_path / str(t), t, **options)
+        assert contents(tmp_path / str(t)) == contents(tmp_path / f"many/t-{t}")
+
+    class Stop(Exception):
+        pass
+
+    told = []
+
+    def stop(nbytes: int, name: str) -> None:
+        told.append(nbytes)
+        if len(told) == 30:
+            raise Stop
+
+    with pytest.raises(Stop):
+        merge(*pair, tmp_path / "stopped", 0.2, on_progress=stop, **options)
+    assert "only was ['mlp'], now None" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
+    merge(*pair, tmp_path / "stopped", 0.2, **options)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "0.2")
+
+
+def test_progress_and_the_plan_count_what_is_read(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    x, seen, total = language_model(0), [], []
+    merge(*pair, tmp_path / "out", only="mlp", on_start=total.append, on_progress=lambda n, name: seen.append(n))
+    nbytes = sum(a.nbytes for a in x.values())
+    assert total == [sum(seen)] == [2 * nbytes + sum(a.nbytes for name, a in x.items() if "mlp" in name)]
+    result = run(*pair, tmp_path / "plan", "--only", "mlp", "--dry-run")
+    assert f"  merged    3; {len(x) - 3} are BASE's as they are\n" in result.stdout
+    assert prepare(*pair, tmp_path / "plan", Recipe(only="mlp")).read_bytes == total[0] - nbytes
+
+
+def test_the_cards_command_chooses_the_same(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    merge(*pair, tmp_path / "out", 0.3, only=["self_attn", "*norm*"], exclude=r"re:layers\.0\.")
+    words = shlex.split((tmp_path / "out/README.md").read_text().split("```")[1])
+    run(*pair, tmp_path / "again", *words[4:])
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    assert "tensors are not merged" in (tmp_path / "out/README.md").read_text()
+    assert run(*pair, tmp_path / "out", *words[4:]).stdout.endswith("already complete, nothing to do.\n")
+    assert "not the result of this merge" in run(*pair, tmp_path / "out", *words[4:6]).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--only", "self_atn"], "--only self_atn: matches no tensor. The tensors are lm_head.weight, "),
+        (["--exclude", "mlp.*"], "--exclude mlp.*: matches no tensor. A glob must match the whole name"),
+        (["--only", "mlp", "--only", "nothing"], "--only nothing: matches no tensor."),
+        (["--exclude", "*"], "--only and --exclude leave no tensor to merge."),
+        (["--only", "mlp", "--exclude", "up_proj"], "--only and --exclude leave no tensor to merge."),
+        (["--exclude", "re:["], "The pattern 're:[' is not a regular expression"),
+        (["--exclude", ""], "The pattern '' is empty"),
+    ],
+)
+def test_choices_that_make_no_sense(tmp_path: Path, pair: tuple[Path, Path], words: list[str], expected: str) -> None:
+    result = run(*pair, tmp_path / "out", *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert expected in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_for_what_is_not_merged_is_warned_of(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    result = run(*pair, tmp_path / "out", "--exclude", "mlp", "--t-for", "mlp=1", "--dry-run")
+    assert "Warning: --t-for mlp=1 has no effect: what it matches is not merged, or" in result.stderr
+
+
+def test_models_that_are_equal_where_they_are_merged_are_said_to_be(tmp_path: Path) -> None:
+    x = language_model(0)
+    y = {name: x[name] if "mlp" in name else array for name, array in language_model(1).items()}
+    base, ft = save_model(tmp_path / "base", x), save_model(tmp_path / "ft", y)
+    result = run(base, ft, tmp_path / "out", "--only", "mlp")
+    assert "the same in every tensor that is merged: the output is the base." in result.stderr
+
+
+def test_a_single_file_is_chosen_from_alike(tmp_path: Path) -> None:
+    x, y = {"a": np.zeros(3), "b": np.full(2, np.nan)}, {"a": np.ones(3)}
+    save_file(x, tmp_path / "x.safetensors")
+    save_file(y, tmp_path / "y.safetensors")
+    merge(tmp_path / "x.safetensors", tmp_path / "y.safetensors", tmp_path / "o.safetensors", exclude="b")
+    assert load_file(tmp_path / "o.safetensors")["b"].tobytes() == x["b"].tobytes()
