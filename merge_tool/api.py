@@ -98,6 +98,7 @@ def merge(
     t_for: Rules = (),
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    on_missing: str = "error",
     report_path: str | Path | None = None,
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
@@ -119,7 +120,9 @@ def merge(
     """
     started = time.monotonic()
     ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
-    recipe = Recipe(ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude)
+    recipe = Recipe(
+        ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude, on_missing
+    )
     report_path = None if report_path is None else Path(report_path)
     prepared = prepare(
         base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
@@ -284,6 +287,7 @@ def _command(plan: MergePlan, t: float) -> str:
         ("--max-shard-size", recipe.max_shard_bytes, DEFAULT_MAX_SHARD_BYTES),
         ("--files-from", recipe.files_from, "base"),
         ("--on-mismatch", recipe.on_mismatch, "error"),
+        ("--on-missing", recipe.on_missing, "error"),
     ):
         if value != default:
             words += [option, str(value)]

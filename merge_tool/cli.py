@@ -189,7 +189,13 @@ _RECIPE_OPTIONS = [
         "--on-mismatch",
         type=click.Choice(ON_MISMATCH),
         default="error",
-        help="What to do with integer tensors that differ: stop, or keep BASE's.",
+        help="What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
+    ),
+    click.option(
+        "--on-missing",
+        type=click.Choice(ON_MISMATCH),
+        default="error",
+        help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
     ),
     click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1."),
 ]

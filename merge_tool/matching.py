@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from merge_tool.checkpoint.header import TensorInfo
@@ -13,6 +13,8 @@ from merge_tool.recipe import Recipe
 from merge_tool.schedule import Pattern
 
 NOT_CHOSEN = "not chosen: base kept"
+MISSING = "not in the finetune: base kept"
+UNLIKE = "another shape or type in the finetune: base kept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +22,25 @@ class Matching:
     """What becomes of BASE's tensors: those in `kept` stay as they are, for the reason told; the others are merged."""
 
     kept: Mapping[str, str]
+    warnings: tuple[str, ...]
 
 
 def match_tensors(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> Matching:
     """Find each tensor's fate. Raises MismatchError with all that does not fit, unless the recipe says what to do then;
     RecipeError for a pattern that matches nothing, and where nothing is left to merge."""
     unchosen = _unchosen(recipe, base.tensors.keys() | ft.tensors.keys())
-    _check_same_tensors(base, ft, unchosen)
-    kept = {name: NOT_CHOSEN for name in base.tensors if name in unchosen}
+    differences = _differences(base, ft, unchosen)
+    _check(recipe, base, ft, differences)
+    kept = dict.fromkeys((name for name in base.tensors if name in unchosen), NOT_CHOSEN)
     if len(kept) == len(base.tensors):
         raise RecipeError("--only and --exclude leave no tensor to merge.")
-    return Matching(kept)
+    kept |= dict.fromkeys(differences.lacking, MISSING)
+    kept |= dict.fromkeys((name for name, _ in (*differences.shapes, *differences.kinds)), UNLIKE)
+    if len(kept) == len(base.tensors):
+        raise MismatchError(
+            f"{base.name} and {ft.name} have no tensor in common that could be merged. Are these related models?"
+        )
+    return Matching(kept, tuple(_warnings(base, ft, differences)))
 
 
 def _unchosen(recipe: Recipe, names: Iterable[str]) -> frozenset[str]:
@@ -61,32 +71,70 @@ def natural_key(name: str) -> str:
     return re.sub(r"[0-9]+", lambda digits: f"{len(digits[0].lstrip('0')):06d}{digits[0].lstrip('0')}", name)
 
 
-# --------------------------------------------------------------------------------------------- checks
+# ---------------------------------------------------------------------------------------- differences
 
 
-def _check_same_tensors(base: Checkpoint, ft: Checkpoint, unchosen: frozenset[str]) -> None:
-    """Raise MismatchError unless both have the same tensors with the same shapes and kinds, as far as chosen."""
-    problems = []
-    for here, there in ((base, ft), (ft, base)):
-        if only := sorted(sorted(here.tensors.keys() - there.tensors.keys() - unchosen), key=natural_key):
-            problems.append(f"{len(only):,} tensors only in {here.name}: {listed(only)}")
+@dataclass(frozen=True, slots=True)
+class _Differences:
+    """Names in natural order: those that one side lacks; (name, both sides in words) of those that do not fit."""
+
+    lacking: list[str]
+    extra: list[str]
+    shapes: list[tuple[str, str]]
+    kinds: list[tuple[str, str]]
+
+
+def _differences(base: Checkpoint, ft: Checkpoint, unchosen: frozenset[str]) -> _Differences:
+    """All that does not fit, as far as it is chosen."""
+    lacking, extra = (
+        sorted(sorted(here.tensors.keys() - there.tensors.keys() - unchosen), key=natural_key)
+        for here, there in ((base, ft), (ft, base))
+    )
     shapes, kinds = [], []
     for name in sorted((base.tensors.keys() & ft.tensors.keys()) - unchosen):
         a, b = base.tensors[name], ft.tensors[name]
         if a.shape != b.shape:
-            shapes.append(f"{shown(name)}: {list(a.shape)} in {base.name}, {list(b.shape)} in {ft.name}{_vocab(a, b)}")
+            shapes.append((name, f"{list(a.shape)} in {base.name}, {list(b.shape)} in {ft.name}{_vocab(a, b)}"))
         elif a.dtype != b.dtype and not {a.dtype, b.dtype} <= FLOAT_DTYPES:
-            kinds.append(f"{shown(name)}: {a.dtype} in {base.name}, {b.dtype} in {ft.name}")
-    if shapes:
-        problems.append(f"{len(shapes):,} shapes differ:\n    " + _first_lines(shapes))
-    if kinds:
-        problems.append(f"{len(kinds):,} dtypes cannot be merged:\n    " + _first_lines(kinds))
+            kinds.append((name, f"{a.dtype} in {base.name}, {b.dtype} in {ft.name}"))
+    return _Differences(lacking, extra, shapes, kinds)
+
+
+def _check(recipe: Recipe, base: Checkpoint, ft: Checkpoint, found: _Differences) -> None:
+    """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
+    problems, ways = [], []
+    if recipe.on_missing == "error":
+        for names, where in ((found.lacking, base.name), (found.extra, ft.name)):
+            if names:
+                problems.append(f"{len(names):,} tensors only in {where}: {listed(names)}")
+        if problems:
+            ways.append("--on-missing base: what only BASE has is taken as it is, what only FT has is left out.")
+    if recipe.on_mismatch == "error":
+        for unlike, what in ((found.shapes, "shapes differ"), (found.kinds, "dtypes cannot be merged")):
+            if unlike:
+                lines = [f"{shown(name)}: {sides}" for name, sides in unlike]
+                problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
+        if found.shapes or found.kinds:
+            ways.append("--on-mismatch base: such tensors are BASE's as they are.")
     if problems:
         raise MismatchError(
             f"{base.name} and {ft.name} do not have the same tensors.\n  "
             + "\n  ".join(problems)
-            + "\nBoth must be the same architecture, with one vocabulary."
+            + "\nBoth must be the same architecture, with one vocabulary. If you know better:\n  "
+            + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
         )
+
+
+def _warnings(base: Checkpoint, ft: Checkpoint, found: _Differences) -> Iterator[str]:
+    """What is kept and left out although nobody chose it tensor by tensor."""
+    unlike = [name for name, _ in (*found.shapes, *found.kinds)]
+    for names, what in (
+        (found.lacking, f"are not in {ft.name}; {base.name}'s are kept"),
+        (found.extra, f"are only in {ft.name}; they are left out"),
+        (unlike, f"have another shape or type in {ft.name}; {base.name}'s are kept"),
+    ):
+        if names:
+            yield f"{len(names):,} tensors {what}: {listed(names, 50)}."
 
 
 def _first_lines(lines: list[str], most: int = 5) -> str:

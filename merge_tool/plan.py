@@ -182,7 +182,7 @@ def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str
         size = len(header) + sum(out.nbytes for out in placed)
         shards.append(ShardPlan(place, name, size, jobs, metadata))
     facts = _facts(recipe, base, ft, stem, single_file)
-    warnings = tuple(schedule.check(base.tensors))
+    warnings = (*matching.warnings, *schedule.check(base.tensors))
     return MergePlan(recipe, (base.name, ft.name), tuple(shards), stem, facts, warnings)
 
 

@@ -25,10 +25,10 @@ class Recipe:
     `ts` are the interpolation parameters, one output each: 0 is the base, 1 the finetune. `dtype` is a key of
     OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats. `files_from` names the
     side whose configuration and tokenizer are copied. `on_mismatch` says what happens to integer tensors that
-    differ. `t_for` gives some tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping
-    from patterns to values; of those that match a tensor the first counts. Merged are the tensors that a pattern of
-    `only` matches (all, without one) and none of `exclude`; the rest is the base's. Raises RecipeError for values out
-    of range.
+    differ and to tensors of another shape or type, `on_missing` to those that only one side has. `t_for` gives some
+    tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping from patterns to values;
+    of those that match a tensor the first counts. Merged are the tensors that a pattern of `only` matches (all,
+    without one) and none of `exclude`; the rest is the base's. Raises RecipeError for values out of range.
     """
 
     ts: tuple[float, ...] = (DEFAULT_T,)
@@ -41,6 +41,7 @@ class Recipe:
     t_for: Rules = ()
     only: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    on_missing: str = "error"
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
@@ -48,6 +49,7 @@ class Recipe:
             _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
         _check_choice("files_from", self.files_from, SIDES)
         _check_choice("on_mismatch", self.on_mismatch, ON_MISMATCH)
+        _check_choice("on_missing", self.on_missing, ON_MISMATCH)
         if self.max_shard_bytes < 1:
             raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
         object.__setattr__(self, "ts", _check_ts(self.ts, self.extrapolate))
@@ -68,11 +70,12 @@ class Recipe:
 
     @property
     def selection(self) -> dict[str, Any]:
-        """What is asked for some tensors only, in words; empty for a plain merge."""
+        """What is asked of some tensors only, in words; empty for a plain merge."""
         found = {
             "t_for": [str(rule) for rule in self.rules],
             "only": list(self.only),
             "exclude": list(self.exclude),
+            "on_missing": "" if self.on_missing == "error" else self.on_missing,
         }
         return {key: value for key, value in found.items() if value}
 

@@ -181,3 +181,84 @@ def test_a_single_file_is_chosen_from_alike(tmp_path: Path) -> None:
     save_file(y, tmp_path / "y.safetensors")
     merge(tmp_path / "x.safetensors", tmp_path / "y.safetensors", tmp_path / "o.safetensors", exclude="b")
     assert load_file(tmp_path / "o.safetensors")["b"].tobytes() == x["b"].tobytes()
+
+
+# ------------------------------------------------------------------------------- missing and mismatched
+
+
+def unlike_pair(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """FT lacks a tensor, has one of its own, and has three in another shape or type."""
+    x, y = language_model(0), language_model(1)
+    x["ids"], y["ids"] = np.arange(4), np.zeros(4, np.float32)
+    del y["model.norm.bias"]
+    y["value_head.weight"] = np.zeros(3, np.float32)
+    y["model.embed_tokens.weight"] = np.zeros((104, 32), BF16)
+    y["lm_head.weight"] = np.zeros((104, 32), BF16)
+    return save_model(tmp_path / "base", x, shards=2), save_model(tmp_path / "ft", y, shards=3), x
+
+
+UNLIKE = {"ids", "lm_head.weight", "model.embed_tokens.weight"}
+
+
+def test_what_ft_lacks_or_has_otherwise_is_the_bases_if_asked(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    base, ft, x = unlike_pair(tmp_path / "unlike")
+    result = run(base, ft, tmp_path / "out", "--on-missing", "base", "--on-mismatch", "base", "--dtype", "base")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "Warning: 1 tensors are not in ft; base's are kept: model.norm.bias.",
+        "Warning: 1 tensors are only in ft; they are left out: value_head.weight.",
+        "Warning: 3 tensors have another shape or type in ft; base's are kept: "
+        "lm_head.weight, model.embed_tokens.weight, ids.",
+    ]
+    kept = UNLIKE | {"model.norm.bias"}
+    whole = load_folder(tmp_path / "out")
+    assert whole.keys() == x.keys()
+    merge(*pair, tmp_path / "whole")
+    plain = load_folder(tmp_path / "whole")
+    for name in x:
+        assert whole[name].tobytes() == (x[name] if name in kept else plain[name]).tobytes()
+    told = report(tmp_path / "out")
+    assert told["model.norm.bias"]["note"] == "not in the finetune: base kept"
+    assert {n for n in x if told[n].get("note") == "another shape or type in the finetune: base kept"} == UNLIKE
+    words = shlex.split((tmp_path / "out/README.md").read_text().split("```")[1])[4:]
+    run(base, ft, tmp_path / "again", *words)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("words", "listed", "helps"),
+    [
+        ([], {"only in base", "only in ft", "shapes differ", "dtypes"}, {"--on-missing base", "--on-mismatch base"}),
+        (["--on-missing", "base"], {"shapes differ", "dtypes"}, {"--on-mismatch base"}),
+        (["--on-mismatch", "base"], {"only in base", "only in ft"}, {"--on-missing base"}),
+        (["--exclude", "norm.bias", "--exclude", "value"], {"shapes differ", "dtypes"}, {"--on-mismatch base"}),
+        (["--exclude", "embed", "--exclude", "lm_head"], {"only in base", "only in ft", "dtypes"},
+         {"--on-missing base", "--on-mismatch base"}),
+    ],
+)  # fmt: skip
+def test_each_option_allows_its_own_and_the_rest_is_listed_at_once(
+    tmp_path: Path, words: list[str], listed: set[str], helps: set[str]
+) -> None:
+    base, ft, _ = unlike_pair(tmp_path)
+    result = run(base, ft, tmp_path / "out", *words, "--dry-run")
+    assert result.exit_code == 1
+    for what in ("only in base", "only in ft", "shapes differ", "dtypes"):
+        assert (f" {what}" in result.stderr) == (what in listed)
+    for option in ("--on-missing base", "--on-mismatch base"):
+        assert (f"  {option}:" in result.stderr) == (option in helps)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_excluded_needs_no_option(tmp_path: Path) -> None:
+    base, ft, x = unlike_pair(tmp_path)
+    result = run(base, ft, tmp_path / "out", "--only", "layers")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert load_folder(tmp_path / "out").keys() == x.keys()
+
+
+def test_models_without_a_tensor_in_common_are_no_merge(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", {"a": np.zeros(3), "b": np.zeros(3)})
+    ft = save_model(tmp_path / "ft", {"a": np.zeros(4), "c": np.zeros(3)})
+    result = run(base, ft, tmp_path / "out", "--on-missing", "base", "--on-mismatch", "base")
+    assert result.exit_code == 1
+    assert "base and ft have no tensor in common that could be merged. Are these related models?" in result.stderr
