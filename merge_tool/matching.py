@@ -10,6 +10,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
 from merge_tool.recipe import Recipe
+from merge_tool.renaming import Renaming, find_renaming, renaming_warnings
 from merge_tool.schedule import Pattern
 
 NOT_CHOSEN = "not chosen: base kept"
@@ -22,6 +23,7 @@ class Matching:
     """What becomes of BASE's tensors: those in `kept` stay as they are, for the reason told; the others are merged."""
 
     kept: Mapping[str, str]
+    ft_names: Mapping[str, str]  # where FT calls them otherwise
     warnings: tuple[str, ...]
 
 
@@ -29,7 +31,8 @@ def match_tensors(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> Matching:
     """Find each tensor's fate. Raises MismatchError with all that does not fit, unless the recipe says what to do then;
     RecipeError for a pattern that matches nothing, and where nothing is left to merge."""
     unchosen = _unchosen(recipe, base.tensors.keys() | ft.tensors.keys())
-    differences = _differences(base, ft, unchosen)
+    renaming = find_renaming(base, ft)
+    differences = _differences(base, ft, renaming, unchosen)
     _check(recipe, base, ft, differences)
     kept = dict.fromkeys((name for name in base.tensors if name in unchosen), NOT_CHOSEN)
     if len(kept) == len(base.tensors):
@@ -40,7 +43,8 @@ def match_tensors(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> Matching:
         raise MismatchError(
             f"{base.name} and {ft.name} have no tensor in common that could be merged. Are these related models?"
         )
-    return Matching(kept, tuple(_warnings(base, ft, differences)))
+    told = (*renaming_warnings(base, ft, renaming, unchosen), *_warnings(base, ft, differences))
+    return Matching(kept, renaming.ft_names, told)
 
 
 def _unchosen(recipe: Recipe, names: Iterable[str]) -> frozenset[str]:
@@ -84,15 +88,16 @@ class _Differences:
     kinds: list[tuple[str, str]]
 
 
-def _differences(base: Checkpoint, ft: Checkpoint, unchosen: frozenset[str]) -> _Differences:
+def _differences(base: Checkpoint, ft: Checkpoint, renaming: Renaming, unchosen: frozenset[str]) -> _Differences:
     """All that does not fit, as far as it is chosen."""
+    ft_names = renaming.ft_names
     lacking, extra = (
-        sorted(sorted(here.tensors.keys() - there.tensors.keys() - unchosen), key=natural_key)
-        for here, there in ((base, ft), (ft, base))
+        sorted(sorted(here.tensors.keys() - there.tensors.keys() - known - unchosen), key=natural_key)
+        for here, there, known in ((base, ft, ft_names.keys()), (ft, base, renaming.explained))
     )
     shapes, kinds = [], []
-    for name in sorted((base.tensors.keys() & ft.tensors.keys()) - unchosen):
-        a, b = base.tensors[name], ft.tensors[name]
+    for name in sorted((base.tensors.keys() & ft.tensors.keys() | ft_names.keys()) - unchosen):
+        a, b = base.tensors[name], ft.tensors[ft_names.get(name, name)]
         if a.shape != b.shape:
             shapes.append((name, f"{list(a.shape)} in {base.name}, {list(b.shape)} in {ft.name}{_vocab(a, b)}"))
         elif a.dtype != b.dtype and not {a.dtype, b.dtype} <= FLOAT_DTYPES:

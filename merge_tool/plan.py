@@ -194,7 +194,8 @@ def _job(
     x = Source(base.tensors[name], base.source(name))
     if name in matching.kept:
         return TensorJob(number, out, x, None, False, ts, matching.kept[name])
-    y = Source(ft.tensors[name], ft.source(name))
+    ft_name = matching.ft_names.get(name, name)
+    y = Source(ft.tensors[ft_name], ft.source(ft_name))
     return TensorJob(number, out, x, y, x.info.dtype not in FLOAT_DTYPES, ts)
 
 

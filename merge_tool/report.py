@@ -136,6 +136,8 @@ def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dic
         "t": t,
         "equal": finding.equal,
     }
+    if job.ft is not None and job.ft.info.name != job.out.name:
+        content["name_ft"] = job.ft.info.name
     if note := found.note or job.note:
         content["note"] = note
     if job.ft is None:

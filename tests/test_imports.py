@@ -27,7 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "methods": set(),
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
-    "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "schedule"},
+    "renaming": {"checkpoint.reader", "errors"},
+    "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching", "recipe",
         "schedule",

@@ -17,6 +17,7 @@ from merge_tool.cli import slerp_merge
 from merge_tool.methods import TILE
 from merge_tool.prepare import prepare
 from merge_tool.recipe import Recipe
+from oracle import float64_merge
 
 
 def run(*words: Any) -> Result:
@@ -262,3 +263,177 @@ def test_models_without_a_tensor_in_common_are_no_merge(tmp_path: Path) -> None:
     result = run(base, ft, tmp_path / "out", "--on-missing", "base", "--on-mismatch", "base")
     assert result.exit_code == 1
     assert "base and ft have no tensor in common that could be merged. Are these related models?" in result.stderr
+
+
+# --------------------------------------------------------------------------------- prefixes and heads
+
+
+def config_of(tied: bool | None) -> dict[str, Any]:
+    return {"architectures": ["X"]} | ({} if tied is None else {"tie_word_embeddings": tied})
+
+
+def renamed(tensors: dict[str, Any], ours: str, theirs: str) -> dict[str, Any]:
+    return {theirs + n.removeprefix(ours) if n.startswith(ours) else n: a for n, a in tensors.items()}
+
+
+def check_same_weights(out: Path, whole: Path) -> None:
+    found, expected = load_folder(out), load_folder(whole)
+    assert found.keys() == expected.keys()
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("base_prefix", "ft_prefix", "count"),
+    [
+        ("model.", "", 24),
+        ("", "model.", 24),
+        ("transformer.", "", 24),
+        ("model.", "model.language_model.", 24),
+        ("language_model.model.", "model.language_model.", 24),
+        ("model.", "base_model.model.model.", 24),
+    ],
+)
+def test_prefixes_of_one_side_do_not_matter(tmp_path: Path, base_prefix: str, ft_prefix: str, count: int) -> None:
+    x, y = (renamed(language_model(seed), "model.", base_prefix) for seed in (0, 1))
+    base = save_model(tmp_path / "base", x, shards=2)
+    merge(base, save_model(tmp_path / "plain/ft", y), tmp_path / "whole", 0.3)
+    ft = save_model(tmp_path / "ft", renamed(y, base_prefix, ft_prefix) if base_prefix else
+                    {n if n == "lm_head.weight" else ft_prefix + n: a for n, a in y.items()}, shards=3)  # fmt: skip
+    result = run(base, ft, tmp_path / "out", "--t", "0.3")
+    assert (result.exit_code, result.stderr.count("Warning")) == (0, 1)
+    assert f"Warning: {count} tensors have the prefix '{ft_prefix}' in ft, '{base_prefix}' in base: " in result.stderr
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+    told = report(tmp_path / "out")
+    assert told[f"{base_prefix}norm.bias"]["name_ft"] == f"{ft_prefix}norm.bias"
+    assert "name_ft" not in told["lm_head.weight"]
+
+
+def test_a_wrapper_around_everything_does_not_matter(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    ft = save_model(tmp_path / "wrapped", {f"module._orig_mod.{n}": a for n, a in language_model(1).items()})
+    result = run(pair[0], ft, tmp_path / "out", "--t-for", "model.layers.1.=1", "--exclude", "model.norm")
+    assert result.exit_code == 0
+    run(*pair, tmp_path / "whole", "--t-for", "model.layers.1.=1", "--exclude", "model.norm")
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("side", ["base", "ft"])
+def test_names_that_could_mean_two_tensors_are_not_guessed(tmp_path: Path, side: str) -> None:
+    rng = np.random.default_rng(0)
+    one = {f"layers.{n}.w": rng.standard_normal(3) for n in range(2)} | {"other": rng.standard_normal(3)}
+    two = {f"{p}.layers.{n}.w": one[f"layers.{n}.w"] for p in ("model", "language_model") for n in range(2)}
+    two["other"] = one["other"]
+    models = {"base": save_model(tmp_path / "one", one), "ft": save_model(tmp_path / "two", two)}
+    if side == "base":
+        models = {"base": models["ft"], "ft": models["base"]}
+    result = run(models["base"], models["ft"], tmp_path / "out")
+    assert result.exit_code == 1
+    assert "4 tensors only in two: " in result.stderr
+    assert "2 tensors only in one: " in result.stderr
+
+
+def test_shapes_are_compared_across_names(tmp_path: Path) -> None:
+    x = {"model.a": np.zeros((3, 4)), "b": np.ones(2)}
+    base = save_model(tmp_path / "base", x)
+    ft = save_model(tmp_path / "ft", {"a": np.zeros((4, 3)), "b": np.zeros(2)})
+    result = run(base, ft, tmp_path / "out")
+    assert "1 shapes differ:\n    model.a: [3, 4] in base, [4, 3] in ft\n" in result.stderr
+    assert "only in" not in result.stderr
+
+
+@pytest.mark.parametrize("tied", [True, None])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_head_that_ft_ties_is_its_embedding(tmp_path: Path, tied: bool | None, prefix: str) -> None:
+    x, y = language_model(0), language_model(1)
+    base = save_model(tmp_path / "base", x, shards=2, config=config_of(False))
+    del y["lm_head.weight"]
+    ft = save_model(tmp_path / "ft", renamed(y, "model.", prefix), config=config_of(tied))
+    whole = save_model(tmp_path / "whole-ft", y | {"lm_head.weight": y["model.embed_tokens.weight"]})
+    merge(base, whole, tmp_path / "whole", 0.4)
+    result = run(base, ft, tmp_path / "out", "--t", "0.4")
+    assert result.exit_code == 0
+    assert (
+        "Warning: lm_head.weight is not in ft, whose head is tied: merged with its input embedding "
+        f"{prefix}embed_tokens.weight. The output has a head of its own, as base.\n"
+    ) in result.stderr
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert report(tmp_path / "out")["lm_head.weight"]["name_ft"] == f"{prefix}embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("ft_tied", "reason"), [(True, "a copy, says its config"), (False, "what it learned apart is lost")]
+)
+def test_a_head_that_base_ties_stays_tied(tmp_path: Path, ft_tied: bool, reason: str) -> None:
+    x, y = language_model(0), language_model(1)
+    del x["lm_head.weight"]
+    base = save_model(tmp_path / "base", x, config=config_of(True))
+    ft = save_model(tmp_path / "ft", y, shards=2, config=config_of(ft_tied))
+    result = run(base, ft, tmp_path / "out", "--t", "0.4")
+    assert result.exit_code == 0
+    assert (
+        "Warning: base ties its head to model.embed_tokens.weight, and so does the output: lm_head.weight of ft is "
+        f"left out ({reason}).\n"
+    ) in result.stderr
+    del y["lm_head.weight"]
+    merge(base, save_model(tmp_path / "headless", y), tmp_path / "whole", 0.4)
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert run(base, ft, tmp_path / "mlp", "--only", "mlp").stderr.count("ties its head") == 0
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "more"),
+    [
+        ("lm_head.weight", {}, {"tie_word_embeddings": False}),
+        ("lm_head.weight", {}, {"text_config": {"tie_word_embeddings": False}}),
+        ("lm_head.weight", {"other.embed_tokens.weight": np.zeros((100, 32), BF16)}, {}),
+        ("score.weight", {}, {}),
+    ],
+)
+def test_heads_that_are_not_clearly_tied_are_missing(
+    tmp_path: Path, here: str, there: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """The config denies it, two embeddings might be it, or it is another head: on either side."""
+    both = {n: a for n, a in language_model(0).items() if n != "lm_head.weight"} | there
+    full = save_model(tmp_path / "full", both | {here: np.zeros((100, 32), BF16)})
+    less = save_model(tmp_path / "less", both, config=config_of(None) | more)
+    for pair in ((full, less), (less, full)):
+        result = run(*pair, tmp_path / "out", "--dry-run")
+        assert result.exit_code == 1
+        assert f"1 tensors only in full: {here}\n" in result.stderr
+        assert "--on-missing base" in result.stderr
+
+
+def test_tied_heads_of_another_vocabulary_are_a_mismatch(tmp_path: Path) -> None:
+    y = language_model(1, vocab=104)
+    del y["lm_head.weight"]
+    base, ft = save_model(tmp_path / "base", language_model(0)), save_model(tmp_path / "ft", y)
+    error = run(base, ft, tmp_path / "out").stderr
+    assert "lm_head.weight: [100, 32] in base, [104, 32] in ft (a vocabulary mismatch: 100 and 104 tokens)" in error
+    assert "only in" not in error
+
+
+@pytest.mark.parametrize("tied", ["base", "ft", "inner"])
+def test_transformers_loads_what_was_resolved(tmp_path: Path, tied: str) -> None:
+    """Llamas of which one ties its head, and one saved without its head, loaded without a missing or unexpected key."""
+    pytest.importorskip("torch")
+    import transformers as hf
+
+    sizes: Any = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=tied != "ft"))
+    ft = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=tied != "base"))
+    base.save_pretrained(tmp_path / "base")
+    (ft.model if tied == "inner" else ft).save_pretrained(tmp_path / "ft")
+    warnings: list[str] = []
+    merge(tmp_path / "base", tmp_path / "ft", tmp_path / "out", 0.3, on_warning=warnings.append)
+    assert any("prefix" in w if tied == "inner" else "head" in w for w in warnings)
+    loaded, info = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    x, y, merged = (model.state_dict() for model in (base, ft, loaded))
+    for name in merged:
+        other = y["model.embed_tokens.weight" if name == "lm_head.weight" and tied != "inner" else name]
+        np.testing.assert_allclose(
+            merged[name], float64_merge(x[name].numpy(), other.numpy(), 0.3), rtol=1e-5, atol=1e-7
+        )
