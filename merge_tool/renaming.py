@@ -17,6 +17,7 @@ _WRAPPERS = frozenset({
     "model", "transformer", "language_model", "text_model", "base_model", "module", "backbone", "gpt_neox", "bert",
     "roberta", "distilbert", "deberta", "electra", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
 })  # fmt: skip
+_MOST_WRAPPERS = 8
 _HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight")
 
@@ -58,10 +59,11 @@ def _core(name: str) -> str:
     >>> _core("base_model.model.model.layers.0.mlp.up_proj.weight"), _core("model")
     ('layers.0.mlp.up_proj.weight', 'model')
     """
-    first, dot, rest = name.partition(".")
-    while dot and first in _WRAPPERS:
-        name = rest
+    for _ in range(_MOST_WRAPPERS):
         first, dot, rest = name.partition(".")
+        if not dot or first not in _WRAPPERS:
+            break
+        name = rest
     return name
 
 

@@ -134,6 +134,7 @@ def report_json(report: MergeReport) -> dict[str, Any]:
         "num_tensors": summary.num_tensors,
         "num_parameters": summary.num_parameters,
         "num_equal": summary.num_equal,
+        "num_kept": summary.num_copied,
         "median_angle_degrees": summary.median_degrees,
         "largest_angle_degrees": summary.largest_degrees,
         "largest_angle_tensor": summary.largest_name,
