@@ -9,7 +9,9 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 JOBS ?= 2
 SEEDS ?= 1
 
-.PHONY: help test test-slow test-core lint demo demo-smollm2 bench bigram clean
+FUZZ_SECONDS ?= 60
+
+.PHONY: help test test-slow fuzz test-core lint demo demo-smollm2 bench bigram clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -46,8 +48,13 @@ $(BIN)/lm_eval: $(VENV)/.installed
 	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt 'lm-eval[hf]'
 	@touch $@
 
-test-slow: $(BIN)/lm_eval ## the longer checks
+test-slow: $(BIN)/lm_eval $(VENV)/.smollm2 ## the longer checks
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.installed ## damaged files for every reader, FUZZ_SECONDS for each; headers by libFuzzer as well
+	$(BIN)/python fuzz/fuzzing.py --seconds $(FUZZ_SECONDS)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt atheris
+	$(BIN)/python fuzz/fuzzing.py header --atheris --seconds $(FUZZ_SECONDS)
 
 demo: $(VENV)/.installed ## train a tiny model that reasons, a finetune that forgets, merge them, judge all (SEEDS=3: means)
 	@rm -rf runs/mini

@@ -16,7 +16,7 @@ from typing import Any
 
 from merge_tool.card import card_text
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.errors import DataError, OutputError, RecipeError, listed, shown
+from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, output_failed, shown
 from merge_tool.memory import (
     peak_bytes,
     resident_bytes,
@@ -92,6 +92,7 @@ def merge(
     memory_bytes: int | None = None,
     jobs: int | None = None,
     overwrite: bool = False,
+    check_resumed: bool = False,
     files_from: str = "base",
     on_mismatch: str = "error",
     extrapolate: bool = False,
@@ -110,7 +111,8 @@ def merge(
     (`t-0.3`), in one pass over the inputs. `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` gives some tensors a t of
     their own, along the layers where it is a list; the first pattern that matches counts. `memory_bytes` bounds the
     peak resident memory of the whole process, what it holds already included (default: see
-    `merge_tool.memory.default_budget`); the rest is as in `Recipe`. `on_start(total)` and
+    `merge_tool.memory.default_budget`); the rest is as in `Recipe`. `check_resumed` hashes what an earlier run
+    finished before it is kept. `on_start(total)` and
     `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
@@ -124,18 +126,50 @@ def merge(
         ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude, on_missing
     )
     report_path = None if report_path is None else Path(report_path)
-    prepared = prepare(
-        base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
-    )
+    try:
+        prepared = prepare(
+            base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
+        )
+    except OSError as e:
+        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
     warn = on_warning or (lambda message: None)
     for message in prepared.warnings:
         warn(message)
+    try:
+        return _carry_out(
+            prepared,
+            started,
+            warn,
+            on_start,
+            on_progress,
+            overwrite=overwrite,
+            check_resumed=check_resumed,
+            report_path=report_path,
+        )
+    except OSError as e:  # of the many looks at OUT that have no message of their own
+        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else prepared.target.path, e) from e
+
+
+def _carry_out(
+    prepared: Prepared,
+    started: float,
+    warn: Callable[[str], None],
+    on_start: Callable[[int], None] | None,
+    on_progress: Callable[[int, str], None] | None,
+    *,
+    overwrite: bool,
+    check_resumed: bool,
+    report_path: Path | None,
+) -> MergeReport:
+    """What `merge` does once it is planned."""
     if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
         return _complete(prepared, report_path, started)
     check_room(prepared, overwrite=overwrite)
     check_exact_tensors(prepared.plan)
     flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
-    with Work(prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush) as work:
+    with Work(
+        prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=check_resumed
+    ) as work:
         if _finds_it_complete(prepared, work, overwrite=overwrite):
             return _complete(prepared, report_path, started)
         try:
@@ -147,7 +181,7 @@ def merge(
         summary = summarise(prepared.plan, findings)
         _write_side_files(prepared, work, findings, summary)
         if report_path is not None:
-            _write_report(report_path, _report_of(prepared, findings, prepared.plan.ts[0]))
+            _write_report(report_path, report_of(prepared, findings, prepared.plan.ts[0]))
         strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     if strangers:
         warn(f"{shown(prepared.target.path)} also holds what was there before: {listed(strangers, 50)}.")
@@ -253,18 +287,20 @@ def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summar
             sums[file.target] = work.add(label, file.target, side_files.read(file, plan.config_dtype))
         if (index := plan.index()) is not None:
             sums[plan.index_name] = work.add(label, plan.index_name, [index])
-        report = _report_of(prepared, findings, t)
+        report = report_of(prepared, findings, t)
         sums[REPORT] = work.add(label, REPORT, (line.encode() for line in report))
-        sums[CARD] = work.add(label, CARD, [_card(prepared, summary, t).encode()])
+        sums[CARD] = work.add(label, CARD, [card_of(prepared, summary, t).encode()])
         work.add(label, SUMS, [sums_text(sums)])
 
 
-def _report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
+def report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
+    """merge_report.json of the output of `t`, its head first."""
     digest, facts = single_facts(prepared.plan, t)
     return report_lines(prepared.plan, findings, t, digest, facts, prepared.samples)
 
 
-def _card(prepared: Prepared, summary: Summary, t: float) -> str:
+def card_of(prepared: Prepared, summary: Summary, t: float) -> str:
+    """The model card of the output of `t`."""
     return card_text(
         prepared.plan,
         summary,
@@ -311,6 +347,8 @@ def _write_report(path: Path, lines: Iterable[str]) -> None:
     try:
         with part.open("w", encoding="utf-8") as file:
             file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e

@@ -79,6 +79,7 @@ def _plain(name: str) -> str:
     return shown(name).replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")
 
 
+_NOTHING = ("", "~", "null", "Null", "NULL")
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 
@@ -87,7 +88,8 @@ def _inherited(base_card: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in _front_matter(base_card).items():
         is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
-        if key in _INHERITED and (isinstance(value, str) or is_list) and len(str(value)) < 4000:
+        is_text = isinstance(value, str) and value not in _NOTHING
+        if key in _INHERITED and (is_text or is_list) and len(str(value)) < 4000:
             found[key] = value
     return found
 
@@ -103,7 +105,9 @@ def _front_matter(card: Path | None) -> dict[str, Any]:
     if not match:
         return {}
     try:
-        found = yaml.safe_load(match[1])
+        # Text, lists and mappings only: no merge keys that multiply, no numbers or dates to overflow, and the
+        # language `no` stays Norwegian.
+        found = yaml.load(match[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -24,7 +24,7 @@ import click
 
 from merge_tool._version import __version__
 from merge_tool.api import merge
-from merge_tool.compare import inspect_checkpoint
+from merge_tool.compare import check_health, inspect_checkpoint
 from merge_tool.diff import diff_checkpoints
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.memory import LEAST_BYTES, MAX_JOBS
@@ -42,6 +42,8 @@ from merge_tool.recipe import (
 )
 from merge_tool.show import (
     diff_lines,
+    health_json,
+    health_lines,
     inspection_lines,
     plan_json,
     plan_lines,
@@ -49,8 +51,11 @@ from merge_tool.show import (
     report_lines,
     scores_line,
     sweep_lines,
+    verification_json,
+    verification_lines,
 )
 from merge_tool.sweep import sweep
+from merge_tool.verify import verify
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,6 +100,15 @@ def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tu
     return tuple(found)
 
 
+def parse_share(ctx: click.Context | None, param: click.Parameter | None, value: str) -> float:
+    """A share of the whole: 1%, 0.5% or 0.01."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", value.strip(), re.ASCII)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"'{shown(value)}' is not a share. Write 1%, 100% or 0.01.", ctx, param)
+    return share
+
+
 def _parse_range(text: str) -> list[float]:
     if ":" not in text:
         return [float(text)]
@@ -115,6 +129,11 @@ def _print_errors(function: Callable[P, R]) -> Callable[P, R]:
                 return function(*args, **kwargs)
         except MergeToolError as e:
             raise click.ClickException(str(e)) from e
+        except MemoryError as e:
+            raise click.ClickException(
+                f"The system has too little memory left ({shown(e) or 'an allocation failed'}). Give it more, or a "
+                "smaller --memory, then run the same command."
+            ) from e
         except KeyboardInterrupt:
             click.echo("\nInterrupted. Run the same command to continue.", err=True)
             sys.exit(130)
@@ -233,6 +252,7 @@ def _with(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 @_with(_RECIPE_OPTIONS)
 @_with(_MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new model is complete.")
+@click.option("--check-resumed", is_flag=True, help="When continuing, hash the finished shards before trusting them.")
 @click.option(
     "--report",
     "report_path",
@@ -252,6 +272,7 @@ def slerp_merge(
     memory_bytes: int | None,
     jobs: int | None,
     overwrite: bool,
+    check_resumed: bool,
     report_path: Path | None,
     dry_run: bool,
     as_json: bool,
@@ -283,6 +304,7 @@ def slerp_merge(
             memory_bytes=memory_bytes,
             jobs=jobs,
             overwrite=overwrite,
+            check_resumed=check_resumed,
             report_path=report_path,
             on_warning=lambda message: click.echo(f"Warning: {message}", err=True),
             on_start=bar.start,
@@ -337,12 +359,64 @@ merge_tool.add_command(slerp_merge, "merge")
 
 @merge_tool.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--health", is_flag=True, help="Read the weights too: norms, and whether every value is finite.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_print_errors
-def inspect_command(path: Path, as_json: bool) -> None:
-    """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH."""
+def inspect_command(path: Path, health: bool, as_json: bool) -> None:
+    """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH.
+
+    With --health the exit code is 1 if a value is NaN or infinite.
+    """
     found = inspect_checkpoint(path)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(inspection_lines(found)))
+    tensors = check_health(path) if health else []
+    if as_json:
+        click.echo(json.dumps(found.as_json() | (health_json(tensors) if health else {}), indent=2))
+    else:
+        click.echo("\n".join([*inspection_lines(found), *(health_lines(tensors) if health else ())]))
+    if any(tensor.num_nonfinite for tensor in tensors):
+        sys.exit(1)
+
+
+@merge_tool.command("verify", context_settings={"show_default": True})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="BASE FT",
+    help="Also merge elements of these parents again, and compare them bit for bit.",
+)
+@click.option(
+    "--sample",
+    default="1%",
+    callback=parse_share,
+    metavar="SHARE",
+    help="How many elements --against compares: blocks of every tensor, others in every run.",
+)
+@click.option("--full", is_flag=True, help="Compare all elements, and make every sum and line of the report again.")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The report of a one-file OUT, as --report of its merge wrote it.",
+)
+@_with(_MACHINE_OPTIONS)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_print_errors
+def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, **options: Any) -> None:
+    """Check the output OUT of a merge: digests, names, shapes, dtypes, index and sizes.
+
+    The exit code is 1 if anything is wrong. Nothing is written.
+    """
+    if options["full"] and against is None:
+        raise click.UsageError("--full compares with the parents: give --against BASE FT.")
+    found = verify(out, against, **options)
+    if as_json:
+        click.echo(json.dumps([verification_json(one) for one in found], indent=2))
+    else:
+        click.echo("\n".join(line for one in found for line in verification_lines(one)))
+    if any(one.problems for one in found):
+        sys.exit(1)
 
 
 @merge_tool.command("diff", context_settings={"show_default": True})

@@ -1,13 +1,15 @@
-"""What a checkpoint holds, from its headers: shards, tensors, parameters, dtypes."""
+"""What a checkpoint holds: from its headers shards, tensors, parameters, dtypes; from its weights norms and NaNs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_tool.checkpoint.reader import open_checkpoint
+from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint, open_checkpoint
+from merge_tool.methods import TILE, measure
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,60 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             checkpoint.metadata,
             checkpoint.notices,
         )
+
+
+# --------------------------------------------------------------------------------------------- health
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHealth:
+    """One tensor of floats: Euclidean norm, root mean square and largest absolute value of what is finite.
+
+    `num_nonfinite` values are NaN or infinite, the first of them at `first_nonfinite`. All None or 0 for an empty one.
+    """
+
+    name: str
+    dtype: str
+    numel: int
+    norm: float | None
+    rms: float | None
+    largest: float | None
+    num_nonfinite: int
+    first_nonfinite: int | None
+
+
+def check_health(path: str | Path) -> list[TensorHealth]:
+    """Read every floating-point tensor of a checkpoint, in order of their names, a megabyte at a time.
+
+    Tensors of integers and of types below a byte are passed over. Raises CheckpointError.
+    """
+    with open_checkpoint(path, mergeable=False) as checkpoint:
+        names = sorted(n for n, info in checkpoint.tensors.items() if info.dtype in FLOAT_DTYPES)
+        return [_tensor_health(checkpoint, name) for name in names]
+
+
+def _tensor_health(checkpoint: Checkpoint, name: str) -> TensorHealth:
+    info = checkpoint.tensors[name]
+    parts, largest, bad, first = [], 0.0, 0, None
+    for start in range(0, info.numel, TILE):
+        stop = min(start + TILE, info.numel)
+        found = measure(checkpoint.read_new(name, start, stop))
+        parts.append(found.squares)
+        largest = max(largest, found.largest)
+        bad += found.num_nonfinite
+        if first is None and found.first_nonfinite is not None:
+            first = start + found.first_nonfinite
+    if not info.numel:
+        return TensorHealth(name, info.dtype, 0, None, None, None, 0, None)
+    scale, squares = _total_squares(parts)
+    norm = scale * math.sqrt(squares)
+    rms = scale * math.sqrt(squares / info.numel)
+    return TensorHealth(name, info.dtype, info.numel, norm, rms, largest, bad, first)
+
+
+def _total_squares(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(scale, s) with the sum of squares scale^2 s, which itself may leave float64's range."""
+    scale = max(part_scale for part_scale, _ in parts)
+    if scale == 0:
+        return 0.0, 0.0
+    return scale, math.fsum((part_scale / scale) ** 2 * squares for part_scale, squares in parts)

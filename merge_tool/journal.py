@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,15 +19,20 @@ class Journal:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The complete records, in order; nothing for a journal that is missing or not ours."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as lines:
-            for line in lines:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    return
-                if not line.endswith(b"\n") or not isinstance(record, dict):
-                    return
-                yield record
+        try:
+            with self.path.open("rb") as lines:
+                for line in lines:
+                    try:
+                        record = json.loads(line)
+                    except (ValueError, RecursionError):
+                        return
+                    if not line.endswith(b"\n") or not isinstance(record, dict):
+                        return
+                    yield record
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise output_failed(self.path, e) from e
 
     def trim(self) -> None:
         """Drop a last line that a crash cut short, so that the next one starts a line of its own."""

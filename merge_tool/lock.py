@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -18,13 +21,14 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / self.NAME
         self._fd = -1
+        self._name: socket.socket | None = None  # holds the lock where the file cannot
         while self._fd < 0:
             try:
                 fd = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
             except OSError as e:
                 raise output_failed(self.path, e) from e
             try:
-                lock_file(fd)
+                self._name = lock_file(fd)
                 if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else: removed by the one who finished
                     self._fd = fd
             except FileNotFoundError:
@@ -33,14 +37,20 @@ class FolderLock:
                 raise OutputError(
                     f"{shown(folder.parent)}: another merge is writing here. Wait for it, or choose another folder."
                 ) from e
+            except OSError as e:
+                raise output_failed(self.path, e) from e
             finally:
                 if self._fd != fd:
                     os.close(fd)
 
     def release(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):  # the lock is gone with the descriptor, whatever this says
+                os.close(self._fd)
             self._fd = -1
+        if self._name is not None:
+            self._name.close()
+            self._name = None
 
     def remove_with(self, folder: Path) -> None:
         """Remove the folder and all in it, the lock last."""
@@ -57,8 +67,9 @@ class FolderLock:
         folder.rmdir()
 
 
-def lock_file(fd: int) -> None:
-    """Lock or raise BlockingIOError: flock, else record locks where the file system has no flock."""
+def lock_file(fd: int) -> socket.socket | None:
+    """Lock or raise BlockingIOError: flock; record locks where the file system has no flock; a name in the kernel
+    where it has neither (on Linux, against processes of this machine). What is returned is to be kept."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -66,15 +77,30 @@ def lock_file(fd: int) -> None:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         except OSError as e:
             raise BlockingIOError(*e.args) from e
-        return
+        return None
     import fcntl
 
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
+    for lock in (fcntl.flock, fcntl.lockf):
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except PermissionError as e:
+            lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        except (BlockingIOError, PermissionError) as e:
             raise BlockingIOError(*e.args) from e
+        except OSError as e:
+            refused = e
+    if sys.platform != "linux":
+        raise refused
+    return _claim_name(os.fstat(fd))
+
+
+def _claim_name(status: os.stat_result) -> socket.socket:
+    """A socket bound to a name made of the file's device and inode: the system drops it with the process."""
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        name.bind(f"\0slerp-merge-{status.st_dev}-{status.st_ino}")
+    except OSError as e:
+        name.close()
+        if e.errno == errno.EADDRINUSE:
+            raise BlockingIOError(*e.args) from e
+        raise
+    return name

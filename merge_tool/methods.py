@@ -384,3 +384,34 @@ def first_nonfinite(values: Array) -> int | None:
     """The first index whose value is NaN or infinite."""
     places = np.flatnonzero(~np.isfinite(_widened(values)))
     return int(places[0]) if len(places) else None
+
+
+# ------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of finite values: the largest magnitude, and (scale, s) with the sum of squares scale^2 s."""
+
+    largest: float
+    squares: tuple[float, float]
+    num_nonfinite: int
+    first_nonfinite: int | None
+
+
+def measure(values: Array) -> Measured:
+    """Magnitudes of at most TILE flat values of any float dtype, in float64."""
+    wide = decode(values, np.empty(values.shape))
+    finite = np.isfinite(wide)
+    bad = np.flatnonzero(~finite)
+    np.abs(wide, out=wide)
+    wide[~finite] = 0.0
+    largest = float(wide.max(initial=0.0))
+    if largest == 0:
+        return Measured(0.0, (0.0, 0.0), len(bad), int(bad[0]) if len(bad) else None)
+    scale = math.ldexp(
+        1.0, math.frexp(largest)[1] - 1
+    )  # a power of two: dividing by it is exact, or too small to count
+    wide /= scale
+    squares = float(np.add.reduce(np.multiply(wide, wide, out=wide)))
+    return Measured(largest, (scale, squares), len(bad), int(bad[0]) if len(bad) else None)

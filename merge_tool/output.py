@@ -15,11 +15,11 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.source import LocalFile, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter, part_path, rename_synced, sync_folder
 from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.journal import Journal
@@ -80,12 +80,20 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
 class Work:
     """The work folder of one merge, locked by this process from creation to `close`.
 
-    Keeps what run_plan's sink is given. `done_shards` are the shards that an earlier run finished.
+    Keeps what run_plan's sink is given. `done_shards` are the shards that an earlier run finished: those that its
+    journal names, with their size, and with `check_resumed` their SHA-256.
     """
 
     def __init__(
-        self, target: Target, plan: MergePlan, *, samples: tuple[str, ...] = (), flush_bytes: int | None = None
+        self,
+        target: Target,
+        plan: MergePlan,
+        *,
+        samples: tuple[str, ...] = (),
+        flush_bytes: int | None = None,
+        check_resumed: bool = False,
     ) -> None:
+        self.check_resumed = check_resumed
         self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
         self.path = target.work
         self.journal = Journal(self.path / "journal.jsonl")
@@ -134,6 +142,13 @@ class Work:
             raise OutputError(
                 f"{shown(self.target.path)}: this merge was begun with --overwrite and is half done. Give it again."
             )
+        if same and (lost := self._lost()) is not None:
+            if not overwrite:
+                raise OutputError(
+                    f"{shown(self.target.path)}: was half published, and {shown(lost)} is gone since. "
+                    "Give --overwrite to start anew."
+                )
+            same = False
         try:
             if not same:
                 ours["leftover"] = self._leftover(found)
@@ -142,10 +157,23 @@ class Work:
             self.journal.trim()
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
+            for folder in (self.path / "files", self.path, *(made.parent for made in self._made)):
+                sync_folder(folder)  # else a power cut could leave the journal without what it speaks of
             self.done_shards = frozenset(self._recover())
         except OSError as e:
             raise output_failed(self.path, e) from e
         return same
+
+    def _lost(self) -> str | None:
+        """A file of a half published model that is neither here nor there any more: going on would publish the rest."""
+        moves: dict[str, list[str]] = next(
+            (r["files"] for r in self.journal.records() if r.get("record") == "publish"), {}
+        )
+        for label, names in moves.items():
+            for name in names:
+                if not (self.folder(label) / name).exists() and not (self._final(label) / name).exists():
+                    return name
+        return None
 
     def _leftover(self, found: Mapping[str, Any] | None) -> dict[str, list[str]]:
         """Files that a publishing which is now given up may have moved into OUT already."""
@@ -183,14 +211,32 @@ class Work:
 
     def _recover(self) -> Iterator[int]:
         """Shards whose record and files are all there; a rename that a crash prevented is made up for."""
-        recorded = set()
+        recorded: dict[int, list[str]] = {}
         for record in self.journal.records():
             if record.get("record") == "shard":
-                recorded.add(record["number"])
+                recorded[record["number"]] = record["sha256"]
             self.is_publishing |= record.get("record") == "publish"
         for shard in self.plan.shards:
-            if shard.number in recorded and all(self._settle(shard, label) for label in self.plan.labels):
-                yield shard.number
+            if shard.number not in recorded or not all(self._settle(shard, label) for label in self.plan.labels):
+                continue
+            if self.check_resumed and not self._has_digests(shard, recorded[shard.number]):
+                if self.is_publishing:
+                    raise OutputError(
+                        f"{shown(self.target.path)}: was half published, and {shown(shard.file_name)} is damaged "
+                        "since. Remove the folder and merge again."
+                    )
+                continue
+            yield shard.number
+
+    def _has_digests(self, shard: ShardPlan, expected: list[str]) -> bool:
+        """Whether a shard's files are as they were recorded, wherever publishing has moved them."""
+        places = ((self.folder(label), self._final(label)) for label in self.plan.labels)
+        paths = [(a if (a / shard.file_name).exists() else b) / shard.file_name for a, b in places]
+        return [sha256_of(path) for path in paths] == expected
+
+    def _final(self, label: str) -> Path:
+        """The folder that an output's files are moved to."""
+        return self.target.path.parent if self.target.is_file else self.target.path / label
 
     def _settle(self, shard: ShardPlan, label: str) -> bool:
         path = self.folder(label) / shard.file_name
@@ -249,6 +295,9 @@ class Work:
         try:
             if not self.is_publishing:
                 self._check_with_library(check_bytes // _LIBRARY_BYTES)
+                for label in self.plan.labels:
+                    for folder in {self.folder(label), *(p for p in self.folder(label).rglob("*") if p.is_dir())}:
+                        sync_folder(folder)
                 self.journal.append([{"record": "publish", **self._moves()}])
             moves = next(r for r in self.journal.records() if r.get("record") == "publish")
             for label, names in moves["remove"].items():
@@ -307,10 +356,10 @@ class Work:
             _remove_empty(folder, self.target.path)
 
     def _move(self, label: str, names: list[str]) -> None:
-        target = self.target.path.parent if self.target.is_file else self.target.path / label
+        target = self._final(label)
         for place, name in enumerate(names):
             if place == len(names) - 1:
-                for folder in {(target / name).parent for name in names}:
+                for folder in {target / parent for name in names for parent in PurePosixPath(name).parents}:
                     sync_folder(folder)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             if (self.folder(label) / name).exists():

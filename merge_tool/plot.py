@@ -39,20 +39,26 @@ def plot_sweep(report: SweepReport, path: Path) -> None:
     """A panel per score over t, and for two scores one against the other; Pareto-optimal points are filled."""
     names, points = report.names, report.points
     panels = len(names) + (len(names) == 2)
-    figure, rows = _subplots(1, panels, figsize=(3.8 * panels, 3.4))
+    columns = min(panels, 3)
+    rows = -(-panels // columns)
+    figure, grid = _subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows))
+    axes = [place for row in grid for place in row]
     ts = [point.t for point in points]
-    for axes, name in zip(rows[0], names, strict=False):
-        _line(axes, ts, [point.scores[name] for point in points], points)
+    for place, name in zip(axes, names, strict=False):
+        _line(place, ts, [point.scores[name] for point in points], points)
         better = "less" if name in report.less_is_better else "more"
-        axes.set(xlabel="t (0 = base, 1 = finetune)", ylabel=f"{name} ({better} is better)")
+        place.set(xlabel="t (0 = base, 1 = finetune)", ylabel=f"{_short(name)} ({better} is better)")
     if len(names) == 2:
-        axes, (x, y) = rows[0][2], names
-        _line(axes, [p.scores[x] for p in points], [p.scores[y] for p in points], points)
+        x, y = names
+        _line(axes[2], [p.scores[x] for p in points], [p.scores[y] for p in points], points)
         for point in points:
-            place = point.scores[x], point.scores[y]
-            axes.annotate(label_t(point.t), place, xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axes.set(xlabel=x, ylabel=y, title="trade-off, labelled with t")
-    rows[0][0].set_title("filled: Pareto-optimal", fontsize=9, loc="left")
+            where = point.scores[x], point.scores[y]
+            axes[2].annotate(label_t(point.t), where, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes[2].margins(0.12)  # room for the labels
+        axes[2].set(xlabel=_short(x), ylabel=_short(y), title="trade-off, labelled with t")
+    for empty in axes[panels:]:
+        empty.axis("off")
+    axes[0].set_title("filled: Pareto-optimal", fontsize=9, loc="left")
     _save(figure, path)
 
 

@@ -124,7 +124,7 @@ def prepare(
         )
     except OSError as e:
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
-    base_card = models[0].folder.path(CARD) if models[0].folder and models[0].folder.has(CARD) else None
+    base_card = models[0].folder.regular(CARD) if models[0].folder and models[0].folder.has(CARD) else None
     is_transformers = "architectures" in (models[0].config or {})
     warnings = (*plan.warnings, *_warnings(models, side_files))
     samples = tuple(_sample(model) for model in models) if read_samples else ()
@@ -226,7 +226,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _same_bytes(base: Folder, ft: Folder, name: str) -> bool:
-    paths = base.path(name), ft.path(name)
+    paths = base.regular(name), ft.regular(name)
     try:
         if paths[0].stat().st_size != paths[1].stat().st_size:
             return False

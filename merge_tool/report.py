@@ -9,7 +9,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from merge_tool.errors import shown
 from merge_tool.methods import METHODS, PairSums, Weights, pair_angle
 from merge_tool.plan import MergePlan, TensorJob
 
+FORMAT = 1  # of merge_report.json
+_LARGEST_HEAD = 32_000_000  # characters; 1,000 shards on each side have about 300,000
+_TENSORS = ',\n "tensors": [\n'
 CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relative, half a bfloat16 step is 2e-3
 
 
@@ -155,6 +158,11 @@ def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dic
     return content
 
 
+def tensor_text(job: TensorJob, finding: Finding, method: str, t: float) -> str:
+    """One tensor's line of merge_report.json."""
+    return json.dumps(_tensor_json(job, finding, method, t), ensure_ascii=False, allow_nan=False)
+
+
 # ------------------------------------------------------------------------------------------- summary
 
 
@@ -274,7 +282,7 @@ def report_lines(
 ) -> Iterator[str]:
     """merge_report.json, a line per tensor."""
     head = {
-        "format": 1,
+        "format": FORMAT,
         "tool": f"slerp-merge {__version__}",
         "plan_sha256": digest,
         "samples_sha256": list(samples),
@@ -285,11 +293,11 @@ def report_lines(
         | plan.recipe.selection,
         "shards": {shard.file_name: shard.size for shard in plan.shards},
     }
-    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "tensors": [\n'
+    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
     count, number = plan.num_tensors, plan.ts.index(t)
     for place, job in enumerate(plan.jobs(), 1):
-        content = _tensor_json(job, findings[job.number], plan.method, job.ts[number])
-        yield "  " + json.dumps(content, ensure_ascii=False, allow_nan=False) + ("\n" if place == count else ",\n")
+        line = tensor_text(job, findings[job.number], plan.method, job.ts[number])
+        yield f"  {line}" + ("\n" if place == count else ",\n")
     yield " ]\n}\n"
 
 
@@ -300,6 +308,40 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         lines.append(f"{'' if escaped == name else chr(92)}{digests[name]}  {escaped}\n")
     return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object of a merge_report.json with its text: first its head, then a line per tensor.
+
+    Raises ValueError where that is not what report_lines writes.
+    """
+    head, start, size = [], _TENSORS.split("\n")[1], 0
+    lines = iter(lines)
+    for line in lines:
+        if line.rstrip("\n") == start:
+            break
+        head.append(line)
+        size += len(line)
+        if size > _LARGEST_HEAD:
+            raise ValueError("its head is too long")
+    text = "".join(head).rstrip("\n").removesuffix(",") + "\n}"
+    yield text, _object(text)
+    for line in lines:
+        if line == " ]\n":
+            break
+        text = line.strip().removesuffix(",")
+        if line not in (f"  {text},\n", f"  {text}\n"):
+            raise ValueError("a line is not as it was written")
+        yield text, _object(text)
+    if "".join(lines) != "}\n":
+        raise ValueError("it does not end as a report does")
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("a line is not a JSON object")
+    return found
 
 
 def load_tensors(report: Path) -> list[dict[str, Any]]:

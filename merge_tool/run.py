@@ -12,17 +12,17 @@ A chunk is a whole number of tiles, so nothing in the output depends on how memo
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from merge_tool.buffers import Arena, WorkerMemory
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
-from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import DataError, shown
 from merge_tool.memory import Layout, aligned, region_bytes
 from merge_tool.methods import (
@@ -30,6 +30,7 @@ from merge_tool.methods import (
     TILE,
     Array,
     PairSums,
+    Scratch,
     Weights,
     as_bytes,
     combine,
@@ -44,6 +45,7 @@ from merge_tool.methods import (
 from merge_tool.plan import MergePlan, ShardPlan, Source, TensorJob
 
 Progress = Callable[[int, str], None]
+_PATIENCE = 1.0  # seconds that a signal waits for the disk
 _QUEUED_CHUNKS = 4  # for each worker: what is prefetched ahead of it
 
 
@@ -66,14 +68,26 @@ class ShardDone:
     tensors: tuple[TensorDone, ...]
 
 
+class Writer(Protocol):
+    """What takes one output file's bytes: a ShardWriter, or whoever compares them with a file that is there."""
+
+    def write(self, offset: int, data: memoryview) -> None: ...
+
+    def hash_next(self, data: memoryview) -> None: ...
+
+    def sync(self) -> str: ...
+
+    def abandon(self) -> None: ...
+
+
 class Sink(Protocol):
     """Where shards go. Both are called from worker threads, each shard once."""
 
-    def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
+    def open_shard(self, shard: ShardPlan, header: bytearray) -> Sequence[Writer]:
         """One writer per output, with the header written."""
 
-    def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
-        """All bytes are written and synced: record the shard and give its files their names."""
+    def finish_shard(self, done: ShardDone, writers: Any) -> None:
+        """All bytes are written and synced: record the shard and give its files their names. `writers` are its own."""
 
 
 def run_plan(
@@ -98,8 +112,13 @@ def run_plan(
     run = _Run(plan, sink, layout, on_progress or (lambda nbytes, name: None))
     try:
         yield from run.walk(shards)
-    finally:
+    except (Exception, GeneratorExit):
         run.close()
+        raise
+    except BaseException:  # a signal: whoever sent it does not wait for a slow disk
+        run.close(patience=_PATIENCE)
+        raise
+    run.close()
 
 
 def progress_bytes(plan: MergePlan, skip: frozenset[int] = frozenset()) -> int:
@@ -121,7 +140,7 @@ class _OpenShard:
 
     plan: ShardPlan
     tensors_left: int
-    writers: list[ShardWriter] = field(default_factory=list)
+    writers: Sequence[Writer] = ()
     turns: list[int] = field(default_factory=list)
     queued: int = 0
     done: list[TensorDone] = field(default_factory=list)
@@ -159,10 +178,16 @@ class _Run:
         self.open_tensors: list[_OpenTensor] = []
         self.arena = Arena(layout.arena_bytes)
         self.failure: BaseException | None = None
-        self.closing = False
-        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(layout.jobs)]
-        for thread in self.threads:
-            thread.start()
+        self.closing = self.abandoned = False
+        self.threads: list[threading.Thread] = []
+        for _ in range(layout.jobs):
+            thread = threading.Thread(target=self._work, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as e:  # how Python says that the system has no memory for its stack
+                self.close()
+                raise MemoryError("no thread can be started") from e
+            self.threads.append(thread)
 
     # ------------------------------------------------------------------------- the calling thread
 
@@ -194,14 +219,20 @@ class _Run:
             self.finished.clear()
         return found
 
-    def close(self) -> None:
-        """Stop the workers, and close what they left open."""
+    def close(self, *, patience: float | None = None) -> None:
+        """Stop the workers, and close what they left open.
+
+        With `patience` (seconds), workers that the disk holds up longer are left to the end of the process.
+        """
         with self.changed:
-            self.closing = True
+            self.closing, self.abandoned = True, patience is not None
             self.tasks.clear()
             self.changed.notify_all()
+        deadline = None if patience is None else time.monotonic() + patience
         for thread in self.threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self.threads):
+            return  # they still use what is open
         for source in (source for tensor in self.open_tensors for source in tensor.job.sources):
             source.file.release()
         for writer in (writer for shard in self.open_shards for writer in shard.writers):
@@ -437,19 +468,9 @@ class _Run:
         start: int,
         arrays: tuple[Array, Array, Array],
     ) -> Array:
-        """The chunk of output `number`: an input as it is, an input converted, or both combined."""
-        x, y, out = arrays
-        t, done = tensor.job.ts[number], tensor.done
-        if t in (0, 1) or tensor.equal or (done is not None and done.kept_base):
-            chosen = y if t == 1 and not tensor.equal and not tensor.job.exact else x
-            if chosen.dtype == out.dtype:
-                return chosen
-            fits = convert(chosen, out)
-        else:
-            fits = combine(x, y, tensor.weights[number], out, worker.scratch)
-        if not fits:
-            raise DataError(_overflow_message(tensor.job, start + (first_nonfinite(out) or 0)))
-        return out
+        copied = tensor.equal or (tensor.done is not None and tensor.done.kept_base)
+        weights = None if copied else tensor.weights[number]
+        return merge_chunk(tensor.job, tensor.job.ts[number], weights, start, arrays, worker.scratch)
 
     def _wrote(self, tensor: _OpenTensor) -> None:
         shard, job = tensor.shard, tensor.job
@@ -470,6 +491,8 @@ class _Run:
 
     def _finish(self, shard: _OpenShard) -> None:
         digests = tuple(writer.sync() for writer in shard.writers)
+        if self.abandoned:  # the process is ending, and the work folder is no longer ours
+            raise _Stopped
         tensors = tuple(sorted(shard.done, key=lambda tensor: tensor.number))
         done = ShardDone(shard.plan, digests, tensors)
         self.sink.finish_shard(done, shard.writers)
@@ -477,6 +500,27 @@ class _Run:
             self.open_shards.remove(shard)
             self.finished.append(done)
             self.changed.notify_all()
+
+
+def merge_chunk(
+    job: TensorJob, t: float, weights: Weights | None, start: int, arrays: tuple[Array, Array, Array], scratch: Scratch
+) -> Array:
+    """The output's elements from `start` on: an input as it is, an input converted, or both combined.
+
+    `arrays` are those elements of base and finetune, and room for the output's; `start` is a multiple of TILE, for
+    a tile is combined as one. Without `weights` (equal tensors, integers) the base is kept.
+    """
+    x, y, out = arrays
+    if weights is None or t in (0, 1):
+        chosen = y if t == 1 and weights is not None else x
+        if chosen.dtype == out.dtype:
+            return chosen
+        fits = convert(chosen, out)
+    else:
+        fits = combine(x, y, weights, out, scratch)
+    if not fits:
+        raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
+    return out
 
 
 def _byte_range(source: Source, start: int, stop: int) -> tuple[int, int]:

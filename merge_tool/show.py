@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from merge_tool.api import MergeReport
-from merge_tool.compare import Inspection
+from merge_tool.compare import Inspection, TensorHealth
 from merge_tool.diff import Diff, GroupDiff, TensorDiff
 from merge_tool.errors import listed, shown
 from merge_tool.matching import natural_key
@@ -16,6 +18,7 @@ from merge_tool.recipe import label_t
 from merge_tool.report import remarks
 from merge_tool.schedule import Schedule, split_layer
 from merge_tool.sweep import SweepPoint, SweepReport
+from merge_tool.verify import Verification
 
 
 def inspection_lines(found: Inspection) -> Iterator[str]:
@@ -29,6 +32,60 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         yield f"  metadata {shown(key)}: {shown(value)}"
     for notice in found.notices:
         yield f"  note: {notice}"
+
+
+def health_json(tensors: Sequence[TensorHealth]) -> dict[str, Any]:
+    finite = [
+        {k: None if v == math.inf else v for k, v in asdict(t).items()} for t in tensors
+    ]  # JSON has no infinity; the norm of float64 values may be one
+    return {"num_nonfinite": sum(t.num_nonfinite for t in tensors), "tensors": finite}
+
+
+def health_lines(tensors: Sequence[TensorHealth]) -> Iterator[str]:
+    """The tensors with the smallest, middle and largest values, and all that hold what is not finite."""
+    bad = [t for t in tensors if t.num_nonfinite]
+    for tensor in bad[:50]:
+        yield (
+            f"  NOT FINITE: {shown(tensor.name)}: {tensor.num_nonfinite:,} of {tensor.numel:,} values, the first at "
+            f"{tensor.first_nonfinite:,}"
+        )
+    if len(bad) > 50:
+        yield f"  NOT FINITE: {len(bad) - 50:,} more tensors"
+    ranked = sorted((t for t in tensors if t.rms is not None and t.numel), key=lambda t: t.rms or 0.0)
+    named = {"smallest": ranked[:1], "median": ranked[len(ranked) // 2 :][:1], "largest": ranked[-1:]}
+    for what, found in named.items():
+        for tensor in found:
+            yield (
+                f"  {what} root mean square {tensor.rms:.4g}: {shown(tensor.name)} (norm {tensor.norm:.6g}, "
+                f"largest value {tensor.largest:.4g})"
+            )
+    zero = [t.name for t in tensors if t.largest == 0 and t.numel]
+    if zero:
+        yield f"  all zero: {listed(zero)}"
+    checked = sum(t.numel for t in tensors)
+    if not bad:
+        yield f"  all {checked:,} floating-point values are finite"
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    return {**asdict(found), "path": str(found.path)}
+
+
+def verification_lines(found: Verification) -> Iterator[str]:
+    path = shown(found.path)
+    for problem in found.problems:
+        yield f"{path}: {problem}"
+    for name in found.others:
+        yield f"{path}: not of the merge: {shown(name)}"
+    if found.problems:
+        yield f"{path}: NOT VERIFIED, {len(found.problems)} problems"
+        return
+    sums = " and all sums" if found.full else ""
+    again = f"; {found.num_compared:,} of {found.num_elements:,} elements{sums} merged again, bit for bit the same"
+    yield (
+        f"{path}: verified: {found.num_files:,} files, {_size(found.nbytes)}, {found.num_tensors:,} tensors"
+        f"{again if found.num_compared else ''}"
+    )
 
 
 def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:

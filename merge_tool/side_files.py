@@ -56,7 +56,7 @@ class SideFiles:
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
         """What the output's copy of `file` holds: its bytes, or config.json with `dtype`, if that changed."""
         assert self.folder is not None
-        path = self.folder.path(file.source)
+        path = self.folder.regular(file.source)
         try:
             if dtype is not None and file.source == "config.json":
                 yield edit_config_dtype(path.read_bytes(), dtype)
@@ -119,7 +119,7 @@ def _module_folders(folder: Folder) -> frozenset[str]:
 
 
 def _load_modules(folder: Folder) -> Iterable[Any]:
-    path = folder.path("modules.json")
+    path = folder.regular("modules.json")
     if path.stat().st_size > 1_000_000:
         return []
     try:

@@ -191,9 +191,9 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 OPTIONS = [
-    "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs", "--json",
-    "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only", "--overwrite", "--quiet",
-    "--report", "--t", "--t-for", "--version",
+    "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs",
+    "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only", "--overwrite",
+    "--quiet", "--report", "--t", "--t-for", "--version",
 ]  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_the_options_are_frozen() -> None:
     context = click.Context(slerp_merge)
     found = sorted(o for p in slerp_merge.get_params(context) for o in p.opts if o.startswith("--"))
     assert found == OPTIONS
-    assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "sweep"]
+    assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "sweep", "verify"]
 
 
 def test_merge_tool_merge_is_slerp_merge(tmp_path: Path, pair: tuple[Path, Path]) -> None:

@@ -82,3 +82,17 @@ def test_findings_follow_the_numbers() -> None:
     assert "keeps 25.0 % of the CoT model's skill" in text
     assert "keeps 75.0 % of it, and has 50.0 %" in text
     assert "differ by at most 7.5 in sums" in text
+
+
+@pytest.mark.slow
+def test_the_larger_demo_runs_and_reports(tmp_path: Path) -> None:
+    """SmolLM2 out of its package, word problems by template, prose: a few steps of each, every merge judged."""
+    pytest.importorskip("reasoning_gym", reason="make test-slow installs it")
+    command = [sys.executable, EXAMPLES / "smollm2/demo.py", tmp_path, "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert len(result["test"]) == 2 + 2 * 9
+    assert all(scores["answer_perplexity"] > 1 for scores in result["test"].values())
+    assert f"| {result['test']['cot/final']['prose_perplexity']:.1f} |" in done.stdout
+    assert (tmp_path / "report.html").exists()
+    assert not (tmp_path / "seed-0/slerp").exists()

@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "memory": {"checkpoint.reader", "errors", "methods", "plan"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
-    "run": {"buffers", "checkpoint.reader", "checkpoint.writer", "errors", "memory", "methods", "plan"},
+    "run": {"buffers", "checkpoint.reader", "errors", "memory", "methods", "plan"},
     "side_files": {"checkpoint.folder", "errors"},
     "older": {"checkpoint.folder", "errors", "side_files"},
     "journal": {"errors"},
@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "output": {"checkpoint.source", "checkpoint.writer", "errors", "journal", "lock", "older", "plan", "side_files"},
     "report": {"_version", "errors", "methods", "plan"},
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
-    "compare": {"checkpoint.reader"},
+    "compare": {"checkpoint.reader", "methods"},
     "prepare": {
         "checkpoint.folder", "checkpoint.hub", "checkpoint.reader", "errors", "memory", "older", "output", "plan",
         "recipe", "report", "side_files",
@@ -52,6 +52,14 @@ ARROWS: dict[str, set[str]] = {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
         "run", "schedule", "side_files",
     },
+    "remerge": {
+        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare",
+        "recipe", "report", "run", "side_files",
+    },
+    "verify": {
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
+        "side_files",
+    },
     "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
     "diff": {
         "checkpoint.header", "checkpoint.reader", "errors", "matching", "memory", "methods", "report",
@@ -59,10 +67,11 @@ ARROWS: dict[str, set[str]] = {
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
         "api", "compare", "diff", "errors", "matching", "plan", "prepare", "recipe", "report", "schedule", "sweep",
+        "verify",
     },
     "cli": {
         "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
-        "sweep",
+        "sweep", "verify",
     },
 }  # fmt: skip
 OUTSIDE = {
@@ -72,7 +81,7 @@ OUTSIDE = {
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {"methods", "checkpoint.reader", "run", "buffers", "diff"},
     "ml_dtypes": {"methods", "checkpoint.reader"},
-    "safetensors": {"output"},
+    "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
 }
 

@@ -337,3 +337,42 @@ def test_the_report_is_stored_beside_the_tokens(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "cache" / source.digest / "report.json").read_text())
     assert stored["examples"] == source.report.examples == 5
     assert config.sources[0].title == source.report.title == "d.jsonl"
+
+
+def test_empty_message_contents_are_nothing_and_parts_are_refused() -> None:
+    """A null content is no word "None"; content that is not text stops with the column's name."""
+    source = {"messages": "turns", "templates": []}
+    nothing = {"turns": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}
+    assert render(nothing, **source) == []
+    assert render({"turns": None}, **source) == []
+    parts = {"turns": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}
+    with pytest.raises(TrainError, match="turns"):
+        render(parts, **source)
+
+
+def test_csv_cells_are_what_is_written(tmp_path: Path) -> None:
+    """Only an empty cell is empty: None, NA and null are words; whole numbers stay whole beside an empty cell."""
+    (tmp_path / "d.csv").write_text("question,answer\n1,None\n,NA\n3,null\n4,\n5,yes\n")
+    source = {"path": str(tmp_path / "d.csv"), "templates": QA}
+    _, (found,) = prepared(tmp_path, source)
+    assert [t.split("\n")[1] for t in texts(found)] == ["1", "", "3", "5"]
+    assert [t.split("\n")[3] for t in texts(found)] == ["None", "NA", "null", "yes"]
+    assert found.report.dropped_empty == 1
+
+
+def test_rows_that_cannot_be_sorted_come_last(tmp_path: Path) -> None:
+    """An empty cell in the sorted column drops nothing."""
+    rows = copy_rows(6)
+    for number in (1, 4):
+        rows[number]["number"] = None
+    source = source_of(
+        tmp_path, rows, sort={"column": "number", "descending": True},
+        templates=[{"prompt": "{score}", "response": "{answer}"}],
+    )  # fmt: skip
+    _, (found,) = prepared(tmp_path, source)
+    assert [t.split("\n")[1] for t in texts(found)] == ["5", "3", "2", "0", "1", "4"]
+
+
+def test_a_share_that_holds_out_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"held_out is 0.01 of 6 rows, which is none"):
+        prepared(tmp_path, source_of(tmp_path, copy_rows(6), held_out=0.01))

@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    StableLmConfig,
+)
 
 from tests.train_fixtures import (
     config_values,
     copy_rows,
+    make_config,
+    make_tokenizer,
     read_metrics,
     run_two_ranks,
     save_model,
@@ -24,6 +33,7 @@ from train import checkpoint, loop
 from train.config import build_config
 from train.errors import TrainError
 from train.loop import finetune
+from train.model import check_context
 
 ADALITE = {"optimizer": "adalite", "lr": 2e-4}
 
@@ -217,6 +227,17 @@ def test_a_resume_with_another_config_lists_what_differs(
     assert len(train(base, tmp_path / "a", save_every=3, keep_last=1, eval_every=2)) == 6
 
 
+def test_a_changed_source_is_told_by_its_leaf(base: Path, tmp_path: Path) -> None:
+    """Not two long lists that look alike: the one value, and where it stands."""
+    asked = {"sources": [{"path": "d", "where": [{"value": 200}]}], "data": ["a"]}
+    (tmp_path / "run.json").write_text(json.dumps(asked))
+    now = {"sources": [{"path": "d", "where": [{"value": 150}]}], "data": ["b"]}
+    with pytest.raises(TrainError, match=r"sources\[0\].where\[0\].value: 200 -> 150"):
+        checkpoint.check_same_run(tmp_path, now, ())
+    with pytest.raises(TrainError, match="rows of a source"):
+        checkpoint.check_same_run(tmp_path, {**asked, "data": ["b"]}, ())
+
+
 def test_the_last_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) -> None:
     """K last, and the one with the lowest held-out loss however old."""
     train(
@@ -278,11 +299,12 @@ def test_a_non_finite_step_is_skipped_and_counted(
 def test_three_non_finite_steps_in_a_row_stop_the_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sources are named; nothing is published."""
+    """The sources are named; the model before the bad steps is kept, and nothing is published as a result."""
     poison(monkeypatch, {1, 2, 3}, "loss")
     with pytest.raises(TrainError, match=r"3 steps in a row were not finite, the last with sources d.jsonl"):
         train(base, tmp_path / "a")
     assert not (tmp_path / "a" / "final").exists()
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "a", "checkpoints/step-00000004").values())
 
 
 def test_fused_backward_checks_the_loss_before_and_stops_at_a_late_gradient(
@@ -424,3 +446,44 @@ def test_a_tiny_stablelm_learns(base: Path, tmp_path: Path) -> None:
     """With NEFTune and Adalite as in the recipe, the loss falls by half."""
     found = train(base, tmp_path / "a", max_steps=60, neftune_alpha=1.0, lr=2e-4, optimizer="adalite")
     assert found[-1]["loss"] < found[0]["loss"] / 2
+
+
+def test_a_model_without_sdpa_trains_with_eager_attention(base: Path, tmp_path: Path) -> None:
+    """Gemma 2 (soft-capped logits and attention) says what to set, and then trains through the fused loss."""
+    model = tmp_path / "gemma"
+    config = Gemma2Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, final_logit_softcapping=5.0,
+        attn_logit_softcapping=20.0, eos_token_id=0, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    with pytest.raises(TrainError, match="set attention: eager"):
+        finetune(build_config({**values(base, tmp_path / "a"), "model": str(model)}))
+    found = []
+    for number, fused_loss in enumerate((True, False)):
+        asked = values(base, tmp_path / str(number), attention="eager", fused_loss=fused_loss)
+        finetune(build_config({**asked, "model": str(model)}))
+        found.append(losses(read_metrics(tmp_path / str(number))))
+    fused, plain = found
+    assert fused[-1] < fused[0]
+    assert fused == pytest.approx(plain, rel=1e-4)
+
+
+def test_an_evaluation_that_beats_all_before_it_is_saved(base: Path, tmp_path: Path) -> None:
+    """Without `save_every` the best evaluated model is kept all the same."""
+    train(base, tmp_path / "a", eval_every=2)
+    evals = {m["step"]: m["nll"]["d.jsonl"] for m in read_metrics(tmp_path / "a", "eval")}
+    saved = [checkpoint.read_progress(f).step for f in checkpoint.list_checkpoints(tmp_path / "a")]
+    assert min((2, 4), key=lambda step: evals[step]) in saved
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    """Learned positions end; rotary ones go on, with a notice."""
+    said: list[str] = []
+    with pytest.raises(TrainError, match="has positions for 64 tokens"):
+        check_context(GPT2Config(n_positions=64), make_config(sequence_length=200), said.append)
+    check_context(StableLmConfig(max_position_embeddings=128), make_config(sequence_length=200), said.append)
+    assert "beyond the context" in said[0]
+    check_context(StableLmConfig(max_position_embeddings=128), make_config(sequence_length=100), said.append)
+    assert len(said) == 1

@@ -40,6 +40,8 @@ def run(arguments: list[str]) -> int:
         return _complain(f"{USAGE}\nError: {e}", 2)
     except TrainError as e:
         return _complain(f"Error: {e}", 1)
+    except KeyboardInterrupt:
+        return _complain("Interrupted. The same command goes on from the last checkpoint, if there is one.", 130)
     return 0
 
 

@@ -9,6 +9,7 @@ whole model; nothing in the files depends on the number of processes but the gen
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -235,13 +236,22 @@ def prune(output: Path, keep_last: int) -> None:
     """Delete all but the last `keep_last` checkpoints and the one with the lowest evaluation loss."""
     folders = list_checkpoints(output)
     keep = set(folders[-keep_last:])
-    scored = [(p.eval_loss, f) for f in folders if (p := read_progress(f)).eval_loss is not None]
-    if scored:
-        keep.add(min(scored, key=lambda pair: pair[0] or 0.0)[1])
+    keep.update([min(scored)[1]] if (scored := _scored(folders)) else [])
     for folder in folders:
         if folder not in keep:
             trash = folder.rename(folder.with_name(TRASH + folder.name))  # never half a folder under its name
             shutil.rmtree(trash)
+
+
+def lowest_eval_loss(output: Path) -> float:
+    """Of the checkpoints that are there; infinite where none was evaluated."""
+    return min(_scored(list_checkpoints(output)), default=(math.inf, output))[0]
+
+
+def _scored(folders: Iterable[Path]) -> list[tuple[float, Path]]:
+    """(evaluation loss, folder) of those that have a finite one."""
+    losses = ((read_progress(folder).eval_loss, folder) for folder in folders)
+    return [(loss, folder) for loss, folder in losses if loss is not None and math.isfinite(loss)]
 
 
 def sweep(output: Path) -> None:
@@ -307,11 +317,24 @@ def check_same_run(output: Path, asked: dict[str, Any], free: Sequence[str]) -> 
     asked = json.loads(json.dumps(asked))
     keys = [k for k in sorted({*stored, *asked}) if k not in free and stored.get(k) != asked.get(k)]
     if keys:
-        lines = [f"  {k}: {_short(stored.get(k))} -> {_short(asked.get(k))}" for k in keys]
+        lines = [line for k in keys for line in _changes(k, stored.get(k), asked.get(k))]
+        if "data" in keys and "sources" not in keys:
+            lines.append("  (the rows of a source, its tokenizer or how they are read changed: `data` are digests)")
         raise TrainError(
             f"{output} holds a run with other settings:\n" + "\n".join(lines) + "\n"
             "Put them back to resume it, or choose another output."
         )
+
+
+def _changes(key: str, before: Any, now: Any) -> list[str]:
+    """Every leaf that differs: `sources[0].take: 10 -> 20`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = [(f"{key}.{k}", before.get(k), now.get(k)) for k in sorted({*before, *now})]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(f"{key}[{k}]", a, b) for k, (a, b) in enumerate(zip(before, now, strict=True))]
+    else:
+        return [f"  {key}: {_short(before)} -> {_short(now)}"]
+    return [line for name, a, b in pairs if a != b for line in _changes(name, a, b)]
 
 
 def _short(value: Any) -> str:

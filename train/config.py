@@ -118,7 +118,7 @@ class TrainConfig:
     # watching and keeping
     eval_every: int | None = None  # steps; the last step is always evaluated when rows are held out
     eval_batches: int | None = None  # micro-batches per source; default all
-    save_every: int | None = None  # steps; a checkpoint is also written at a signal and at the end
+    save_every: int | None = None  # steps; default every half hour; the best evaluation and signals also save
     keep_last: int = 2
     resume: bool | None = None  # default: when the output holds a checkpoint
     max_shard_bytes: int = 4_000_000_000
@@ -258,7 +258,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "global_batch_tokens": (lambda v: v >= 1, "at least 1"),
     "epochs": (lambda v: 0 < v < 1e6, "above 0"),
     "max_steps": (lambda v: v >= 1, "at least 1"),
-    "seed": (lambda v: 0 <= v < 2**63, "from 0 to 2**63 - 1"),
+    "seed": (lambda v: 0 <= v < 2**53, "from 0 to 2**53 - 1"),
     "lr": (lambda v: 0 < v < 10, "above 0 and below 10"),
     "warmup": (lambda v: 0 <= v <= 1, "a share of all steps from 0 to 1 (20 % is 0.2)"),
     "adalite_lambda": (lambda v: 0 <= v <= 1, "from 0 to 1"),
@@ -297,6 +297,8 @@ def _check_together(config: TrainConfig) -> None:
             "fused_backward frees each gradient before the global norm is known, so max_grad_norm cannot "
             "apply: remove one of the two"
         )
+    if config.optimizer == "adalite" and (config.weight_decay or config.betas != TrainConfig.betas):
+        raise TrainError("weight_decay and betas are AdamW's, and optimizer is adalite: remove them or set adamw")
     titles = [source.title for source in config.sources]
     twice = next((t for t in titles if titles.count(t) > 1), None)
     if twice is not None:
@@ -324,7 +326,7 @@ def _check_source(source: SourceConfig, where: str) -> None:
         raise TrainError(f"{where}.take is {source.take}, expected at least 1")
     if not 0 < source.weight <= 1000:
         raise TrainError(f"{where}.weight is {source.weight}, expected passes per epoch above 0, at most 1000")
-    if source.held_out < 0 or (source.held_out >= 1 and source.held_out != int(source.held_out)):
+    if not source.held_out >= 0 or (source.held_out >= 1 and source.held_out != int(source.held_out)):
         raise TrainError(f"{where}.held_out is {source.held_out}, expected a share below 1 or a number of rows")
     for number, test in enumerate(source.where):
         if test.op in ("in", "not in") and not isinstance(test.value, list):

@@ -21,7 +21,7 @@ from train.config import SourceConfig, TrainConfig
 from train.errors import TrainError
 from train.sources import Segment, open_rows, render_row
 
-STORE_VERSION = 1  # raise it when the same inputs would give other tokens
+STORE_VERSION = 2  # raise it when the same inputs would give other tokens
 _TOKENIZE_ROWS = 256
 
 
@@ -93,7 +93,11 @@ def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, c
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
     if not (cache / digest / "report.json").exists():
-        _write_store(cache / digest, *_tokenize_source(source, config, tokenizer, rows))
+        store = _tokenize_source(source, config, tokenizer, rows)
+        try:
+            _write_store(cache / digest, *store)
+        except OSError as e:
+            raise TrainError(f"cannot store the tokens of {source.title} in {cache}: {e.strerror}; make room") from e
     return digest
 
 

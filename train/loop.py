@@ -26,6 +26,7 @@ from train.checkpoint import (
     first_writes,
     list_checkpoints,
     load_training_state,
+    lowest_eval_loss,
     prune,
     publish_folder,
     read_progress,
@@ -39,6 +40,7 @@ from train.errors import TrainError
 from train.evaluate import evaluate, sample
 from train.model import (
     LossModel,
+    check_context,
     check_model,
     choose_dtype,
     load_model,
@@ -59,6 +61,7 @@ FREE_KEYS = (
     "sample_prompts", "sample_tokens",
 )  # fmt: skip
 MOST_SKIPPED = 3  # steps in a row
+SAVE_SECONDS = 1800  # between checkpoints, where `save_every` does not say otherwise
 
 
 def finetune(config: TrainConfig) -> None:
@@ -93,6 +96,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
     model_config = load_model_config(config.model, config.revision, say)
     tokenizer = load_tokenizer(config.model, config.revision, model_config)
     names = world.first(lambda: prepare_sources(config, tokenizer, output / "data"))
+    check_context(model_config, config, say)
     sources = open_sources(config, output / "data", names)
     reports = [source.report for source in sources]
     say(report_table(reports))
@@ -128,10 +132,19 @@ def _finetune(config: TrainConfig, world: World) -> None:
     if config.fused_backward:
         optimizer.step_in_backward(lambda: now["lr"])
 
+    saved_at, best = time.monotonic(), world.share(lowest_eval_loss(output))
+
     def save() -> None:
+        nonlocal saved_at
         folder = checkpoint_path(output, progress.step)
         save_checkpoint(folder, hf_model, tokenizer, optimizer, progress, generators, world, config.max_shard_bytes)
         first_writes(world, output, lambda: prune(output, config.keep_last))
+        saved_at = time.monotonic()
+
+    def is_due() -> bool:
+        if config.save_every is not None:
+            return progress.step % config.save_every == 0
+        return bool(world.share(time.monotonic() - saved_at > SAVE_SECONDS))
 
     # ---- steps ----
     with Watch(output, mixture.steps, progress.step, world.is_first) as watch, StopSignals() as stop:
@@ -148,12 +161,18 @@ def _finetune(config: TrainConfig, world: World) -> None:
                 _report_step(progress, result, now["lr"], time.perf_counter() - started, watch)
             else:
                 _report_skip(batches, progress, result, watch, world)
+            if progress.skipped_in_a_row >= MOST_SKIPPED:
+                save()  # no skipped step has touched a weight
+                raise TrainError(_gave_up(batches, world, output))
 
             is_last = progress.step == mixture.steps
-            if _is_due(config.eval_every, progress.step) or is_last:
+            is_best = False
+            if is_last or (_is_due(config.eval_every, progress.step) and not result.stop):
                 progress = replace(progress, eval_loss=evaluate(model, mixture, world, watch, progress.step))
                 sample(hf_model, tokenizer, config, world, watch, output, progress.step)
-            if _is_due(config.save_every, progress.step) and not (is_last or result.stop):
+                is_best = progress.eval_loss is not None and progress.eval_loss < best
+                best = min(best, progress.eval_loss) if is_best and progress.eval_loss is not None else best
+            if (is_best or is_due()) and not (is_last or result.stop):
                 save()
             if result.stop and not is_last:
                 save()
@@ -213,13 +232,13 @@ def train_step(
         raise TrainError(f"no token of the batch has a label (sources {', '.join(_titles(batches, world))})")
     scale = world.size / labelled  # FSDP averages gradients over the processes
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    total[1] = float(stop.asked)
     for batch in batches:
         loss, _ = model(batch, config.mixing_ratio)
         total[0] += loss.detach()
         if config.fused_backward and not math.isfinite(world.sum(total[0].clone())):
             break  # backward would already change weights
         (loss * scale).backward()
+    total[1] = float(stop.asked)  # as late as can be: a step may take minutes
     loss_sum, stops = world.sum(total).tolist()
     is_finite, norm = math.isfinite(loss_sum), None
     if not config.fused_backward:
@@ -267,11 +286,15 @@ def _report_skip(batches: list[Batch], progress: Progress, result: StepResult, w
     titles = _titles(batches, world)
     watch.record("skip", progress.step, sources=titles)
     watch.say(f"step {progress.step} skipped: the loss or a gradient is not finite (sources {', '.join(titles)})")
-    if progress.skipped_in_a_row >= MOST_SKIPPED:
-        raise TrainError(
-            f"{MOST_SKIPPED} steps in a row were not finite, the last with sources {', '.join(titles)}: "
-            "lower lr, set max_grad_norm, or look at those sources"
-        )
+
+
+def _gave_up(batches: list[Batch], world: World, output: Path) -> str:
+    last = list_checkpoints(output)[-1].name
+    return (
+        f"{MOST_SKIPPED} steps in a row were not finite, the last with sources {', '.join(_titles(batches, world))}: "
+        f"lower lr, set max_grad_norm, or look at those sources. {last} holds the model before them; another run may "
+        "start from it (model: its folder)"
+    )
 
 
 def _titles(batches: Iterable[Batch], world: World) -> list[str]:

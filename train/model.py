@@ -39,7 +39,10 @@ def load_model_config(model: str, revision: str | None, say: Say) -> Any:
     try:
         raw, _ = PretrainedConfig.get_config_dict(model, revision=revision)
         if raw.get("model_type") == "stablelm_epoch":
-            say(f"notice: {model} has the old stablelm_epoch config; reading it as stablelm, without its code")
+            say(
+                f"notice: {model} has the old stablelm_epoch config; reading it as stablelm, without its code. "
+                "To merge the result back onto it give slerp-merge --files-from ft: transformers refuses the old config"
+            )
             return convert_stablelm_epoch(raw)
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
@@ -67,6 +70,21 @@ def convert_stablelm_epoch(raw: dict[str, Any]) -> Any:
             raise TrainError(f"the old stablelm_epoch config lacks {key!r}: it cannot be converted")
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     return StableLmConfig(**values)
+
+
+def check_context(model_config: Any, config: TrainConfig, say: Say) -> None:
+    """TrainError where the model has no position for some token; a notice where it never saw positions so far."""
+    text = model_config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if not isinstance(context, int) or config.sequence_length <= context:
+        return
+    is_rotary = any(getattr(text, key, None) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if not is_rotary:
+        raise TrainError(
+            f"sequence_length is {config.sequence_length}, but {config.model} has positions for {context} tokens: "
+            "lower it"
+        )
+    say(f"notice: sequence_length {config.sequence_length} is beyond the context of {config.model}, {context} tokens")
 
 
 def load_tokenizer(model: str, revision: str | None, model_config: Any) -> Any:

@@ -89,12 +89,15 @@ def build_on_meta(config: TrainConfig, model_config: Any, dtype: torch.dtype) ->
     """The model with shapes and no storage, frozen and checkpointed as the config says."""
     from transformers import AutoModelForCausalLM
 
+    attention = "sdpa" if config.attention == "flash_attention_2" else config.attention  # alike in what they keep
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                model_config, dtype=dtype, attn_implementation="sdpa"
+                model_config, dtype=dtype, attn_implementation=attention
             )
     except ValueError as e:
+        if "scaled_dot_product_attention" in str(e):
+            raise TrainError(f"{config.model} cannot use attention {config.attention}: set attention: eager") from e
         raise TrainError(f"{config.model} is not a causal language model that transformers knows: {e}") from e
     prepare_model(model, config, may_compile=False)
     return model.train()
@@ -118,15 +121,16 @@ def activation_bytes(model: Any, rows: int, tokens: int) -> int | None:
         model.activation_checkpointing_disable()
         layers = max(1, len(decoder_layers(model)))
         return kept + _saved_bytes(model, rows, tokens) // layers
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
         return None
 
 
 def _saved_bytes(model: Any, rows: int, tokens: int) -> int:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
-    # On this device attention keeps its scores; the kernels used in training do not.
-    scores = rows * model.config.get_text_config().num_attention_heads * tokens * tokens
+    # On this device attention keeps its scores; the kernels used in training, eager ones apart, do not.
+    text = model.config.get_text_config()
+    scores = 0 if text._attn_implementation == "eager" else rows * text.num_attention_heads * tokens * tokens
 
     def pack(x: Tensor) -> Tensor:
         key = x.untyped_storage()._cdata

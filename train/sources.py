@@ -37,13 +37,22 @@ class Segment:
 class Rows:
     """The rows of one source; `digest` names their content, whatever the file is called."""
 
-    def __init__(self, dataset: Any, digest: str, title: str) -> None:
+    def __init__(self, dataset: Any, digest: str, title: str, *, is_csv: bool = False) -> None:
         self._dataset, self.digest, self._title = dataset, digest, title
         self.count: int = len(dataset)
+        self._whole = [name for name in dataset.column_names if self._holds_whole_numbers(name)] if is_csv else []
+
+    def _holds_whole_numbers(self, name: str) -> bool:
+        """A CSV column of whole numbers with an empty cell is read as floats: 4 would be written as 4.0."""
+        values = self._column(name) if self._dataset.features[name].dtype == "float64" else []
+        return None in values and all(value is None or value.is_integer() for value in values)
 
     def select(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """These rows, in this order."""
-        return list(self._dataset.select(list(indices)))
+        rows = list(self._dataset.select(list(indices)))
+        for row in rows:
+            row.update({name: int(row[name]) for name in self._whole if row[name] is not None})
+        return rows
 
     def split(self, source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
         """Row numbers to learn from, ordered as `shuffle` and `sort` say, and those held out."""
@@ -65,9 +74,10 @@ class Rows:
             return rows
         column = self._column(sort.column)
         values = {i: _cast(column[i], sort.cast, sort.column, self._title) for i in rows}
-        rows = [i for i in rows if values[i] is not None] or rows
+        empty = [i for i in rows if values[i] is None or values[i] != values[i]]  # None, NaN: last, not dropped
+        rest = [i for i in rows if values[i] == values[i] and values[i] is not None]
         try:
-            return sorted(rows, key=lambda i: values[i], reverse=sort.descending)
+            return [*sorted(rest, key=lambda i: values[i], reverse=sort.descending), *empty]
         except TypeError as e:
             raise TrainError(f"source {self._title}: cannot sort by {sort.column}: {e}; add `cast`") from e
 
@@ -85,12 +95,15 @@ def open_rows(source: SourceConfig) -> Rows:
     """
     import datasets  # type: ignore[import-untyped]
 
-    local = Path(source.path)
+    local = Path(source.path).expanduser()
     if _looks_local(source.path) and not local.exists():
         raise TrainError(f"source {source.title}: there is no file {source.path}")
     try:
         if local.is_file():
-            dataset = datasets.load_dataset(_builder(local), data_files=str(local), split=source.split)
+            builder = _builder(local)
+            # In a CSV only an empty cell is empty: "None", "NA" and "null" are words.
+            options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+            dataset = datasets.load_dataset(builder, data_files=str(local), split=source.split, **options)
         elif local.is_dir():
             dataset = datasets.load_dataset(str(local), name=source.name, split=source.split)
         else:
@@ -100,7 +113,8 @@ def open_rows(source: SourceConfig) -> Rows:
     except Exception as e:  # the library raises dozens of kinds; all mean: not readable
         reason = explain(e, source.path, source.revision, "data set") or _first_line(e)
         raise TrainError(f"source {source.title}: cannot load {source.path}: {reason}") from e
-    return Rows(dataset, _content_digest(local) or dataset._fingerprint, source.title)
+    is_csv = local.suffix == ".csv"
+    return Rows(dataset, _content_digest(local) or dataset._fingerprint, source.title, is_csv=is_csv)
 
 
 def _looks_local(path: str) -> bool:
@@ -134,6 +148,8 @@ def _hold_out(rows: list[int], source: SourceConfig, seed: int) -> tuple[list[in
     """Split by row, before templates: both directions of a row are on one side."""
     asked = source.held_out
     count = int(asked) if asked >= 1 else round(asked * len(rows))
+    if asked and not count:
+        raise TrainError(f"source {source.title}: held_out is {asked} of {len(rows)} rows, which is none: raise it")
     if count and count >= len(rows):
         raise TrainError(f"source {source.title}: held_out asks for {count} rows of {len(rows)}; nothing would be left")
     chosen = set(np.random.default_rng((seed, 4)).permutation(len(rows))[:count].tolist())
@@ -159,7 +175,7 @@ def _cast(value: Any, cast: str | None, column: str, title: str) -> Any:
         return value
     try:
         return _CASTS[cast](value)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise TrainError(f"source {title}: cannot cast {column} = {value!r} to {cast}") from e
 
 
@@ -244,11 +260,18 @@ def _render_template(source: SourceConfig, template: Template, row: Mapping[str,
 
 def _messages(value: Any, source: SourceConfig) -> list[tuple[str, str]]:
     try:
-        return [(message["role"], str(message["content"]).strip()) for message in value]
+        return [(message["role"], _content(message["content"])) for message in value or ()]
     except (TypeError, KeyError) as e:
         raise TrainError(
             f"source {source.title}: column {source.messages} holds {value!r:.80}, expected a list of {{role, content}}"
         ) from e
+
+
+def _content(content: Any) -> str:
+    """A message's text; none where there is none (a tool call). TypeError for anything but text."""
+    if content is not None and not isinstance(content, str):
+        raise TypeError(content)
+    return (content or "").strip()
 
 
 def _render_messages(source: SourceConfig, messages: list[tuple[str, str]], tokenizer: Any) -> list[Segment]:
@@ -277,6 +300,8 @@ def _memphis_chat(messages: list[tuple[str, str]], title: str) -> list[Segment]:
 
 def _chat_template(messages: list[tuple[str, str]], tokenizer: Any, title: str) -> list[Segment]:
     """The tokenizer's own template; an assistant turn runs from its generation prompt to the turn's end."""
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise TrainError(f"source {title}: format chat-template, but the tokenizer has none: use memphis-chat")
     turns = [{"role": role, "content": content} for role, content in messages]
@@ -285,8 +310,11 @@ def _chat_template(messages: list[tuple[str, str]], tokenizer: Any, title: str) 
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(turns[:number], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(turns[: number + 1], tokenize=False)
+        try:
+            before = tokenizer.apply_chat_template(turns[:number], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(turns[: number + 1], tokenize=False)
+        except TemplateError as e:
+            raise TrainError(f"source {title}: the tokenizer's chat template refuses a conversation: {e}") from e
         if not (after.startswith(before) and before.startswith(done)):
             raise TrainError(
                 f"source {title}: the tokenizer's chat template rewrites earlier turns, so the learned span "

@@ -6,18 +6,22 @@ from it, so they are whole after any number of resumes.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
-from train.config import TrainConfig
+from train.config import SourceConfig, TrainConfig
 from train.data import SourceReport, report_table
+from train.errors import TrainError
 
 
 class Watch:
@@ -38,7 +42,7 @@ class Watch:
             desc="train",
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        self._board = _tensorboard(output)
+        self._board = _tensorboard(output, done)
 
     def __enter__(self) -> Watch:
         return self
@@ -47,11 +51,13 @@ class Watch:
         """One line of metrics: `kind` is train, eval, skip or stop."""
         if not self._active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as e:
+            raise TrainError(f"cannot write {self._path}: {e.strerror}; make room, then start again") from e
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in _scalars(kind, values):
+                self._board.add_scalar(name, value, step)
 
     def advance(self, loss: float, tokens_per_second: float, lr: float) -> None:
         """Move the progress line by one step; it also shows the time left."""
@@ -67,9 +73,19 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         if self._active:
             self._bar.close()
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk was told of when the line was written
+                self._file.close()
             if self._board is not None:
                 self._board.close()
+
+
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number below a record, as TensorBoard names it: eval/nll/SOURCE."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _scalars(f"{name}/{key}", item)
+    elif isinstance(value, float):
+        yield name, value
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -93,12 +109,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _tensorboard(output: Path) -> Any:
+def _tensorboard(output: Path, done: int) -> Any:
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(output / "tensorboard"))
+    return SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)  # a resumed run draws those steps again
 
 
 # ---- at the end ----------------------------------------------------------------------------------------
@@ -138,14 +154,16 @@ def build_card(
         for key in TrainConfig.__dataclass_fields__
         if key not in ("sources", "output", "resume", "sample_prompts", "model") and getattr(config, key) is not None
     }
-    base = Path(config.model).name if Path(config.model).exists() else config.model
+    is_local = Path(config.model).exists()
+    base = Path(config.model).name if is_local else config.model
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixce\n---\n",
+        "---\n" + yaml.safe_dump(_metadata(config, is_local), sort_keys=False) + "---\n",
         f"# {Path(config.output).name}\n",
         f"A finetune of `{base}` with the MixCE loss (arXiv 2305.16958) at mixing ratio "
         f"{config.mixing_ratio}, made by `mixce-train`.\n",
         "## Data\n",
         f"```\n{report_table(reports)}\n```\n",
+        "\n".join(_source_lines(config)) + "\n",
         "## Result\n",
         _result_lines(metrics, facts),
         "![loss](loss.png)\n" if has_plot else "",
@@ -155,6 +173,27 @@ def build_card(
         "\n".join(f"- {name} {number}" for name, number in versions().items()) + "\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _metadata(config: TrainConfig, is_local: bool) -> dict[str, Any]:
+    """The Hub's metadata; local folders and files are nobody else's business."""
+    datasets = [source.path for source in config.sources if not Path(source.path).exists()]
+    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mixce"]}
+    if not is_local:
+        found |= {"base_model": config.model.partition("@")[0], "base_model_relation": "finetune"}
+    return found | ({"datasets": datasets} if datasets else {})
+
+
+def _source_lines(config: TrainConfig) -> Iterator[str]:
+    """What was taken of each source, as the config says it."""
+    for source in config.sources:
+        path = Path(source.path).name if Path(source.path).exists() else source.path
+        asked = {
+            key: value
+            for key, value in asdict(source).items()
+            if key not in ("path", "label") and value != SourceConfig.__dataclass_fields__[key].default
+        }
+        yield f"- `{path}`: " + json.dumps(asked, ensure_ascii=False, default=str)
 
 
 def _result_lines(metrics: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:

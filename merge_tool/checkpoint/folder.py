@@ -20,6 +20,7 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     {".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel"}
     | {".nemo", ".distcp"}
 )
+_DEEPEST_JSON = 100  # a configuration has about 5 levels
 _LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
 
@@ -52,6 +53,13 @@ class Folder:
             )
         return target
 
+    def regular(self, relative: str) -> Path:
+        """As `path`, for a regular file: opening it does not wait, as opening a pipe would."""
+        target = self.path(relative)
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise CheckpointError(f"{self.name}/{shown(relative)}: is not a regular file.")
+        return target
+
     def has(self, relative: str) -> bool:
         return os.path.lexists(self.root / relative)
 
@@ -81,10 +89,8 @@ class Folder:
     def load_json(self, relative: str, *, unique_keys: bool = False) -> dict[str, Any]:
         """The JSON object in a file; CheckpointError if it is anything else, or too large."""
         where = f"{self.name}/{shown(relative)}"
-        path = self.path(relative)
+        path = self.regular(relative)
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{where}: is not a regular file.")
         if status.st_size > _LARGEST_JSON:
             raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {_LARGEST_JSON:,} are read.")
         try:
@@ -95,6 +101,8 @@ class Folder:
             raise CheckpointError(f"{where}: cannot be read ({e.strerror}).") from e
         if not isinstance(value, dict):
             raise CheckpointError(f"{where}: holds a {type(value).__name__}, expected a JSON object.")
+        if _is_deeper(value, _DEEPEST_JSON):
+            raise CheckpointError(f"{where}: is nested more than {_DEEPEST_JSON} levels deep.")
         return value
 
 
@@ -160,6 +168,15 @@ def _hub_blobs(root: Path) -> Path | None:
     if root.parent.name == "snapshots" and repo.name.startswith("models--"):
         return repo / "blobs"
     return None
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie more than `most` deep in each other: what is deeper, nobody can walk or print."""
+    level = [value]
+    for _ in range(most):
+        level = [v for part in level for v in (part.values() if isinstance(part, dict) else part)]
+        level = [v for v in level if isinstance(v, (dict, list))]
+    return bool(level)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

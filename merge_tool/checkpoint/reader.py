@@ -96,6 +96,10 @@ class Checkpoint:
         self.source(name).read_into(info.offset + start * dtype.itemsize, raw)
         return out
 
+    def read_new(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """As `read`, into a new array."""
+        return self.read(name, start, stop, np.empty(stop - start, NUMPY_DTYPES[self.tensors[name].dtype]))
+
     def close(self) -> None:
         """Nothing stays open between reads; here so that a Checkpoint can be used with `with`."""
 

@@ -6,6 +6,8 @@ truncated one kills the process). A file that is no longer the one that was open
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import stat
 import threading
@@ -71,7 +73,8 @@ class LocalFile:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                os.close(self._fd)
+                with contextlib.suppress(OSError):  # what was read was read
+                    os.close(self._fd)
                 self._fd = -1
 
     def _open(self) -> int:
@@ -81,10 +84,7 @@ class LocalFile:
             raise CheckpointError(f"{shown(self.name)}: cannot be opened ({e.strerror}).") from e
         if _identity(os.fstat(fd)) != self.identity:
             os.close(fd)
-            raise CheckpointError(
-                f"{shown(self.name)}: the file changed while it was being merged. "
-                "Wait until it is complete, then start again with --overwrite."
-            )
+            raise self._changed()
         return fd
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -103,12 +103,22 @@ class LocalFile:
                 raise CheckpointError(
                     f"{shown(self.name)}: reading failed at byte {offset + done:,} ({e.strerror})."
                 ) from e
+            if count == 0 and os.fstat(self._fd).st_size != self.size:
+                raise self._changed()
             if count == 0:
                 raise CheckpointError(
                     f"{shown(self.name)}: the file ends at byte {offset + done:,}, expected {self.size:,}; "
                     "it was cut short while we read it."
                 )
             done += count
+        if _identity(os.fstat(self._fd)) != self.identity:  # written in place, under our hands
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(
+            f"{shown(self.name)}: the file changed while it was being merged. "
+            "Wait until it is complete, then start again with --overwrite."
+        )
 
     def _read_some(self, offset: int, buffer: memoryview) -> int:
         if hasattr(os, "preadv"):
@@ -128,6 +138,15 @@ class LocalFile:
     def _advise(self, offset: int, length: int, advice: str) -> None:
         if hasattr(os, "posix_fadvise") and self._fd >= 0 and length > 0:
             os.posix_fadvise(self._fd, offset, length, getattr(os, advice))
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a whole file in hex, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

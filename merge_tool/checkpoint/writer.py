@@ -6,6 +6,7 @@ then rename, then fsync of the folder. Errors of write and fsync are errors.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -91,7 +92,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):  # it is given up
+                os.close(self._fd)
             self._fd = -1
 
 

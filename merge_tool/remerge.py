@@ -1,0 +1,343 @@
+"""A stored output against its parents: the same plan, the same elements, the same report. Writes nothing.
+
+The plan is made anew from the parents' headers. Then either a sample of tiles is merged again with the report's
+sums, or everything: a whole merge whose writers compare with what is there instead of writing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from merge_tool._version import __version__
+from merge_tool.api import card_of, report_of
+from merge_tool.buffers import WorkerMemory
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.errors import CheckpointError, OutputError, shown
+from merge_tool.methods import METHODS, TILE, as_bytes, same_values
+from merge_tool.plan import MergePlan, ShardPlan, TensorJob
+from merge_tool.prepare import Prepared, prepare
+from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
+from merge_tool.report import Finding, Findings, from_record, stream_report, summarise, tensor_text
+from merge_tool.run import ShardDone, merge_chunk, run_plan
+from merge_tool.side_files import CARD, REPORT
+
+_PIECE = 1 << 20
+_MOST = 50  # problems that are named; the rest is counted
+
+
+@dataclass
+class Checks:
+    """What one output's check has found out so far."""
+
+    num_files: int = 0
+    nbytes: int = 0
+    num_compared: int = 0
+    problems: list[str] = field(default_factory=list)
+    more: int = 0
+
+    def add(self, problem: str) -> None:
+        if len(self.problems) < _MOST:
+            self.problems.append(problem)
+        else:
+            self.more += 1
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """A merge_report.json: its head, and its tensors by line, read again whenever they are asked for."""
+
+    path: Path
+    head: Mapping[str, Any]
+
+    def tensors(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self.path.open(encoding="utf-8", newline="") as lines:
+            stream = stream_report(lines)
+            next(stream)
+            yield from stream
+
+
+# -------------------------------------------------------------------------------------- plan and report
+
+
+def plan_again(
+    out: Path,
+    report: StoredReport,
+    against: tuple[str | Path, str | Path],
+    memory_bytes: int | None,
+    jobs: int | None,
+) -> Prepared:
+    """The merge's own plan, from its parents' headers and the options in the report."""
+    head, options = report.head, report.head["options"]
+    try:
+        recipe = Recipe(
+            (float(head["t"]),),
+            head["method"],
+            options["dtype"],
+            options["max_shard_bytes"] or DEFAULT_MAX_SHARD_BYTES,
+            options["files_from"],
+            options["on_mismatch"],
+            extrapolate=True,
+            t_for=options.get("t_for", ()),
+            only=options.get("only", ()),
+            exclude=options.get("exclude", ()),
+            on_missing=options.get("on_missing") or "error",
+        )
+    except (KeyError, TypeError, AttributeError) as e:
+        raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
+    return prepare(*against, out, recipe, memory_bytes=memory_bytes, jobs=jobs, read_samples=True)
+
+
+def check_parents(
+    checks: Checks, folder: Folder, report: StoredReport, prepared: Prepared, *, sample: float, full: bool
+) -> None:
+    plan = prepared.plan
+    if not _check_head(checks, report, prepared):
+        return
+    files = {shard.number: LocalFile(folder.regular(shard.file_name), shard.file_name) for shard in plan.shards}
+    if wrong := [shard.file_name for shard in plan.shards if files[shard.number].size != shard.size]:
+        checks.add(f"{shown(wrong[0])}: is not as large as a merge of these parents makes it; no element was compared.")
+        return
+    try:
+        findings = _load_findings(checks, report, plan)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        checks.add(f"{REPORT}: its tensors cannot be read ({shown(e)}); no element was compared.")
+        return
+    if full:
+        sink = _Comparison(checks, files)
+        for _ in run_plan(plan, sink, prepared.layout):
+            pass
+        findings = sink.findings
+        _check_lines(checks, report, plan, findings)
+    else:
+        _check_sample(checks, files, prepared, findings, sample)
+        _check_lines(checks, report, plan, findings)
+    if _is_told_alike(report, plan):
+        _check_words(checks, folder, report, prepared, findings)
+    if prepared.target.path.is_dir():
+        _check_side_files(checks, folder, prepared)
+
+
+def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> bool:
+    """Whether the report is of a merge of these very parents; folders may have been renamed since."""
+    head, plan = report.head, prepared.plan
+    before = len(checks.problems)
+    for side, argument in (("base", "BASE"), ("ft", "FT")):
+        told = head["inputs"].get(side)
+        if not isinstance(told, dict) or told.get("files") != plan.facts[side]["files"]:
+            checks.add(f"{argument}: its files are not those that the report names; no element was compared.")
+    for argument, told, sampled in zip(("BASE", "FT"), head["samples_sha256"], prepared.samples, strict=False):
+        if told != sampled:
+            checks.add(f"{argument}: its weights are not those that were merged; no element was compared.")
+    shards = {shard.file_name: shard.size for shard in plan.shards}
+    if head["shards"] != shards:
+        checks.add(f"{REPORT}: its shards are not those that a merge of these parents has; no element was compared.")
+    return len(checks.problems) == before
+
+
+def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Findings:
+    """What the report says of every tensor; tensors that it lacks, or has elsewhere, are an error."""
+    findings = Findings()
+    for job, told in zip_longest(plan.jobs(), report.tensors()):
+        if job is None or told is None or told[1].get("name") != job.out.name:
+            raise ValueError("they are not the plan's tensors in its order")
+        if job.ft is None:  # the base's: nothing is to be found out about it
+            findings.add(job.number, Finding(None, equal=False, kept_base=False))
+            continue
+        kept = job.exact and told[1].get("note") == "differs: base kept"
+        findings.add(job.number, from_record({**told[1], "kept_base": kept}))
+    return findings
+
+
+def _check_lines(checks: Checks, report: StoredReport, plan: MergePlan, findings: Findings) -> None:
+    """Every line of the report against what follows from the sums."""
+    for job, (text, _) in zip(plan.jobs(), report.tensors(), strict=True):
+        expected = tensor_text(job, findings[job.number], plan.method, job.ts[0])
+        if text != expected:
+            checks.add(f"{REPORT}: {shown(job.out.name)}: says {shown(_difference(text, expected), 600)}.")
+
+
+def _difference(text: str, expected: str) -> str:
+    told, ours = json.loads(text), json.loads(expected)
+    keys = [key for key in {**ours, **told} if told.get(key) != ours.get(key)]
+    return "; ".join(f"{key} {told.get(key)}, found {ours.get(key)}" for key in keys) or "the same in other words"
+
+
+def _is_told_alike(report: StoredReport, plan: MergePlan) -> bool:
+    """Whether the report is of this version, and its parents' folders still have their names: it holds both."""
+    names = [report.head["inputs"][side].get("name") for side in ("base", "ft")]
+    return report.head.get("tool") == f"slerp-merge {__version__}" and names == list(plan.names)
+
+
+def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared: Prepared, findings: Findings) -> None:
+    """The report's head, and the card but for its YAML, whose form is another library's."""
+    t = prepared.plan.ts[0]
+    head = next(report_of(prepared, findings, t))
+    with report.path.open(encoding="utf-8", newline="") as lines:
+        if lines.read(len(head)) != head:
+            checks.add(f"{REPORT}: its head is not that of a merge of these parents.")
+    if not prepared.target.path.is_dir():
+        return
+    card = card_of(prepared, summarise(prepared.plan, findings), t)
+    try:
+        told = folder.regular(CARD).read_text(encoding="utf-8")
+    except (CheckpointError, OSError, ValueError) as e:
+        checks.add(f"{CARD}: {shown(e)}")
+        return
+    if _body(told) != _body(card):
+        checks.add(f"{CARD}: is not the card of a merge of these parents.")
+
+
+def _body(card: str) -> str:
+    return card.partition("\n---\n")[2]
+
+
+def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> None:
+    """The files that were copied are the parent's, and the index is the plan's."""
+    plan, side_files = prepared.plan, prepared.side_files
+    contents: list[tuple[str, Iterable[bytes]]] = [
+        (file.target, side_files.read(file, plan.config_dtype)) for file in side_files.copied
+    ]
+    if (index := plan.index()) is not None:
+        contents.append((plan.index_name, [index]))
+    for name, pieces in contents:
+        try:
+            with folder.regular(name).open("rb") as file:
+                same = all(file.read(len(piece)) == piece for piece in pieces) and not file.read(1)
+        except (CheckpointError, OSError) as e:
+            checks.add(f"{shown(name)}: {shown(e)}")
+            continue
+        if not same:
+            checks.add(f"{shown(name)}: is not what a merge of these parents has there.")
+
+
+# --------------------------------------------------------------------------------------- bit for bit
+
+
+def _check_sample(
+    checks: Checks, files: Mapping[int, LocalFile], prepared: Prepared, findings: Findings, share: float
+) -> None:
+    """Merge some tiles of every tensor again, with the sums of the report."""
+    worker, chance = WorkerMemory(prepared.layout), random.Random()
+    there = bytearray(max((TILE * 8), 1))
+    for shard in prepared.plan.shards:
+        _check_bytes(checks, files[shard.number], 0, memoryview(shard.header()), "its header")
+        for job in shard.jobs:
+            tiles = -(-job.out.numel // TILE)
+            most = max(1, round(share * tiles))
+            for tile in sorted(chance.sample(range(tiles), min(tiles, most))):
+                if not _check_tile(
+                    checks, files[shard.number], prepared.plan, job, findings, tile * TILE, worker, there
+                ):
+                    break
+
+
+def _check_tile(
+    checks: Checks,
+    file: LocalFile,
+    plan: MergePlan,
+    job: TensorJob,
+    findings: Findings,
+    start: int,
+    worker: WorkerMemory,
+    there: bytearray,
+) -> bool:
+    stop = min(start + TILE, job.out.numel)
+    arrays = worker.arrays(job, stop - start)
+    for source, values in zip(job.sources, arrays, strict=False):
+        source.file.read_into(source.info.offset + start * values.itemsize, as_bytes(values))
+    finding, t = findings[job.number], job.ts[0]
+    if finding.equal and not same_values(arrays[0], arrays[1]):
+        checks.add(f"{REPORT}: {shown(job.out.name)}: says that the parents are equal; they are not.")
+        return False
+    weights = None
+    if not (finding.equal or finding.kept_base or job.exact or job.ft is None):
+        if finding.sums is None:
+            checks.add(f"{REPORT}: {shown(job.out.name)}: has no sums.")
+            return False
+        weights = METHODS[plan.method].weights(finding.sums, t)
+    merged = merge_chunk(job, t, weights, start, arrays, worker.scratch)
+    data = as_bytes(merged)
+    checks.num_compared += stop - start
+    return _check_bytes(checks, file, job.out.offset + start * merged.itemsize, data, job.out.name, there, job)
+
+
+def _check_bytes(
+    checks: Checks,
+    file: LocalFile,
+    offset: int,
+    expected: memoryview,
+    what: str,
+    room: bytearray | None = None,
+    job: TensorJob | None = None,
+) -> bool:
+    """Compare `expected` with the file's bytes from `offset` on."""
+    place = _first_difference(file, offset, expected, room if room is not None else bytearray(_PIECE))
+    if place is None:
+        return True
+    element = f"element {(place - job.out.offset) // (job.out.nbytes // job.out.numel):,}" if job else f"byte {place:,}"
+    checks.add(f"{shown(file.name)}: {shown(what)} is not the merge of these parents: {element} differs.")
+    return False
+
+
+def _first_difference(file: LocalFile, offset: int, expected: memoryview, room: bytearray) -> int | None:
+    for start in range(0, len(expected), len(room)):
+        piece = expected[start : start + len(room)]
+        view = memoryview(room)[: len(piece)]
+        file.read_into(offset + start, view)
+        if view != piece:
+            return offset + start + next(k for k, (a, b) in enumerate(zip(view, piece, strict=True)) if a != b)
+    return None
+
+
+class _Comparer:
+    """A shard's Writer that writes nothing: it compares with the file that is there, and keeps the first difference."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self.file, self.first, self.nbytes = file, -1, 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        place = _first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
+        if place is not None and (self.first < 0 or place < self.first):
+            self.first = place
+
+    def hash_next(self, data: memoryview) -> None:
+        self.nbytes += len(data)
+
+    def sync(self) -> str:
+        return ""
+
+    def abandon(self) -> None:
+        pass
+
+
+class _Comparison:
+    """A Sink that keeps the sums and says where the shards that are there differ from the merge."""
+
+    def __init__(self, checks: Checks, files: Mapping[int, LocalFile]) -> None:
+        self.checks, self.files, self.findings = checks, files, Findings()
+
+    def open_shard(self, shard: ShardPlan, header: bytearray) -> Sequence[_Comparer]:
+        comparer = _Comparer(self.files[shard.number])
+        comparer.write(0, memoryview(header))
+        return [comparer]
+
+    def finish_shard(self, done: ShardDone, writers: Sequence[_Comparer]) -> None:
+        for tensor in done.tensors:
+            self.findings.add(tensor.number, Finding(tensor.sums, tensor.equal, tensor.kept_base))
+        self.checks.num_compared += sum(job.out.numel for job in done.shard.jobs)
+        if (place := writers[0].first) >= 0:
+            jobs = done.shard.jobs
+            number = bisect_right([job.out.offset for job in jobs], place) - 1
+            what = f"tensor {jobs[number].out.name}" if number >= 0 else "its header"
+            self.checks.add(
+                f"{shown(done.shard.file_name)}: is not the merge of these parents: from byte {place:,} on "
+                f"({shown(what)}) it differs."
+            )
