@@ -48,6 +48,7 @@ from merge_tool.report import (
     to_record,
 )
 from merge_tool.run import ShardDone, progress_bytes, run_plan
+from merge_tool.schedule import Rules
 from merge_tool.side_files import CARD, REPORT, SUMS
 
 _FLUSH_BYTES = 8_000_000
@@ -70,6 +71,7 @@ class MergeReport:
     seconds: float
     peak_bytes: int
     already_complete: bool = False
+    num_scheduled: int = 0  # tensors with a t of their own
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -94,6 +96,10 @@ def merge(
     files_from: str = "base",
     on_mismatch: str = "error",
     extrapolate: bool = False,
+    t_for: Rules = (),
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_missing: str = "error",
     report_path: str | Path | None = None,
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
@@ -102,9 +108,11 @@ def merge(
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
 
     `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each
-    (`t-0.3`), in one pass over the inputs. `memory_bytes` bounds the peak resident memory of the
-    whole process, what it holds already included (default: see `merge_tool.memory.default_budget`); the rest is as
-    in `Recipe`. `check_resumed` hashes what an earlier run finished before it is kept. `on_start(total)` and
+    (`t-0.3`), in one pass over the inputs. `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` gives some tensors a t of
+    their own, along the layers where it is a list; the first pattern that matches counts. `memory_bytes` bounds the
+    peak resident memory of the whole process, what it holds already included (default: see
+    `merge_tool.memory.default_budget`); the rest is as in `Recipe`. `check_resumed` hashes what an earlier run
+    finished before it is kept. `on_start(total)` and
     `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
@@ -114,7 +122,9 @@ def merge(
     """
     started = time.monotonic()
     ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
-    recipe = Recipe(ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate)
+    recipe = Recipe(
+        ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude, on_missing
+    )
     report_path = None if report_path is None else Path(report_path)
     try:
         prepared = prepare(
@@ -313,14 +323,21 @@ def _command(plan: MergePlan, t: float) -> str:
         ("--max-shard-size", recipe.max_shard_bytes, DEFAULT_MAX_SHARD_BYTES),
         ("--files-from", recipe.files_from, "base"),
         ("--on-mismatch", recipe.on_mismatch, "error"),
+        ("--on-missing", recipe.on_missing, "error"),
     ):
         if value != default:
             words += [option, str(value)]
-    return " ".join(words + ["--extrapolate"] * (not 0 <= t <= 1))
+    for rule in recipe.rules:
+        words += ["--t-for", _quoted(str(rule), 10_000)]
+    for option, patterns in (("--only", recipe.only), ("--exclude", recipe.exclude)):
+        for pattern in patterns:
+            words += [option, _quoted(pattern, 10_000)]
+    beyond = any(not 0 <= value <= 1 for value in (t, *(value for rule in recipe.rules for value in rule.values)))
+    return " ".join(words + ["--extrapolate"] * beyond)
 
 
-def _quoted(name: str) -> str:
-    name = shown(name)
+def _quoted(name: str, limit: int = 200) -> str:
+    name = shown(name, limit)
     return name if re.fullmatch(r"[\w@%+=:,./-]+", name) else "'" + name.replace("'", "'\\''") + "'"
 
 
@@ -350,6 +367,7 @@ def _report(prepared: Prepared, summary: Summary, started: float, *, already_com
         time.monotonic() - started,
         peak_bytes(),
         already_complete,
+        plan.num_scheduled,
     )
 
 

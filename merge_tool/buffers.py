@@ -53,7 +53,7 @@ class WorkerMemory:
     def arrays(self, job: TensorJob, length: int) -> tuple[Array, Array, Array]:
         """Flat arrays of `length` elements for base, finetune and output."""
         found, start = [], 0
-        for info in (job.base.info, job.ft.info, job.out):
+        for info in (job.base.info, (job.ft or job.base).info, job.out):
             dtype = NUMPY_DTYPES[info.dtype]
             found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
             start += aligned(length * dtype.itemsize)

@@ -45,7 +45,7 @@ def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, ha
     yield f"# {base} + {ft}"
     yield (
         f"A merge of **{base}** (t = 0) and **{ft}** (t = 1) by {METHODS[plan.method].summary} at "
-        f"t = {label_t(t)}, made with slerp-merge {__version__}:"
+        f"t = {label_t(t)}{_exceptions(plan)}, made with slerp-merge {__version__}:"
     )
     yield f"```\n{command}\n```"
     yield (
@@ -58,6 +58,10 @@ def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, ha
     yield "\n".join(_angle_table(summary))
     yield from remarks(summary)
     yield "Every tensor's angle, norms and weights are in `merge_report.json`; `SHA256SUMS` lists the files' digests."
+
+
+def _exceptions(plan: MergePlan) -> str:
+    return f" ({plan.num_scheduled:,} tensors at a t of their own)" if plan.num_scheduled else ""
 
 
 def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:

@@ -167,6 +167,22 @@ def _terminable() -> Iterator[None]:
 # --------------------------------------------------------------------------------------- slerp-merge
 
 _RECIPE_OPTIONS = [
+    click.option(
+        "--t-for",
+        multiple=True,
+        metavar="PATTERN=T[,T...]",
+        help="Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
+        "layers. Several: the first that matches counts.",
+    ),
+    click.option(
+        "--only",
+        multiple=True,
+        metavar="PATTERN",
+        help="Merge only tensors whose names match; the others are BASE's, byte for byte. Several add up.",
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="Do not merge tensors whose names match. Several add up."
+    ),
     click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
     click.option(
         "--dtype",
@@ -192,7 +208,13 @@ _RECIPE_OPTIONS = [
         "--on-mismatch",
         type=click.Choice(ON_MISMATCH),
         default="error",
-        help="What to do with integer tensors that differ: stop, or keep BASE's.",
+        help="What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
+    ),
+    click.option(
+        "--on-missing",
+        type=click.Choice(ON_MISMATCH),
+        default="error",
+        help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
     ),
     click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1."),
 ]

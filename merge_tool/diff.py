@@ -23,6 +23,7 @@ import numpy as np
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, NUMPY_DTYPES, Checkpoint, open_checkpoint
 from merge_tool.errors import RecipeError
+from merge_tool.matching import natural_key
 from merge_tool.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
 from merge_tool.methods import (
     TILE,
@@ -37,7 +38,6 @@ from merge_tool.methods import (
     sum_tile,
     total,
 )
-from merge_tool.plan import natural_key
 from merge_tool.report import median
 
 _WORKER_BYTES = Scratch.NBYTES + 2 * 8 * TILE

@@ -82,7 +82,7 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
 
 
 def _slot_itemsize(job: TensorJob) -> int:
-    return sum(NUMPY_DTYPES[info.dtype].itemsize for info in (job.base.info, job.ft.info, job.out))
+    return sum(NUMPY_DTYPES[info.dtype].itemsize for info in (job.base.info, (job.ft or job.base).info, job.out))
 
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:
@@ -93,8 +93,8 @@ def _arena_bytes(plan: MergePlan, room: int) -> int:
 
 
 def region_bytes(job: TensorJob) -> int:
-    """What a tensor takes of the arena: both inputs whole."""
-    return aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes)
+    """What a tensor takes of the arena: both inputs whole, nothing if it is only copied."""
+    return 0 if job.ft is None else aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes)
 
 
 def aligned(nbytes: int) -> int:

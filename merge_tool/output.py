@@ -198,8 +198,8 @@ class Work:
     def _inputs(self) -> dict[str, list[LocalFile]]:
         sides: dict[str, dict[int, LocalFile]] = {"base": {}, "ft": {}}
         for job in self.plan.jobs():
-            sides["base"].setdefault(id(job.base.file), job.base.file)
-            sides["ft"].setdefault(id(job.ft.file), job.ft.file)
+            for side, source in zip(("base", "ft"), job.sources, strict=False):
+                sides[side].setdefault(id(source.file), source.file)
         return {side: list(files.values()) for side, files in sides.items()}
 
     def _wipe(self) -> None:
@@ -404,7 +404,9 @@ def _remove_empty(folder: Path, stop: Path) -> None:
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     before, now = found.get("facts", {}), ours["facts"]
     parts = [
-        f"{key} was {before.get(key)}, now {now[key]}" for key in now if _brief(before.get(key)) != _brief(now[key])
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in {**now, **before}
+        if _brief(before.get(key)) != _brief(now.get(key))
     ]
     changed = [
         key for key in ("base", "ft") if before.get(key) != now[key] and not any(p.startswith(key) for p in parts)

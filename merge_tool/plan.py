@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +16,10 @@ from merge_tool._version import __version__
 from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.errors import MismatchError, RecipeError, listed, shown
+from merge_tool.errors import RecipeError, shown
+from merge_tool.matching import Matching, match_tensors, natural_key, no_match
 from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
+from merge_tool.schedule import Schedule
 
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
@@ -35,18 +36,25 @@ class Source:
 class TensorJob:
     """One output tensor: where it goes, and its inputs. `number` counts jobs over the whole plan.
 
-    `exact` tensors (integers, booleans) have no values between two: they are copied when equal.
+    `exact` tensors (integers, booleans) have no values between two: they are copied when equal. `ts` has the t of each
+    output. Without `ft` the tensor is the base's, byte for byte, and `note` says why.
     """
 
     number: int
     out: TensorInfo
     base: Source
-    ft: Source
+    ft: Source | None
     exact: bool
+    ts: tuple[float, ...]
+    note: str = ""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.base,) if self.ft is None else (self.base, self.ft)
 
     @property
     def input_nbytes(self) -> int:
-        return self.base.info.nbytes + self.ft.info.nbytes
+        return sum(source.info.nbytes for source in self.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,7 @@ class MergePlan:
     shards: tuple[ShardPlan, ...]
     stem: str
     facts: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @property
     def ts(self) -> tuple[float, ...]:
@@ -97,6 +106,16 @@ class MergePlan:
     @property
     def num_tensors(self) -> int:
         return sum(len(shard.jobs) for shard in self.shards)
+
+    @property
+    def num_scheduled(self) -> int:
+        """How many tensors have a t of their own."""
+        return sum(job.ft is not None and job.ts is not self.ts for job in self.jobs()) if self.recipe.rules else 0
+
+    @property
+    def num_kept(self) -> int:
+        """How many tensors are the base's, not merged."""
+        return sum(job.ft is None for job in self.jobs())
 
     @property
     def num_parameters(self) -> int:
@@ -142,37 +161,82 @@ class MergePlan:
 def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str | None = None) -> MergePlan:
     """Plan the merge of `models` (base, finetune). `single_file` names the one file to write, if that is asked.
 
-    Raises MismatchError with all mismatches at once; RecipeError when files are asked of a model without any.
+    Raises MismatchError with all mismatches at once; RecipeError when files are asked of a model without any, or a
+    pattern matches no tensor.
     """
     base, ft = models
-    check_same_tensors(base, ft)
+    matching = match_tensors(recipe, base, ft)
     if recipe.files_from == "ft" and ft.folder is None and base.folder is not None:
         raise RecipeError(f"--files-from ft: {ft.name} is a single file, it has no other files to copy.")
     stem = _stem(base)
     limit = None if single_file else recipe.max_shard_bytes
-    groups = _split(_output_infos(recipe, base), limit)
+    groups = _split(_output_infos(recipe, base, matching), limit)
     metadata = {**base.metadata, "format": base.metadata.get("format", "pt")}
+    schedule = _ScheduledTs(recipe, base, matching)
     shards, number = [], 0
     for place, group in enumerate(groups):
         name = single_file or _shard_name(stem, place, len(groups))
         header, placed = build_header(group, metadata)
-        jobs = tuple(_job(number + k, out, base, ft) for k, out in enumerate(placed))
+        jobs = tuple(_job(number + k, out, models, matching, schedule(out.name)) for k, out in enumerate(placed))
         number += len(jobs)
         size = len(header) + sum(out.nbytes for out in placed)
         shards.append(ShardPlan(place, name, size, jobs, metadata))
-    return MergePlan(recipe, (base.name, ft.name), tuple(shards), stem, _facts(recipe, base, ft, stem, single_file))
+    facts = _facts(recipe, base, ft, stem, single_file)
+    warnings = (*matching.warnings, *schedule.check(base.tensors))
+    return MergePlan(recipe, (base.name, ft.name), tuple(shards), stem, facts, warnings)
 
 
-def _job(number: int, out: TensorInfo, base: Checkpoint, ft: Checkpoint) -> TensorJob:
+def _job(
+    number: int, out: TensorInfo, models: Sequence[Checkpoint], matching: Matching, ts: tuple[float, ...]
+) -> TensorJob:
     name = out.name
-    x, y = (Source(model.tensors[name], model.source(name)) for model in (base, ft))
-    return TensorJob(number, out, x, y, exact=x.info.dtype not in FLOAT_DTYPES)
+    base, ft = models
+    x = Source(base.tensors[name], base.source(name))
+    if name in matching.kept:
+        return TensorJob(number, out, x, None, False, ts, matching.kept[name])
+    ft_name = matching.ft_names.get(name, name)
+    y = Source(ft.tensors[ft_name], ft.source(ft_name))
+    return TensorJob(number, out, x, y, x.info.dtype not in FLOAT_DTYPES, ts)
 
 
-def _output_infos(recipe: Recipe, base: Checkpoint) -> list[TensorInfo]:
+class _ScheduledTs:
+    """From a tensor's name to its t in every output; and what is wrong with the rules once all names were asked."""
+
+    def __init__(self, recipe: Recipe, base: Checkpoint, matching: Matching) -> None:
+        self.ts, self.rules, self.kept = recipe.ts, recipe.rules, matching.kept
+        self.schedule = Schedule(recipe.rules, base.tensors)
+        self.used: set[int | None] = set()
+        self.shared: dict[float, tuple[float, ...]] = {}  # one tuple for all tensors of one t
+
+    def __call__(self, name: str) -> tuple[float, ...]:
+        if name in self.kept:
+            return self.shared.setdefault(0.0, (0.0,) * len(self.ts))
+        rule = self.schedule.find(name)
+        self.used.add(rule)
+        if rule is None:
+            return self.ts
+        t = self.schedule.t(rule, name)
+        return self.shared.setdefault(t, (t,) * len(self.ts))
+
+    def check(self, names: Iterable[str]) -> Iterator[str]:
+        """Warnings of rules without effect; RecipeError for one that matches no tensor."""
+        idle = [rule for k, rule in enumerate(self.rules) if k not in self.used]
+        for rule in idle:
+            if not any(map(rule.pattern.matches, names)):
+                raise RecipeError(no_match(f"--t-for {shown(rule)}", rule.pattern, names))
+        if None not in self.used and len(self.ts) > 1:
+            raise RecipeError("Every tensor has its t from --t-for, so all outputs would be the same. Give one --t.")
+        for rule in idle:
+            yield (
+                f"--t-for {shown(rule)} has no effect: what it matches is not merged, or has its t from one before it."
+            )
+
+
+def _output_infos(recipe: Recipe, base: Checkpoint, matching: Matching) -> list[TensorInfo]:
     """The output's tensors in natural order (layer 2 before layer 10), in the dtypes they will have."""
-    names = sorted(sorted(base.tensors), key=natural_key)
-    return [replace(base.tensors[n], dtype=_output_dtype(recipe, base.tensors[n].dtype)) for n in names]
+    infos = (base.tensors[name] for name in sorted(sorted(base.tensors), key=natural_key))
+    kept = matching.kept
+    return [i if i.name in kept else replace(i, dtype=_output_dtype(recipe, i.dtype)) for i in infos]
 
 
 def _output_dtype(recipe: Recipe, dtype: str) -> str:
@@ -181,11 +245,6 @@ def _output_dtype(recipe: Recipe, dtype: str) -> str:
     if recipe.dtype is None:
         return "BF16" if dtype in _FLOAT8 else dtype
     return OUTPUT_DTYPES[recipe.dtype] or dtype
-
-
-def natural_key(name: str) -> str:
-    """Sort key under which numbers inside names compare as numbers: each is preceded by its length."""
-    return re.sub(r"[0-9]+", lambda digits: f"{len(digits[0].lstrip('0')):06d}{digits[0].lstrip('0')}", name)
 
 
 def _split(infos: Sequence[TensorInfo], max_bytes: int | None) -> list[list[TensorInfo]]:
@@ -213,46 +272,6 @@ def _shard_name(stem: str, place: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{place + 1:05d}-of-{count:05d}.safetensors"
 
 
-# --------------------------------------------------------------------------------------------- checks
-
-
-def check_same_tensors(base: Checkpoint, ft: Checkpoint) -> None:
-    """Raise MismatchError unless both have the same tensors with the same shapes and kinds."""
-    problems = []
-    for here, there in ((base, ft), (ft, base)):
-        if only := sorted(sorted(here.tensors.keys() - there.tensors.keys()), key=natural_key):
-            problems.append(f"{len(only):,} tensors only in {here.name}: {listed(only)}")
-    shapes, kinds = [], []
-    for name in sorted(base.tensors.keys() & ft.tensors.keys()):
-        a, b = base.tensors[name], ft.tensors[name]
-        if a.shape != b.shape:
-            shapes.append(f"{shown(name)}: {list(a.shape)} in {base.name}, {list(b.shape)} in {ft.name}{_vocab(a, b)}")
-        elif a.dtype != b.dtype and not {a.dtype, b.dtype} <= FLOAT_DTYPES:
-            kinds.append(f"{shown(name)}: {a.dtype} in {base.name}, {b.dtype} in {ft.name}")
-    if shapes:
-        problems.append(f"{len(shapes):,} shapes differ:\n    " + _first_lines(shapes))
-    if kinds:
-        problems.append(f"{len(kinds):,} dtypes cannot be merged:\n    " + _first_lines(kinds))
-    if problems:
-        raise MismatchError(
-            f"{base.name} and {ft.name} do not have the same tensors.\n  "
-            + "\n  ".join(problems)
-            + "\nBoth must be the same architecture, with one vocabulary."
-        )
-
-
-def _first_lines(lines: list[str], most: int = 5) -> str:
-    more = [f"and {len(lines) - most:,} more"] if len(lines) > most else []
-    return "\n    ".join(lines[:most] + more)
-
-
-def _vocab(a: TensorInfo, b: TensorInfo) -> str:
-    is_embedding = re.search(r"embed|wte|lm_head|word_embeddings|output\.weight", a.name) is not None
-    if is_embedding and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
-        return f" (a vocabulary mismatch: {a.shape[0]:,} and {b.shape[0]:,} tokens)"
-    return ""
-
-
 def _facts(recipe: Recipe, base: Checkpoint, ft: Checkpoint, stem: str, single_file: str | None) -> dict[str, Any]:
     """What decides the output's bytes, in words that can be compared when a merge is resumed."""
     return {
@@ -267,6 +286,7 @@ def _facts(recipe: Recipe, base: Checkpoint, ft: Checkpoint, stem: str, single_f
         "stem": stem,
         "base": _input_facts(base),
         "ft": _input_facts(ft),
+        **recipe.selection,
     }
 
 

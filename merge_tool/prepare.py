@@ -126,7 +126,7 @@ def prepare(
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
     base_card = models[0].folder.regular(CARD) if models[0].folder and models[0].folder.has(CARD) else None
     is_transformers = "architectures" in (models[0].config or {})
-    warnings = tuple(_warnings(models, side_files))
+    warnings = (*plan.warnings, *_warnings(models, side_files))
     samples = tuple(_sample(model) for model in models) if read_samples else ()
     del models, donor  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()
@@ -291,8 +291,7 @@ def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
 def _changed_since(prepared: Prepared, output: Path) -> list[str]:
     """Input files modified after the report was written, and side files that the output has otherwise."""
     written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
-    sources = {job.base.file.name: job.base.file for job in prepared.plan.jobs()}
-    sources |= {job.ft.file.name: job.ft.file for job in prepared.plan.jobs()}
+    sources = {source.file.name: source.file for job in prepared.plan.jobs() for source in job.sources}
     changed = [name for name, source in sources.items() if source.mtime_ns > written]
     for file in prepared.side_files.copied:
         digest = hashlib.sha256()
@@ -338,7 +337,7 @@ def _same_values(job: TensorJob, chunk: int = 1 << 20) -> bool:
     left, right = bytearray(chunk), bytearray(chunk)
     for start in range(0, job.out.nbytes, chunk):
         length = min(chunk, job.out.nbytes - start)
-        for source, buffer in ((job.base, left), (job.ft, right)):
+        for source, buffer in zip(job.sources, (left, right), strict=True):
             source.file.read_into(source.info.offset + start, memoryview(buffer)[:length])
         if left[:length] != right[:length]:
             return False

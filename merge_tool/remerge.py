@@ -85,8 +85,12 @@ def plan_again(
             options["files_from"],
             options["on_mismatch"],
             extrapolate=True,
+            t_for=options.get("t_for", ()),
+            only=options.get("only", ()),
+            exclude=options.get("exclude", ()),
+            on_missing=options.get("on_missing") or "error",
         )
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
     return prepare(*against, out, recipe, memory_bytes=memory_bytes, jobs=jobs, read_samples=True)
 
@@ -144,7 +148,10 @@ def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Fin
     for job, told in zip_longest(plan.jobs(), report.tensors()):
         if job is None or told is None or told[1].get("name") != job.out.name:
             raise ValueError("they are not the plan's tensors in its order")
-        kept = told[1].get("note") == "differs: base kept"
+        if job.ft is None:  # the base's: nothing is to be found out about it
+            findings.add(job.number, Finding(None, equal=False, kept_base=False))
+            continue
+        kept = job.exact and told[1].get("note") == "differs: base kept"
         findings.add(job.number, from_record({**told[1], "kept_base": kept}))
     return findings
 
@@ -152,7 +159,7 @@ def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Fin
 def _check_lines(checks: Checks, report: StoredReport, plan: MergePlan, findings: Findings) -> None:
     """Every line of the report against what follows from the sums."""
     for job, (text, _) in zip(plan.jobs(), report.tensors(), strict=True):
-        expected = tensor_text(job, findings[job.number], plan.method, plan.ts[0])
+        expected = tensor_text(job, findings[job.number], plan.method, job.ts[0])
         if text != expected:
             checks.add(f"{REPORT}: {shown(job.out.name)}: says {shown(_difference(text, expected), 600)}.")
 
@@ -244,14 +251,14 @@ def _check_tile(
 ) -> bool:
     stop = min(start + TILE, job.out.numel)
     arrays = worker.arrays(job, stop - start)
-    for source, values in zip((job.base, job.ft), arrays, strict=False):
+    for source, values in zip(job.sources, arrays, strict=False):
         source.file.read_into(source.info.offset + start * values.itemsize, as_bytes(values))
-    finding, t = findings[job.number], plan.ts[0]
+    finding, t = findings[job.number], job.ts[0]
     if finding.equal and not same_values(arrays[0], arrays[1]):
         checks.add(f"{REPORT}: {shown(job.out.name)}: says that the parents are equal; they are not.")
         return False
     weights = None
-    if not (finding.equal or finding.kept_base or job.exact):
+    if not (finding.equal or finding.kept_base or job.exact or job.ft is None):
         if finding.sums is None:
             checks.add(f"{REPORT}: {shown(job.out.name)}: has no sums.")
             return False

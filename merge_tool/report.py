@@ -135,12 +135,16 @@ def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dic
         "shape": list(job.out.shape),
         "dtype": job.out.dtype,
         "dtype_base": job.base.info.dtype,
-        "dtype_ft": job.ft.info.dtype,
+        "dtype_ft": job.ft.info.dtype if job.ft else None,
         "t": t,
         "equal": finding.equal,
     }
-    if found.note:
-        content["note"] = found.note
+    if job.ft is not None and job.ft.info.name != job.out.name:
+        content["name_ft"] = job.ft.info.name
+    if note := found.note or job.note:
+        content["note"] = note
+    if job.ft is None:
+        content["weights"] = [1.0, 0.0]
     if found.norms is not None:
         n0, n1 = found.norms
         content["angle_degrees"] = found.angle_degrees
@@ -175,6 +179,7 @@ class Summary:
     median_degrees: float | None
     largest_degrees: float | None
     largest_name: str | None
+    num_copied: int = 0  # the base's, not merged
     antiparallel: tuple[str, ...] = ()
     groups: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
@@ -185,7 +190,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
-        found = describe(findings[job.number], plan.method, plan.ts[0])
+        found = describe(findings[job.number], plan.method, job.ts[0])
         if found.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
         if found.angle_degrees is None:
@@ -206,6 +211,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
         median(angles) if angles else None,
         largest[0] if largest else None,
         largest[1] if largest else None,
+        plan.num_kept,
         tuple(antiparallel),
         groups,
     )
@@ -232,6 +238,8 @@ def remarks(summary: Summary) -> list[str]:
             f"In {which} {summary.num_angles:,} tensors the models are within {CLOSE_DEGREES} degrees: SLERP and "
             "linear interpolation agree there to less than half a bfloat16 step."
         )
+    if summary.num_copied:
+        found.append(f"{summary.num_copied:,} tensors are not merged: they are the base's.")
     if summary.num_kept_base:
         found.append(f"{summary.num_kept_base:,} integer tensors differ; the base's are kept.")
     return found
@@ -240,8 +248,13 @@ def remarks(summary: Summary) -> list[str]:
 def alarms(summary: Summary) -> list[str]:
     """What looks wrong after a merge."""
     found = []
-    if summary.num_equal == summary.num_tensors:
-        found.append("Both models are the same in every tensor: the output equals them.")
+    if summary.num_equal == summary.num_tensors - summary.num_copied:
+        which = (
+            "every tensor that is merged: the output is the base"
+            if summary.num_copied
+            else "every tensor: the output equals them"
+        )
+        found.append(f"Both models are the same in {which}.")
     if summary.median_degrees is not None and summary.median_degrees > 60:
         found.append(
             f"The median angle is {summary.median_degrees:.0f} degrees: are these related models? "
@@ -276,13 +289,14 @@ def report_lines(
         "method": plan.method,
         "t": t,
         "inputs": {"base": facts["base"], "ft": facts["ft"]},
-        "options": {key: facts[key] for key in ("dtype", "max_shard_bytes", "files_from", "on_mismatch")},
+        "options": {key: facts[key] for key in ("dtype", "max_shard_bytes", "files_from", "on_mismatch")}
+        | plan.recipe.selection,
         "shards": {shard.file_name: shard.size for shard in plan.shards},
     }
     yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
-    count = plan.num_tensors
+    count, number = plan.num_tensors, plan.ts.index(t)
     for place, job in enumerate(plan.jobs(), 1):
-        line = tensor_text(job, findings[job.number], plan.method, t)
+        line = tensor_text(job, findings[job.number], plan.method, job.ts[number])
         yield f"  {line}" + ("\n" if place == count else ",\n")
     yield " ]\n}\n"
 

@@ -233,9 +233,8 @@ class _Run:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self.threads):
             return  # they still use what is open
-        for tensor in self.open_tensors:
-            tensor.job.base.file.release()
-            tensor.job.ft.file.release()
+        for source in (source for tensor in self.open_tensors for source in tensor.job.sources):
+            source.file.release()
         for writer in (writer for shard in self.open_shards for writer in shard.writers):
             writer.abandon()
 
@@ -272,7 +271,7 @@ class _Run:
 
     def _open_tensor(self, job: TensorJob, shard: _OpenShard, region: int | None) -> _OpenTensor:
         kept = None
-        if region is not None:
+        if region is not None and job.ft is not None:
             middle = region + aligned(job.base.info.nbytes)
             x = self.arena.memory[region : region + job.base.info.nbytes]
             y = self.arena.memory[middle : middle + job.ft.info.nbytes]
@@ -283,7 +282,8 @@ class _Run:
         tensor = _OpenTensor(job, numel, shard, kept, region, tile_sums, chunks, chunks)
         job.base.file.acquire()
         try:
-            job.ft.file.acquire()
+            if job.ft is not None:
+                job.ft.file.acquire()
         except BaseException:
             job.base.file.release()
             raise
@@ -292,6 +292,10 @@ class _Run:
         return tensor
 
     def _queue_sums(self, tensor: _OpenTensor) -> None:
+        if tensor.job.ft is None:
+            tensor.weights = (Weights(1.0, 0.0),) * len(tensor.job.ts)
+            self._set_done(tensor, TensorDone(tensor.job.number, None, equal=False))
+            return
         for start, stop in self._chunks(tensor.numel):
             self._prefetch(tensor.job, start, stop)
             self._queue(partial(self._sum, tensor, start, stop))
@@ -304,7 +308,7 @@ class _Run:
             self._queue(partial(self._write, tensor, turn, start, stop))
 
     def _prefetch(self, job: TensorJob, start: int, stop: int) -> None:
-        for source in (job.base, job.ft):
+        for source in job.sources:
             source.file.prefetch(*_byte_range(source, start, stop))
 
     def _queue(self, task: _Task) -> None:
@@ -355,8 +359,8 @@ class _Run:
     def _read(self, worker: WorkerMemory, tensor: _OpenTensor, start: int, stop: int) -> tuple[Array, Array]:
         """Both inputs' elements [start, stop), read into the worker's slot."""
         x, y, _ = worker.arrays(tensor.job, stop - start)
-        _fill(tensor.job.base, start, x)
-        _fill(tensor.job.ft, start, y)
+        for source, values in zip(tensor.job.sources, (x, y), strict=False):
+            _fill(source, start, values)
         return x, y
 
     def _sum(self, tensor: _OpenTensor, start: int, stop: int, worker: WorkerMemory) -> None:
@@ -365,7 +369,7 @@ class _Run:
             x, y = self._read(worker, tensor, start, stop)
         else:
             x, y = (values[start:stop] for values in tensor.kept)
-            for source, values in ((job.base, x), (job.ft, y)):
+            for source, values in zip(job.sources, (x, y), strict=True):
                 _fill(source, start, values)
                 source.file.forget(*_byte_range(source, start, stop))
         for begin in range(0, stop - start, TILE):
@@ -394,10 +398,13 @@ class _Run:
             if not tensor.equal:
                 sums = self._sharpen(worker, tensor, sums)
                 method = METHODS[self.plan.method]
-                tensor.weights = tuple(method.weights(sums, t) for t in self.plan.ts)
+                tensor.weights = tuple(method.weights(sums, t) for t in job.ts)
+        self._set_done(tensor, TensorDone(job.number, sums, tensor.equal, kept_base))
+
+    def _set_done(self, tensor: _OpenTensor, done: TensorDone) -> None:
         with self.changed:
-            tensor.done = TensorDone(job.number, sums, tensor.equal, kept_base)
-            tensor.shard.done.append(tensor.done)
+            tensor.done = done
+            tensor.shard.done.append(done)
             self.changed.notify_all()
 
     def _sharpen(self, worker: WorkerMemory, tensor: _OpenTensor, sums: PairSums) -> PairSums:
@@ -406,13 +413,13 @@ class _Run:
         return sharpen(
             sums,
             lambda: ((x, y) for _, x, y in self._tiles(worker, tensor)),
-            has_float64="F64" in (tensor.job.base.info.dtype, tensor.job.ft.info.dtype),
+            has_float64="F64" in {source.info.dtype for source in tensor.job.sources},
             scratch=worker.scratch,
         )
 
     def _refuse_nonfinite(self, worker: WorkerMemory, tensor: _OpenTensor) -> None:
         for start, *sides in self._tiles(worker, tensor):
-            for source, values in zip((tensor.job.base, tensor.job.ft), sides, strict=True):
+            for source, values in zip(tensor.job.sources, sides, strict=True):
                 if (place := first_nonfinite(values)) is not None:
                     raise DataError(
                         f"{shown(source.info.name)} in {shown(source.file.name)}: element {start + place:,} is "
@@ -434,8 +441,10 @@ class _Run:
         self._block(lambda: tensor.done is not None)
         if tensor.kept is None:
             x, y = self._read(worker, tensor, start, stop)
-            for source in (job.base, job.ft):
+            for source in job.sources:
                 source.file.forget(*_byte_range(source, start, stop))
+            if job.ft is None:  # read here for the first time
+                self.on_progress(x.nbytes, job.out.name)
         else:
             x, y = (values[start:stop] for values in tensor.kept)
         out = worker.arrays(job, stop - start)[2]
@@ -461,7 +470,7 @@ class _Run:
     ) -> Array:
         copied = tensor.equal or (tensor.done is not None and tensor.done.kept_base)
         weights = None if copied else tensor.weights[number]
-        return merge_chunk(tensor.job, self.plan.ts[number], weights, start, arrays, worker.scratch)
+        return merge_chunk(tensor.job, tensor.job.ts[number], weights, start, arrays, worker.scratch)
 
     def _wrote(self, tensor: _OpenTensor) -> None:
         shard, job = tensor.shard, tensor.job
@@ -475,8 +484,8 @@ class _Run:
             shard.tensors_left -= 1
             shard_done = shard.tensors_left == 0
             self.changed.notify_all()
-        job.base.file.release()
-        job.ft.file.release()
+        for source in job.sources:
+            source.file.release()
         if shard_done:
             self._finish(shard)
 

@@ -11,9 +11,12 @@ from merge_tool.api import MergeReport
 from merge_tool.compare import Inspection, TensorHealth
 from merge_tool.diff import Diff, GroupDiff, TensorDiff
 from merge_tool.errors import listed, shown
+from merge_tool.matching import natural_key
+from merge_tool.plan import MergePlan
 from merge_tool.prepare import Prepared
 from merge_tool.recipe import label_t
 from merge_tool.report import remarks
+from merge_tool.schedule import Schedule, split_layer
 from merge_tool.sweep import SweepPoint, SweepReport
 from merge_tool.verify import Verification
 
@@ -93,8 +96,12 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
         "out": str(prepared.target.path),
         "method": plan.method,
         "t": list(plan.ts),
+        "schedule": [
+            {"layer": place, "t": dict(zip(_columns(plan), ts, strict=True))} for place, ts in _schedule(plan)
+        ],
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
+        "num_kept": plan.num_kept,
         "read_bytes": prepared.read_bytes,
         "input_bytes": plan.input_bytes,
         "write_bytes": prepared.disk_bytes,
@@ -116,6 +123,8 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     many = len(plan.ts) > 1
     yield f"Plan: {plan.method} at t = {_ts(plan.ts)}; t=0 is BASE ({base}), t=1 is FT ({ft})"
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters)"
+    if plan.num_kept:
+        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are BASE's as they are"
     again = " (tensors that do not fit the memory twice)" if prepared.read_bytes > plan.input_bytes else ""
     yield f"  read      {_size(prepared.read_bytes)}{again}"
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
@@ -130,9 +139,47 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     if len(plan.shards) > 10:
         yield f"            and {len(plan.shards) - 10:,} more"
     yield f"  copied    {len(prepared.side_files.copied):,} other files"
+    yield from _schedule_lines(prepared)
     yield (
         "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
     )
+
+
+def _schedule_lines(prepared: Prepared, most: int = 500) -> Iterator[str]:
+    """The t of each layer's tensors, a column per rule."""
+    rows = _schedule(prepared.plan)
+    if not rows:
+        return
+    titles = [shown(column, 40) for column in _columns(prepared.plan)]
+    cells = [[shown(place, 60), *map(_ts_of, ts)] for place, ts in rows[:most]]
+    yield ""
+    yield from _table([["t of", *titles], *cells])
+    if len(rows) > most:
+        yield f"and {len(rows) - most:,} more layers"
+    yield ""
+
+
+def _columns(plan: MergePlan) -> list[str]:
+    return [*(rule.pattern.text for rule in plan.recipe.rules), "the rest"]
+
+
+def _schedule(plan: MergePlan) -> list[tuple[str, list[list[float]]]]:
+    """Each layer's name, and for each column the t of its tensors in every output; nothing for a plan without rules."""
+    schedule = Schedule(plan.recipe.rules, [job.out.name for job in plan.jobs()])
+    rows: dict[str, list[list[float]]] = {}
+    for job in plan.jobs() if schedule.rules else ():
+        if job.ft is None:
+            continue
+        stack, layer = split_layer(job.out.name) or ("", None)
+        place = "outside layers" if layer is None else f"{stack}{layer}"
+        rule = schedule.find(job.out.name)
+        columns = rows.setdefault(place, [[] for _ in _columns(plan)])
+        columns[-1 if rule is None else rule] = list(job.ts)
+    return sorted(rows.items(), key=lambda row: (row[0] == "outside layers", natural_key(row[0])))
+
+
+def _ts_of(values: Sequence[float]) -> str:
+    return ", ".join(f"{t:.4g}" for t in (values if len(set(values)) > 1 else values[:1])) or "-"
 
 
 def report_json(report: MergeReport) -> dict[str, Any]:
@@ -144,6 +191,7 @@ def report_json(report: MergeReport) -> dict[str, Any]:
         "num_tensors": summary.num_tensors,
         "num_parameters": summary.num_parameters,
         "num_equal": summary.num_equal,
+        "num_kept": summary.num_copied,
         "median_angle_degrees": summary.median_degrees,
         "largest_angle_degrees": summary.largest_degrees,
         "largest_angle_tensor": summary.largest_name,
@@ -163,6 +211,8 @@ def report_lines(report: MergeReport) -> Iterator[str]:
         return
     moved = report.input_bytes + report.output_bytes
     what = f"{report.method} at t = {_ts(report.ts)}"
+    if report.num_scheduled:
+        what += f" ({report.num_scheduled:,} tensors at a t of their own)"
     yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
     yield (
         f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "

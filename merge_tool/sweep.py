@@ -377,10 +377,10 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise OutputError naming what differs from the sweep that is there."""
     now = json.loads(json.dumps(now))
-    if different := [key for key in now if before.get(key) != now[key]]:
+    if different := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
         key = different[0]
         raise OutputError(
             f"{shown(path)}: is of another sweep: {', '.join(different)} differ "
-            f"({key}: {shown(before.get(key), 80)} there, {shown(now[key], 80)} now). "
+            f"({key}: {shown(before.get(key), 80)} there, {shown(now.get(key), 80)} now). "
             "Choose another folder, or --overwrite to start anew."
         )

@@ -101,7 +101,10 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "  2 shapes differ:\n"
         "    lm_head.weight: [100, 32] in base, [104, 32] in ft (a vocabulary mismatch: 100 and 104 tokens)\n"
         "    model.norm.bias: [32] in base, [5] in ft\n"
-        "Both must be the same architecture, with one vocabulary.\n"
+        "Both must be the same architecture, with one vocabulary. If you know better:\n"
+        "  --on-missing base: what only BASE has is taken as it is, what only FT has is left out.\n"
+        "  --on-mismatch base: such tensors are BASE's as they are.\n"
+        "  --exclude PATTERN: what it matches is not merged.\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -188,9 +191,9 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 OPTIONS = [
-    "--check-resumed", "--dry-run", "--dtype", "--extrapolate", "--files-from", "--help", "--jobs", "--json",
-    "--max-shard-size", "--memory", "--method", "--on-mismatch", "--overwrite", "--quiet", "--report", "--t",
-    "--version",
+    "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs",
+    "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only", "--overwrite",
+    "--quiet", "--report", "--t", "--t-for", "--version",
 ]  # fmt: skip
 
 

@@ -25,8 +25,14 @@ ARROWS: dict[str, set[str]] = {
     },
     "checkpoint.writer": {"errors"},
     "methods": set(),
-    "recipe": {"errors", "methods"},
-    "plan": {"_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe"},
+    "schedule": {"errors"},
+    "recipe": {"errors", "methods", "schedule"},
+    "renaming": {"checkpoint.reader", "errors"},
+    "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
+    "plan": {
+        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching", "recipe",
+        "schedule",
+    },
     "memory": {"checkpoint.reader", "errors", "methods", "plan"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
     "run": {"buffers", "checkpoint.reader", "errors", "memory", "methods", "plan"},
@@ -44,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
-        "run", "side_files",
+        "run", "schedule", "side_files",
     },
     "remerge": {
         "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare",
@@ -56,10 +62,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
     "diff": {
-        "checkpoint.header", "checkpoint.reader", "errors", "memory", "methods", "plan", "report",
+        "checkpoint.header", "checkpoint.reader", "errors", "matching", "memory", "methods", "report",
     },
     "plot": {"diff", "errors", "recipe", "sweep"},
-    "show": {"api", "compare", "diff", "errors", "prepare", "recipe", "report", "sweep", "verify"},
+    "show": {
+        "api", "compare", "diff", "errors", "matching", "plan", "prepare", "recipe", "report", "schedule", "sweep",
+        "verify",
+    },
     "cli": {
         "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
         "sweep", "verify",

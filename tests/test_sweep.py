@@ -145,6 +145,18 @@ def test_another_sweep_in_the_folder_is_refused_by_what_differs(
     assert "thesis.txt" in run(pair, tmp_path / "mine", judge).stderr
 
 
+def test_a_sweep_has_its_schedule_and_no_other_continues_it(
+    pair: tuple[Path, Path], tmp_path: Path, judge: Path
+) -> None:
+    rules = ["--t-for", "lm_head=0.3"]
+    assert run(pair, tmp_path / "out", judge, "--t", "0.5", "--keep", *rules).exit_code == 0
+    merge(*pair, tmp_path / "one", 0.5, t_for=rules[1])
+    assert contents(tmp_path / "out/t-0.5") == contents(tmp_path / "one")
+    for other in ([], ["--t-for", "lm_head=0.4"], [*rules, "--only", "lm_head"]):
+        assert run(pair, tmp_path / "out", judge, "--t", "0.5,0.6", *other).exit_code == 1
+    assert run(pair, tmp_path / "out", judge, "--t", "0.5,0.6", *rules).exit_code == 0
+
+
 def test_no_shell_sees_the_command(pair: tuple[Path, Path], tmp_path: Path, judge: Path) -> None:
     """`;`, `$(...)` and `*` are plain words; `{}` stands for the folders."""
     echo = f"{shlex.quote(sys.executable)} -c 'import sys; print(\"words\", len(sys.argv))' ; touch $(pwd)/x {{}} last"

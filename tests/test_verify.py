@@ -340,6 +340,146 @@ def test_verifying_is_done_in_bounded_memory_and_without_torch(tmp_path: Path) -
     assert int(done.stdout) < 64_000_000
 
 
+# ------------------------------------------------------------------- schedules, choices, other names
+
+
+def odd_pair(tmp_path: Path, **unlike: Any) -> tuple[Path, Path]:
+    """Parents that share most tensors. BASE has some that no merge could take; `unlike` replaces FT's (None: lacks)."""
+    x, y = language_model(0), language_model(1)
+    x["odd.nan"] = y["odd.nan"] = np.full(70_001, np.nan, np.float32)
+    x["odd.eight"] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    x["odd.ids"], x["odd.scalar"] = np.arange(10), np.array(-np.inf)
+    x["odd.empty"] = np.zeros((0, 3))
+    y |= {"odd.eight": np.zeros(3), "odd.ids": np.ones(10), "odd.extra": np.zeros(2)}
+    y |= {name.replace("_", "."): value for name, value in unlike.items()}
+    y = {name: value for name, value in y.items() if value is not None}
+    return save_model(tmp_path / "base", x, shards=2), save_model(tmp_path / "ft", y, shards=3)
+
+
+def wrapped_pair(tmp_path: Path, tied: str) -> tuple[Path, Path]:
+    """Parents of which FT has a prefix on every name, and the side `tied` no output head."""
+    x, y = language_model(0), {f"module.{name}": array for name, array in language_model(1).items()}
+    if tied == "base":
+        del x["lm_head.weight"]
+    elif tied == "ft":
+        del y["module.lm_head.weight"]
+    return save_model(tmp_path / "base", x, shards=2), save_model(tmp_path / "ft", y)
+
+
+RULES = ["self_attn=0,0.5,1", r"re:layers\.(1|2)\.=0.2", "*norm*=0.9,0.1"]
+KEPT: dict[str, Any] = {"only": ["layers", "norm"], "exclude": "odd", "dtype": "float16"}
+CHOSEN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "a schedule": (lambda path: wrapped_pair(path, ""), {"t_for": RULES}),
+    "a schedule beyond": (lambda path: wrapped_pair(path, ""), {"t_for": {"mlp": [-1, 1.5]}, "extrapolate": True}),
+    "several t": (lambda path: wrapped_pair(path, ""), {"t": [0.2, 0.7], "t_for": RULES, **SMALL}),
+    "only": (lambda path: wrapped_pair(path, ""), {"only": "mlp"}),
+    "exclude": (odd_pair, {"exclude": ["odd.", "lm_head"]}),
+    "both": (odd_pair, {**KEPT, "t_for": {"mlp": 0.1}, **SMALL}),
+    "missing": (
+        lambda path: odd_pair(path, odd_eight=None, odd_nan=None, odd_ids=None, odd_scalar=None, odd_empty=None),
+        {"on_missing": "base"},
+    ),
+    "mismatch": (
+        lambda path: odd_pair(
+            path, odd_extra=None, odd_nan=np.zeros(3), odd_ids=np.ones(9, int), odd_scalar=np.ones(2),
+            odd_empty=np.zeros(3),
+        ),
+        {"on_mismatch": "base"},
+    ),
+    "a prefix": (lambda path: wrapped_pair(path, ""), {}),
+    "a head that BASE ties": (lambda path: wrapped_pair(path, "base"), {}),
+    "a head that FT ties": (lambda path: wrapped_pair(path, "ft"), {"t_for": {"lm_head": 0.9}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_what_was_chosen_is_chosen_again(tmp_path: Path, kind: str) -> None:
+    """Alone, by a sample and in full: the report has all that makes the same plan, under other folder names too."""
+    make, options = CHOSEN[kind]
+    pair = make(tmp_path)
+    merge(*pair, tmp_path / "out", **options)
+    assert problems(tmp_path / "out") == []
+    others = tuple(shutil.copytree(path, tmp_path / f"other-{path.name}") for path in pair)
+    for base, ft in (pair, others):
+        for full in (False, True):
+            for one in verify(tmp_path / "out", (base, ft), sample=1.0, full=full):
+                assert one.problems == ()
+                assert one.num_compared == one.num_elements
+
+
+def test_a_one_file_output_of_some_tensors_is_verified(tmp_path: Path) -> None:
+    pair, out, report = odd_pair(tmp_path), tmp_path / "x.safetensors", tmp_path / "r.json"
+    merge(*pair, out, report_path=report, t_for=RULES, **KEPT)
+    for full in (False, True):
+        assert problems(out, *pair, report_path=report, full=full) == []
+
+
+@pytest.mark.parametrize("name", ["odd.ids", "odd.nan", "odd.eight", "lm_head.weight"])
+def test_a_kept_tensor_is_held_against_the_bases_bytes(tmp_path: Path, name: str) -> None:
+    """One bit of it, with the digests made anew; in a NaN it changes nothing but the payload."""
+    pair = odd_pair(tmp_path)
+    merge(*pair, tmp_path / "out", exclude=["odd.", "lm_head"])
+    path = tmp_path / "out/model.safetensors"
+    whole = bytearray(path.read_bytes())
+    length = int.from_bytes(whole[:8], "little")
+    whole[8 + length + json.loads(whole[8 : 8 + length])[name]["data_offsets"][0]] ^= 1
+    path.write_bytes(whole)
+    resign(tmp_path / "out")
+    assert problems(tmp_path / "out") == []
+    for full in (False, True):
+        (found,) = problems(tmp_path / "out", *pair, full=full, sample=1.0)
+        assert name in found
+        assert "is not the merge of these parents" in found
+
+
+def told(tensors: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(tensor for tensor in tensors if tensor["name"] == name)
+
+
+CHOICES_THAT_LIE: dict[str, Any] = {
+    "no rules": lambda h, t: h["options"].pop("t_for"),
+    "another t of some": lambda h, t: h["options"].update(t_for=["mlp=0.2"]),
+    "another order": lambda h, t: h["options"]["t_for"].reverse(),
+    "a tensor's t": lambda h, t: told(t, "model.layers.1.mlp.up_proj.weight").update(t=0.5),
+    "no choice": lambda h, t: h["options"].pop("exclude"),
+    "another choice": lambda h, t: h["options"].update(exclude=["odd."]),
+    "a wider choice": lambda h, t: h["options"].update(exclude=["odd.", "lm_head", "mlp"]),
+    "a narrower one": lambda h, t: h["options"].update(only=["mlp"]),
+    "missing ones": lambda h, t: h["options"].update(on_missing="base"),
+    "a kept one that is equal": lambda h, t: told(t, "lm_head.weight").update(equal=True, note="equal: copied"),
+    "a kept one that differs": lambda h, t: told(t, "lm_head.weight").update(note="differs: base kept"),
+    "a kept one's reason": lambda h, t: told(t, "lm_head.weight").update(note="not in the finetune: base kept"),
+    "a kept one's t": lambda h, t: told(t, "lm_head.weight").update(t=0.5),
+    "a kept one's sums": lambda h, t: told(t, "lm_head.weight").update(sums=told(t, "model.norm.weight")["sums"]),
+    "a merged one that is kept": lambda h, t: told(t, "model.norm.weight").update(note="differs: base kept"),
+    "another name in FT": lambda h, t: told(t, "model.norm.weight").update(name_ft="norm.weight"),
+    "rules that are none": lambda h, t: h["options"].update(t_for=3),
+    "numbers as rules": lambda h, t: h["options"].update(t_for=[3]),
+    "a rule without a t": lambda h, t: h["options"].update(t_for=["mlp"]),
+    "no pattern": lambda h, t: h["options"].update(only=[3]),
+    "a pattern that is none": lambda h, t: h["options"].update(exclude=["re:(\x1b[2J"]),
+    "lists in a list": lambda h, t: h["options"].update(exclude=[["odd."]]),
+    "a word that is none": lambda h, t: h["options"].update(on_missing=["\x1b"]),
+}
+
+
+@pytest.mark.parametrize("lie", CHOICES_THAT_LIE)
+def test_choices_that_lie_are_found(tmp_path: Path, lie: str) -> None:
+    """By a sample as in full, each with digests that fit the lie."""
+    pair = odd_pair(tmp_path)
+    merge(*pair, tmp_path / "out", t_for=["mlp=0.1", "layers.1.=0.9"], exclude=["odd.", "lm_head"])
+    edit_report(tmp_path / "out", lambda h, t: None)
+    assert problems(tmp_path / "out", *pair) == []
+    edit_report(tmp_path / "out", CHOICES_THAT_LIE[lie])
+    for full in (False, True):
+        try:
+            found = problems(tmp_path / "out", *pair, full=full)
+        except MergeToolError as e:
+            found = [str(e)]
+        assert found
+        assert "\x1b" not in "".join(found)
+
+
 # --------------------------------------------------------------------------------------------- health
 
 

@@ -1,0 +1,126 @@
+"""One model's names in two checkpoints: prefixes that a wrapper adds, output heads that are tied. Only what is
+unambiguous is resolved; names, shapes and config.json are all there is to see."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.errors import shown
+
+# What model classes and training wrappers put before a tensor's own name, one or several of them.
+_WRAPPERS = frozenset({
+    "model", "transformer", "language_model", "text_model", "base_model", "module", "backbone", "gpt_neox", "bert",
+    "roberta", "distilbert", "deberta", "electra", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
+})  # fmt: skip
+_MOST_WRAPPERS = 8
+_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight")
+
+
+@dataclass(slots=True)
+class Renaming:
+    """`ft_names`: what some of BASE's tensors are called in FT. `copies`: FT's heads that BASE has no place for, tied
+    as it is, and the embedding that BASE uses."""
+
+    ft_names: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def explained(self) -> set[str]:
+        """FT's names that are accounted for."""
+        return {*self.ft_names.values(), *self.copies}
+
+
+def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
+    """Pair up what has no namesake, as far as there is one way to do it."""
+    found = Renaming()
+    lacking, extra = base.tensors.keys() - ft.tensors.keys(), ft.tensors.keys() - base.tensors.keys()
+    if not lacking and not extra:
+        return found
+    if lacking and extra:
+        found.ft_names |= _without_wrappers(base, ft, lacking, extra)
+    for head in sorted(lacking - found.ft_names.keys()):
+        if _core(head) in _HEADS and (embedding := _tied_embedding(ft, base.tensors[head].shape)):
+            found.ft_names[head] = embedding
+    for head in sorted(extra - set(found.ft_names.values())):
+        if _core(head) in _HEADS and (embedding := _tied_embedding(base, ft.tensors[head].shape)):
+            found.copies[head] = embedding
+    return found
+
+
+def _core(name: str) -> str:
+    """A tensor's own name, without wrappers.
+
+    >>> _core("base_model.model.model.layers.0.mlp.up_proj.weight"), _core("model")
+    ('layers.0.mlp.up_proj.weight', 'model')
+    """
+    for _ in range(_MOST_WRAPPERS):
+        first, dot, rest = name.partition(".")
+        if not dot or first not in _WRAPPERS:
+            break
+        name = rest
+    return name
+
+
+def _without_wrappers(
+    base: Checkpoint, ft: Checkpoint, lacking: Collection[str], extra: Collection[str]
+) -> dict[str, str]:
+    """BASE's name -> FT's, where both are all that have this core on their side."""
+    unique_base, unique_ft = (_unique_cores(model.tensors) for model in (base, ft))
+    theirs = {core: name for name in extra if (core := _core(name)) in unique_ft}
+    found = {name: theirs.get(core) for name in lacking if (core := _core(name)) in unique_base}
+    return {name: other for name, other in sorted(found.items()) if other is not None}
+
+
+def _unique_cores(names: Iterable[str]) -> set[str]:
+    return {core for core, count in Counter(map(_core, names)).items() if count == 1}
+
+
+def _tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
+    """The input embedding that is this model's output head, too; None if its config denies that or several might be."""
+    if _says_tied(model.config or {}) is False or any(_core(name) in _HEADS for name in model.tensors):
+        return None
+    found = [n for n, info in model.tensors.items() if _EMBEDDING.search(n) and len(info.shape) == 2]
+    if len(found) > 1:
+        found = [name for name in found if model.tensors[name].shape == shape]
+    return found[0] if len(found) == 1 else None
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool | None:
+    """What config.json or its sub-configs say of tie_word_embeddings; None if nothing, or both."""
+    parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    said = {part["tie_word_embeddings"] for part in parts if isinstance(part.get("tie_word_embeddings"), bool)}
+    return said.pop() if len(said) == 1 else None
+
+
+def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchosen: Collection[str]) -> Iterator[str]:
+    """What was resolved, said aloud."""
+    prefixes: dict[tuple[str, str], list[str]] = {}
+    for name, other in found.ft_names.items():
+        core = _core(name)
+        if name in unchosen:
+            continue
+        if core != _core(other):
+            yield (
+                f"{shown(name)} is not in {ft.name}, whose head is tied: merged with its input embedding "
+                f"{shown(other)}. The output has a head of its own, as {base.name}."
+            )
+        else:
+            prefixes.setdefault((other.removesuffix(core), name.removesuffix(core)), []).append(name)
+    for (theirs, ours), names in prefixes.items():
+        yield (
+            f"{len(names):,} tensors have the prefix '{shown(theirs)}' in {ft.name}, '{shown(ours)}' in {base.name}: "
+            f"{shown(found.ft_names[names[0]])} is merged with {shown(names[0])}, and so on."
+        )
+    for head, embedding in found.copies.items():
+        if head not in unchosen:
+            own = "a copy, says its config" if _says_tied(ft.config or {}) else "what it learned apart is lost"
+            yield (
+                f"{base.name} ties its head to {shown(embedding)}, and so does the output: {shown(head)} of {ft.name} "
+                f"is left out ({own})."
+            )

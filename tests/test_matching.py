@@ -1,0 +1,439 @@
+"""Which tensors are merged and with what: chosen, missing, of another shape, tied, or called otherwise."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
+from merge_tool import merge
+from merge_tool.cli import slerp_merge
+from merge_tool.methods import TILE
+from merge_tool.prepare import prepare
+from merge_tool.recipe import Recipe
+from oracle import float64_merge
+
+
+def run(*words: Any) -> Result:
+    return CliRunner().invoke(slerp_merge, [str(word) for word in words])
+
+
+def report(out: Path) -> dict[str, Any]:
+    content = json.loads((out / "merge_report.json").read_text())
+    return {tensor["name"]: tensor for tensor in content["tensors"]}
+
+
+def check_parts(out: Path, whole: Path, base: dict[str, Any], kept: set[str]) -> None:
+    """`out` has BASE's bytes of what is in `kept`, and the bytes of the merge of everything else."""
+    found, merged = load_folder(out), load_folder(whole)
+    assert found.keys() == base.keys()
+    assert kept <= base.keys()
+    for name, array in found.items():
+        expected = base[name] if name in kept else merged[name]
+        assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+        assert array.tobytes() == expected.tobytes(), name
+
+
+# ------------------------------------------------------------------------------------------- choosing
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--only", "self_attn"], lambda name: "self_attn" not in name),
+        (["--only", "self_attn", "--only", "*norm*"], lambda name: "self_attn" not in name and "norm" not in name),
+        (["--exclude", "lm_head", "--exclude", "embed"], lambda name: "lm_head" in name or "embed" in name),
+        (["--only", "layers", "--exclude", r"re:layers\.(0|2)"], lambda name: "layers.1." not in name),
+    ],
+)
+def test_what_is_not_chosen_is_the_bases(tmp_path: Path, pair: tuple[Path, Path], words: list[str], kept: Any) -> None:
+    x = language_model(0)
+    run(*pair, tmp_path / "whole", "--t", "0.3")
+    result = run(*pair, tmp_path / "out", "--t", "0.3", *words)
+    assert (result.exit_code, result.stderr) == (0, "")
+    names = {name for name in x if kept(name)}
+    check_parts(tmp_path / "out", tmp_path / "whole", x, names)
+    assert f"{len(names)} tensors are not merged: they are the base's." in result.stdout
+    told, whole = report(tmp_path / "out"), report(tmp_path / "whole")
+    for name in x:
+        if name in names:
+            assert told[name] == {
+                "name": name, "shape": list(x[name].shape), "dtype": "BF16", "dtype_base": "BF16", "dtype_ft": None,
+                "t": 0.0, "equal": False, "note": "not chosen: base kept", "weights": [1.0, 0.0],
+            }  # fmt: skip
+        else:
+            assert told[name] == whole[name]
+
+
+def odd_base() -> dict[str, Any]:
+    """What no merge could take, beside a tensor that it can."""
+    rng = np.random.default_rng(0)
+    return {
+        "merged": rng.standard_normal(1000).astype(np.float32),
+        "odd.nan": np.full(3 * TILE + 5, np.nan, np.float32),
+        "odd.payloads": rng.integers(0, 2**16, 70_001, dtype=np.uint16).view(BF16),
+        "odd.eight": np.arange(256, dtype=np.uint8).view(DTYPES["F8_E4M3"]),
+        "odd.ids": np.arange(10),
+        "odd.empty": np.zeros((0, 3), np.float64),
+        "odd.scalar": np.array(-np.inf),
+    }
+
+
+def test_copies_are_bit_for_bit_whatever_they_hold_and_ft_has(tmp_path: Path) -> None:
+    """NaN with any payload, infinity, 8-bit floats, integers: also where FT lacks it, or has another shape or type."""
+    x = odd_base()
+    y = {"merged": x["merged"] + 1, "odd.nan": np.zeros(3), "odd.ids": np.ones(10), "odd.extra": np.zeros(2)}
+    base, ft = save_model(tmp_path / "base", x), save_model(tmp_path / "ft", y, shards=2)
+    for number, jobs in enumerate((1, 4)):
+        merge(base, ft, tmp_path / str(number), exclude=["odd."], dtype="float16", jobs=jobs)
+        out = load_folder(tmp_path / str(number))
+        assert out.keys() == x.keys()
+        assert out.pop("merged").dtype == np.float16
+        for name, array in out.items():
+            assert (array.dtype, array.shape, array.tobytes()) == (x[name].dtype, x[name].shape, x[name].tobytes())
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
+def test_copies_take_part_in_several_outputs_and_in_resuming(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    options: Any = {"only": "mlp", "t_for": {"layers.1.": 0.9}, "max_shard_bytes": 20_000}
+    merge(*pair, tmp_path / "many", (0.2, 0.4), **options)
+    for t in (0.2, 0.4):
+        merge(*pair, tmp_path / str(t), t, **options)
+        assert contents(tmp_path / str(t)) == contents(tmp_path / f"many/t-{t}")
+
+    class Stop(Exception):
+        pass
+
+    told = []
+
+    def stop(nbytes: int, name: str) -> None:
+        told.append(nbytes)
+        if len(told) == 30:
+            raise Stop
+
+    with pytest.raises(Stop):
+        merge(*pair, tmp_path / "stopped", 0.2, on_progress=stop, **options)
+    assert "only was ['mlp'], now None" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
+    merge(*pair, tmp_path / "stopped", 0.2, **options)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "0.2")
+
+
+def test_progress_and_the_plan_count_what_is_read(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    x, seen, total = language_model(0), [], []
+    merge(*pair, tmp_path / "out", only="mlp", on_start=total.append, on_progress=lambda n, name: seen.append(n))
+    nbytes = sum(a.nbytes for a in x.values())
+    assert total == [sum(seen)] == [2 * nbytes + sum(a.nbytes for name, a in x.items() if "mlp" in name)]
+    result = run(*pair, tmp_path / "plan", "--only", "mlp", "--dry-run")
+    assert f"  merged    3; {len(x) - 3} are BASE's as they are\n" in result.stdout
+    assert prepare(*pair, tmp_path / "plan", Recipe(only="mlp")).read_bytes == total[0] - nbytes
+
+
+def test_the_cards_command_chooses_the_same(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    merge(*pair, tmp_path / "out", 0.3, only=["self_attn", "*norm*"], exclude=r"re:layers\.0\.")
+    words = shlex.split((tmp_path / "out/README.md").read_text().split("```")[1])
+    run(*pair, tmp_path / "again", *words[4:])
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    assert "tensors are not merged" in (tmp_path / "out/README.md").read_text()
+    assert run(*pair, tmp_path / "out", *words[4:]).stdout.endswith("already complete, nothing to do.\n")
+    assert "not the result of this merge" in run(*pair, tmp_path / "out", *words[4:6]).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--only", "self_atn"], "--only self_atn: matches no tensor. The tensors are lm_head.weight, "),
+        (["--exclude", "mlp.*"], "--exclude mlp.*: matches no tensor. A glob must match the whole name"),
+        (["--only", "mlp", "--only", "nothing"], "--only nothing: matches no tensor."),
+        (["--exclude", "*"], "--only and --exclude leave no tensor to merge."),
+        (["--only", "mlp", "--exclude", "up_proj"], "--only and --exclude leave no tensor to merge."),
+        (["--exclude", "re:["], "The pattern 're:[' is not a regular expression"),
+        (["--exclude", ""], "The pattern '' is empty"),
+    ],
+)
+def test_choices_that_make_no_sense(tmp_path: Path, pair: tuple[Path, Path], words: list[str], expected: str) -> None:
+    result = run(*pair, tmp_path / "out", *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert expected in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_for_what_is_not_merged_is_warned_of(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    result = run(*pair, tmp_path / "out", "--exclude", "mlp", "--t-for", "mlp=1", "--dry-run")
+    assert "Warning: --t-for mlp=1 has no effect: what it matches is not merged, or" in result.stderr
+
+
+def test_models_that_are_equal_where_they_are_merged_are_said_to_be(tmp_path: Path) -> None:
+    x = language_model(0)
+    y = {name: x[name] if "mlp" in name else array for name, array in language_model(1).items()}
+    base, ft = save_model(tmp_path / "base", x), save_model(tmp_path / "ft", y)
+    result = run(base, ft, tmp_path / "out", "--only", "mlp")
+    assert "the same in every tensor that is merged: the output is the base." in result.stderr
+
+
+def test_a_single_file_is_chosen_from_alike(tmp_path: Path) -> None:
+    x, y = {"a": np.zeros(3), "b": np.full(2, np.nan)}, {"a": np.ones(3)}
+    save_file(x, tmp_path / "x.safetensors")
+    save_file(y, tmp_path / "y.safetensors")
+    merge(tmp_path / "x.safetensors", tmp_path / "y.safetensors", tmp_path / "o.safetensors", exclude="b")
+    assert load_file(tmp_path / "o.safetensors")["b"].tobytes() == x["b"].tobytes()
+
+
+# ------------------------------------------------------------------------------- missing and mismatched
+
+
+def unlike_pair(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """FT lacks a tensor, has one of its own, and has three in another shape or type."""
+    x, y = language_model(0), language_model(1)
+    x["ids"], y["ids"] = np.arange(4), np.zeros(4, np.float32)
+    del y["model.norm.bias"]
+    y["value_head.weight"] = np.zeros(3, np.float32)
+    y["model.embed_tokens.weight"] = np.zeros((104, 32), BF16)
+    y["lm_head.weight"] = np.zeros((104, 32), BF16)
+    return save_model(tmp_path / "base", x, shards=2), save_model(tmp_path / "ft", y, shards=3), x
+
+
+UNLIKE = {"ids", "lm_head.weight", "model.embed_tokens.weight"}
+
+
+def test_what_ft_lacks_or_has_otherwise_is_the_bases_if_asked(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    base, ft, x = unlike_pair(tmp_path / "unlike")
+    result = run(base, ft, tmp_path / "out", "--on-missing", "base", "--on-mismatch", "base", "--dtype", "base")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "Warning: 1 tensors are not in ft; base's are kept: model.norm.bias.",
+        "Warning: 1 tensors are only in ft; they are left out: value_head.weight.",
+        "Warning: 3 tensors have another shape or type in ft; base's are kept: "
+        "lm_head.weight, model.embed_tokens.weight, ids.",
+    ]
+    kept = UNLIKE | {"model.norm.bias"}
+    whole = load_folder(tmp_path / "out")
+    assert whole.keys() == x.keys()
+    merge(*pair, tmp_path / "whole")
+    plain = load_folder(tmp_path / "whole")
+    for name in x:
+        assert whole[name].tobytes() == (x[name] if name in kept else plain[name]).tobytes()
+    told = report(tmp_path / "out")
+    assert told["model.norm.bias"]["note"] == "not in the finetune: base kept"
+    assert {n for n in x if told[n].get("note") == "another shape or type in the finetune: base kept"} == UNLIKE
+    words = shlex.split((tmp_path / "out/README.md").read_text().split("```")[1])[4:]
+    run(base, ft, tmp_path / "again", *words)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("words", "listed", "helps"),
+    [
+        ([], {"only in base", "only in ft", "shapes differ", "dtypes"}, {"--on-missing base", "--on-mismatch base"}),
+        (["--on-missing", "base"], {"shapes differ", "dtypes"}, {"--on-mismatch base"}),
+        (["--on-mismatch", "base"], {"only in base", "only in ft"}, {"--on-missing base"}),
+        (["--exclude", "norm.bias", "--exclude", "value"], {"shapes differ", "dtypes"}, {"--on-mismatch base"}),
+        (["--exclude", "embed", "--exclude", "lm_head"], {"only in base", "only in ft", "dtypes"},
+         {"--on-missing base", "--on-mismatch base"}),
+    ],
+)  # fmt: skip
+def test_each_option_allows_its_own_and_the_rest_is_listed_at_once(
+    tmp_path: Path, words: list[str], listed: set[str], helps: set[str]
+) -> None:
+    base, ft, _ = unlike_pair(tmp_path)
+    result = run(base, ft, tmp_path / "out", *words, "--dry-run")
+    assert result.exit_code == 1
+    for what in ("only in base", "only in ft", "shapes differ", "dtypes"):
+        assert (f" {what}" in result.stderr) == (what in listed)
+    for option in ("--on-missing base", "--on-mismatch base"):
+        assert (f"  {option}:" in result.stderr) == (option in helps)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_excluded_needs_no_option(tmp_path: Path) -> None:
+    base, ft, x = unlike_pair(tmp_path)
+    result = run(base, ft, tmp_path / "out", "--only", "layers")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert load_folder(tmp_path / "out").keys() == x.keys()
+
+
+def test_models_without_a_tensor_in_common_are_no_merge(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", {"a": np.zeros(3), "b": np.zeros(3)})
+    ft = save_model(tmp_path / "ft", {"a": np.zeros(4), "c": np.zeros(3)})
+    result = run(base, ft, tmp_path / "out", "--on-missing", "base", "--on-mismatch", "base")
+    assert result.exit_code == 1
+    assert "base and ft have no tensor in common that could be merged. Are these related models?" in result.stderr
+
+
+# --------------------------------------------------------------------------------- prefixes and heads
+
+
+def config_of(tied: bool | None) -> dict[str, Any]:
+    return {"architectures": ["X"]} | ({} if tied is None else {"tie_word_embeddings": tied})
+
+
+def renamed(tensors: dict[str, Any], ours: str, theirs: str) -> dict[str, Any]:
+    return {theirs + n.removeprefix(ours) if n.startswith(ours) else n: a for n, a in tensors.items()}
+
+
+def check_same_weights(out: Path, whole: Path) -> None:
+    found, expected = load_folder(out), load_folder(whole)
+    assert found.keys() == expected.keys()
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("base_prefix", "ft_prefix", "count"),
+    [
+        ("model.", "", 24),
+        ("", "model.", 24),
+        ("transformer.", "", 24),
+        ("model.", "model.language_model.", 24),
+        ("language_model.model.", "model.language_model.", 24),
+        ("model.", "base_model.model.model.", 24),
+    ],
+)
+def test_prefixes_of_one_side_do_not_matter(tmp_path: Path, base_prefix: str, ft_prefix: str, count: int) -> None:
+    x, y = (renamed(language_model(seed), "model.", base_prefix) for seed in (0, 1))
+    base = save_model(tmp_path / "base", x, shards=2)
+    merge(base, save_model(tmp_path / "plain/ft", y), tmp_path / "whole", 0.3)
+    ft = save_model(tmp_path / "ft", renamed(y, base_prefix, ft_prefix) if base_prefix else
+                    {n if n == "lm_head.weight" else ft_prefix + n: a for n, a in y.items()}, shards=3)  # fmt: skip
+    result = run(base, ft, tmp_path / "out", "--t", "0.3")
+    assert (result.exit_code, result.stderr.count("Warning")) == (0, 1)
+    assert f"Warning: {count} tensors have the prefix '{ft_prefix}' in ft, '{base_prefix}' in base: " in result.stderr
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+    told = report(tmp_path / "out")
+    assert told[f"{base_prefix}norm.bias"]["name_ft"] == f"{ft_prefix}norm.bias"
+    assert "name_ft" not in told["lm_head.weight"]
+
+
+def test_a_wrapper_around_everything_does_not_matter(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    ft = save_model(tmp_path / "wrapped", {f"module._orig_mod.{n}": a for n, a in language_model(1).items()})
+    result = run(pair[0], ft, tmp_path / "out", "--t-for", "model.layers.1.=1", "--exclude", "model.norm")
+    assert result.exit_code == 0
+    run(*pair, tmp_path / "whole", "--t-for", "model.layers.1.=1", "--exclude", "model.norm")
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("side", ["base", "ft"])
+def test_names_that_could_mean_two_tensors_are_not_guessed(tmp_path: Path, side: str) -> None:
+    rng = np.random.default_rng(0)
+    one = {f"layers.{n}.w": rng.standard_normal(3) for n in range(2)} | {"other": rng.standard_normal(3)}
+    two = {f"{p}.layers.{n}.w": one[f"layers.{n}.w"] for p in ("model", "language_model") for n in range(2)}
+    two["other"] = one["other"]
+    models = {"base": save_model(tmp_path / "one", one), "ft": save_model(tmp_path / "two", two)}
+    if side == "base":
+        models = {"base": models["ft"], "ft": models["base"]}
+    result = run(models["base"], models["ft"], tmp_path / "out")
+    assert result.exit_code == 1
+    assert "4 tensors only in two: " in result.stderr
+    assert "2 tensors only in one: " in result.stderr
+
+
+def test_shapes_are_compared_across_names(tmp_path: Path) -> None:
+    x = {"model.a": np.zeros((3, 4)), "b": np.ones(2)}
+    base = save_model(tmp_path / "base", x)
+    ft = save_model(tmp_path / "ft", {"a": np.zeros((4, 3)), "b": np.zeros(2)})
+    result = run(base, ft, tmp_path / "out")
+    assert "1 shapes differ:\n    model.a: [3, 4] in base, [4, 3] in ft\n" in result.stderr
+    assert "only in" not in result.stderr
+
+
+@pytest.mark.parametrize("tied", [True, None])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_head_that_ft_ties_is_its_embedding(tmp_path: Path, tied: bool | None, prefix: str) -> None:
+    x, y = language_model(0), language_model(1)
+    base = save_model(tmp_path / "base", x, shards=2, config=config_of(False))
+    del y["lm_head.weight"]
+    ft = save_model(tmp_path / "ft", renamed(y, "model.", prefix), config=config_of(tied))
+    whole = save_model(tmp_path / "whole-ft", y | {"lm_head.weight": y["model.embed_tokens.weight"]})
+    merge(base, whole, tmp_path / "whole", 0.4)
+    result = run(base, ft, tmp_path / "out", "--t", "0.4")
+    assert result.exit_code == 0
+    assert (
+        "Warning: lm_head.weight is not in ft, whose head is tied: merged with its input embedding "
+        f"{prefix}embed_tokens.weight. The output has a head of its own, as base.\n"
+    ) in result.stderr
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert report(tmp_path / "out")["lm_head.weight"]["name_ft"] == f"{prefix}embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("ft_tied", "reason"), [(True, "a copy, says its config"), (False, "what it learned apart is lost")]
+)
+def test_a_head_that_base_ties_stays_tied(tmp_path: Path, ft_tied: bool, reason: str) -> None:
+    x, y = language_model(0), language_model(1)
+    del x["lm_head.weight"]
+    base = save_model(tmp_path / "base", x, config=config_of(True))
+    ft = save_model(tmp_path / "ft", y, shards=2, config=config_of(ft_tied))
+    result = run(base, ft, tmp_path / "out", "--t", "0.4")
+    assert result.exit_code == 0
+    assert (
+        "Warning: base ties its head to model.embed_tokens.weight, and so does the output: lm_head.weight of ft is "
+        f"left out ({reason}).\n"
+    ) in result.stderr
+    del y["lm_head.weight"]
+    merge(base, save_model(tmp_path / "headless", y), tmp_path / "whole", 0.4)
+    check_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert run(base, ft, tmp_path / "mlp", "--only", "mlp").stderr.count("ties its head") == 0
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "more"),
+    [
+        ("lm_head.weight", {}, {"tie_word_embeddings": False}),
+        ("lm_head.weight", {}, {"text_config": {"tie_word_embeddings": False}}),
+        ("lm_head.weight", {"other.embed_tokens.weight": np.zeros((100, 32), BF16)}, {}),
+        ("score.weight", {}, {}),
+    ],
+)
+def test_heads_that_are_not_clearly_tied_are_missing(
+    tmp_path: Path, here: str, there: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """The config denies it, two embeddings might be it, or it is another head: on either side."""
+    both = {n: a for n, a in language_model(0).items() if n != "lm_head.weight"} | there
+    full = save_model(tmp_path / "full", both | {here: np.zeros((100, 32), BF16)})
+    less = save_model(tmp_path / "less", both, config=config_of(None) | more)
+    for pair in ((full, less), (less, full)):
+        result = run(*pair, tmp_path / "out", "--dry-run")
+        assert result.exit_code == 1
+        assert f"1 tensors only in full: {here}\n" in result.stderr
+        assert "--on-missing base" in result.stderr
+
+
+def test_tied_heads_of_another_vocabulary_are_a_mismatch(tmp_path: Path) -> None:
+    y = language_model(1, vocab=104)
+    del y["lm_head.weight"]
+    base, ft = save_model(tmp_path / "base", language_model(0)), save_model(tmp_path / "ft", y)
+    error = run(base, ft, tmp_path / "out").stderr
+    assert "lm_head.weight: [100, 32] in base, [104, 32] in ft (a vocabulary mismatch: 100 and 104 tokens)" in error
+    assert "only in" not in error
+
+
+@pytest.mark.parametrize("tied", ["base", "ft", "inner"])
+def test_transformers_loads_what_was_resolved(tmp_path: Path, tied: str) -> None:
+    """Llamas of which one ties its head, and one saved without its head, loaded without a missing or unexpected key."""
+    pytest.importorskip("torch")
+    import transformers as hf
+
+    sizes: Any = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=tied != "ft"))
+    ft = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=tied != "base"))
+    base.save_pretrained(tmp_path / "base")
+    (ft.model if tied == "inner" else ft).save_pretrained(tmp_path / "ft")
+    warnings: list[str] = []
+    merge(tmp_path / "base", tmp_path / "ft", tmp_path / "out", 0.3, on_warning=warnings.append)
+    assert any("prefix" in w if tied == "inner" else "head" in w for w in warnings)
+    loaded, info = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    x, y, merged = (model.state_dict() for model in (base, ft, loaded))
+    for name in merged:
+        other = y["model.embed_tokens.weight" if name == "lm_head.weight" and tied != "inner" else name]
+        np.testing.assert_allclose(
+            merged[name], float64_merge(x[name].numpy(), other.numpy(), 0.3), rtol=1e-5, atol=1e-7
+        )
