@@ -89,7 +89,9 @@ def _arena_bytes(plan: MergePlan, room: int) -> int:
     """As much of `room` as tensors read once can use: two of the largest that fit, so that work overlaps."""
     sizes = [region_bytes(job) for job in plan.jobs()]
     fitting = [size for size in sizes if size <= room]
-    return max(0, min(room, sum(fitting), 2 * max(fitting, default=0)))
+    largest = max(fitting, default=0)
+    second = max((size for size in fitting if size <= room - largest), default=0)
+    return max(0, min(sum(fitting), largest + second))
 
 
 def region_bytes(job: TensorJob) -> int:
