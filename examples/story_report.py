@@ -8,11 +8,26 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+import click
 from matplotlib.figure import Figure
-from story import TS, Scores, Story
+from story import TS, Scores, Story, run_story
 
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 Results = list[dict[str, Any]]
+
+
+def demo_command(story: Story, default: Path) -> click.Command:
+    """The command of a demo: run the story into FOLDER, report it, print the table."""
+
+    @click.command(help=f"{story.title}. Results go to FOLDER.")
+    @click.argument("folder", type=click.Path(path_type=Path), default=default)
+    @click.option("--seeds", type=click.IntRange(1), default=1)
+    @click.option("--quick", is_flag=True, help="A few steps on a few problems, to try the demo out.")
+    def main(folder: Path, seeds: int, quick: bool) -> None:
+        results = run_story(story, folder, seeds, quick=quick)
+        print("\n" + write_report(story, folder, results))
+
+    return main
 
 
 def write_report(story: Story, folder: Path, results: Results) -> str:

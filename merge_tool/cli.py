@@ -119,29 +119,35 @@ def _parse_range(text: str) -> list[float]:
     return [float(start + k * step) for k in range(count)]
 
 
-def _print_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """MergeToolError -> `Error: ...` and exit code 1; signals -> 130 and 143, with how to go on."""
+def _print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """MergeToolError -> `Error: ...` and exit code 1; signals -> 130 and 143, and what that means for the work."""
 
-    @wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with _terminable():
-                return function(*args, **kwargs)
-        except MergeToolError as e:
-            raise click.ClickException(str(e)) from e
-        except MemoryError as e:
-            raise click.ClickException(
-                f"The system has too little memory left ({shown(e) or 'an allocation failed'}). Give it more, or a "
-                "smaller --memory, then run the same command."
-            ) from e
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted. Run the same command to continue.", err=True)
-            sys.exit(130)
-        except _TerminatedError:
-            click.echo("\nTerminated. Run the same command to continue.", err=True)
-            sys.exit(143)
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                with _terminable():
+                    return function(*args, **kwargs)
+            except MergeToolError as e:
+                raise click.ClickException(str(e)) from e
+            except MemoryError as e:
+                raise click.ClickException(
+                    f"The system has too little memory left ({shown(e) or 'an allocation failed'}). Give it more, or a "
+                    "smaller --memory, then run the same command."
+                ) from e
+            except KeyboardInterrupt:
+                click.echo(f"\nInterrupted. {after_signal}", err=True)
+                sys.exit(130)
+            except _TerminatedError:
+                click.echo(f"\nTerminated. {after_signal}", err=True)
+                sys.exit(143)
 
-    return wrapped
+        return wrapped
+
+    return decorate
+
+
+_CONTINUES, _READS = "Run the same command to continue.", "Nothing was changed."
 
 
 class _TerminatedError(BaseException):
@@ -263,7 +269,7 @@ def _with(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the summary as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary; warnings and errors only.")
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
-@_print_errors
+@_print_errors(_CONTINUES)
 def slerp_merge(
     base: Path,
     ft: Path,
@@ -361,7 +367,7 @@ merge_tool.add_command(slerp_merge, "merge")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--health", is_flag=True, help="Read the weights too: norms, and whether every value is finite.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@_print_errors
+@_print_errors(_READS)
 def inspect_command(path: Path, health: bool, as_json: bool) -> None:
     """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH.
 
@@ -402,7 +408,7 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
 )
 @_with(_MACHINE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@_print_errors
+@_print_errors(_READS)
 def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, **options: Any) -> None:
     """Check the output OUT of a merge: digests, names, shapes, dtypes, index and sizes.
 
@@ -431,7 +437,7 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
     help="Draw the angles here: layers by modules.",
 )
 @_with(_MACHINE_OPTIONS)
-@_print_errors
+@_print_errors(_READS)
 def diff_command(
     base: Path, ft: Path, every_tensor: bool, as_json: bool, picture: Path | None, **machine: int | None
 ) -> None:
@@ -473,7 +479,7 @@ def diff_command(
 @_with(_MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Forget the scores that are in OUT and start anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-@_print_errors
+@_print_errors(_CONTINUES)
 def sweep_command(
     base: Path, ft: Path, out: Path, ts: tuple[float, ...], command: str, as_json: bool, **options: Any
 ) -> None:

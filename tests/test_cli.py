@@ -257,3 +257,19 @@ def test_a_terminal_code_in_a_name_is_not_printed(tmp_path: Path) -> None:
     result = run(base, save_model(tmp_path / "c", {"evil\x1b[2J": np.ones(3, np.float32)}), tmp_path / "out")
     assert result.exit_code == 0
     assert "\x1b" not in result.output + (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(("command", "told"), [("verify", "Nothing was changed."), ("merge", "Run the same command")])
+def test_an_interrupt_says_what_it_means_for_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, told: str
+) -> None:
+    """What only reads has nothing to continue."""
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"merge_tool.cli.{command}", interrupted)
+    paths = [str(tmp_path)] * (1 if command == "verify" else 3)
+    result = CliRunner().invoke(merge_tool, [command, *paths])
+    assert result.exit_code == 130
+    assert told in result.stderr

@@ -3,11 +3,9 @@
 import sys
 from pathlib import Path
 
-import click
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from story import Story, run_story
-from story_report import write_report
+from story import Story
+from story_report import demo_command
 
 STORY = Story(
     here=Path(__file__).resolve().parent,
@@ -23,14 +21,7 @@ STORY = Story(
 )
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default="runs/mini")
-@click.option("--seeds", type=click.IntRange(1), default=1)
-@click.option("--quick", is_flag=True, help="A few steps on a few problems, to try the demo out.")
-def main(folder: Path, seeds: int, quick: bool) -> None:
-    results = run_story(STORY, folder, seeds, quick=quick)
-    print("\n" + write_report(STORY, folder, results))
-
+main = demo_command(STORY, Path("runs/mini"))
 
 if __name__ == "__main__":
     main()

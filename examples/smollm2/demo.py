@@ -4,11 +4,9 @@ import sys
 from math import log
 from pathlib import Path
 
-import click
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from story import Scores, Story, run_story
-from story_report import write_report
+from story import Scores, Story
+from story_report import demo_command
 
 
 def kept(scores: Scores, cot: Scores, ft: Scores) -> float:
@@ -34,14 +32,7 @@ STORY = Story(
 )
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default="runs/smollm2")
-@click.option("--seeds", type=click.IntRange(1), default=1)
-@click.option("--quick", is_flag=True, help="A few steps on a few problems, to try the demo out.")
-def main(folder: Path, seeds: int, quick: bool) -> None:
-    results = run_story(STORY, folder, seeds, quick=quick)
-    print("\n" + write_report(STORY, folder, results))
-
+main = demo_command(STORY, Path("runs/smollm2"))
 
 if __name__ == "__main__":
     main()
