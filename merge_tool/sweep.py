@@ -27,6 +27,7 @@ from merge_tool.prepare import prepare
 from merge_tool.recipe import Recipe, label_t
 
 JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
+HIDDEN = ".sweep"  # the lock, and files on their way; there while a sweep runs
 MODELS = "models"  # the merges that are being scored, below the sweep's folder
 LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # parts of a score's name, unless told
 _LAST_LINES = 10
@@ -168,8 +169,8 @@ def _put_away(folder: Path, ts: Iterable[float], *, keep: bool) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place, then move it there: a kill leaves the old one."""
-    part = path.with_name(f"{path.name}.part")
+    """Write a file of the sweep's folder under the lock's, then move it: a kill leaves the old one, and no trace."""
+    part = path.parent / HIDDEN / f"{path.name}.part"
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -315,7 +316,7 @@ class _Journal:
         self._path = folder / JOURNAL
         self.scores: dict[float, dict[str, float]] = {}
         self.begun: list[float] = []
-        hidden = folder / ".sweep"
+        hidden = folder / HIDDEN
         hidden.mkdir(exist_ok=True)
         self._hidden, self._lock = hidden, FolderLock(hidden)
         try:

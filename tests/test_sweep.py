@@ -131,6 +131,26 @@ def test_a_kill_at_any_point_costs_no_score_and_doubles_none(
     assert not (tmp_path / "out/models").exists()
 
 
+def test_a_kill_before_the_first_line_leaves_a_folder_to_begin_in(
+    pair: tuple[Path, Path], tmp_path: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between writing the journal and giving it its name, the same command begins."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr("merge_tool.lock.FolderLock.remove_with", lambda lock, folder: lock.release())
+        with pytest.raises(Killed):
+            sweep(*pair, tmp_path / "out", [0.5], command(judge))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".sweep"]
+    assert [point.t for point in sweep(*pair, tmp_path / "out", [0.5], command(judge)).points] == [0.5]
+
+
 def test_another_sweep_in_the_folder_is_refused_by_what_differs(
     pair: tuple[Path, Path], tmp_path: Path, judge: Path
 ) -> None:
