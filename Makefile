@@ -58,7 +58,7 @@ fuzz: $(VENV)/.installed ## damaged files for every reader, FUZZ_SECONDS for eac
 
 demo: $(VENV)/.installed ## train a tiny model that reasons, a finetune that forgets, merge them, judge all (SEEDS=3: means)
 	@rm -rf runs/mini
-	@echo "== the scribe in miniature, in runs/mini: about 3 minutes a seed on 2 cores"
+	@echo "== the scribe in miniature, in runs/mini: under 5 minutes a seed on 2 cores"
 	@$(BIN)/python examples/mini/demo.py runs/mini --seeds $(SEEDS)
 
 $(VENV)/.smollm2: $(VENV)/.installed
