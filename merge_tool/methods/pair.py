@@ -415,3 +415,36 @@ def measure(values: Array) -> Measured:
     wide /= scale
     squares = float(np.add.reduce(np.multiply(wide, wide, out=wide)))
     return Measured(largest, (scale, squares), len(bad), int(bad[0]) if len(bad) else None)
+
+
+__all__ = [
+    "ANTIPARALLEL",
+    "METHODS",
+    "PRECISE_ANGLE",
+    "SMALL_SINE",
+    "TILE",
+    "Angle",
+    "Array",
+    "Measured",
+    "Method",
+    "PairSums",
+    "Scratch",
+    "Weights",
+    "as_bytes",
+    "combine",
+    "convert",
+    "decode",
+    "encode",
+    "first_nonfinite",
+    "is_finite",
+    "linear_weights",
+    "measure",
+    "pair_angle",
+    "refinement",
+    "same_values",
+    "sharpen",
+    "slerp_weights",
+    "sum_refined_tile",
+    "sum_tile",
+    "total",
+]

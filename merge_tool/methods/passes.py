@@ -1,0 +1,183 @@
+"""Passes under way: what each tile adds, and what is found at the end. Safe to feed from several threads.
+
+Whoever drives a method calls `add` for every tile of the tensor, in any order, then `settle`; if that says so, every
+tile once more; then `found` is what the method asked for. `run_steps` is the whole of it for tensors in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from merge_tool.methods.pair import Array, total
+from merge_tool.methods.steps import (
+    FLAT,
+    ColumnSums,
+    Combine,
+    Given,
+    OrderStatistics,
+    Pass,
+    StepsMethod,
+    Sums,
+    Tile,
+    tile_elements,
+)
+
+_HALF = 1 << 16  # values of half a float32's bits
+
+
+class Running(Protocol):
+    """One pass under way."""
+
+    found: Any
+    in_order: bool  # whether tiles must be added in the order of their numbers
+
+    def add(self, number: int, tile: Tile) -> None: ...
+
+    def settle(self) -> bool:
+        """All tiles were added: true if they are needed once more."""
+
+
+class _RunningSums:
+    in_order = False
+
+    def __init__(self, asked: Sums, num_tiles: int) -> None:
+        self.asked, self.parts = asked, np.zeros((num_tiles, asked.size))
+        self.found: list[float] = []
+
+    def add(self, number: int, tile: Tile) -> None:
+        self.parts[number] = self.asked.of(tile)
+
+    def settle(self) -> bool:
+        self.found = [total(column) for column in self.parts.T]
+        return False
+
+
+class _RunningColumnSums:
+    in_order = True
+
+    def __init__(self, asked: ColumnSums, columns: int) -> None:
+        self.asked, self.found = asked, np.zeros((asked.size, columns))
+
+    def add(self, number: int, tile: Tile) -> None:
+        self.found += self.asked.of(tile)
+
+    def settle(self) -> bool:
+        return False
+
+
+class _RunningOrder:
+    """Radix selection: count the upper halves of all bit patterns, then the lower halves within the buckets that hold
+    the ranks asked for."""
+
+    in_order = False
+
+    def __init__(self, asked: OrderStatistics) -> None:
+        self.asked = asked
+        self.lock = threading.Lock()
+        self.upper = np.zeros((len(asked.ranks), _HALF), np.int64)
+        self.lower: dict[tuple[int, int], Array] = {}  # (array, bucket) -> counts
+        self.places: list[list[tuple[int, int]]] = []  # of each rank: its bucket, and its rank in there
+        self.found: list[list[float]] = []
+
+    def add(self, number: int, tile: Tile) -> None:
+        for k, values in enumerate(self.asked.of(tile)):
+            bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+            bits = np.where(bits == 0x80000000, np.uint32(0), bits)  # -0.0 is 0.0
+            high = (bits >> np.uint32(16)).astype(np.int64)
+            if not self.places:
+                counts = np.bincount(high, minlength=_HALF)
+                with self.lock:
+                    self.upper[k] += counts
+                continue
+            for bucket in {bucket for bucket, _ in self.places[k]}:
+                low = (bits[high == bucket] & np.uint32(0xFFFF)).astype(np.int64)
+                counts = np.bincount(low, minlength=_HALF)
+                with self.lock:
+                    self.lower[k, bucket] += counts
+
+    def settle(self) -> bool:
+        if not self.places:
+            self.places = [[_locate(c, rank) for rank in r] for c, r in zip(self.upper, self.asked.ranks, strict=True)]
+            self.lower = {(k, b): np.zeros(_HALF, np.int64) for k, p in enumerate(self.places) for b, _ in p}
+            if self.lower:
+                return True
+        self.found = [[self._value(k, *place) for place in places] for k, places in enumerate(self.places)]
+        return False
+
+    def _value(self, k: int, bucket: int, rank: int) -> float:
+        low, _ = _locate(self.lower[k, bucket], rank)
+        return float(np.array([bucket << 16 | low], np.uint32).view(np.float32)[0])
+
+
+def _locate(counts: Array, rank: int) -> tuple[int, int]:
+    """The bucket that holds a rank, and the rank within it."""
+    ends = np.cumsum(counts)
+    if not 0 <= rank < ends[-1]:
+        raise ValueError(f"rank {rank} of {ends[-1]} values")
+    bucket = int(np.searchsorted(ends, rank, side="right"))
+    return bucket, rank - int(ends[bucket] - counts[bucket])
+
+
+def start(asked: Pass, given: Given, num_tiles: int) -> Running:
+    """Begin a pass over a tensor of so many tiles."""
+    if isinstance(asked, Sums):
+        return _RunningSums(asked, num_tiles)
+    if isinstance(asked, OrderStatistics):
+        return _RunningOrder(asked)
+    if isinstance(asked, ColumnSums):
+        return _RunningColumnSums(asked, given.columns)
+    raise TypeError(f"a method yields Sums, OrderStatistics or ColumnSums, not {type(asked).__name__}")
+
+
+def run_steps(method: StepsMethod, given: Given, base: Array | None, inputs: Sequence[Array]) -> Array:
+    """Merge arrays in memory, float64: what the streaming loop does from disk."""
+    granularity = method.granularity(given)
+    size = tile_elements(given, granularity)
+    starts = range(0, max(given.numel, 1), size)
+
+    def tile(begin: int) -> Tile:
+        return cut_tile(begin, size, given, granularity, base, inputs)
+
+    def visit(add: Callable[[int, Tile], None]) -> None:
+        for number, begin in enumerate(starts):
+            add(number, tile(begin))
+
+    combine = drive(method, given, len(starts), visit)
+    return np.concatenate([combine(tile(begin)).reshape(-1) for begin in starts]).reshape(given.shape)
+
+
+def drive(
+    method: StepsMethod,
+    given: Given,
+    num_tiles: int,
+    visit: Callable[[Callable[[int, Tile], None]], object],
+) -> Combine:
+    """Take a method through its passes: `visit(add)` calls `add` with every tile and its number, in order."""
+    steps = method.steps(given)
+    try:
+        asked = next(steps)
+        while True:
+            running = start(asked, given, num_tiles)
+            visit(running.add)
+            while running.settle():
+                visit(running.add)
+            asked = steps.send(running.found)
+    except StopIteration as e:
+        combine: Combine = e.value
+        return combine
+
+
+def cut_tile(
+    begin: int, size: int, given: Given, granularity: str, base: Array | None, inputs: Sequence[Array]
+) -> Tile:
+    """The tile from element `begin` on, as new float64 arrays."""
+
+    def part(values: Array) -> Array:
+        flat = values.reshape(-1)[begin : begin + size].astype(np.float64)
+        return flat if granularity == FLAT else flat.reshape(-1, given.columns)
+
+    return Tile(begin, None if base is None else part(base), [part(x) for x in inputs], given.key)

@@ -1,0 +1,158 @@
+"""What a merge method is made of: passes over the tensors, then one combine, tile by tile.
+
+A method is one generator function. It is told what was asked for a tensor (`Given`), yields passes and receives what
+they found, and returns the function that merges a tile:
+
+    def difference_at(given):                         # base + lambda (x - base), where |x - base| is large
+        least = yield OrderStatistics(lambda tile: [abs(x - tile.base) for x in tile.inputs], [[given.numel // 2]])
+        ...
+        return lambda tile: tile.base + given["lambda"] * (tile.inputs[0] - tile.base)
+
+Whoever runs it (merge_tool.run from disk, `run_steps` in memory) gives the same bits for the same tensors, whatever
+the memory, the threads and the order of the tiles: sums are made per tile and added exactly, counts are integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from merge_tool.methods.pair import TILE, Array
+
+FLAT, ROWS = "flat", "rows"  # what a tile is: TILE elements of the flat tensor, or whole rows
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a method is told about one tensor: its shape, the parameters asked for, and a key for random bits.
+
+    `each[name]` has one value per input (`weight`, `density`...), `shared[name]` one value (`t`, `lambda`...).
+    `given[name]` finds either. `key` depends on the seed and the tensor's name only.
+    """
+
+    shape: tuple[int, ...]
+    num_inputs: int
+    has_base: bool
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    key: int = 0
+
+    def __getitem__(self, name: str) -> Any:
+        return self.each[name] if name in self.each else self.shared[name]
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count
+
+    @property
+    def columns(self) -> int:
+        """The length of a row: the last dimension; the whole tensor where there are fewer than two."""
+        return self.shape[-1] if len(self.shape) > 1 else self.numel
+
+
+@dataclass(slots=True)
+class Tile:
+    """Some elements of every input and of the base, as float64: flat, or [rows, columns] for a method of rows.
+
+    `start` is the first element's place in the flat tensor. The arrays may be written to: each pass gets fresh ones.
+    """
+
+    start: int
+    base: Any  # Array, or None where the method has no base
+    inputs: list[Array]
+    key: int = 0
+
+    def deltas(self) -> list[Array]:
+        """Input minus base, in the inputs' own memory: call it once."""
+        for x in self.inputs:
+            np.subtract(x, self.base, out=x)
+        return self.inputs
+
+    def uniform(self, stream: int) -> Array:
+        """Numbers in [0, 1), one per element, in the tile's shape: of the key, the stream and the element's place only.
+
+        Philox 4x64 (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose raw output
+        numpy promises not to change: four elements to a counter.
+        """
+        shape = self.inputs[0].shape
+        first, extra = divmod(self.start, 4)
+        bits = np.random.Philox(counter=first, key=(self.key ^ (stream * 0x9E3779B97F4A7C15)) & (2**128 - 1))
+        raw = bits.random_raw(self.inputs[0].size + extra)[extra:]
+        values: Array = np.ldexp((raw >> np.uint64(11)).astype(np.float64), -53)
+        return values.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """A pass that adds up: `of(tile)` is a sequence of `size` floats; found is the list of their correctly rounded sums
+    over all tiles."""
+
+    of: Callable[[Tile], Sequence[float]]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class OrderStatistics:
+    """A pass that sorts without sorting: `of(tile)` is a list of arrays of values >= 0; found is, for array k and each
+    of its 0-based ascending `ranks[k]`, the value of that rank among all of the tensor's (float32-rounded) values.
+
+    Values are rounded to float32 first; compare what you compare with the found value in float32, too. By two
+    histogram passes over the bit patterns, whose order is the values' own.
+    """
+
+    of: Callable[[Tile], Sequence[Array]]
+    ranks: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSums:
+    """A pass for matrices, in a method of rows: `of(tile)` is [size, columns] float64, found the sum over all tiles,
+    added in the tiles' order."""
+
+    of: Callable[[Tile], Array]
+    size: int
+
+
+Pass: TypeAlias = Sums | OrderStatistics | ColumnSums
+Combine: TypeAlias = Callable[[Tile], Array]
+Steps: TypeAlias = Generator[Pass, Any, Combine]
+
+REQUIRED: Any = object()  # a parameter without a default
+
+
+@dataclass(frozen=True)
+class StepsMethod:
+    """A method of any number of models: one generator function and what it may be asked.
+
+    `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none). `inputs` are the fewest and
+    the most models beside the base. `base` is "none" (ignored), "optional" or "required". `copies_equal`: where all
+    inputs (and the base) hold the same bytes, so does the result. A method of `ROWS` sees whole rows.
+    """
+
+    steps: Callable[[Given], Steps]
+    summary: str
+    source: str
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[int, int] = (1, 1_000)
+    base: str = "required"
+    granularity: Callable[[Given], str] = lambda given: FLAT
+
+
+def seed_key(seed: int, name: str) -> int:
+    """128 bits for a tensor's random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:16], "little")
+
+
+def tile_elements(given: Given, granularity: str) -> int:
+    """How many elements a tile has: TILE, or as many whole rows as fit into TILE, at least one."""
+    if granularity == FLAT:
+        return TILE
+    return max(1, TILE // max(1, given.columns)) * max(1, given.columns)
