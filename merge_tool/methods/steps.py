@@ -144,6 +144,7 @@ class StepsMethod:
     inputs: tuple[int, int] = (1, 1_000)
     base: str = "required"
     granularity: Callable[[Given], str] = lambda given: FLAT
+    state_bytes: Callable[[Given], int] = lambda given: 0  # what its passes hold besides tiles: histograms, say
 
 
 def seed_key(seed: int, name: str) -> int:
