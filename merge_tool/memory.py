@@ -41,9 +41,8 @@ class Layout:
 
     @property
     def buffer_bytes(self) -> int:
-        return (
-            self.jobs * (self.slot_bytes + Scratch.NBYTES + self.temporary_bytes) + self.arena_bytes + self.state_bytes
-        )
+        each = self.slot_bytes + Scratch.NBYTES + self.temporary_bytes
+        return self.jobs * each + self.arena_bytes + self.state_bytes
 
 
 def default_jobs() -> int:

@@ -30,7 +30,7 @@ from merge_tool.methods import (
     sum_tile,
     total,
 )
-from merge_tool.methods.passes import Running, start
+from merge_tool.methods.passes import Running, start_pass
 from merge_tool.methods.steps import FLAT, Combine, Given, Pass, Steps, StepsMethod, Tile, tile_elements
 from merge_tool.plan import MergePlan, TensorJob
 
@@ -51,9 +51,14 @@ class Work(Protocol):
     """One tensor's work. `tile` elements belong together. `needs_chunks` says whether `add` wants them (again)."""
 
     tile: int
-    needs_chunks: bool
-    in_order: bool  # whether chunks must be added in file order
     done: TensorDone
+
+    @property
+    def needs_chunks(self) -> bool: ...
+
+    @property
+    def in_order(self) -> bool:
+        """Whether chunks must be added in file order."""
 
     def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
         """Take the elements from `start` on of every input, flat. From several threads."""
@@ -174,7 +179,7 @@ class _Steps:
         self.granularity = method.granularity(given)
         self.tile = tile_elements(given, self.granularity)
         self.num_tiles = -(-given.numel // self.tile) or 1
-        self.copies_equal, self.equal, self.is_checked = method.copies_equal, True, False
+        self.copies_equal, self.equal, self.is_checked = method.copies_equal(given), True, False
         self.done = TensorDone(job.number, None, equal=False)
         self.steps: Steps = method.steps(given)
         self.running: Running | None = None
@@ -192,7 +197,7 @@ class _Steps:
     def _advance(self, step: Callable[[], Pass]) -> None:
         """The method's next pass, or its combine. What it finds impossible is the user's to mend."""
         try:
-            self.running = start(step(), self.given, self.num_tiles)
+            self.running = start_pass(step(), self.given, self.num_tiles)
         except StopIteration as e:
             self.running, self.combine = None, e.value
         except ValueError as e:

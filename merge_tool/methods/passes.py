@@ -122,7 +122,7 @@ def _locate(counts: Array, rank: int) -> tuple[int, int]:
     return bucket, rank - int(ends[bucket] - counts[bucket])
 
 
-def start(asked: Pass, given: Given, num_tiles: int) -> Running:
+def start_pass(asked: Pass, given: Given, num_tiles: int) -> Running:
     """Begin a pass over a tensor of so many tiles."""
     if isinstance(asked, Sums):
         return _RunningSums(asked, num_tiles)
@@ -161,7 +161,7 @@ def drive(
     try:
         asked = next(steps)
         while True:
-            running = start(asked, given, num_tiles)
+            running = start_pass(asked, given, num_tiles)
             visit(running.add)
             while running.settle():
                 visit(running.add)

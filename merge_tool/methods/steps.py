@@ -132,8 +132,8 @@ class StepsMethod:
     """A method of any number of models: one generator function and what it may be asked.
 
     `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none). `inputs` are the fewest and
-    the most models beside the base. `base` is "none" (ignored), "optional" or "required". `copies_equal`: where all
-    inputs (and the base) hold the same bytes, so does the result. A method of `ROWS` sees whole rows.
+    the most models beside the base. `base` is "none" (ignored), "optional" or "required". Where `copies_equal`, the
+    result of inputs (and base) that hold the same bytes is those bytes. A method of `ROWS` sees whole rows.
     """
 
     steps: Callable[[Given], Steps]
@@ -144,6 +144,7 @@ class StepsMethod:
     inputs: tuple[int, int] = (1, 1_000)
     base: str = "required"
     granularity: Callable[[Given], str] = lambda given: FLAT
+    copies_equal: Callable[[Given], bool] = lambda given: False
     state_bytes: Callable[[Given], int] = lambda given: 0  # what its passes hold besides tiles: histograms, say
 
 
