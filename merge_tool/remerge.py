@@ -160,7 +160,7 @@ def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Fin
 def _check_lines(checks: Checks, report: StoredReport, plan: MergePlan, findings: Findings) -> None:
     """Every line of the report against what follows from the sums."""
     for job, (text, _) in zip(plan.jobs(), report.tensors(), strict=True):
-        expected = tensor_text(job, findings[job.number], plan.method, job.ts[0])
+        expected = tensor_text(plan, job, findings[job.number], 0)
         if text != expected:
             checks.add(f"{REPORT}: {shown(job.out.name)}: says {shown(_difference(text, expected), 600)}.")
 

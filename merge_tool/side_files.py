@@ -18,6 +18,7 @@ from merge_tool.checkpoint.folder import Folder, is_weight_file
 from merge_tool.errors import CheckpointError, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
+RECIPE = "mergekit_config.yml"  # where other tools look for a recipe; verbatim
 BASE_CARD, FT_CARD = "README.base.md", "README.ft.md"  # what the parents' own cards become
 WORK = ".slerp-merge"
 
@@ -28,7 +29,7 @@ _SKIPPED_FILES = re.compile(
     r"|[^/]*\.(safetensors|bin)\.index\.json|\.DS_Store"
 )
 _CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(torch\.)?((?:[^"\\]|\\.)*)(")')
-_CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
             in_module = len(path.parts) > 1 and path.parts[0] in modules
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
-            unwanted |= relative in {REPORT, SUMS} or (relative == card and folder.has(CARD))
+            unwanted |= relative in {REPORT, SUMS, RECIPE} or (relative == card and folder.has(CARD))
         if unwanted and relative not in merged:
             skipped.append(f"{relative}/" if is_folder else relative)
         return unwanted or relative in merged
