@@ -91,6 +91,7 @@ class MergePlan:
     method_name: str = ""  # of a recipe of any number of models; so are the rest
     text: str = ""
     donor: int = 0  # the model whose side files are copied
+    layers: tuple[int, ...] = ()  # which of the donor's layers each of the output's was, if they are not the same
     seed: int = 0
 
     @property

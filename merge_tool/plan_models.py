@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
@@ -17,6 +20,7 @@ from merge_tool.mergekit import Ask, ModelsRecipe
 from merge_tool.methods.steps import Given, StepsMethod, seed_key
 from merge_tool.plan import MergePlan, TensorJob, input_facts, lay_out, output_dtype, output_stem
 from merge_tool.recipe import Recipe
+from merge_tool.schedule import split_layer
 
 _MOST = 5  # mismatches that are named
 _NO_T = (0.0,)
@@ -40,7 +44,7 @@ def plan_models(
     by_name = {ask.name: ask for ask in sorted(sorted(asks, key=lambda a: a.name), key=lambda a: natural_key(a.name))}
     infos = [_output_info(recipe, ask, models) for ask in by_name.values()]
     donor = models[asked.donor]
-    stem = output_stem(donor)
+    stem, text = output_stem(donor), _published(asked, models)
     given = _Givens(method, seed)
 
     def job(number: int, out: TensorInfo) -> TensorJob:
@@ -52,7 +56,7 @@ def plan_models(
         "version": __version__,
         "method": asked.method,
         "t": [],
-        "recipe_sha256": hashlib.sha256(asked.text.encode()).hexdigest(),
+        "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "seed": seed,
         "dtype": recipe.dtype,
         "max_shard_bytes": None if single_file else recipe.max_shard_bytes,
@@ -72,10 +76,38 @@ def plan_models(
         sides,
         method,
         method_name=asked.method,
-        text=asked.text,
+        text=text,
         donor=asked.donor,
+        layers=_layers(asks, donor),
         seed=seed,
     )
+
+
+def _layers(asks: Sequence[Ask], donor: Checkpoint) -> tuple[int, ...]:
+    """Which layer of its first source each of the output's layers was, in the stack that has most tensors; nothing
+    if they are the donor's in their order."""
+    stacks: dict[str, dict[int, int]] = {}
+    counts: Counter[str] = Counter()
+    for ask in asks:
+        ours, theirs = split_layer(ask.name), split_layer((ask.base or ask.inputs[0])[1])
+        if ours is not None and theirs is not None:
+            counts[ours[0]] += 1
+            stacks.setdefault(ours[0], {})[ours[1]] = theirs[1]
+    if not counts:
+        return ()
+    stack = counts.most_common(1)[0][0]
+    origin = tuple(stacks[stack][k] for k in sorted(stacks[stack]))
+    num_layers = len({found for name in donor.tensors if (found := split_layer(name)) and found[0] == stack})
+    return () if origin == tuple(range(num_layers)) else origin
+
+
+def _published(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> str:
+    """The recipe as the output tells it: a model on this disk by its name, not by the user's path."""
+    text = asked.text
+    names = {ref.path: model.name for ref, model in zip(asked.models, models, strict=True) if Path(ref.path).exists()}
+    for path in sorted(names, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])", names[path].replace("\\", "/"), text)
+    return text
 
 
 def _output_info(recipe: Recipe, ask: Ask, models: Sequence[Checkpoint]) -> TensorInfo:
@@ -102,6 +134,8 @@ def _job(number: int, out: TensorInfo, ask: Ask, models: Sequence[Checkpoint], g
     sources: tuple[TensorSource, ...] = tuple(models[k].source(name) for k, name in places)
     sides = tuple(k for k, _ in places)
     exact = sources[0].info.dtype not in FLOAT_DTYPES
+    if out.numel == 0:
+        return TensorJob(number, out, sources[:1], sides[:1], False, _NO_T, "empty: copied")
     if len(sources) == 1 and (exact or given.method is None or _is_plain_copy(ask)):
         return TensorJob(number, out, sources, sides, False, _NO_T, "only one model has it: copied")
     if given.method is None:

@@ -152,6 +152,7 @@ def prepare_plan(
         )
     except OSError as e:
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
+    side_files = replace(side_files, layers=plan.layers)
     first = models[plan.donor]
     base_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
