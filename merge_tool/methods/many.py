@@ -175,7 +175,7 @@ STEPS_METHODS: Mapping[str, StepsMethod] = {
     ),
     "sce": StepsMethod(
         sparse.sce,
-        summary="where the models vary most, differences weighted by their energy and averaged where they agree in sign",
+        summary="where the models vary most, differences weighted by energy and averaged where they agree in sign",
         source="https://arxiv.org/abs/2408.07990",
         shared={"select_topk": 1.0},
         copies_equal=_always,
