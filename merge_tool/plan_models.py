@@ -103,7 +103,7 @@ def _layers(asks: Sequence[Ask], donor: Checkpoint) -> tuple[int, ...]:
 
 def _published(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> str:
     """The recipe as the output tells it: a model on this disk by its name, not by the user's path."""
-    text = asked.text
+    text: str = asked.text
     names = {ref.path: model.name for ref, model in zip(asked.models, models, strict=True) if Path(ref.path).exists()}
     for path in sorted(names, key=len, reverse=True):
         text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])", names[path].replace("\\", "/"), text)
@@ -113,7 +113,7 @@ def _published(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> str:
 def _output_info(recipe: Recipe, ask: Ask, models: Sequence[Checkpoint]) -> TensorInfo:
     """The output tensor: shape and dtype of the base's, or the first input's, but for a dtype that is asked for."""
     number, name = ask.base or ask.inputs[0]
-    info = models[number].tensors[name]
+    info: TensorInfo = models[number].tensors[name]
     return replace(info, name=ask.name, dtype=output_dtype(recipe, models[number].stored_dtype(name)))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +21,10 @@ from merge_tool._version import __version__
 from merge_tool.api import card_of, report_of
 from merge_tool.buffers import WorkerMemory
 from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.hub import local_path
+from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.errors import CheckpointError, OutputError, shown
+from merge_tool.errors import CheckpointError, OutputError, listed, shown
 from merge_tool.methods import METHODS, TILE, as_bytes, same_values
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.prepare import Prepared, prepare
@@ -31,6 +35,14 @@ from merge_tool.side_files import CARD, REPORT
 from merge_tool.work import merge_chunk
 
 _PIECE = 1 << 20
+_MATCH_SECONDS = 20
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.search(pattern, name)
+"""
 _MOST = 50  # problems that are named; the rest is counted
 
 
@@ -93,7 +105,26 @@ def plan_again(
         )
     except (KeyError, TypeError, AttributeError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
+    _check_patterns(recipe, against)
     return prepare(*against, out, recipe, memory_bytes=memory_bytes, jobs=jobs, read_samples=True)
+
+
+def _check_patterns(recipe: Recipe, against: tuple[str | Path, str | Path]) -> None:
+    """Raise OutputError for a stranger's regular expression that does not come to an end on the parents' names: nothing
+    interrupts one, so another process tries them first."""
+    patterns = [rule.pattern.text for rule in recipe.rules] + [*recipe.only, *recipe.exclude]
+    patterns = [text.removeprefix("re:") for text in patterns if text.startswith("re:")]
+    if not patterns:
+        return
+    names = {name for ref in against for name in open_checkpoint(local_path(ref)).tensors}
+    task = json.dumps([patterns, sorted(names)]).encode("utf-8", "surrogatepass")
+    try:
+        subprocess.run([sys.executable, "-I", "-c", _MATCH], input=task, timeout=_MATCH_SECONDS, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise OutputError(
+            f"{REPORT}: its patterns ({listed(patterns)}) take longer than {_MATCH_SECONDS} s to match the parents' "
+            "names. A merge had no reason to write such; nothing was compared."
+        ) from e
 
 
 def check_parents(
