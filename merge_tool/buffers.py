@@ -44,17 +44,17 @@ class Arena:
 
 
 class WorkerMemory:
-    """One thread's own memory: a slot for a chunk of both inputs and of the output, and scratch for blocks."""
+    """One thread's own memory: a slot for a chunk of all inputs and of the output, and scratch for blocks."""
 
     def __init__(self, layout: Layout) -> None:
         self.slot = anonymous(layout.slot_bytes)
         self.scratch = Scratch(anonymous(Scratch.NBYTES))
 
-    def arrays(self, job: TensorJob, length: int) -> tuple[Array, Array, Array]:
-        """Flat arrays of `length` elements for base, finetune and output."""
+    def arrays(self, job: TensorJob, length: int) -> tuple[list[Array], Array]:
+        """Flat arrays of `length` elements for every input, and for the output."""
         found, start = [], 0
-        for info in (job.base.info, (job.ft or job.base).info, job.out):
+        for info in (*(source.info for source in job.sources), job.out):
             dtype = NUMPY_DTYPES[info.dtype]
             found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
             start += aligned(length * dtype.itemsize)
-        return found[0], found[1], found[2]
+        return found[:-1], found[-1]

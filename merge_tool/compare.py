@@ -52,7 +52,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         counts: dict[str, int] = {}
         dtypes: dict[str, tuple[int, int]] = {}
         for info in checkpoint.tensors.values():
-            file_name = checkpoint.source(info.name).name
+            file_name = checkpoint.source(info.name).where
             counts[file_name] = counts.get(file_name, 0) + 1
             tensors, parameters = dtypes.get(info.dtype, (0, 0))
             dtypes[info.dtype] = tensors + 1, parameters + info.numel

@@ -220,15 +220,15 @@ def _tiles(
     """The tensor of both, tile by tile, in buffers that the next tile overwrites."""
     infos = [model.tensors[name] for model in models]
     dtypes = [NUMPY_DTYPES[info.dtype] for info in infos]
-    files = [model.source(name) for model in models]
+    sources = [model.source(name) for model in models]
     for start in range(0, infos[0].numel, TILE):
         if stop.is_set():
             return
         length = min(TILE, infos[0].numel - start)
         pair = [memory.tiles[k, : length * d.itemsize].view(d) for k, d in enumerate(dtypes)]
-        for model, info, file, dtype, values in zip(models, infos, files, dtypes, pair, strict=True):
-            model.read(name, start, start + length, values)
-            file.forget(info.offset + start * dtype.itemsize, values.nbytes)
+        for source, values in zip(sources, pair, strict=True):
+            source.read_into(start, values)
+            source.forget(start, start + length)
         yield pair[0], pair[1]
 
 

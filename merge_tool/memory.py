@@ -12,6 +12,7 @@ from merge_tool.checkpoint.reader import NUMPY_DTYPES
 from merge_tool.errors import RecipeError
 from merge_tool.methods import TILE, Scratch
 from merge_tool.plan import MergePlan, TensorJob
+from merge_tool.work import work_tile
 
 LEAST_BYTES = 64_000_000
 DEFAULT_MOST_BYTES = 256_000_000
@@ -20,21 +21,28 @@ _RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's own, the journal: seen a
 _PER_TENSOR_BYTES = 300  # findings until a shard is done, and its header: seen 290
 _CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
 _LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
+_STEPS_ROWS = 6  # float64 tiles that a method's expressions hold at a time, beside its inputs
 MAX_JOBS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once."""
+    """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once.
+
+    `temporary_bytes` are what each job holds beside them for a moment, `state_bytes` what a method's passes hold.
+    """
 
     jobs: int
     chunk_elements: int
     slot_bytes: int
     arena_bytes: int
+    temporary_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def buffer_bytes(self) -> int:
-        return self.jobs * (self.slot_bytes + Scratch.NBYTES) + self.arena_bytes
+        each = self.slot_bytes + Scratch.NBYTES + self.temporary_bytes
+        return self.jobs * each + self.arena_bytes + self.state_bytes
 
 
 def default_jobs() -> int:
@@ -60,29 +68,47 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
     Fewer jobs and smaller chunks first, then RecipeError with the figure that would do.
     """
     held = resident_bytes() if held is None else held
-    fixed = held + _RESERVE_BYTES + _PER_TENSOR_BYTES * plan.num_tensors
+    state = _state_bytes(plan)
+    fixed = held + _RESERVE_BYTES + _PER_TENSOR_BYTES * plan.num_tensors + state
     room = budget - fixed
-    slot_tile = TILE * max((_slot_itemsize(job) for job in plan.jobs()), default=0)
-    tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.out.numel // TILE) for job in plan.jobs()), default=1) or 1)
+    unit = max((work_tile(plan, job) for job in plan.jobs()), default=TILE)
+    unit = max(TILE, -(-unit // TILE) * TILE)
+    tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.out.numel // unit) for job in plan.jobs()), default=1) or 1)
     jobs = max(1, min(jobs, plan.num_tensors * tiles))
-    while jobs * (tiles * slot_tile + Scratch.NBYTES) > room // 2 and (tiles > 1 or jobs > 1):
+    slot_bytes, temporary = _job_bytes(plan, tiles * unit)
+    while jobs * (slot_bytes + temporary + Scratch.NBYTES) > room // 2 and (tiles > 1 or jobs > 1):
         if tiles > 1:
             tiles //= 2
+            slot_bytes, temporary = _job_bytes(plan, tiles * unit)
         else:
             jobs -= 1
-    slot_bytes = tiles * slot_tile
-    needed = max(fixed + jobs * (slot_bytes + Scratch.NBYTES), held + _CARD_BYTES)
+    needed = max(fixed + jobs * (slot_bytes + temporary + Scratch.NBYTES), held + _CARD_BYTES)
     if needed > budget:
         raise RecipeError(
             f"This merge of {plan.num_tensors:,} tensors needs at least {_megabytes(needed)} of memory, the budget "
             f"is {_megabytes(budget)}. Give --memory {_megabytes(needed)} or more."
         )
-    rest = room - jobs * (slot_bytes + Scratch.NBYTES)
-    return Layout(jobs, tiles * TILE, slot_bytes, _arena_bytes(plan, rest))
+    rest = room - jobs * (slot_bytes + temporary + Scratch.NBYTES)
+    return Layout(jobs, tiles * unit, slot_bytes, _arena_bytes(plan, rest), temporary, state)
 
 
-def _slot_itemsize(job: TensorJob) -> int:
-    return sum(NUMPY_DTYPES[info.dtype].itemsize for info in (job.base.info, (job.ft or job.base).info, job.out))
+def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
+    """The largest slot for a chunk of so many elements; the most that reading and merging one takes beside it."""
+    slot = temporary = 0
+    for job in plan.jobs():
+        infos = (*(source.info for source in job.sources), job.out)
+        slot = max(slot, sum(aligned(chunk * NUMPY_DTYPES[info.dtype].itemsize) for info in infos))
+        reading = max(source.extra_bytes(min(chunk, source.info.numel)) for source in job.sources)
+        merging = 0 if job.given is None else 8 * (len(job.sources) + _STEPS_ROWS) * work_tile(plan, job)
+        temporary = max(temporary, reading, merging)
+    return slot, temporary
+
+
+def _state_bytes(plan: MergePlan) -> int:
+    """What a method's passes over the one tensor that they are at may hold."""
+    if plan.steps is None:
+        return 0
+    return max((plan.steps.state_bytes(job.given) for job in plan.jobs() if job.given is not None), default=0)
 
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:
@@ -95,8 +121,8 @@ def _arena_bytes(plan: MergePlan, room: int) -> int:
 
 
 def region_bytes(job: TensorJob) -> int:
-    """What a tensor takes of the arena: both inputs whole, nothing if it is only copied."""
-    return 0 if job.ft is None else aligned(job.base.info.nbytes) + aligned(job.ft.info.nbytes)
+    """What a tensor takes of the arena: all inputs whole, nothing if it is only copied."""
+    return 0 if job.is_copied else sum(aligned(source.info.nbytes) for source in job.sources)
 
 
 def aligned(nbytes: int) -> int:

@@ -196,10 +196,11 @@ class Work:
         }
 
     def _inputs(self) -> dict[str, list[LocalFile]]:
-        sides: dict[str, dict[int, LocalFile]] = {"base": {}, "ft": {}}
+        sides: dict[str, dict[int, LocalFile]] = {side: {} for side in self.plan.sides}
         for job in self.plan.jobs():
-            for side, source in zip(("base", "ft"), job.sources, strict=False):
-                sides[side].setdefault(id(source.file), source.file)
+            for side, source in zip(job.sides, job.sources, strict=True):
+                for file in source.files:
+                    sides[self.plan.sides[side]].setdefault(id(file), file)
         return {side: list(files.values()) for side, files in sides.items()}
 
     def _wipe(self) -> None:

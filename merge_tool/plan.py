@@ -15,42 +15,47 @@ from typing import Any
 from merge_tool._version import __version__
 from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
-from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, shown
 from merge_tool.matching import Matching, match_tensors, natural_key, no_match
+from merge_tool.methods.steps import Given, StepsMethod
 from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
 from merge_tool.schedule import Schedule
 
+_PAIR = (0, 1)
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where one input's elements come from."""
-
-    info: TensorInfo
-    file: LocalFile
 
 
 @dataclass(frozen=True, slots=True)
 class TensorJob:
     """One output tensor: where it goes, and its inputs. `number` counts jobs over the whole plan.
 
-    `exact` tensors (integers, booleans) have no values between two: they are copied when equal. `ts` has the t of each
-    output. Without `ft` the tensor is the base's, byte for byte, and `note` says why.
+    `sides` are the numbers of the models that `sources` belong to, the base first if there is one. `exact` tensors
+    (integers, booleans) have no values between two: they are copied when equal. `ts` has the t of each output. `given`
+    is what a method of any number of models is told; without it a pair is merged, and a single source is copied, byte
+    for byte: `note` says why.
     """
 
     number: int
     out: TensorInfo
-    base: Source
-    ft: Source | None
+    sources: tuple[TensorSource, ...]
+    sides: tuple[int, ...]
     exact: bool
     ts: tuple[float, ...]
     note: str = ""
+    given: Given | None = None
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        return (self.base,) if self.ft is None else (self.base, self.ft)
+    def base(self) -> TensorSource:
+        return self.sources[0]
+
+    @property
+    def ft(self) -> TensorSource | None:
+        return self.sources[1] if len(self.sources) > 1 else None
+
+    @property
+    def is_copied(self) -> bool:
+        return self.given is None and len(self.sources) == 1
 
     @property
     def input_nbytes(self) -> int:
@@ -76,11 +81,13 @@ class MergePlan:
     """All that is decided: the method, one parameter t per output, and the shards that each output has."""
 
     recipe: Recipe
-    names: tuple[str, str]
+    names: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
     stem: str
     facts: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ("base", "ft")  # what the report calls the models
+    steps: StepsMethod | None = None  # what merges the jobs that have a `given`
 
     @property
     def ts(self) -> tuple[float, ...]:
@@ -110,12 +117,12 @@ class MergePlan:
     @property
     def num_scheduled(self) -> int:
         """How many tensors have a t of their own."""
-        return sum(job.ft is not None and job.ts is not self.ts for job in self.jobs()) if self.recipe.rules else 0
+        return sum(not job.is_copied and job.ts is not self.ts for job in self.jobs()) if self.recipe.rules else 0
 
     @property
     def num_kept(self) -> int:
         """How many tensors are the base's, not merged."""
-        return sum(job.ft is None for job in self.jobs())
+        return sum(job.is_copied for job in self.jobs())
 
     @property
     def num_parameters(self) -> int:
@@ -134,7 +141,7 @@ class MergePlan:
     def config_dtype(self) -> str | None:
         """The dtype code that config.json should name now, if the merge changed it."""
         if self.recipe.dtype in (None, "base"):
-            changed = any(job.out.dtype != job.base.info.dtype for job in self.jobs())
+            changed = any(job.out.dtype != job.base.stored_dtype for job in self.jobs())
             return "BF16" if changed else None
         return OUTPUT_DTYPES[self.recipe.dtype]
 
@@ -191,12 +198,11 @@ def _job(
 ) -> TensorJob:
     name = out.name
     base, ft = models
-    x = Source(base.tensors[name], base.source(name))
+    x = base.source(name)
     if name in matching.kept:
-        return TensorJob(number, out, x, None, False, ts, matching.kept[name])
-    ft_name = matching.ft_names.get(name, name)
-    y = Source(ft.tensors[ft_name], ft.source(ft_name))
-    return TensorJob(number, out, x, y, x.info.dtype not in FLOAT_DTYPES, ts)
+        return TensorJob(number, out, (x,), (0,), False, ts, matching.kept[name])
+    y = ft.source(matching.ft_names.get(name, name))
+    return TensorJob(number, out, (x, y), _PAIR, x.info.dtype not in FLOAT_DTYPES, ts)
 
 
 class _ScheduledTs:
@@ -236,7 +242,12 @@ def _output_infos(recipe: Recipe, base: Checkpoint, matching: Matching) -> list[
     """The output's tensors in natural order (layer 2 before layer 10), in the dtypes they will have."""
     infos = (base.tensors[name] for name in sorted(sorted(base.tensors), key=natural_key))
     kept = matching.kept
-    return [i if i.name in kept else replace(i, dtype=_output_dtype(recipe, i.dtype)) for i in infos]
+    found = []
+    for info in infos:
+        stored = base.stored_dtype(info.name)
+        dtype = stored if info.name in kept else _output_dtype(recipe, stored)
+        found.append(info if dtype == info.dtype else replace(info, dtype=dtype))
+    return found
 
 
 def _output_dtype(recipe: Recipe, dtype: str) -> str:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.hub import local_path
-from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
+from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint, open_checkpoint
 from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, shown
 from merge_tool.memory import (
     LEAST_BYTES,
@@ -26,6 +28,7 @@ from merge_tool.memory import (
     region_bytes,
     resident_bytes,
 )
+from merge_tool.methods import TILE, as_bytes, same_values
 from merge_tool.older import read_sums
 from merge_tool.output import Target, check_target
 from merge_tool.plan import MergePlan, TensorJob, plan_merge
@@ -153,12 +156,12 @@ def _check_report_path(path: Path, recipe: Recipe, target: Target, inputs: Itera
 def _sample(model: Checkpoint, tensors: int = 1024, nbytes: int = 256) -> str:
     """SHA-256 over bytes from the middle of evenly chosen tensors: another finetune differs nearly everywhere."""
     names = sorted(model.tensors)
-    digest, buffer = hashlib.sha256(), bytearray(nbytes)
+    digest = hashlib.sha256()
     for name in names[:: -(-len(names) // tensors)]:
         info = model.tensors[name]
-        view = memoryview(buffer)[: min(nbytes, info.nbytes)]
-        model.source(name).read_into(info.offset + (info.nbytes - len(view)) // 2, view)
-        digest.update(view)
+        count = min(nbytes // NUMPY_DTYPES[info.dtype].itemsize, info.numel)
+        start = (info.numel - count) // 2
+        digest.update(as_bytes(model.read_new(name, start, start + count)))
     return digest.hexdigest()
 
 
@@ -291,8 +294,8 @@ def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
 def _changed_since(prepared: Prepared, output: Path) -> list[str]:
     """Input files modified after the report was written, and side files that the output has otherwise."""
     written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
-    sources = {source.file.name: source.file for job in prepared.plan.jobs() for source in job.sources}
-    changed = [name for name, source in sources.items() if source.mtime_ns > written]
+    files = {file.name: file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
+    changed = [name for name, file in files.items() if file.mtime_ns > written]
     for file in prepared.side_files.copied:
         digest = hashlib.sha256()
         for chunk in prepared.side_files.read(file, prepared.plan.config_dtype):
@@ -333,13 +336,13 @@ def check_exact_tensors(plan: MergePlan) -> None:
         )
 
 
-def _same_values(job: TensorJob, chunk: int = 1 << 20) -> bool:
-    left, right = bytearray(chunk), bytearray(chunk)
-    for start in range(0, job.out.nbytes, chunk):
-        length = min(chunk, job.out.nbytes - start)
-        for source, buffer in zip(job.sources, (left, right), strict=True):
-            source.file.read_into(source.info.offset + start, memoryview(buffer)[:length])
-        if left[:length] != right[:length]:
+def _same_values(job: TensorJob, chunk: int = TILE) -> bool:
+    buffers = [np.empty(min(chunk, job.out.numel), NUMPY_DTYPES[source.info.dtype]) for source in job.sources]
+    for start in range(0, job.out.numel, chunk):
+        parts = [buffer[: job.out.numel - start] for buffer in buffers]
+        for source, values in zip(job.sources, parts, strict=True):
+            source.read_into(start, values)
+        if not all(same_values(parts[0], other) for other in parts[1:]):
             return False
     return True
 

@@ -26,8 +26,9 @@ from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.prepare import Prepared, prepare
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
 from merge_tool.report import Finding, Findings, from_record, stream_report, summarise, tensor_text
-from merge_tool.run import ShardDone, merge_chunk, run_plan
+from merge_tool.run import ShardDone, run_plan
 from merge_tool.side_files import CARD, REPORT
+from merge_tool.work import merge_chunk
 
 _PIECE = 1 << 20
 _MOST = 50  # problems that are named; the rest is counted
@@ -148,7 +149,7 @@ def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Fin
     for job, told in zip_longest(plan.jobs(), report.tensors()):
         if job is None or told is None or told[1].get("name") != job.out.name:
             raise ValueError("they are not the plan's tensors in its order")
-        if job.ft is None:  # the base's: nothing is to be found out about it
+        if job.is_copied:  # the base's: nothing is to be found out about it
             findings.add(job.number, Finding(None, equal=False, kept_base=False))
             continue
         kept = job.exact and told[1].get("note") == "differs: base kept"
@@ -250,15 +251,16 @@ def _check_tile(
     there: bytearray,
 ) -> bool:
     stop = min(start + TILE, job.out.numel)
-    arrays = worker.arrays(job, stop - start)
-    for source, values in zip(job.sources, arrays, strict=False):
-        source.file.read_into(source.info.offset + start * values.itemsize, as_bytes(values))
+    inputs, out = worker.arrays(job, stop - start)
+    for source, values in zip(job.sources, inputs, strict=True):
+        source.read_into(start, values)
+    arrays = inputs[0], inputs[-1], out
     finding, t = findings[job.number], job.ts[0]
     if finding.equal and not same_values(arrays[0], arrays[1]):
         checks.add(f"{REPORT}: {shown(job.out.name)}: says that the parents are equal; they are not.")
         return False
     weights = None
-    if not (finding.equal or finding.kept_base or job.exact or job.ft is None):
+    if not (finding.equal or finding.kept_base or job.exact or job.is_copied):
         if finding.sums is None:
             checks.add(f"{REPORT}: {shown(job.out.name)}: has no sums.")
             return False

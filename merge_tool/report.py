@@ -143,7 +143,7 @@ def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dic
         content["name_ft"] = job.ft.info.name
     if note := found.note or job.note:
         content["note"] = note
-    if job.ft is None:
+    if job.is_copied:
         content["weights"] = [1.0, 0.0]
     if found.norms is not None:
         n0, n1 = found.norms

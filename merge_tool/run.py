@@ -23,40 +23,15 @@ import numpy as np
 
 from merge_tool.buffers import Arena, WorkerMemory
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
-from merge_tool.errors import DataError, shown
+from merge_tool.checkpoint.source import TensorSource
 from merge_tool.memory import Layout, aligned, region_bytes
-from merge_tool.methods import (
-    METHODS,
-    TILE,
-    Array,
-    PairSums,
-    Scratch,
-    Weights,
-    as_bytes,
-    combine,
-    convert,
-    first_nonfinite,
-    is_finite,
-    same_values,
-    sharpen,
-    sum_tile,
-    total,
-)
-from merge_tool.plan import MergePlan, ShardPlan, Source, TensorJob
+from merge_tool.methods import Array, as_bytes
+from merge_tool.plan import MergePlan, ShardPlan, TensorJob
+from merge_tool.work import TensorDone, Work, start_work
 
 Progress = Callable[[int, str], None]
 _PATIENCE = 1.0  # seconds that a signal waits for the disk
 _QUEUED_CHUNKS = 4  # for each worker: what is prefetched ahead of it
-
-
-@dataclass(frozen=True, slots=True)
-class TensorDone:
-    """What was found out about one tensor: its sums (None if it was only compared) and whether bytes were equal."""
-
-    number: int
-    sums: PairSums | None
-    equal: bool
-    kept_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +126,22 @@ class _OpenTensor:
     """A tensor between its first read and its last write."""
 
     job: TensorJob
-    numel: int
+    work: Work
     shard: _OpenShard
-    kept: tuple[Array, Array] | None  # both inputs whole, if they fit the arena
+    chunk_elements: int
+    kept: tuple[Array, ...] | None  # all inputs whole, if they fit the arena
     region: int | None  # where in the arena
-    tile_sums: Array  # float64 [num_tiles, 3]
-    sums_left: int
     writes_left: int
-    equal: bool = True
-    weights: tuple[Weights, ...] = ()
-    done: TensorDone | None = None  # set when the weights are known
+    adds_left: int = 0
+    adds_turn: int = 0  # the next chunk to be added, where the order counts
+    is_read: bool = False  # whether all of it was read once
+    is_ready: bool = False  # whether it can be merged
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """[start, stop) of its chunks; an empty tensor has one empty chunk."""
+        numel = self.job.out.numel
+        for start in range(0, max(numel, 1), self.chunk_elements):
+            yield start, min(start + self.chunk_elements, numel)
 
 
 _Task = Callable[[WorkerMemory], None]
@@ -192,24 +173,24 @@ class _Run:
     # ------------------------------------------------------------------------- the calling thread
 
     def walk(self, shards: list[ShardPlan]) -> Iterator[ShardDone]:
-        waiting: _OpenTensor | None = None  # its sums are queued, its combine is not
+        waiting: _OpenTensor | None = None  # its chunks are queued to be added, its merge is not
         for shard_plan in shards:
             shard = self._open_shard(shard_plan)
             for job in shard_plan.jobs:
                 region = self._take_region(job)
                 if region is None and self._fits_arena(job):
                     if waiting is not None:
-                        self._queue_combine(waiting)
+                        self._queue_merge(waiting)
                         waiting = None
                     region = self._await_region(job)
                 tensor = self._open_tensor(job, shard, region)
-                self._queue_sums(tensor)
+                self._queue_pass(tensor)
                 if waiting is not None:
-                    self._queue_combine(waiting)
+                    self._queue_merge(waiting)
                 waiting = tensor
                 yield from self._take_finished()
         if waiting is not None:
-            self._queue_combine(waiting)
+            self._queue_merge(waiting)
         self._await(lambda: not self.open_shards)
         yield from self._take_finished()
 
@@ -234,7 +215,7 @@ class _Run:
         if any(thread.is_alive() for thread in self.threads):
             return  # they still use what is open
         for source in (source for tensor in self.open_tensors for source in tensor.job.sources):
-            source.file.release()
+            source.release()
         for writer in (writer for shard in self.open_shards for writer in shard.writers):
             writer.abandon()
 
@@ -245,11 +226,6 @@ class _Run:
         with self.changed:
             self.open_shards.append(shard)
         return shard
-
-    def _chunks(self, numel: int) -> Iterator[tuple[int, int]]:
-        """[start, stop) of a tensor's chunks; an empty tensor has one empty chunk."""
-        for start in range(0, max(numel, 1), self.layout.chunk_elements):
-            yield start, min(start + self.layout.chunk_elements, numel)
 
     def _fits_arena(self, job: TensorJob) -> bool:
         return 0 < region_bytes(job) <= self.arena.nbytes
@@ -271,37 +247,51 @@ class _Run:
 
     def _open_tensor(self, job: TensorJob, shard: _OpenShard, region: int | None) -> _OpenTensor:
         kept = None
-        if region is not None and job.ft is not None:
-            middle = region + aligned(job.base.info.nbytes)
-            x = self.arena.memory[region : region + job.base.info.nbytes]
-            y = self.arena.memory[middle : middle + job.ft.info.nbytes]
-            kept = x.view(NUMPY_DTYPES[job.base.info.dtype]), y.view(NUMPY_DTYPES[job.ft.info.dtype])
-        numel = job.out.numel
-        chunks = -(-numel // self.layout.chunk_elements) or 1
-        tile_sums = np.zeros((-(-numel // TILE), 3))
-        tensor = _OpenTensor(job, numel, shard, kept, region, tile_sums, chunks, chunks)
-        job.base.file.acquire()
+        if region is not None and not job.is_copied:
+            kept = self._kept(job, region)
+        work = start_work(self.plan, job)
+        chunk = max(1, self.layout.chunk_elements // work.tile) * work.tile
+        chunks = -(-job.out.numel // chunk) or 1
+        tensor = _OpenTensor(job, work, shard, chunk, kept, region, chunks, is_ready=not work.needs_chunks)
+        opened: list[TensorSource] = []
         try:
-            if job.ft is not None:
-                job.ft.file.acquire()
+            for source in job.sources:
+                source.acquire()
+                opened.append(source)
         except BaseException:
-            job.base.file.release()
+            for source in opened:
+                source.release()
             raise
         with self.changed:
             self.open_tensors.append(tensor)
         return tensor
 
-    def _queue_sums(self, tensor: _OpenTensor) -> None:
-        if tensor.job.ft is None:
-            tensor.weights = (Weights(1.0, 0.0),) * len(tensor.job.ts)
-            self._set_done(tensor, TensorDone(tensor.job.number, None, equal=False))
-            return
-        for start, stop in self._chunks(tensor.numel):
-            self._prefetch(tensor.job, start, stop)
-            self._queue(partial(self._sum, tensor, start, stop))
+    def _kept(self, job: TensorJob, region: int) -> tuple[Array, ...]:
+        """Room for all inputs whole."""
+        found = []
+        for source in job.sources:
+            raw = self.arena.memory[region : region + source.info.nbytes]
+            found.append(raw.view(NUMPY_DTYPES[source.info.dtype]))
+            region += aligned(source.info.nbytes)
+        return tuple(found)
 
-    def _queue_combine(self, tensor: _OpenTensor) -> None:
-        for start, stop in self._chunks(tensor.numel):
+    def _queue_pass(self, tensor: _OpenTensor) -> None:
+        """Queue its chunks to be added, if its work wants them."""
+        if not tensor.work.needs_chunks:
+            return
+        with self.changed:
+            tensor.adds_left, tensor.adds_turn = tensor.writes_left, 0
+        for number, (start, stop) in enumerate(tensor.chunks()):
+            if tensor.kept is None or not tensor.is_read:
+                self._prefetch(tensor.job, start, stop)
+            self._queue(partial(self._add, tensor, number, start, stop))
+
+    def _queue_merge(self, tensor: _OpenTensor) -> None:
+        """Queue its chunks to be merged; first, where one pass was not enough, the others."""
+        while tensor.job.given is not None and not tensor.is_ready:
+            self._await(lambda: tensor.adds_left == 0)
+            self._queue_pass(tensor)
+        for start, stop in tensor.chunks():
             if tensor.kept is None:
                 self._prefetch(tensor.job, start, stop)
             turn, tensor.shard.queued = tensor.shard.queued, tensor.shard.queued + 1
@@ -309,7 +299,7 @@ class _Run:
 
     def _prefetch(self, job: TensorJob, start: int, stop: int) -> None:
         for source in job.sources:
-            source.file.prefetch(*_byte_range(source, start, stop))
+            source.prefetch(start, stop)
 
     def _queue(self, task: _Task) -> None:
         self._await(lambda: len(self.tasks) < _QUEUED_CHUNKS * self.layout.jobs)
@@ -356,100 +346,63 @@ class _Run:
             if self.closing or self.failure is not None:
                 raise _Stopped
 
-    def _read(self, worker: WorkerMemory, tensor: _OpenTensor, start: int, stop: int) -> tuple[Array, Array]:
-        """Both inputs' elements [start, stop), read into the worker's slot."""
-        x, y, _ = worker.arrays(tensor.job, stop - start)
-        for source, values in zip(tensor.job.sources, (x, y), strict=False):
-            _fill(source, start, values)
-        return x, y
-
-    def _sum(self, tensor: _OpenTensor, start: int, stop: int, worker: WorkerMemory) -> None:
-        job = tensor.job
-        if tensor.kept is None:
-            x, y = self._read(worker, tensor, start, stop)
+    def _inputs(self, worker: WorkerMemory, tensor: _OpenTensor, start: int, stop: int) -> list[Array]:
+        """All inputs' elements [start, stop): what is kept of them, or read into the worker's slot."""
+        if tensor.kept is not None:
+            inputs = [values[start:stop] for values in tensor.kept]
+            if tensor.is_read:
+                return inputs
         else:
-            x, y = (values[start:stop] for values in tensor.kept)
-            for source, values in zip(job.sources, (x, y), strict=True):
-                _fill(source, start, values)
-                source.file.forget(*_byte_range(source, start, stop))
-        for begin in range(0, stop - start, TILE):
-            cut = slice(begin, begin + TILE)
-            if tensor.equal and not same_values(x[cut], y[cut]):
-                tensor.equal = False
-            if not job.exact:
-                tensor.tile_sums[(start + begin) // TILE] = sum_tile(x[cut], y[cut], 1.0, worker.scratch)
-        self.on_progress((stop - start) * (x.itemsize + y.itemsize), job.out.name)
+            inputs = worker.arrays(tensor.job, stop - start)[0]
+        for source, values in zip(tensor.job.sources, inputs, strict=True):
+            source.read_into(start, values)
+        return inputs
+
+    def _add(self, tensor: _OpenTensor, number: int, start: int, stop: int, worker: WorkerMemory) -> None:
+        inputs = self._inputs(worker, tensor, start, stop)
+        if tensor.kept is not None and not tensor.is_read:
+            for source in tensor.job.sources:
+                source.forget(start, stop)
+        if tensor.work.in_order:
+            self._block(lambda: tensor.adds_turn == number)
+        tensor.work.add(start, inputs, worker.scratch)
+        if not tensor.is_read:
+            self.on_progress(sum(values.nbytes for values in inputs), tensor.job.out.name)
         with self.changed:
-            tensor.sums_left -= 1
-            last = tensor.sums_left == 0
+            tensor.adds_turn = number + 1
+            last = tensor.adds_left == 1
+            if not last:
+                tensor.adds_left -= 1
+            self.changed.notify_all()
         if last:
             self._settle(worker, tensor)
 
     def _settle(self, worker: WorkerMemory, tensor: _OpenTensor) -> None:
-        """All sums are there: decide how the tensor is combined."""
-        job, kept_base, sums = tensor.job, False, None
-        if job.exact:
-            kept_base = not tensor.equal
-            if kept_base and not self.plan.keeps_base_on_mismatch:
-                raise DataError(_unequal_message(self.plan, job))
-        else:
-            xx, xd, dd = (total(column) for column in tensor.tile_sums.T)
-            sums = PairSums(xx, xd, dd)
-            if not tensor.equal:
-                sums = self._sharpen(worker, tensor, sums)
-                method = METHODS[self.plan.method]
-                tensor.weights = tuple(method.weights(sums, t) for t in job.ts)
-        self._set_done(tensor, TensorDone(job.number, sums, tensor.equal, kept_base))
+        """All chunks were added: decide how the tensor is merged, or that it takes another pass."""
+        tensor.is_read = True
 
-    def _set_done(self, tensor: _OpenTensor, done: TensorDone) -> None:
+        def chunks() -> Iterator[tuple[int, list[Array]]]:
+            for start, stop in tensor.chunks():
+                yield start, self._inputs(worker, tensor, start, stop)
+
+        tensor.work.settle(chunks, worker.scratch)
         with self.changed:
-            tensor.done = done
-            tensor.shard.done.append(done)
+            tensor.adds_left = 0
+            tensor.is_ready = not tensor.work.needs_chunks
             self.changed.notify_all()
-
-    def _sharpen(self, worker: WorkerMemory, tensor: _OpenTensor, sums: PairSums) -> PairSums:
-        if not is_finite(sums):
-            self._refuse_nonfinite(worker, tensor)
-        return sharpen(
-            sums,
-            lambda: ((x, y) for _, x, y in self._tiles(worker, tensor)),
-            has_float64="F64" in {source.info.dtype for source in tensor.job.sources},
-            scratch=worker.scratch,
-        )
-
-    def _refuse_nonfinite(self, worker: WorkerMemory, tensor: _OpenTensor) -> None:
-        for start, *sides in self._tiles(worker, tensor):
-            for source, values in zip(tensor.job.sources, sides, strict=True):
-                if (place := first_nonfinite(values)) is not None:
-                    raise DataError(
-                        f"{shown(source.info.name)} in {shown(source.file.name)}: element {start + place:,} is "
-                        f"{float(values[place])}. A merge would spread it; repair or leave out that model."
-                    )
-
-    def _tiles(self, worker: WorkerMemory, tensor: _OpenTensor) -> Iterator[tuple[int, Array, Array]]:
-        """(first element, x, y) of every tile once more."""
-        for start, stop in self._chunks(tensor.numel):
-            if tensor.kept is None:
-                x, y = self._read(worker, tensor, start, stop)
-            else:
-                x, y = (values[start:stop] for values in tensor.kept)
-            for begin in range(0, stop - start, TILE):
-                yield start + begin, x[begin : begin + TILE], y[begin : begin + TILE]
 
     def _write(self, tensor: _OpenTensor, turn: int, start: int, stop: int, worker: WorkerMemory) -> None:
         job, shard = tensor.job, tensor.shard
-        self._block(lambda: tensor.done is not None)
-        if tensor.kept is None:
-            x, y = self._read(worker, tensor, start, stop)
+        self._block(lambda: tensor.is_ready)
+        inputs = self._inputs(worker, tensor, start, stop)
+        if tensor.kept is None or not tensor.is_read:
             for source in job.sources:
-                source.file.forget(*_byte_range(source, start, stop))
-            if job.ft is None:  # read here for the first time
-                self.on_progress(x.nbytes, job.out.name)
-        else:
-            x, y = (values[start:stop] for values in tensor.kept)
-        out = worker.arrays(job, stop - start)[2]
+                source.forget(start, stop)
+        if not tensor.is_read:  # by a pass: here for the first time
+            self.on_progress(sum(values.nbytes for values in inputs), job.out.name)
+        out = worker.arrays(job, stop - start)[1]
         for number, writer in enumerate(shard.writers):
-            merged = self._merge(worker, tensor, number, start, (x, y, out))
+            merged = tensor.work.merge(number, start, inputs, out, worker.scratch)
             data = as_bytes(merged)
             writer.write(job.out.offset + start * out.itemsize, data)
             self._block(lambda number=number: shard.turns[number] == turn)  # type: ignore[misc]
@@ -460,18 +413,6 @@ class _Run:
         self.on_progress((stop - start) * out.itemsize * len(shard.writers), job.out.name)
         self._wrote(tensor)
 
-    def _merge(
-        self,
-        worker: WorkerMemory,
-        tensor: _OpenTensor,
-        number: int,
-        start: int,
-        arrays: tuple[Array, Array, Array],
-    ) -> Array:
-        copied = tensor.equal or (tensor.done is not None and tensor.done.kept_base)
-        weights = None if copied else tensor.weights[number]
-        return merge_chunk(tensor.job, tensor.job.ts[number], weights, start, arrays, worker.scratch)
-
     def _wrote(self, tensor: _OpenTensor) -> None:
         shard, job = tensor.shard, tensor.job
         with self.changed:
@@ -479,13 +420,14 @@ class _Run:
             if tensor.writes_left:
                 return
             self.open_tensors.remove(tensor)
+            shard.done.append(tensor.work.done)
             if tensor.region is not None:
                 self.arena.give_back(tensor.region)
             shard.tensors_left -= 1
             shard_done = shard.tensors_left == 0
             self.changed.notify_all()
         for source in job.sources:
-            source.file.release()
+            source.release()
         if shard_done:
             self._finish(shard)
 
@@ -500,46 +442,3 @@ class _Run:
             self.open_shards.remove(shard)
             self.finished.append(done)
             self.changed.notify_all()
-
-
-def merge_chunk(
-    job: TensorJob, t: float, weights: Weights | None, start: int, arrays: tuple[Array, Array, Array], scratch: Scratch
-) -> Array:
-    """The output's elements from `start` on: an input as it is, an input converted, or both combined.
-
-    `arrays` are those elements of base and finetune, and room for the output's; `start` is a multiple of TILE, for
-    a tile is combined as one. Without `weights` (equal tensors, integers) the base is kept.
-    """
-    x, y, out = arrays
-    if weights is None or t in (0, 1):
-        chosen = y if t == 1 and weights is not None else x
-        if chosen.dtype == out.dtype:
-            return chosen
-        fits = convert(chosen, out)
-    else:
-        fits = combine(x, y, weights, out, scratch)
-    if not fits:
-        raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
-    return out
-
-
-def _byte_range(source: Source, start: int, stop: int) -> tuple[int, int]:
-    """Offset and length in bytes of elements [start, stop)."""
-    itemsize = NUMPY_DTYPES[source.info.dtype].itemsize
-    return source.info.offset + start * itemsize, (stop - start) * itemsize
-
-
-def _fill(source: Source, start: int, values: Array) -> None:
-    source.file.read_into(source.info.offset + start * values.itemsize, as_bytes(values))
-
-
-def _unequal_message(plan: MergePlan, job: TensorJob) -> str:
-    return (
-        f"{shown(job.out.name)}: the {job.out.dtype} values differ between {plan.names[0]} and {plan.names[1]}, and "
-        "integers have nothing between them. Give --on-mismatch base to keep the base's."
-    )
-
-
-def _overflow_message(job: TensorJob, place: int) -> str:
-    wider = "--dtype float32" if job.out.dtype == "BF16" else "--dtype base, bfloat16 or float32"
-    return f"{shown(job.out.name)}: element {place:,} is finite but too large for {job.out.dtype}. Choose {wider}."

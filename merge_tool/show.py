@@ -168,7 +168,7 @@ def _schedule(plan: MergePlan) -> list[tuple[str, list[list[float]]]]:
     schedule = Schedule(plan.recipe.rules, [job.out.name for job in plan.jobs()])
     rows: dict[str, list[list[float]]] = {}
     for job in plan.jobs() if schedule.rules else ():
-        if job.ft is None:
+        if job.is_copied:
             continue
         stack, layer = split_layer(job.out.name) or ("", None)
         place = "outside layers" if layer is None else f"{stack}{layer}"

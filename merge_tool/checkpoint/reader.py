@@ -20,7 +20,7 @@ import numpy.typing as npt
 from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, find_weights, unread_format
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
-from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.source import LocalFile, TensorSource
 from merge_tool.errors import CheckpointError, HeaderError, listed, shown
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -52,11 +52,55 @@ class CheckpointFile:
     header_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A TensorSource whose elements lie in a file as they are."""
+
+    info: TensorInfo
+    file: LocalFile
+
+    @property
+    def stored_dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def where(self) -> str:
+        return self.file.name
+
+    @property
+    def files(self) -> tuple[LocalFile]:
+        return (self.file,)
+
+    def read_into(self, start: int, values: npt.NDArray[Any]) -> None:
+        raw = memoryview(values.view(np.uint8))  # type: ignore[arg-type]  # numpy 2.4's stubs say no, numpy says yes
+        self.file.read_into(self.info.offset + start * values.itemsize, raw)
+
+    def acquire(self) -> None:
+        self.file.acquire()
+
+    def release(self) -> None:
+        self.file.release()
+
+    def prefetch(self, start: int, stop: int) -> None:
+        self.file.prefetch(*self._byte_range(start, stop))
+
+    def forget(self, start: int, stop: int) -> None:
+        self.file.forget(*self._byte_range(start, stop))
+
+    def _byte_range(self, start: int, stop: int) -> tuple[int, int]:
+        itemsize = NUMPY_DTYPES[self.info.dtype].itemsize
+        return self.info.offset + start * itemsize, (stop - start) * itemsize
+
+    def extra_bytes(self, count: int) -> int:
+        return 0
+
+
 class Checkpoint:
     """The tensors of one model on disk.
 
     `tensors` maps every name to its TensorInfo; `config` is config.json, or None; `metadata` the files'
-    `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user.
+    `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user. `made` are the
+    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read.
     """
 
     def __init__(
@@ -70,21 +114,30 @@ class Checkpoint:
         config: dict[str, Any] | None,
         index_name: str | None = None,
         notices: tuple[str, ...] = (),
+        made: Mapping[str, TensorSource] | None = None,
     ) -> None:
         self.name, self.folder, self.files = name, folder, files
         self.tensors: Mapping[str, TensorInfo] = tensors
         self.metadata, self.config, self.notices = metadata, config, notices
         self.index_name = index_name
         self._file_of = file_of  # empty when there is one file
+        self._made = made or {}
 
     @property
     def weight_files(self) -> frozenset[str]:
         """The names of the files that hold the tensors, and of their index."""
         return frozenset(file.file_name for file in self.files) | {self.index_name or "model.safetensors.index.json"}
 
-    def source(self, name: str) -> LocalFile:
-        """The file that holds tensor `name`."""
-        return self.files[self._file_of.get(name, 0)].source
+    def source(self, name: str) -> TensorSource:
+        """Where the elements of tensor `name` come from."""
+        if (made := self._made.get(name)) is not None:
+            return made
+        return FileTensor(self.tensors[name], self.files[self._file_of.get(name, 0)].source)
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype in which a merge writes tensor `name` unless told otherwise."""
+        made = self._made.get(name)
+        return made.stored_dtype if made is not None else self.tensors[name].dtype
 
     def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
@@ -92,8 +145,7 @@ class Checkpoint:
         dtype = NUMPY_DTYPES[info.dtype]
         if out.dtype != dtype or out.shape != (stop - start,) or not 0 <= start <= stop <= info.numel:
             raise ValueError(f"{name}: elements [{start}, {stop}) of {info.numel} do not fit the given array")
-        raw = memoryview(out.view(np.uint8))  # type: ignore[arg-type]  # numpy 2.4's stubs say no, numpy says yes
-        self.source(name).read_into(info.offset + start * dtype.itemsize, raw)
+        self.source(name).read_into(start, out)
         return out
 
     def read_new(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
@@ -303,4 +355,4 @@ def _with_sub_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     yield from (value for key, value in config.items() if isinstance(value, dict) and key.endswith("config"))
 
 
-__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "open_checkpoint"]
+__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "FileTensor", "open_checkpoint"]

@@ -11,9 +11,11 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.errors import CheckpointError, shown
 
 
@@ -39,6 +41,43 @@ class ByteSource(Protocol):
 
     def forget(self, offset: int, length: int) -> None:
         """Hint: these bytes are not read again."""
+
+
+class TensorSource(Protocol):
+    """One tensor's elements by range, flat, whatever they are made from: bytes of a file, or more than that.
+
+    `info` has its name there, and the dtype and shape as read; `stored_dtype` is the dtype that a merge writes it in
+    unless told otherwise; `where` names the file for messages; `files` are all that is read.
+    """
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    @property
+    def stored_dtype(self) -> str: ...
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def files(self) -> Sequence[LocalFile]: ...
+
+    def read_into(self, start: int, values: Any) -> None:
+        """Fill a flat array of dtype `info.dtype` with the elements from `start` on. Safe from several threads."""
+
+    def acquire(self) -> None:
+        """Announce reads: open what is needed until `release`."""
+
+    def release(self) -> None: ...
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Hint: these elements are read soon."""
+
+    def forget(self, start: int, stop: int) -> None:
+        """Hint: these elements are not read again."""
+
+    def extra_bytes(self, count: int) -> int:
+        """The memory that reading `count` elements takes beside the array that they are read into."""
 
 
 class LocalFile:

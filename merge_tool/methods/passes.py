@@ -122,14 +122,14 @@ def _locate(counts: Array, rank: int) -> tuple[int, int]:
     return bucket, rank - int(ends[bucket] - counts[bucket])
 
 
-def start(asked: Pass, given: Given, num_tiles: int) -> Running:
+def start_pass(asked: Pass, given: Given, num_tiles: int) -> Running:
     """Begin a pass over a tensor of so many tiles."""
     if isinstance(asked, Sums):
         return _RunningSums(asked, num_tiles)
     if isinstance(asked, OrderStatistics):
         return _RunningOrder(asked)
     if isinstance(asked, ColumnSums):
-        return _RunningColumnSums(asked, given.columns)
+        return _RunningColumnSums(asked, given.columns if asked.columns is None else asked.columns)
     raise TypeError(f"a method yields Sums, OrderStatistics or ColumnSums, not {type(asked).__name__}")
 
 
@@ -161,7 +161,7 @@ def drive(
     try:
         asked = next(steps)
         while True:
-            running = start(asked, given, num_tiles)
+            running = start_pass(asked, given, num_tiles)
             visit(running.add)
             while running.settle():
                 visit(running.add)
@@ -178,6 +178,6 @@ def cut_tile(
 
     def part(values: Array) -> Array:
         flat = values.reshape(-1)[begin : begin + size].astype(np.float64)
-        return flat if granularity == FLAT else flat.reshape(-1, given.columns)
+        return flat if granularity == FLAT else flat.reshape(len(flat) // max(1, given.columns), given.columns)
 
     return Tile(begin, None if base is None else part(base), [part(x) for x in inputs], given.key)

@@ -114,10 +114,11 @@ class OrderStatistics:
 @dataclass(frozen=True, slots=True)
 class ColumnSums:
     """A pass for matrices, in a method of rows: `of(tile)` is [size, columns] float64, found the sum over all tiles,
-    added in the tiles' order."""
+    added in the tiles' order. `columns` is the row's length, unless given."""
 
     of: Callable[[Tile], Array]
     size: int
+    columns: int | None = None
 
 
 Pass: TypeAlias = Sums | OrderStatistics | ColumnSums
@@ -132,8 +133,8 @@ class StepsMethod:
     """A method of any number of models: one generator function and what it may be asked.
 
     `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none). `inputs` are the fewest and
-    the most models beside the base. `base` is "none" (ignored), "optional" or "required". `copies_equal`: where all
-    inputs (and the base) hold the same bytes, so does the result. A method of `ROWS` sees whole rows.
+    the most models beside the base. `base` is "none" (ignored), "optional" or "required". Where `copies_equal`, the
+    result of inputs (and base) that hold the same bytes is those bytes. A method of `ROWS` sees whole rows.
     """
 
     steps: Callable[[Given], Steps]
@@ -144,6 +145,8 @@ class StepsMethod:
     inputs: tuple[int, int] = (1, 1_000)
     base: str = "required"
     granularity: Callable[[Given], str] = lambda given: FLAT
+    copies_equal: Callable[[Given], bool] = lambda given: False
+    state_bytes: Callable[[Given], int] = lambda given: 0  # what its passes hold besides tiles: histograms, say
 
 
 def seed_key(seed: int, name: str) -> int:

@@ -1,0 +1,297 @@
+"""How one tensor's output comes about: what is done with its chunks, whoever reads, schedules and writes them.
+
+A work takes every chunk of its inputs as often as it needs (`add`, then `settle`), then merges chunk by chunk.
+Chunks are whole tiles, and their number and order change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from merge_tool.errors import DataError, shown
+from merge_tool.methods import (
+    METHODS,
+    TILE,
+    Array,
+    PairSums,
+    Scratch,
+    Weights,
+    combine,
+    convert,
+    decode,
+    first_nonfinite,
+    is_finite,
+    same_values,
+    sharpen,
+    sum_tile,
+    total,
+)
+from merge_tool.methods.passes import Running, start_pass
+from merge_tool.methods.steps import FLAT, Combine, Given, Pass, Steps, StepsMethod, Tile, tile_elements
+from merge_tool.plan import MergePlan, TensorJob
+
+Chunks = Callable[[], Iterable[tuple[int, Sequence[Array]]]]  # (first element, inputs) of every chunk once more
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDone:
+    """What was found out about one tensor: its sums (None if it was only compared) and whether bytes were equal."""
+
+    number: int
+    sums: PairSums | None
+    equal: bool
+    kept_base: bool = False
+
+
+class Work(Protocol):
+    """One tensor's work. `tile` elements belong together. `needs_chunks` says whether `add` wants them (again)."""
+
+    tile: int
+    done: TensorDone
+
+    @property
+    def needs_chunks(self) -> bool: ...
+
+    @property
+    def in_order(self) -> bool:
+        """Whether chunks must be added in file order."""
+
+    def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
+        """Take the elements from `start` on of every input, flat. From several threads."""
+
+    def settle(self, chunks: Chunks, scratch: Scratch) -> None:
+        """All chunks were added: decide what comes next. Raises DataError for values that cannot be merged."""
+
+    def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
+        """Elements of an output: `out`, filled, or an input as it is."""
+
+
+def start_work(plan: MergePlan, job: TensorJob) -> Work:
+    if job.is_copied:
+        return _Copy(job)
+    if job.exact:
+        return _Exact(plan, job)
+    if job.given is None:
+        return _Pair(plan, job)
+    assert plan.steps is not None
+    return _Steps(plan.steps, job.given, job)
+
+
+def work_tile(plan: MergePlan, job: TensorJob) -> int:
+    """How many elements of this tensor belong together."""
+    if plan.steps is None or job.given is None or job.exact:
+        return TILE
+    return tile_elements(job.given, plan.steps.granularity(job.given))
+
+
+class _Copy:
+    """One source as it is, or in the output's dtype."""
+
+    tile, needs_chunks, in_order = TILE, False, False
+
+    def __init__(self, job: TensorJob) -> None:
+        self.job = job
+        self.done = TensorDone(job.number, None, equal=False)
+
+    def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
+        raise AssertionError("nothing is added up")
+
+    def settle(self, chunks: Chunks, scratch: Scratch) -> None:
+        raise AssertionError("nothing is added up")
+
+    def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
+        return _converted(self.job, start, inputs[0], out)
+
+
+class _Exact:
+    """Integers and booleans: the base's, if all are equal or the plan keeps the base's."""
+
+    tile, needs_chunks, in_order = TILE, True, False
+
+    def __init__(self, plan: MergePlan, job: TensorJob) -> None:
+        self.plan, self.job, self.equal = plan, job, True
+        self.done = TensorDone(job.number, None, equal=True)
+
+    def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
+        self.equal = self.equal and all(same_values(inputs[0], other) for other in inputs[1:])
+
+    def settle(self, chunks: Chunks, scratch: Scratch) -> None:
+        self.needs_chunks = False
+        if not self.equal and not self.plan.keeps_base_on_mismatch:
+            raise DataError(_unequal_message(self.plan, self.job))
+        self.done = TensorDone(self.job.number, None, self.equal, kept_base=not self.equal)
+
+    def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
+        return inputs[0]
+
+
+class _Pair:
+    """Base and finetune by the weights that follow from their sums; the base, where all bytes are equal."""
+
+    tile, needs_chunks, in_order = TILE, True, False
+
+    def __init__(self, plan: MergePlan, job: TensorJob) -> None:
+        self.job, self.method, self.equal = job, METHODS[plan.method], True
+        self.parts = np.zeros((-(-job.out.numel // TILE), 3))
+        self.weights: tuple[Weights, ...] = ()
+        self.done = TensorDone(job.number, None, equal=False)
+
+    def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
+        x, y = inputs
+        for begin in range(0, len(x), TILE):
+            cut = slice(begin, begin + TILE)
+            if self.equal and not same_values(x[cut], y[cut]):
+                self.equal = False
+            self.parts[(start + begin) // TILE] = sum_tile(x[cut], y[cut], 1.0, scratch)
+
+    def settle(self, chunks: Chunks, scratch: Scratch) -> None:
+        self.needs_chunks = False
+        xx, xd, dd = (total(column) for column in self.parts.T)
+        sums = PairSums(xx, xd, dd)
+        if not self.equal:
+            if not is_finite(sums):
+                _refuse_nonfinite(self.job, chunks)
+            has_float64 = "F64" in {source.info.dtype for source in self.job.sources}
+            sums = sharpen(sums, lambda: _pair_tiles(chunks), has_float64=has_float64, scratch=scratch)
+            self.weights = tuple(self.method.weights(sums, t) for t in self.job.ts)
+        self.done = TensorDone(self.job.number, sums, self.equal)
+
+    def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
+        weights = None if self.equal else self.weights[output]
+        return merge_chunk(self.job, self.job.ts[output], weights, start, (inputs[0], inputs[1], out), scratch)
+
+
+def _pair_tiles(chunks: Chunks) -> Iterable[tuple[Array, Array]]:
+    for _, (x, y) in chunks():
+        for begin in range(0, len(x), TILE):
+            yield x[begin : begin + TILE], y[begin : begin + TILE]
+
+
+class _Steps:
+    """Any number of models by a method's passes and its combine, tile by tile in float64."""
+
+    def __init__(self, method: StepsMethod, given: Given, job: TensorJob) -> None:
+        self.job, self.given = job, given
+        self.granularity = method.granularity(given)
+        self.tile = tile_elements(given, self.granularity)
+        self.num_tiles = -(-given.numel // self.tile) or 1
+        self.copies_equal, self.equal, self.is_checked = method.copies_equal(given), True, False
+        self.done = TensorDone(job.number, None, equal=False)
+        self.steps: Steps = method.steps(given)
+        self.running: Running | None = None
+        self.combine: Combine | None = None
+        self._advance(lambda: next(self.steps))
+
+    @property
+    def needs_chunks(self) -> bool:
+        return self.running is not None
+
+    @property
+    def in_order(self) -> bool:
+        return self.running is not None and self.running.in_order
+
+    def _advance(self, step: Callable[[], Pass]) -> None:
+        """The method's next pass, or its combine. What it finds impossible is the user's to mend."""
+        try:
+            self.running = start_pass(step(), self.given, self.num_tiles)
+        except StopIteration as e:
+            self.running, self.combine = None, e.value
+        except ValueError as e:
+            raise DataError(f"{shown(self.job.out.name)}: {e}") from e
+
+    def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
+        assert self.running is not None
+        for begin in range(0, max(len(inputs[0]), 1), self.tile):
+            parts = [x[begin : begin + self.tile] for x in inputs]
+            if self.copies_equal and self.equal and not all(same_values(parts[0], other) for other in parts[1:]):
+                self.equal = False
+            self.running.add((start + begin) // self.tile, self._decoded(start + begin, parts))
+
+    def settle(self, chunks: Chunks, scratch: Scratch) -> None:
+        self.is_checked = True
+        assert self.running is not None
+        running = self.running
+        if self.copies_equal and self.equal:
+            self.steps.close()
+            self.running, self.done = None, TensorDone(self.job.number, None, equal=True)
+        elif not running.settle():
+            self._advance(lambda: self.steps.send(running.found))
+
+    def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
+        if self.done.equal:
+            return _converted(self.job, start, inputs[0], out)
+        assert self.combine is not None
+        for begin in range(0, len(out), self.tile):
+            cut = slice(begin, begin + self.tile)
+            merged = self.combine(self._decoded(start + begin, [x[cut] for x in inputs])).reshape(-1)
+            if not convert(merged, out[cut]) or not np.isfinite(merged).all():
+                place = first_nonfinite(out[cut]) or first_nonfinite(merged) or 0
+                raise DataError(_overflow_message(self.job, start + begin + place))
+        return out
+
+    def _decoded(self, start: int, parts: Sequence[Array]) -> Tile:
+        """A tile as the method sees it. Values are looked at once, in the first pass over them."""
+        shape = (-1,) if self.granularity == FLAT else (-1, self.given.columns)
+        wide = [decode(values, np.empty(len(values))) for values in parts]
+        if not self.is_checked:
+            for source, values in zip(self.job.sources, wide, strict=True):
+                if (place := first_nonfinite(values)) is not None:
+                    raise _nonfinite(source.info.name, source.where, start + place, float(values[place]))
+        shaped = [values.reshape(shape) if values.size else values for values in wide]
+        base = shaped.pop(0) if self.given.has_base else None
+        return Tile(start, base, shaped, self.given.key)
+
+
+def merge_chunk(
+    job: TensorJob, t: float, weights: Weights | None, start: int, arrays: tuple[Array, Array, Array], scratch: Scratch
+) -> Array:
+    """The output's elements from `start` on: an input as it is, an input converted, or both combined.
+
+    `arrays` are those elements of base and finetune, and room for the output's; `start` is a multiple of TILE, for
+    a tile is combined as one. Without `weights` (equal tensors, integers) the base is kept.
+    """
+    x, y, out = arrays
+    if weights is None or t in (0, 1):
+        return _converted(job, start, y if t == 1 and weights is not None else x, out)
+    if not combine(x, y, weights, out, scratch):
+        raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
+    return out
+
+
+def _converted(job: TensorJob, start: int, values: Array, out: Array) -> Array:
+    if values.dtype == out.dtype:
+        return values
+    if not convert(values, out):
+        raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
+    return out
+
+
+def _refuse_nonfinite(job: TensorJob, chunks: Chunks) -> None:
+    for start, sides in chunks():
+        for source, values in zip(job.sources, sides, strict=True):
+            if (place := first_nonfinite(values)) is not None:
+                raise _nonfinite(source.info.name, source.where, start + place, float(values[place]))
+
+
+def _nonfinite(name: str, where: str, place: int, value: float) -> DataError:
+    return DataError(
+        f"{shown(name)} in {shown(where)}: element {place:,} is {value}. A merge would spread it; repair or leave out "
+        "that model."
+    )
+
+
+def _unequal_message(plan: MergePlan, job: TensorJob) -> str:
+    between = f"between {plan.names[0]} and {plan.names[1]}" if len(plan.names) == 2 else "between the models"
+    return (
+        f"{shown(job.out.name)}: the {job.out.dtype} values differ {between}, and integers have nothing between them. "
+        "Give --on-mismatch base to keep the base's."
+    )
+
+
+def _overflow_message(job: TensorJob, place: int) -> str:
+    wider = "--dtype float32" if job.out.dtype == "BF16" else "--dtype base, bfloat16 or float32"
+    return f"{shown(job.out.name)}: element {place:,} is finite but too large for {job.out.dtype}. Choose {wider}."
