@@ -36,6 +36,16 @@ ARROWS: dict[str, set[str]] = {
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
     "renaming": {"checkpoint.reader", "errors"},
+    "settings": set(),
+    "model_ref": {"errors"},
+    "yaml_text": {"errors"},
+    "models_recipe": {"methods.steps", "model_ref", "settings"},
+    "parameters": {"errors", "methods.steps", "models_recipe", "settings", "yaml_text"},
+    "mergekit": {
+        "errors", "methods.steps", "model_ref", "models_recipe", "parameters", "settings", "yaml_text",
+    },
+    "stacks": {"errors", "schedule"},
+    "expand": {"errors", "methods.steps", "models_recipe", "renaming", "schedule", "settings", "stacks"},
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
@@ -86,7 +96,7 @@ ARROWS: dict[str, set[str]] = {
 OUTSIDE = {
     "click": {"cli"},
     "tqdm": {"cli"},
-    "yaml": {"card"},
+    "yaml": {"card", "yaml_text"},
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
         "methods.pair",
