@@ -10,9 +10,11 @@ from typing import Any
 from merge_tool.api import MergeReport, carry_out
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import CheckpointError, RecipeError, shown
-from merge_tool.mergekit import SLERP, ModelsRecipe, expand, parse_recipe
+from merge_tool.expand import expand
+from merge_tool.mergekit import parse_recipe
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.steps import StepsMethod
+from merge_tool.models_recipe import PAIRS, ModelsRecipe
 from merge_tool.output import Target
 from merge_tool.plan import MergePlan
 from merge_tool.plan_models import plan_models
@@ -131,7 +133,7 @@ def _plan(
     target: Target,
 ) -> MergePlan:
     asks = expand(asked, [model.tensors.keys() for model in models], methods)
-    method = None if asked.method == SLERP else methods[asked.method]
+    method = None if asked.method in PAIRS else methods[asked.method]
     return plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
 
 

@@ -15,9 +15,10 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import MismatchError, shown
+from merge_tool.expand import Ask
 from merge_tool.matching import natural_key
-from merge_tool.mergekit import Ask, ModelsRecipe
 from merge_tool.methods.steps import Given, StepsMethod, seed_key
+from merge_tool.models_recipe import ModelsRecipe
 from merge_tool.plan import MergePlan, TensorJob, input_facts, lay_out, output_dtype, output_stem
 from merge_tool.recipe import Recipe
 from merge_tool.schedule import split_layer
@@ -52,7 +53,7 @@ def plan_models(
 
     shards = lay_out(infos, donor, stem, None if single_file else recipe.max_shard_bytes, single_file, job)
     names = tuple(model.name for model in models)
-    facts = {
+    facts: dict[str, Any] = {
         "version": __version__,
         "method": asked.method,
         "t": [],

@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "methods.geometric": {"methods.pair", "methods.steps", "methods.tiles"},
     "methods.sparse": {"methods.pair", "methods.steps", "methods.tiles"},
     "methods.rowwise": {"methods.pair", "methods.sparse", "methods.steps", "methods.tiles"},
-    "methods.many": {"methods.geometric", "methods.rowwise", "methods.sparse", "methods.steps"},
+    "methods.many": {"methods", "methods.steps"},
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
     "renaming": {"checkpoint.reader", "errors"},
@@ -72,8 +72,9 @@ ARROWS: dict[str, set[str]] = {
         "run", "schedule", "side_files",
     },
     "remerge": {
-        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare",
-        "recipe", "report", "run", "side_files", "work",
+        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.hub", "checkpoint.reader",
+        "checkpoint.source", "errors", "methods", "plan", "prepare", "recipe", "report", "run", "side_files",
+        "work",
     },
     "verify": {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
@@ -85,18 +86,26 @@ ARROWS: dict[str, set[str]] = {
     },
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
-        "api", "compare", "diff", "errors", "matching", "plan", "prepare", "recipe", "report", "schedule", "sweep",
-        "verify",
+        "api", "compare", "diff", "errors", "plan", "prepare", "recipe", "report", "show_plan", "sweep", "verify",
     },
     "cli": {
-        "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
-        "sweep", "verify",
+        "_version", "api", "compare", "diff", "errors", "memory", "methods", "models", "plot", "prepare", "recipe",
+        "show", "sweep", "verify",
     },
+    "models": {
+        "api", "checkpoint.reader", "errors", "expand", "mergekit", "methods.many", "methods.steps",
+        "models_recipe", "output", "plan", "plan_models", "prepare", "recipe",
+    },
+    "plan_models": {
+        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "expand", "matching",
+        "methods.steps", "models_recipe", "plan", "recipe", "schedule",
+    },
+    "show_plan": {"errors", "matching", "plan", "recipe", "schedule"},
 }  # fmt: skip
 OUTSIDE = {
     "click": {"cli"},
     "tqdm": {"cli"},
-    "yaml": {"card", "yaml_text"},
+    "yaml": {"card", "models", "yaml_text"},
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
         "methods.pair",

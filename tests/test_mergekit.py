@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-
-from merge_tool.expand import Ask, expand
-from merge_tool.mergekit import parse_recipe
-from merge_tool.models_recipe import ModelsRecipe
-
 PARTS = ("input_layernorm", "mlp.up_proj", "self_attn.q_proj")
 
 

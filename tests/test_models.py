@@ -210,7 +210,8 @@ def test_the_output_tells_its_recipe_and_no_path(models: list[Path], tmp_path: P
         assert b"merge_method: ties" in found[name], name
         assert str(tmp_path).encode() not in found[name], name
     line = next(t for t in json.loads(found["merge_report.json"])["tensors"] if t["name"] == "lm_head.weight")
-    assert [source["model"] for source in line["sources"]] == ["model-1", "model-2", "model-3", "model-4"]
+    inputs = json.loads(found["merge_report.json"])["inputs"]
+    assert [inputs[source["model"]]["name"] for source in line["sources"]] == ["base", "one", "two", "three"]
     assert line["settings"]["density"] == [0.4, 0.4, 0.4]
     (done,) = verify(tmp_path / "out")
     assert not done.problems
