@@ -108,20 +108,13 @@ OUTSIDE = {
     "yaml": {"card", "models", "yaml_text"},
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
-        "methods.pair",
-        "methods.steps",
-        "methods.passes",
-        "checkpoint.reader",
-        "run",
-        "buffers",
-        "diff",
-        "prepare",
-        "work",
+        "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
+        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "prepare", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader"},
     "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
-}
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
