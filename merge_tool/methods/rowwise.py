@@ -20,13 +20,17 @@ def mean_ranks(values: Array) -> Array:
     begins[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
     del in_order
     places = np.arange(values.shape[-1])
-    first = np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+    first = np.where(begins, places, 0)
+    np.maximum.accumulate(first, axis=-1, out=first)
     ends = np.ones(values.shape, bool)
     ends[:, :-1] = begins[:, 1:]
-    last = np.minimum.accumulate(np.where(ends, places, len(places))[:, ::-1], axis=-1)[:, ::-1]
-    np.add(first, last, out=first)
+    last = np.where(ends, places, len(places))[:, ::-1]
+    np.minimum.accumulate(last, axis=-1, out=last)
+    first += last[:, ::-1]
+    del last
     ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, first / 2, axis=-1)
+    np.put_along_axis(ranks, order, first, axis=-1)
+    ranks /= 2
     return ranks
 
 

@@ -73,7 +73,7 @@ def in_range(
     largest = max(map(abs, found), default=0.0)
     if not all(map(math.isfinite, found)):
         return (yield Sums(lambda tile: of(tile, 2.0**-600), size)), 2.0**-600
-    if 0 < largest < 1e-200:
+    if largest < 1e-200:
         return (yield Sums(lambda tile: of(tile, 2.0**500), size)), 2.0**500
     return found, 1.0
 
