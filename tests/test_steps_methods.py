@@ -252,6 +252,33 @@ def test_a_method_holds_at_most_six_tiles_besides_its_inputs(name: str, variant:
     assert most <= 6 * 8 * TILE + 100_000
 
 
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_state_bytes_covers_what_the_passes_hold(name: str, variant: dict[str, Any]) -> None:
+    """Histograms and column sums, whichever pass holds the most."""
+    request = asked(name, (200, 1_000), **variant)
+    base, inputs = tensors(request)
+    method = STEPS_METHODS[name]
+    granularity = method.granularity(request)
+    size = tile_elements(request, granularity)
+    starts = range(0, request.numel, size)
+    held = [0]
+
+    def visit(add: Callable[[int, Tile], None]) -> None:
+        for number, begin in enumerate(starts):
+            add(number, cut_tile(begin, size, request, granularity, base, inputs))
+        state = vars(add.__self__)  # type: ignore[attr-defined]  # the pass under way
+        held.append(sum(array_bytes(state.get(part)) for part in ("upper", "lower", "found")))
+
+    drive(method, request, len(starts), visit)
+    assert max(held) <= method.state_bytes(request)
+
+
+def array_bytes(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(array_bytes, value.values()))
+    return value.nbytes if isinstance(value, np.ndarray) else 0
+
+
 # ------------------------------------------------------------------------------------ bad parameters
 
 REFUSED = [

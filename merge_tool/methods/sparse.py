@@ -89,29 +89,32 @@ _NOTHING = (0, -1)
 
 def between_ranks(given: Given, bounds: Bounds) -> Generator[Pass, Any, Mask]:
     """The mask that keeps, of input i, the magnitudes of ranks `bounds(i, numel)` (ascending from 0, inclusive)."""
-    asked = [bounds(i, given.numel) for i in range(given.num_inputs)]
-    ranked = [i for i, found in enumerate(asked) if found not in (None, _NOTHING)]
-    limits: dict[int, tuple[float, float]] = {i: (math.inf, -math.inf) for i, f in enumerate(asked) if f == _NOTHING}
+    asked = {i: found for i in range(given.num_inputs) if (found := bounds(i, given.numel)) is not None}
+    inner = {i: sorted({first} - {0} | {last} - {given.numel - 1}) for i, (first, last) in asked.items()}
+    ranked = [i for i in asked if asked[i] != _NOTHING and inner[i]]
+    values: dict[tuple[int, int], float] = {}
     if ranked and given.numel:
 
         def of(tile: Tile) -> list[Array]:
             return [magnitudes(np.subtract(tile.inputs[i], tile.base, out=tile.inputs[i])) for i in ranked]
 
-        values = yield OrderStatistics(of, [_distinct(asked[i]) for i in ranked])
-        limits |= {i: (found[0], found[-1]) for i, found in zip(ranked, values, strict=True)}
+        found = yield OrderStatistics(of, [inner[i] for i in ranked])
+        values = {
+            (i, rank): v for i, vs in zip(ranked, found, strict=True) for rank, v in zip(inner[i], vs, strict=True)
+        }
 
     def mask(tile: Tile, i: int, d: Array) -> None:
-        if i in limits:
-            low, high = limits[i]
-            found = magnitudes(d)
-            np.copyto(d, 0.0, where=(found < np.float32(low)) | (found > np.float32(high)))
+        if i not in asked:
+            return
+        first, last = asked[i]
+        if asked[i] == _NOTHING:
+            d[...] = 0.0
+            return
+        low, high = (np.float32(values.get((i, rank), end)) for rank, end in ((first, 0.0), (last, math.inf)))
+        sizes = magnitudes(d)
+        np.copyto(d, 0.0, where=(sizes < low) | (sizes > high))
 
     return mask
-
-
-def _distinct(ranks: tuple[int, int] | None) -> list[int]:
-    assert ranks is not None
-    return sorted(set(ranks))
 
 
 def rescaled(given: Given, mask: Mask) -> Generator[Pass, Any, Mask]:
