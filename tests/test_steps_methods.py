@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from merge_tool.methods import TILE, Scratch, combine, pair_angle, slerp_weights
 from merge_tool.methods.geometric import arc_weights
-from merge_tool.methods.many import INERT, STEPS_METHODS
+from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.passes import cut_tile, drive, run_steps
 from merge_tool.methods.rowwise import divergence, mean_ranks
 from merge_tool.methods.steps import REQUIRED, Given, Tile, seed_key, tile_elements
@@ -98,9 +98,6 @@ SHAPES = [(), (1,), (2,), (1, 1), (700,), (9, 40), (5, 1), (1, 30), (4, 3, 6)]
 
 def test_every_method_has_an_oracle_and_variants() -> None:
     assert STEPS_METHODS.keys() == ORACLES.keys() == VARIANTS.keys()
-    assert INERT.keys() <= STEPS_METHODS.keys()
-    for name, inert in INERT.items():
-        assert not inert & (STEPS_METHODS[name].shared.keys() | STEPS_METHODS[name].each.keys())
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

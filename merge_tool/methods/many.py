@@ -201,15 +201,3 @@ STEPS_METHODS: Mapping[str, StepsMethod] = {
         state_bytes=_histograms(0, 4),
     ),
 }
-
-# What mergekit accepts for these methods and what changes no value: there it saves memory, or is never read.
-INERT: Mapping[str, frozenset[str]] = {
-    "task_arithmetic": frozenset({"int8_mask", "density", "rescale"}),
-    "sce": frozenset({"int8_mask"}),
-    **{
-        name: frozenset({"int8_mask"})
-        for name in (
-            "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
-        )
-    },
-}  # fmt: skip

@@ -55,28 +55,30 @@ def masked(tile: Tile, mask: Mask) -> list[Array]:
     return deltas
 
 
-def elected(deltas: Sequence[Array]) -> Array:
-    """Each element's sign by the models' sum: -1, 1, or 0 where they balance."""
+def elected(deltas: Sequence[Array]) -> tuple[Array, Array]:
+    """Where the models' sum is positive, and where it is negative; neither, where they balance."""
     found: Array = deltas[0].copy()
     for d in deltas[1:]:
         np.add(found, d, out=found)
-    np.sign(found, out=found)
-    return found
+    return found > 0, found < 0
 
 
-def agreed(deltas: Sequence[Array], weights: Sequence[float], signs: Array, *, normalize: bool) -> Array:
+def agreed(deltas: Sequence[Array], weights: Sequence[float], signs: tuple[Array, Array], *, normalize: bool) -> Array:
     """The sum of the weighted `deltas` that have the elected sign; where `normalize`, over the sum of their weights.
 
-    Weights of both signs may cancel: a sum of 0 divides nothing.
+    In the deltas' memory. Weights of both signs may cancel: a sum of 0 divides nothing.
     """
-    found, divisor = np.zeros_like(signs), np.zeros_like(signs) if normalize else None
+    positive, negative = signs
+    divisor = np.zeros_like(deltas[0]) if normalize else None
     for d, w in zip(deltas, weights, strict=True):
-        agrees = np.sign(d) == signs
-        np.add(found, d, out=found, where=agrees)
+        agrees = ((d > 0) & positive) | ((d < 0) & negative)
+        np.multiply(d, agrees, out=d)  # several times as fast as numpy's own `where`
         if divisor is not None:
-            np.add(divisor, w, out=divisor, where=agrees)
+            divisor += agrees * w
+    found = mix([1.0] * len(deltas), deltas)
     if divisor is not None:
-        np.divide(found, divisor, out=found, where=divisor != 0)
+        divisor += divisor == 0
+        np.divide(found, divisor, out=found)
     return found
 
 
@@ -112,7 +114,7 @@ def between_ranks(given: Given, bounds: Bounds) -> Generator[Pass, Any, Mask]:
             return
         low, high = (np.float32(values.get((i, rank), end)) for rank, end in ((first, 0.0), (last, math.inf)))
         sizes = magnitudes(d)
-        np.copyto(d, 0.0, where=(sizes < low) | (sizes > high))
+        np.multiply(d, (sizes >= low) & (sizes <= high), out=d)
 
     return mask
 
@@ -204,7 +206,7 @@ def dropped(given: Given) -> Mask:
     def mask(tile: Tile, i: int, d: Array) -> None:
         p = densities[i]
         if p < 1:
-            np.copyto(d, 0.0, where=tile.uniform(i) >= p)
+            np.multiply(d, tile.uniform(i) < p, out=d)
             np.divide(d, p if rescale and p else 1.0, out=d)
 
     return mask
@@ -255,10 +257,10 @@ def sce(given: Given) -> Steps:
             ((least,),) = yield OrderStatistics(lambda tile: [spread(tile.inputs)], [[given.numel - kept]])
 
     def selected(tile: Tile) -> list[Array]:
-        drop = None if least == 0 else spread(tile.inputs) < np.float32(least)
+        varies = None if least == 0 else spread(tile.inputs) >= np.float32(least)
         deltas = tile.deltas()
-        for d in deltas if drop is not None else ():
-            np.copyto(d, 0.0, where=drop)
+        if varies is not None:
+            weigh([varies] * n, deltas)
         return deltas
 
     def energies(tile: Tile, scale: float) -> list[float]:

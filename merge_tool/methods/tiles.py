@@ -45,7 +45,7 @@ def magnitudes(values: Array) -> Array:
         return np.abs(values).astype(np.float32)
 
 
-def weigh(coefficients: Sequence[float], arrays: Sequence[Array]) -> None:
+def weigh(coefficients: Sequence[float | Array], arrays: Sequence[Array]) -> None:
     """x_i becomes c_i x_i."""
     for c, x in zip(coefficients, arrays, strict=True):
         np.multiply(x, c, out=x)
