@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mpmath
@@ -26,6 +28,7 @@ from oracle import Array, exact_angle, exact_weights
 from steps_oracle import ORACLES, uniform
 from test_methods import pair_at_angle, sums_of
 
+DOCS = Path(__file__).parents[1] / "docs"
 NAMES = sorted(STEPS_METHODS)
 KEY = seed_key(0, "model.layers.0.mlp.up_proj.weight")
 WEIGHTS = (0.7, 0.2, 0.4, 0.3)
@@ -608,3 +611,50 @@ def test_sce_selects_where_models_differ_most_and_nothing_where_they_are_equal()
     found = merged("sce", asked("sce", (6,), 2, select_topk=0.67), base, [a, b])  # of the three that vary, two
     assert (found[:4] == 0).all()
     assert (found[4:] > 0).all()
+
+
+# --------------------------------------------------------------------------------------------- the docs
+
+
+def test_the_method_of_the_docs_is_a_method() -> None:
+    """docs/adding_a_method.md: its code runs, merges as it says, and is short."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(), re.DOTALL)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, scope)
+    method = scope["STRETCHED"]
+    request = Given((300, 700), 3, False, {"strength": 1.5})
+    _, inputs = tensors(request)
+    found = run_steps(method, request, None, inputs)
+    average = np.mean(inputs, axis=0)
+    wanted = 1.5 * np.mean([np.linalg.norm(x) for x in inputs])
+    np.testing.assert_allclose(found, average * wanted / np.linalg.norm(average), rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match="strength"):
+        next(method.steps(Given((2,), 3, False, {"strength": -1})))
+    assert len(blocks[0][blocks[0].index("def ") :].split("\n\n\n")[0].splitlines()) <= 20
+
+
+def test_the_docs_name_every_method_and_parameter_with_its_default() -> None:
+    """The table of docs/methods.md, and a paragraph for each with its source."""
+    text = (DOCS / "methods.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    table = {name: row[3] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert table.keys() == STEPS_METHODS.keys() | {"slerp"}
+    for name, method in STEPS_METHODS.items():
+        documented = set(re.findall(r"`(\w+)`", table[name]))
+        assert documented == method.shared.keys() | method.each.keys(), name
+        for key, default in {**method.shared, **method.each}.items():
+            shown = re.search(rf"`{key}` \(([^)]*)\)", table[name])
+            assert (shown is None) == (default is REQUIRED), (name, key)
+            if shown:
+                assert same_default(shown[1], default, name), (name, key)
+        assert re.search(rf"^\*\*.*`{name}`.*\*\*:", text, re.MULTILINE), name
+        assert method.source in text, name
+
+
+def same_default(shown: str, default: Any, name: str) -> bool:
+    if "; linear: " in shown:
+        shown = shown.split("; linear: ")[name.endswith("_linear")]
+    words = {"true": True, "false": False, "none": None}
+    found = words[shown] if shown in words else float(shown)
+    return bool(found == default and isinstance(found, bool) == isinstance(default, bool))
