@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import merge_tool.methods.geometric as geometric
-import merge_tool.methods.rowwise as rowwise
-import merge_tool.methods.sparse as sparse
+from merge_tool.methods import geometric, rowwise, sparse
 from merge_tool.methods.steps import FLAT, REQUIRED, ROWS, Given, StepsMethod
 
 _HISTOGRAM_BYTES = 8 << 16  # of one half of all float32 bit patterns; one per array, and one per rank asked for
