@@ -14,6 +14,7 @@ MOST_BYTES = 1_000_000
 _MOST_VALUES = 100_000  # aliases count each time: nine lines of them can stand for a billion values
 _MOST_DEPTH = 40
 _MERGE = "tag:yaml.org,2002:merge"
+_PLAIN = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class _Reader:
             raise self._error(node, f"more than {_MOST_VALUES:,} values, aliases included, which is no recipe")
         if depth > _MOST_DEPTH:
             raise self._error(node, f"nested too deeply, expected at most {_MOST_DEPTH} levels")
+        if node.id in _PLAIN and node.tag != _PLAIN[node.id]:
+            raise self._error(node, f"'{shown(node.tag, 50)}' is none of YAML's plain kinds")
         plain: Any
         if node.id == "mapping":
             plain = self._mapping(node, depth)
@@ -117,7 +120,7 @@ class _Reader:
         try:
             return self._scalars.construct_object(node)
         except self._errors as e:
-            raise self._error(node, f"'{shown(node.value, 50)}' is no value of YAML's safe kinds") from e
+            raise self._error(node, f"'{shown(node.value, 50)}' is no value of YAML's plain kinds") from e
 
     def _error(self, node: Any, what: str) -> RecipeError:
         return RecipeError(f"{shown(self._where)}, line {node.start_mark.line + 1}: {what}.")
