@@ -50,8 +50,8 @@ _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64"
 
 
 def parse_recipe(text: str, where: str, methods: Mapping[str, Terms], *, extrapolate: bool = False) -> ModelsRecipe:
-    """The recipe that `text` (of the file `where`) asks for. `methods` are those there are beside
-    slerp; their parameters and counts of models are used.
+    """The recipe that `text` (of the file `where`) asks for. `methods` are those there
+    are beside slerp; their parameters and counts of models are used.
 
     Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
     parameters: with the file, the line, and what would be right.
@@ -121,7 +121,7 @@ class _Parser:
         return ", ".join(sorted(self._methods))
 
     def _modules(self, top: Value, fields: Fields, base: ModelRef | None, parameters: Settings) -> tuple[Module, ...]:
-        given = [key for key in _KINDS if key in fields]
+        given = [key for key in _KINDS if key in fields and fields[key].plain is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise self._text.error(top.line, f"there is {found}, expected exactly one of: {', '.join(_KINDS)}.")
@@ -131,6 +131,7 @@ class _Parser:
         for name, value in self._text.mapping(fields["modules"], "modules").items():
             what = f"the module '{shown(name)}'"
             inside = self._text.fields(value, what, ("models", "slices", "parameters"))
+            inside = {key: found for key, found in inside.items() if found.plain is not None}
             if ("models" in inside) == ("slices" in inside):
                 raise self._text.error(value.line, f"{what} needs either models or slices.")
             found_modules.append(self._module(name, inside, base, [parameters]))
@@ -141,7 +142,7 @@ class _Parser:
     def _module(self, name: str | None, fields: Fields, base: ModelRef | None, outer: list[Settings]) -> Module:
         own = self._parameters.parse(fields.get("parameters"), "parameters") if name is not None else {}
         scopes = [own, *outer]
-        if "models" in fields:
+        if "models" in fields and fields["models"].plain is not None:
             return Module(name, (self._all_layers(fields["models"], base, scopes),), own)
         slices = self._text.items(fields["slices"], "slices")
         return Module(name, tuple(self._slice(value, base, scopes) for value in slices), own)
@@ -238,7 +239,7 @@ class _Parser:
         wanted = (
             f"exactly {fewest}" if fewest == most else f"at least {fewest}" if found < fewest else f"at most {most}"
         )
-        noun = "model" if fewest == most == 1 else "models"
+        noun = "model" if wanted.endswith(" 1") else "models"
         beside = "" if self._name in PAIRS or base is None else " beside base_model"
         raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {found}.")
 

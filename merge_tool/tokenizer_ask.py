@@ -27,7 +27,8 @@ class _Parser:
             raise self._text.error(source.key_line, "there are tokenizer_source and tokenizer, expected one of them.")
         if mapping and mapping.plain is not None:
             inside = self._text.fields(mapping, "tokenizer", ("source", "tokens", "pad_to_multiple_of"))
-            tokens = self._text.mapping(inside["tokens"], "tokens") if "tokens" in inside else {}
+            given = inside.get("tokens")
+            tokens = {} if given is None or given.plain is None else self._text.mapping(given, "tokens")
             return TokenizerAsk(
                 self._vocabulary(inside["source"]) if "source" in inside else "union",
                 {token: self._token(token, value) for token, value in tokens.items()},

@@ -467,6 +467,17 @@ def test_modules_that_fit_no_stack_or_leave_one_out_are_refused(old: str, new: s
     assert says in refusal(MODULES.replace(old, new), *[vision_language()] * 2)
 
 
+def test_the_only_module_of_a_model_with_one_stack_may_be_called_anything() -> None:
+    text = "merge_method: passthrough\nmodules: {default: {slices: [{sources: [{model: A, layer_range: [2, 4]}]}]}}"
+    names = [name for name in asks(text) if "mlp" in name]
+    assert names == ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+
+
+def test_what_is_given_as_null_is_not_given() -> None:
+    text = linear("1", more="slices: null\nmodules:\ntokenizer: {tokens: null}\nparameters:")
+    assert parse(text).modules == parse(linear("1")).modules
+
+
 # Models that do not fit together
 
 
