@@ -76,8 +76,7 @@ class Parameters:
         return setting
 
     def _choice(self, key: str, value: Value) -> Choice:
-        known = ("value", "filter")
-        fields = self._text.fields(value, f"an entry of '{key}'", known, inert={}, hints={})
+        fields = self._text.fields(value, f"an entry of '{key}'", ("value", "filter"))
         if "value" not in fields:
             raise self._text.error(value.line, f"an entry of '{key}' has no value; write {{filter: PART, value: 0.3}}.")
         part = fields.get("filter")
