@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "methods.geometric": {"methods.pair", "methods.steps", "methods.tiles"},
     "methods.sparse": {"methods.pair", "methods.steps", "methods.tiles"},
     "methods.rowwise": {"methods.pair", "methods.sparse", "methods.steps", "methods.tiles"},
-    "methods.many": {"methods.geometric", "methods.rowwise", "methods.sparse", "methods.steps"},
+    "methods.many": {"methods", "methods.steps"},
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
     "renaming": {"checkpoint.reader", "errors"},
@@ -102,20 +102,13 @@ OUTSIDE = {
     "yaml": {"card", "yaml_text"},
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
-        "methods.pair",
-        "methods.steps",
-        "methods.passes",
-        "checkpoint.reader",
-        "run",
-        "buffers",
-        "diff",
-        "prepare",
-        "work",
+        "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
+        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "prepare", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader"},
     "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
-}
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
