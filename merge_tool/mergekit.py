@@ -29,7 +29,7 @@ from merge_tool.tokenizer_ask import parse_tokenizer
 from merge_tool.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-_TOP = (
+TOP = (
     "merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters", "tokenizer_source",
     "tokenizer", "chat_template",
 )  # fmt: skip
@@ -39,10 +39,17 @@ _UNUSED = {
     "residual_weight": "mergekit reads it, too, and never uses it",
     "override_architecture": "tensors are matched by their names, whatever the architecture",
 }
-_PLACES = {"layer_range": "it belongs into slices[].sources", "sources": "it belongs into slices"}
+_PLACES = {
+    **dict.fromkeys(TOP, "it belongs at the top of the recipe"),
+    "layer_range": "it belongs into slices[].sources",
+    "sources": "it belongs into slices",
+    "revision": "write model: PATH@REVISION",
+    "out_path": "the output is named on the command line",
+}
 _OTHERS = {
     "experts": "a mixture-of-experts recipe (mergekit-moe), which is not a merge of equal models",
     "gate_mode": "a mixture-of-experts recipe (mergekit-moe), which is not a merge of equal models",
+    "stages": "a list of merges (mergekit-multi); run them one after another",
     "genome": "a search of mergekit-evolve; run its best recipe instead",
 }
 _KINDS = ("models", "slices", "modules")
@@ -69,7 +76,7 @@ class _Parser:
 
     def recipe(self, top: Value, text: str) -> ModelsRecipe:
         self._check_program(self._text.mapping(top, "the recipe"))
-        fields = self._text.fields(top, "the recipe", _TOP)
+        fields = self._text.fields(top, "the recipe", TOP)
         name = self._method_name(top, fields)
         self._name, self._method = name, self._methods[name]
         self._parameters = Parameters(self._text, name, self._methods, self._extrapolate)
@@ -241,7 +248,8 @@ class _Parser:
         )
         noun = "model" if wanted.endswith(" 1") else "models"
         beside = "" if self._name in PAIRS or base is None else " beside base_model"
-        raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {found}.")
+        also = " with base_model, which is one of them" if beside == "" and base == count - 1 and found > most else ""
+        raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {found}{also}.")
 
     def _check_required(self, value: Value, part: Slice, refs: list[ModelRef], scopes: list[Settings]) -> None:
         given = {key for scope in scopes for key in scope}

@@ -170,14 +170,15 @@ class Text:
         mapping = self.mapping(value, what)
         unknown = [key for key in mapping if key not in known and key not in self.inert]
         if unknown:
-            found = "; ".join(f"'{shown(key)}'{self._meant(key, known)}" for key in unknown[:5])
+            found = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
             raise self.error(mapping[unknown[0]].key_line, f"{what} has no key {found}. Known: {', '.join(known)}.")
         for key in mapping:
             if key not in known:
                 self.warn(mapping[key].key_line, key, self.inert[key])
         return {key: found for key, found in mapping.items() if key in known}
 
-    def _meant(self, key: str, known: Collection[str]) -> str:
+    def meant(self, key: str, known: Collection[str]) -> str:
+        """What may have been meant by an unknown key, in brackets; or nothing."""
         return f" ({self.hints[key]})" if key in self.hints else nearest(key, known)
 
     def mapping(self, value: Value, what: str) -> Fields:

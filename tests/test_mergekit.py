@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from merge_tool.errors import MismatchError, RecipeError
 from merge_tool.expand import Ask, expand, unused_filters
-from merge_tool.mergekit import parse_recipe
+from merge_tool.mergekit import TOP, parse_recipe
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.model_ref import ModelRef
 from merge_tool.models_recipe import ModelsRecipe, TokenizerAsk, TokenRow
@@ -203,6 +203,11 @@ slices:
     assert ask.inputs == ((0, "model.layers.3.mlp.up_proj.weight"), (1, "model.layers.2.mlp.up_proj.weight"))
     assert ask.each == {"weight": (5, 7)}
     assert ask.shared == {"normalize": False}
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("0", False), ("1.0", True), ("no", False)])
+def test_switches_may_be_numbers(text: str, value: bool) -> None:
+    assert asks(linear("1", more=f"parameters: {{normalize: {text}}}"))["lm_head.weight"].shared == {"normalize": value}
 
 
 def test_defaults_are_filled_in_and_the_base_has_no_parameters_of_its_own() -> None:
@@ -589,6 +594,9 @@ def test_a_clean_recipe_has_no_warnings() -> None:
         (linear("1", more="t: 0.5"), "'t' (it belongs under `parameters:`)"),
         ("merge_method: linear\nmodels: [{model: A, weight: 1}]", "'weight' (it belongs under `parameters:`)"),
         ("merge_method: linear\nmodels: [{model: A, layer_range: [0, 2]}]", "'layer_range' (it belongs into slices"),
+        (linear("1", more="parameters: {dtype: bfloat16}"), "(it belongs at the top of the recipe)"),
+        (linear("1", more="out_path: x"), "'out_path' (the output is named on the command line)"),
+        ("merge_method: linear\nmodels: [{model: A, revision: x}]", "'revision' (write model: PATH@REVISION)"),
         (linear("1", more="parameters: {wieght: 1}"), "linear has no parameter 'wieght' (did you mean 'weight'?)"),
         (slerp("{fliter: mlp, value: 1}"), "an entry of 't' has no key 'fliter' (did you mean 'filter'?)"),
         (slerp("{filter: mlp}"), "an entry of 't' has no value"),
@@ -614,7 +622,7 @@ def test_a_clean_recipe_has_no_warnings() -> None:
         ("merge_method: linear\nmodels: [A]", "expected `- model: A`"),
         ("merge_method: slerp\nmodels: [{model: A}, {model: B}]\nparameters: {t: 1}", "slerp needs base_model"),
         (slerp("0.5").replace("{model: B}", "{model: B}, {model: C}"), "slerp merges exactly 2 models, found 3"),
-        (slerp("0.5").replace("base_model: A", "base_model: C"), "slerp merges exactly 2 models, found 3"),
+        (slerp("0.5").replace("base_model: A", "base_model: C"), "found 3 with base_model, which is one of them"),
         (slerp("0.5").replace(", {model: B}", ""), "slerp merges exactly 2 models, found 1"),
         (merging("nuslerp", "A", "{weight: 1}"), "nuslerp merges exactly 2 models, found 1"),
         (merging("nearswap", "B C", "{t: 1}", "base_model: A"), "merges exactly 1 model beside base_model, found 2"),
@@ -799,3 +807,10 @@ def test_the_examples_are_short_recipes_without_warnings(path: Path) -> None:
 
 def test_there_are_five_examples() -> None:
     assert len(EXAMPLES) == 5
+
+
+def test_the_docs_name_every_method_and_every_key() -> None:
+    text = (Path(__file__).parents[1] / "docs/mergekit.md").read_text()
+    assert [name for name in ("slerp", *STEPS_METHODS) if f"{name}," not in text and f"{name} |" not in text] == []
+    assert [key for key in TOP if f"`{key}`" not in text] == []
+    assert [path.name for path in EXAMPLES if path.name not in text] == []
