@@ -96,8 +96,8 @@ ARROWS: dict[str, set[str]] = {
         "show", "sweep", "verify",
     },
     "models": {
-        "api", "checkpoint.reader", "errors", "expand", "mergekit", "methods.many", "methods.steps",
-        "models_recipe", "output", "plan", "plan_models", "prepare", "recipe",
+        "api", "checkpoint.reader", "checkpoint.source", "errors", "expand", "mergekit", "methods.many",
+        "methods.steps", "models_recipe", "output", "plan", "plan_models", "prepare", "recipe",
     },
     "plan_models": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "expand", "matching",
