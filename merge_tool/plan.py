@@ -10,9 +10,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool._version import __version__
+from merge_tool.checkpoint.folder import is_pickle
 from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
@@ -23,6 +25,7 @@ from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
 from merge_tool.schedule import Schedule
 
 _PAIR = (0, 1)
+_PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # the same name in both formats
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
 
@@ -276,6 +279,9 @@ def _stem(base: Checkpoint) -> str:
     if base.folder is None:
         return "model"
     name = base.index_name or base.files[0].file_name
+    if is_pickle(name.removesuffix(".index.json")):  # written as safetensors, under the name that loaders look for
+        name = PurePosixPath(name.removesuffix(".index.json")).stem
+        return name if name in _PICKLED_STEMS else "model"
     return name.removesuffix(".index.json").removesuffix(".safetensors")
 
 

@@ -20,8 +20,11 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint.source": {"checkpoint.header", "errors"},
     "checkpoint.folder": {"errors"},
     "checkpoint.hub": {"checkpoint.folder", "errors"},
+    "checkpoint.unpickle": {"errors"},
+    "checkpoint.strided": {"checkpoint.header", "checkpoint.source"},
+    "checkpoint.pickle": {"checkpoint.header", "checkpoint.source", "checkpoint.strided", "errors"},
     "checkpoint.reader": {
-        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.source", "errors",
+        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.pickle", "checkpoint.source", "errors",
     },
     "checkpoint.writer": {"errors"},
     "methods.__init__": {"methods.pair"},
@@ -33,8 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "renaming": {"checkpoint.reader", "errors"},
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
-        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
-        "methods.steps", "recipe", "schedule",
+        "_version", "checkpoint.folder", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors",
+        "matching", "methods.steps", "recipe", "schedule",
     },
     "work": {"errors", "methods", "methods.passes", "methods.steps", "plan"},
     "memory": {"checkpoint.reader", "errors", "methods", "plan", "work"},
@@ -88,6 +91,7 @@ OUTSIDE = {
         "methods.steps",
         "methods.passes",
         "checkpoint.reader",
+        "checkpoint.strided",
         "run",
         "buffers",
         "diff",
@@ -97,6 +101,7 @@ OUTSIDE = {
     "ml_dtypes": {"methods.pair", "checkpoint.reader"},
     "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
+    "torch": {"checkpoint.unpickle"},
 }
 
 

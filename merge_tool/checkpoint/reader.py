@@ -17,9 +17,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, find_weights, unread_format
+from merge_tool.checkpoint.folder import Folder, find_weights, is_pickle, unread_format
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
+from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.source import LocalFile, TensorSource
 from merge_tool.errors import CheckpointError, HeaderError, listed, shown
 
@@ -45,7 +46,7 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """One safetensors file of a checkpoint: its bytes, and the SHA-256 of its header."""
+    """One file of a checkpoint: its bytes, and the SHA-256 of its header, or of what a pickle says of its tensors."""
 
     file_name: str
     source: LocalFile
@@ -189,10 +190,14 @@ def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES
 
 
 def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
-    if path.suffix.lower() in PICKLE_SUFFIXES | {".gguf"}:
+    if path.suffix.lower() in {".gguf", ".ggml"}:
         raise CheckpointError(f"{path.name}: {unread_format([path.name])}")
-    file, tensors, metadata = _read_header(LocalFile(path.resolve(), path.name), path.name, max_header_bytes)
-    return Checkpoint(path.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
+    made: dict[str, TensorSource] = {}
+    notices: list[str] = []
+    source = LocalFile(path.resolve(), path.name)
+    file, tensors, metadata = _read_files([path.name], [source], max_header_bytes, made, notices)[0]
+    infos = {info.name: info for info in tensors}
+    return Checkpoint(path.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
 
 
 def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
@@ -210,14 +215,16 @@ def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
         )
     if single and f"{single}.index.json" in listing:
         notices.append(f"{folder.name} has both {single} and an index: {single} is used, as transformers does.")
-    parsed = [_read_shard(folder, shard, max_header_bytes) for shard in shards]
+    made: dict[str, TensorSource] = {}
+    sources = [LocalFile(folder.path(shard), f"{folder.name}/{shard}") for shard in shards]
+    parsed = _read_files(shards, sources, max_header_bytes, made, notices)
     tensors, file_of = _collect(folder, shards, parsed, weight_map, notices)
     metadata: dict[str, str] = {}
     for _, _, found in parsed:
         metadata = {**found, **metadata}
     config = folder.load_json("config.json") if "config.json" in listing else None
     files = tuple(file for file, _, _ in parsed)
-    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, index, tuple(notices))
+    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, index, tuple(notices), made)
 
 
 def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:
@@ -232,8 +239,23 @@ def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:
 _Parsed = tuple[CheckpointFile, list[TensorInfo], dict[str, str]]
 
 
-def _read_shard(folder: Folder, shard: str, max_header_bytes: int) -> _Parsed:
-    return _read_header(LocalFile(folder.path(shard), f"{folder.name}/{shard}"), shard, max_header_bytes)
+def _read_files(
+    names: list[str], sources: list[LocalFile], max_bytes: int, made: dict[str, TensorSource], notices: list[str]
+) -> list[_Parsed]:
+    """What every file holds: safetensors, or pickles, which are all opened in one go. `made` gets the tensors of
+    pickles that are views."""
+    pickles = [source for name, source in zip(names, sources, strict=True) if is_pickle(name)]
+    pickled = iter(read_pickles(pickles, max_bytes) if pickles else ())
+    parsed = []
+    for name, source in zip(names, sources, strict=True):
+        if not is_pickle(name):
+            parsed.append(_read_header(source, name, max_bytes))
+            continue
+        found = next(pickled)
+        made.update(found.strided)
+        notices += found.notices
+        parsed.append((CheckpointFile(name, source, found.digest), list(found.tensors), {}))
+    return parsed
 
 
 def _read_header(source: LocalFile, file_name: str, max_header_bytes: int) -> _Parsed:
