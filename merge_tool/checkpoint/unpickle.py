@@ -8,6 +8,7 @@ reads by position as it does from safetensors. Protocol: paths as JSON on stdin,
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 import warnings
@@ -22,6 +23,7 @@ _OLDEST_TORCH = (2, 6)  # before, weights_only could be made to run code (CVE-20
 _LARGEST_PICKLE = 100_000_000  # bytes without the tensors'; as for safetensors' headers
 _DEEPEST = 3  # state dicts inside of dicts: {"checkpoint": {"model": {...}}}
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
+_GLOBAL = re.compile(r"(?:GLOBAL|Unsupported class) ([\w.]+)")  # in torch's messages: what it refused
 _SAVED_ALONE = (
     "If you trust it, save the weights alone: "
     'torch.save(torch.load(FILE, weights_only=False)["state_dict"], "weights.pt") or the like, which runs whatever '
@@ -50,11 +52,12 @@ class _Refused(Exception):
 def main() -> None:
     """Answer for every path on stdin: {"tensors": [...], "notices": [...]}, or {"refused": message}."""
     warnings.simplefilter("ignore")
-    answers = [_answer(path, where) for path, where in json.load(sys.stdin)]
+    answers = [answer(path, where) for path, where in json.load(sys.stdin)]
     json.dump(answers, sys.stdout)
 
 
-def _answer(path: str, where: str) -> dict[str, Any]:
+def answer(path: str, where: str) -> dict[str, Any]:
+    """What the file at `path`, called `where` in messages, holds, or why it is not read."""
     try:
         return tensors_in(path)
     except _Refused as e:
@@ -134,13 +137,12 @@ def _load(torch: Any, file: Any, **options: Any) -> Any:
 
 
 def _why(error: Exception) -> str:
+    if found := _GLOBAL.search(str(error)):
+        return f"holds more than weights: {shown(found[1])}, which torch's weights_only refuses to make. {_SAVED_ALONE}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    refused = next((line for line in lines if "WeightsUnpickler error" in line), None)
-    if refused is not None:
-        what = refused.split("WeightsUnpickler error:")[-1].strip()
-        return f"holds more than weights, and torch's weights_only refuses it: {shown(what)}. {_SAVED_ALONE}"
-    said = lines[0] if lines else type(error).__name__
-    return f"torch cannot load it with weights_only ({shown(said)}). It may be damaged or no checkpoint of torch's."
+    inner = next((line for line in lines if "WeightsUnpickler error:" in line), None)
+    said = inner.split("error:")[-1].strip() if inner else next(iter(lines), type(error).__name__)
+    return f"torch cannot load it with weights_only ({shown(said)}). It may be damaged, or no file of torch.save."
 
 
 class _SkippingFile:
@@ -245,7 +247,7 @@ class _Place:
         if self.offset(end - 1) != offset + storage.nbytes() - 1:
             raise _Refused("its tensors do not lie in one piece; it is damaged.")
         if self.entries is not None and self.entries.get(offset, 0) < storage.nbytes():
-            raise _Refused("its tensors are not where the zip file's directory says, or compressed; it is damaged.")
+            raise _Refused("its tensors are not where the zip file's directory says; it is damaged.")
         return offset
 
 
@@ -273,7 +275,7 @@ def _dtype_code(dtype: Any) -> str | None:
 
 
 def _zip_entries(path: str) -> dict[int, int]:
-    """Where the uncompressed records of a zip file of torch's begin, and their sizes: what its directory says."""
+    """Where the records of a zip file of torch's begin, and their sizes: what its directory says."""
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             _check_records(archive)
@@ -288,6 +290,8 @@ def _check_records(archive: zipfile.ZipFile) -> None:
         raise _Refused(f"is a zip file, but not one of torch's: it holds {listed(sorted(infos))}.")
     if infos["data.pkl"].file_size > _LARGEST_PICKLE:
         raise _Refused(f"its pickle has {infos['data.pkl'].file_size:,} bytes, at most {_LARGEST_PICKLE:,} are read.")
+    if packed := [name for name, info in infos.items() if info.compress_type != zipfile.ZIP_STORED]:
+        raise _Refused(f"has compressed records ({listed(packed)}), which torch.save does not write. Save it again.")
     order = infos.get("byteorder")
     if order is not None and (order.file_size > 6 or archive.read(order) != b"little"):
         raise _Refused("was saved on a big-endian machine, which is not read. Save it again on a usual one.")
@@ -295,8 +299,6 @@ def _check_records(archive: zipfile.ZipFile) -> None:
 
 def _data_places(archive: zipfile.ZipFile, file: BinaryIO) -> Iterator[tuple[int, int]]:
     for info in archive.infolist():
-        if info.compress_type != zipfile.ZIP_STORED:
-            continue
         file.seek(info.header_offset + 26)  # of the local header, whose extra field is the padding
         name_length, extra_length = struct.unpack("<HH", file.read(4))
         yield info.header_offset + 30 + name_length + extra_length, info.file_size
