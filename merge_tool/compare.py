@@ -48,7 +48,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
     Raises CheckpointError when there is no checkpoint there.
     """
-    with open_checkpoint(path, mergeable=False) as checkpoint:
+    with open_checkpoint(path, mergeable=False, as_stored=True) as checkpoint:
         counts: dict[str, int] = {}
         dtypes: dict[str, tuple[int, int]] = {}
         for info in checkpoint.tensors.values():

@@ -23,7 +23,7 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
 )
 _STATE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)[^/]*", re.IGNORECASE)  # of a training
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
-_LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
+LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
 
 class Folder:
@@ -93,8 +93,8 @@ class Folder:
         where = f"{self.name}/{shown(relative)}"
         path = self.regular(relative)
         status = path.stat()
-        if status.st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {_LARGEST_JSON:,} are read.")
+        if status.st_size > LARGEST_JSON:
+            raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {LARGEST_JSON:,} are read.")
         try:
             value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys if unique_keys else None)
         except (ValueError, RecursionError) as e:
