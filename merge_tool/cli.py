@@ -192,7 +192,7 @@ _RECIPE_OPTIONS = [
     click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
     click.option(
         "--dtype",
-        type=click.Choice(list(OUTPUT_DTYPES)),
+        metavar=f"[{'|'.join(OUTPUT_DTYPES)}]",
         help="Type of the output's floats.  [default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
     ),
     click.option(

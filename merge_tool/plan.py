@@ -15,13 +15,14 @@ from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.checkpoint.folder import is_pickle
+from merge_tool.checkpoint.fp8 import ScaledTensor
 from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, shown
 from merge_tool.matching import Matching, match_tensors, natural_key, no_match
 from merge_tool.methods.steps import Given, StepsMethod
-from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
+from merge_tool.recipe import OUTPUT_DTYPES, QUANTISE_LATER, Recipe, label_t
 from merge_tool.schedule import Schedule
 
 _PAIR = (0, 1)
@@ -248,6 +249,8 @@ def _output_infos(recipe: Recipe, base: Checkpoint, matching: Matching) -> list[
     found = []
     for info in infos:
         stored = base.stored_dtype(info.name)
+        if recipe.dtype == "base" and isinstance(base.source(info.name), ScaledTensor):
+            raise RecipeError(f"dtype is 'base', and {base.name} has {shown(info.name)} in 8 bits: {QUANTISE_LATER}")
         dtype = stored if info.name in kept else _output_dtype(recipe, stored)
         found.append(info if dtype == info.dtype else replace(info, dtype=dtype))
     return found

@@ -208,6 +208,19 @@ def test_bytes_do_not_depend_on_memory_or_jobs(tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.parametrize("dtype", ["fp8", "float8_e4m3fn", "base"])
+def test_quantising_the_output_is_refused_with_what_to_do(tmp_path: Path, dtype: str) -> None:
+    """Never a bfloat16 model in place of the 8-bit one that was asked for; `base` is fine where BASE has no scales."""
+    base, ft = quantised_model(tmp_path / "base", values(0))[0], plain_model(tmp_path / "ft", values(1))
+    words = [sys.executable, "-m", "merge_tool", "merge", base, ft, tmp_path / "out", "--dtype", dtype]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the output is bfloat16 (the default). Quantise it afterwards" in done.stderr
+    assert not (tmp_path / "out").exists()
+    if dtype == "base":
+        merge(ft, base, tmp_path / "out", dtype=dtype)
+
+
 def test_scales_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     codes, scales = quantise(normal(0, 40, 40), (16, 16))
 

@@ -39,8 +39,8 @@ ARROWS: dict[str, set[str]] = {
     "renaming": {"checkpoint.reader", "errors"},
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
-        "_version", "checkpoint.folder", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors",
-        "matching", "methods.steps", "recipe", "schedule",
+        "_version", "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.reader",
+        "checkpoint.source", "errors", "matching", "methods.steps", "recipe", "schedule",
     },
     "work": {"errors", "methods", "methods.passes", "methods.steps", "plan"},
     "memory": {"checkpoint.reader", "errors", "methods", "plan", "work"},

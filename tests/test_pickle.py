@@ -216,6 +216,8 @@ UNCLEAR: dict[str, tuple[Any, str]] = {
     "names that are numbers": ({0: torch.ones(2), **WEIGHTS}, "1 tensors whose names are no strings"),
     "a sparse tensor": ({"s": torch.eye(3).to_sparse()}, "tensor 's' is sparse"),
     "complex numbers": ({"c": torch.ones(2, dtype=torch.complex128)}, "tensor 'c' has dtype torch.complex128"),
+    "a name that is no tensor's": ({"__metadata__": torch.ones(2)}, "tensor '__metadata__' has a name that"),
+    "half a character": ({"a\ud800": torch.ones(2)}, "tensor 'a\\ud800' has a name that safetensors cannot have"),
     "a conjugate": ({"c": torch.ones(2, dtype=torch.complex64).conj()}, "tensor 'c'"),
 }
 

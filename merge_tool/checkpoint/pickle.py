@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def _ask(paths: list[tuple[str, str]], max_bytes: int) -> list[dict[str, Any]]:
         done = subprocess.run(command, input=json.dumps(paths).encode(), capture_output=True, check=False)
     except OSError as e:
         raise CheckpointError(f"{paths[0][1]}: Python cannot be started to read it ({e.strerror}).") from e
-    if done.returncode == 130:
+    if done.returncode in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if done.returncode != 0:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
@@ -88,7 +89,7 @@ def _ask(paths: list[tuple[str, str]], max_bytes: int) -> list[dict[str, Any]]:
             f"{paths[0][1]}: describing its tensors takes {len(done.stdout):,} bytes, more than fits the memory "
             f"budget. Give at least --memory {(100_000_000 + 8 * len(done.stdout)) // 1_000_000}MB."
         )
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def _parse(file: LocalFile, answer: Mapping[str, Any]) -> PickledFile:

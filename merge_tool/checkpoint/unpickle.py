@@ -257,6 +257,8 @@ def _describe(torch: Any, name: str, tensor: Any, place: _Place) -> list[Any]:
         raise _Refused(f"{what} is sparse, nested or quantised by torch, which cannot be merged. Save it dense.")
     if tensor.device.type != "cpu" or tensor.is_neg() or tensor.is_conj():
         raise _Refused(f"{what} has no plain values ({shown(tensor.device)}). Save a clone of it.")
+    if name == "__metadata__" or (not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name)):
+        raise _Refused(f"{what} has a name that safetensors cannot have. Rename it.")
     dtype, shape = _dtype_code(tensor.dtype), list(tensor.shape)
     if dtype is None:
         raise _Refused(f"{what} has dtype {shown(tensor.dtype)}, which cannot be merged.")
