@@ -287,7 +287,7 @@ def slerp_merge(
 ) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
-    BASE and FT are model folders, .safetensors files, or models of the Hub: org/name, org/name@revision (fetched first,
+    BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (fetched first,
     also for --dry-run). OUT is a folder, or one file if it ends in .safetensors.
     A merge that was stopped continues with the same command.
     """

@@ -44,7 +44,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Read the headers of a model folder or .safetensors file; quantised checkpoints and odd dtypes are welcome.
+    """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are welcome.
 
     Raises CheckpointError when there is no checkpoint there.
     """

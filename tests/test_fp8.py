@@ -125,6 +125,34 @@ def test_a_single_file_without_config_has_the_usual_blocks(tmp_path: Path) -> No
     assert np.array_equal(read(tmp_path / "x.safetensors", "a.weight"), meaning(codes, scales, (128, 128)).ravel())
 
 
+def test_the_values_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    """Another implementation of the same format, where it is right: sizes that are multiples of the block."""
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Qwen3Config(**sizes, num_hidden_layers=1, vocab_size=64, head_dim=16)
+    transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    tensors: dict[str, Array] = {}
+    for name, array in load_folder(tmp_path / "plain").items():
+        if "proj" in name:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(array.astype(np.float32), (16, 16))
+        else:
+            tensors[name] = array
+    settings = {**DEEPSEEK, "weight_block_size": [16, 16]}
+    content = json.loads((tmp_path / "plain/config.json").read_text()) | {"quantization_config": settings}
+    folder = save_model(tmp_path / "m", tensors, config=content)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=transformers.FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
+    ).state_dict()
+    with open_checkpoint(folder) as checkpoint:
+        assert len(checkpoint.tensors) == 14
+        for name in checkpoint.tensors:
+            assert np.array_equal(
+                read(folder, name).astype(BF16).astype(np.float32), loaded[name].float().ravel().numpy()
+            )
+
+
 # ---------------------------------------------------------------------------------------------- merges
 
 
