@@ -207,7 +207,7 @@ _RECIPE_OPTIONS = [
     click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
     click.option(
         "--dtype",
-        type=click.Choice(list(OUTPUT_DTYPES)),
+        metavar=f"[{'|'.join(OUTPUT_DTYPES)}]",
         help="Type of the output's floats.  [default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
     ),
     _SHARD_OPTION,
@@ -296,7 +296,7 @@ def slerp_merge(
 ) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
-    BASE and FT are model folders, .safetensors files, or models of the Hub: org/name, org/name@revision (fetched first,
+    BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (fetched first,
     also for --dry-run). OUT is a folder, or one file if it ends in .safetensors.
     A merge that was stopped continues with the same command.
     """

@@ -44,11 +44,11 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Read the headers of a model folder or .safetensors file; quantised checkpoints and odd dtypes are welcome.
+    """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are welcome.
 
     Raises CheckpointError when there is no checkpoint there.
     """
-    with open_checkpoint(path, mergeable=False) as checkpoint:
+    with open_checkpoint(path, mergeable=False, as_stored=True) as checkpoint:
         counts: dict[str, int] = {}
         dtypes: dict[str, tuple[int, int]] = {}
         for info in checkpoint.tensors.values():

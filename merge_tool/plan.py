@@ -10,19 +10,23 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool._version import __version__
+from merge_tool.checkpoint.folder import is_pickle
+from merge_tool.checkpoint.fp8 import ScaledTensor
 from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, shown
 from merge_tool.matching import Matching, match_tensors, natural_key, no_match
 from merge_tool.methods.steps import Given, StepsMethod
-from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
+from merge_tool.recipe import OUTPUT_DTYPES, QUANTISE_LATER, Recipe, label_t
 from merge_tool.schedule import Schedule
 
 _PAIR = (0, 1)
+_PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # the same name in both formats
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
 
@@ -272,6 +276,8 @@ def _output_infos(recipe: Recipe, base: Checkpoint, matching: Matching) -> list[
     found = []
     for info in infos:
         stored = base.stored_dtype(info.name)
+        if recipe.dtype == "base" and isinstance(base.source(info.name), ScaledTensor):
+            raise RecipeError(f"dtype is 'base', and {base.name} has {shown(info.name)} in 8 bits: {QUANTISE_LATER}")
         dtype = stored if info.name in kept else output_dtype(recipe, stored)
         found.append(info if dtype == info.dtype else replace(info, dtype=dtype))
     return found
@@ -304,6 +310,9 @@ def output_stem(base: Checkpoint) -> str:
     if base.folder is None:
         return "model"
     name = base.index_name or base.files[0].file_name
+    if is_pickle(name.removesuffix(".index.json")):  # written as safetensors, under the name that loaders look for
+        name = PurePosixPath(name.removesuffix(".index.json")).stem
+        return name if name in _PICKLED_STEMS else "model"
     return name.removesuffix(".index.json").removesuffix(".safetensors")
 
 

@@ -14,6 +14,11 @@ from merge_tool.schedule import Pattern, Rule, Rules, parse_rules
 DEFAULT_T = 0.5
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 OUTPUT_DTYPES = {"base": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+QUANTISE_LATER = (
+    "8-bit floats with scales are read, but not written: the output is bfloat16 (the default). Quantise it afterwards, "
+    "with llm-compressor or the tool that made the inputs."
+)
+_NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
 SIDES = ("base", "ft")
 ON_MISMATCH = ("error", "base")
 
@@ -46,6 +51,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         if self.dtype is not None:
+            if self.dtype.lower().startswith(_NOT_WRITTEN):
+                raise RecipeError(f"dtype is '{shown(self.dtype)}': {QUANTISE_LATER}")
             _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
         _check_choice("files_from", self.files_from, SIDES)
         _check_choice("on_mismatch", self.on_mismatch, ON_MISMATCH)

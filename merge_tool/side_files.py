@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from merge_tool.checkpoint.folder import Folder, is_weight_file
+from merge_tool.checkpoint.folder import LARGEST_JSON, Folder, is_weight_file
 from merge_tool.errors import CheckpointError, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
@@ -28,6 +28,7 @@ _SKIPPED_FILES = re.compile(
     r"(optimizer|scheduler|scaler|rng_state)[^/]*\.[^/]+|training_args\.bin|trainer_state\.json"
     r"|[^/]*\.(safetensors|bin)\.index\.json|\.DS_Store"
 )
+_SPACE = re.compile(r"[ \t\n\r]*")
 _CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(torch\.)?((?:[^"\\]|\\.)*)(")')
 _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -56,13 +57,13 @@ class SideFiles:
         return sum(file.size for file in self.copied)
 
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
-        """What the output's copy of `file` holds: its bytes; of config.json with `dtype` and layers, if they change."""
+        """What the output's copy of `file` holds: its bytes; of config.json with `dtype` and layers, if they change, and
+        without the quantization_config that the output's weights no longer have."""
         assert self.folder is not None
         path = self.folder.regular(file.source)
         try:
-            if file.source == "config.json" and (dtype is not None or self.layers):
-                config = path.read_bytes()
-                config = config if dtype is None else edit_config_dtype(config, dtype)
+            if file.source == "config.json" and file.size <= LARGEST_JSON:
+                config = _edit_config(path.read_bytes(), dtype)
                 yield edit_config_layers(config, self.layers) if self.layers else config
                 return
             with path.open("rb") as content:
@@ -131,6 +132,57 @@ def _load_modules(folder: Folder) -> Iterable[Any]:
     except (ValueError, RecursionError):
         return []
     return found if isinstance(found, list) else []
+
+
+def _edit_config(config: bytes, dtype: str | None) -> bytes:
+    if b"quantization_config" in config:
+        plain = without_quantization_config(config)
+        dtype = dtype or ("BF16" if plain != config else None)
+        config = plain
+    return config if dtype is None else edit_config_dtype(config, dtype)
+
+
+def without_quantization_config(config: bytes) -> bytes:
+    """config.json without its quantization_config, and without those of its sub-configs; else byte for byte."""
+    text = config.decode("utf-8")
+    for begin, end in reversed(list(_quantization_spans(text, text.index("{")))):
+        text = text[:begin] + text[end:]
+    return text.encode("utf-8")
+
+
+def _quantization_spans(text: str, place: int) -> Iterator[tuple[int, int]]:
+    """Where in the JSON object at `place` the members to remove stand, each with one comma; in the text's order."""
+    members, previous, gone = list(_members(text, place)), None, None
+    for key, begin, value, end in members:
+        if key == "quantization_config" and text[value:end] != "null":
+            gone = begin if gone is None else gone
+            continue
+        if gone is not None:
+            yield gone, begin
+        previous, gone = end, None
+        if key.endswith("config") and text[value] == "{":
+            yield from _quantization_spans(text, value)
+    if gone is not None:
+        yield gone if previous is None else previous, members[-1][3]
+
+
+def _members(text: str, place: int) -> Iterator[tuple[str, int, int, int]]:
+    """(key, where it begins, where its value begins and ends) of an object of valid JSON."""
+    decoder = json.JSONDecoder()
+    place = _after(text, place + 1)
+    while text[place] != "}":
+        begin = place
+        key, place = decoder.raw_decode(text, place)
+        value = _after(text, _after(text, place) + 1)
+        _, end = decoder.raw_decode(text, value)
+        yield key, begin, value, end
+        place = _after(text, end)
+        place = _after(text, place + 1) if text[place] == "," else place
+
+
+def _after(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return match.end() if match else place
 
 
 def edit_config_dtype(config: bytes, dtype: str) -> bytes:

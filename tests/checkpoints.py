@@ -99,6 +99,35 @@ def save_model(
     return folder
 
 
+def as_torch(array: Array) -> Any:
+    """The same values as a tensor of torch, in memory of its own."""
+    import torch
+
+    codes = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+    raw = torch.from_numpy(np.frombuffer(bytearray(array.tobytes()), np.uint8)) if array.size else torch.zeros(0)
+    plain = codes.get(array.dtype.name) or getattr(torch, array.dtype.name)
+    return raw.to(plain).reshape(array.shape) if not array.size else raw.view(plain).reshape(array.shape)
+
+
+def save_pickles(folder: Path, tensors: Mapping[str, Array], *, shards: int = 1, config: Any = None) -> Path:
+    """As `save_model`, as torch pickles them: pytorch_model.bin, or its shards and index."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if shards == 1:
+        torch.save({name: as_torch(array) for name, array in tensors.items()}, folder / "pytorch_model.bin")
+    else:
+        weight_map = {}
+        for number in range(shards):
+            name = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+            part = dict(list(tensors.items())[number::shards])
+            torch.save({key: as_torch(array) for key, array in part.items()}, folder / name)
+            weight_map.update(dict.fromkeys(part, name))
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config, indent=2))
+    return folder
+
+
 def language_model(
     seed: int, *, delta: float = 0.1, layers: int = 3, hidden: int = 32, vocab: int = 100, dtype: Any = BF16
 ) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import contents, language_model, load_folder, save_model
+from checkpoints import contents, language_model, load_folder, save_model, save_pickles
 from hub_replica import TOKEN, Replica, serve
 from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.errors import FetchError
@@ -117,10 +117,26 @@ def test_what_cannot_be_had_says_what_to_do(hub: Replica, tmp_path: Path) -> Non
     assert run(hub, tmp_path, "inspect", "org/ft", HF_TOKEN=TOKEN).returncode == 0
 
 
-def test_a_repository_without_safetensors_is_refused_unfetched(hub: Replica, tmp_path: Path) -> None:
-    (hub.root / "models/org/ft/model.safetensors").rename(hub.root / "models/org/ft/pytorch_model.bin")
-    assert "only pickled weights (pytorch_model.bin)" in refusal(hub, tmp_path, "org/ft")
-    assert not any(name.endswith(".bin") for name in hub.fetched())
+def test_a_repository_of_other_formats_is_refused_unfetched(hub: Replica, tmp_path: Path) -> None:
+    (hub.root / "models/org/ft/model.safetensors").rename(hub.root / "models/org/ft/tf_model.h5")
+    assert "formats that are not read (tf_model.h5)" in refusal(hub, tmp_path, "org/ft")
+    assert not any(name.endswith(".h5") for name in hub.fetched())
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights_are_fetched_where_there_are_no_others(hub: Replica, tmp_path: Path, shards: int) -> None:
+    """The weights and their index, and nothing of the training's state."""
+    folder = hub.root / "models/org/ft"
+    (folder / "model.safetensors").unlink()
+    save_pickles(folder, language_model(1), shards=shards)
+    (folder / "optimizer.bin").write_bytes(b"x")
+    done = run(hub, tmp_path, "merge", "org/base", "org/ft", "out", "--t", "1")
+    assert done.returncode == 0, done.stderr
+    merged = load_folder(tmp_path / "cwd/out")
+    assert all(merged[name].tobytes() == values.tobytes() for name, values in language_model(1).items())
+    names = {name.rsplit("/", 1)[-1] for name in hub.fetched()}
+    assert {p.name for p in folder.glob("pytorch_model*")} <= names
+    assert "optimizer.bin" not in names
 
 
 def test_a_broken_download_continues(hub: Replica, tmp_path: Path) -> None:

@@ -20,8 +20,14 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint.source": {"checkpoint.header", "errors"},
     "checkpoint.folder": {"errors"},
     "checkpoint.hub": {"checkpoint.folder", "errors"},
+    "checkpoint.unpickle": {"errors"},
+    "checkpoint.strided": {"checkpoint.header", "checkpoint.source"},
+    "checkpoint.pickle": {"checkpoint.header", "checkpoint.source", "checkpoint.strided", "errors"},
+    "checkpoint.fp8": {"checkpoint.header", "checkpoint.source", "checkpoint.strided", "errors"},
+    "checkpoint.quantised": {"checkpoint.header", "errors"},
     "checkpoint.reader": {
-        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.source", "errors",
+        "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.hub", "checkpoint.pickle",
+        "checkpoint.quantised", "checkpoint.source", "errors",
     },
     "checkpoint.writer": {"errors"},
     "methods.__init__": {"methods.pair"},
@@ -51,8 +57,8 @@ ARROWS: dict[str, set[str]] = {
     "expand": {"errors", "methods.steps", "models_recipe", "renaming", "schedule", "settings", "stacks"},
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
-        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
-        "methods.steps", "recipe", "schedule",
+        "_version", "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.reader",
+        "checkpoint.source", "errors", "matching", "methods.steps", "recipe", "schedule",
     },
     "work": {"errors", "methods", "methods.passes", "methods.steps", "plan"},
     "memory": {"checkpoint.reader", "errors", "methods", "plan", "work"},
@@ -112,11 +118,13 @@ OUTSIDE = {
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
-        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "prepare", "work",
+        "methods.tiles", "checkpoint.fp8", "checkpoint.reader", "checkpoint.strided", "run", "buffers", "diff", "prepare",
+        "work",
     },
-    "ml_dtypes": {"methods.pair", "checkpoint.reader"},
+    "ml_dtypes": {"methods.pair", "checkpoint.reader", "checkpoint.fp8"},
     "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
+    "torch": {"checkpoint.unpickle"},
 }  # fmt: skip
 
 

@@ -70,12 +70,14 @@ def test_what_is_not_there_says_so(tmp_path: Path) -> None:
     assert "no weights found" in refusal(tmp_path / "empty")
 
 
-def test_pickles_and_gguf_are_named(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    assert "only pickled weights (pytorch_model.bin), which are not read yet" in refusal(tmp_path)
-    assert "pickled weights" in refusal(tmp_path / "pytorch_model.bin")
-    (tmp_path / "pytorch_model.bin").rename(tmp_path / "m.gguf")
-    assert "GGUF" in refusal(tmp_path)
+def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tf_model.h5").write_bytes(b"x")
+    assert "formats that are not read (tf_model.h5)" in refusal(tmp_path)
+    (tmp_path / "tf_model.h5").rename(tmp_path / "m.gguf")
+    assert "GGUF weights (m.gguf) are not read" in refusal(tmp_path)
+    assert "GGUF" in refusal(tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").rename(tmp_path / "optimizer.pt")
+    assert "no weights found, only a training's state (optimizer.pt)" in refusal(tmp_path)
 
 
 def test_two_files_without_an_index_are_ambiguous(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -20,8 +21,9 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     {".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel"}
     | {".nemo", ".distcp"}
 )
+_STATE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)[^/]*", re.IGNORECASE)  # of a training
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
-_LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
+LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
 
 class Folder:
@@ -91,8 +93,8 @@ class Folder:
         where = f"{self.name}/{shown(relative)}"
         path = self.regular(relative)
         status = path.stat()
-        if status.st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {_LARGEST_JSON:,} are read.")
+        if status.st_size > LARGEST_JSON:
+            raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {LARGEST_JSON:,} are read.")
         try:
             value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys if unique_keys else None)
         except (ValueError, RecursionError) as e:
@@ -110,41 +112,61 @@ def is_weight_file(relative: str) -> bool:
     return PurePosixPath(relative).suffix.lower() in WEIGHT_SUFFIXES
 
 
+def is_pickle(relative: str) -> bool:
+    return PurePosixPath(relative).suffix.lower() in PICKLE_SUFFIXES
+
+
 def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | None]:
-    """The single weights file, or the index: model.safetensors first, else the only one of its kind.
+    """The single weights file, or the index: safetensors before pickles, as transformers does; of either,
+    model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind.
 
     `name` is the folder's, for messages. Raises CheckpointError when there is neither.
     """
-    singles = [file for file in listing if file.endswith(".safetensors")]
-    indexes = [file for file in listing if file.endswith(".safetensors.index.json")]
-    if "model.safetensors" in singles:
-        return "model.safetensors", None
-    if "model.safetensors.index.json" in indexes:
-        return None, "model.safetensors.index.json"
-    if len(indexes) == 1:
-        return None, indexes[0]
-    if len(singles) == 1 and not indexes:
-        return singles[0], None
-    if singles or indexes:
-        raise CheckpointError(
-            f"{name}: has {len(singles)} .safetensors files but neither model.safetensors nor one index "
-            f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
-        )
-    pickles = [file for file in listing if is_weight_file(file)]
-    if pickles:
-        raise CheckpointError(f"{name}: {unread_format(pickles)}")
+    safetensors = [file for file in listing if file.endswith((".safetensors", ".safetensors.index.json"))]
+    if safetensors:
+        return _choose(name, safetensors, "model.safetensors", ".safetensors")
+    states = [file for file in listing if is_pickle(file) and not _STATE_FILES.match(file)]
+    states += [file for file in listing if file.endswith(".bin.index.json")]
+    if states:
+        return _choose(name, states, "pytorch_model.bin", ".bin")
+    if others := [file for file in listing if is_weight_file(file)]:
+        raise CheckpointError(f"{name}: {unread_format(others)}")
     inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else ""
     raise CheckpointError(
         f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
     )
 
 
-def unread_format(names: list[str]) -> str:
-    if any(name.endswith(".gguf") for name in names):
-        return f"GGUF weights ({listed(names)}) are not read: merge the original safetensors and convert the result."
+def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[str | None, str | None]:
+    indexes = [file for file in files if file.endswith(".index.json")]
+    singles = [file for file in files if not file.endswith(".index.json")]
+    if usual in singles:
+        return usual, None
+    if f"{usual}.index.json" in indexes:
+        return None, f"{usual}.index.json"
+    if len(indexes) == 1:
+        return None, indexes[0]
+    if len(singles) == 1 and not indexes:
+        return singles[0], None
+    kind = f"{suffix} files" if suffix == ".safetensors" else "pickled files of weights"
+    raise CheckpointError(
+        f"{name}: has {len(singles)} {kind} but neither {usual} nor one index "
+        f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
+    )
+
+
+def unread_format(names: Sequence[str]) -> str:
+    """Why weights of none of the formats that are read cannot be merged, and what to do."""
+    if any(name.lower().endswith((".gguf", ".ggml")) for name in names):
+        return (
+            f"GGUF weights ({listed(names)}) are not read: they are packed for inference, most of them in blocks of "
+            "few bits. Merge the original safetensors and convert the result (llama.cpp: convert_hf_to_gguf.py)."
+        )
+    if all(_STATE_FILES.match(name) for name in names):
+        return f"no weights found, only a training's state ({listed(names)}). Give the folder that holds the model."
     return (
-        f"only pickled weights ({listed(names)}), which are not read yet: they can run code when opened. Convert "
-        "them first: load with transformers, then save_pretrained(FOLDER) writes safetensors."
+        f"only weights in formats that are not read ({listed(names)}). Convert them first: load with transformers, "
+        "then save_pretrained(FOLDER) writes safetensors."
     )
 
 

@@ -2,7 +2,7 @@
 
 The library does the work (cache, token, endpoint, offline mode, progress bars, continuing a broken download), in a
 process of its own: it takes 15 MB to import and more to download, which the merge's memory budget keeps for itself.
-Only what a merge reads or copies is fetched. No weights are looked at here, and none but safetensors are fetched.
+Only what a merge reads or copies is fetched: no pickled weights where there are safetensors, and none are looked at.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES, find_weights, is_weight_file, weight_map_files
@@ -101,7 +101,7 @@ def fetch(repo: str, revision: str | None = None) -> str:
     try:
         folder = snapshot_download(repo, revision=revision, ignore_patterns=_UNWANTED)
         commit = Path(folder).name
-        wanted = _weights(repo, Path(folder), _listing(repo, commit, Path(folder)))
+        wanted = _weights(repo, Path(folder), _listing(repo, commit, Path(folder)), commit)
         patterns = [glob.escape(name) for name in wanted]
         return snapshot_download(repo, revision=commit, allow_patterns=patterns)
     except CheckpointError:
@@ -124,18 +124,34 @@ def _listing(repo: str, commit: str, folder: Path) -> list[str]:
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _weights(repo: str, folder: Path, listing: Sequence[str]) -> list[str]:
+def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> list[str]:
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
     single, index = find_weights(repo, [name for name in listing if "/" not in name])
     found = [single] if single else []
     if index:
-        try:
-            found = weight_map_files(json.loads((folder / index).read_bytes()))
-        except (ValueError, OSError) as e:
-            raise FetchError(f"{repo}/{index}: is not an index of weights ({shown(e)}).") from e
+        found = _indexed_files(repo, folder, index, commit)
     if "modules.json" in listing:
-        found += [name for name in listing if "/" in name and name.endswith(".safetensors")]
+        found += _module_weights(listing)
     return found
+
+
+def _indexed_files(repo: str, folder: Path, index: str, commit: str) -> list[str]:
+    from huggingface_hub import snapshot_download
+
+    if not (folder / index).exists():  # of pickles: not fetched until it is needed
+        snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(index)])
+    try:
+        return weight_map_files(json.loads((folder / index).read_bytes()))
+    except (ValueError, OSError) as e:
+        raise FetchError(f"{repo}/{index}: is not an index of weights ({shown(e)}).") from e
+
+
+def _module_weights(listing: Sequence[str]) -> list[str]:
+    """The weights in sub-folders, pickled ones only where a folder has no others."""
+    safetensors = [name for name in listing if "/" in name and name.endswith(".safetensors")]
+    have = {PurePosixPath(name).parent for name in safetensors}
+    pickles = [name for name in listing if "/" in name and PurePosixPath(name).name == "pytorch_model.bin"]
+    return safetensors + [name for name in pickles if PurePosixPath(name).parent not in have]
 
 
 # ------------------------------------------------------------------------------------------ what went wrong

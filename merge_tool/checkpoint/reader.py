@@ -7,7 +7,7 @@ cannot merge value by value (quantised codes, sub-byte types) is refused here, b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder, find_weights, unread_format
+from merge_tool.checkpoint.folder import Folder, find_weights, is_pickle, unread_format
+from merge_tool.checkpoint.fp8 import SCALES, find_scaled, without_quantization
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
+from merge_tool.checkpoint.pickle import read_pickles
+from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import LocalFile, TensorSource
 from merge_tool.errors import CheckpointError, HeaderError, listed, shown
 
@@ -45,7 +48,7 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """One safetensors file of a checkpoint: its bytes, and the SHA-256 of its header."""
+    """One file of a checkpoint: its bytes, and the SHA-256 of its header, or of what a pickle says of its tensors."""
 
     file_name: str
     source: LocalFile
@@ -152,6 +155,19 @@ class Checkpoint:
         """As `read`, into a new array."""
         return self.read(name, start, stop, np.empty(stop - start, NUMPY_DTYPES[self.tensors[name].dtype]))
 
+    def replaced(
+        self,
+        tensors: dict[str, TensorInfo],
+        made: Mapping[str, TensorSource],
+        config: dict[str, Any] | None,
+        notices: tuple[str, ...],
+    ) -> Checkpoint:
+        """The same files with other tensors in them, for reasons told in `notices`."""
+        files, told = (self.folder, self.files), (*self.notices, *notices)
+        return Checkpoint(
+            self.name, *files, tensors, self._file_of, dict(self.metadata), config, self.index_name, told, made
+        )
+
     def close(self) -> None:
         """Nothing stays open between reads; here so that a Checkpoint can be used with `with`."""
 
@@ -162,9 +178,12 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True) -> Checkpoint:
+def open_checkpoint(
+    ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True, as_stored: bool = False
+) -> Checkpoint:
     """Open a model folder, a .safetensors file or a model of the Hub (`org/name`, `org/name@revision`) and read its
-    headers. A local path that exists wins; a model of the Hub is fetched into its cache if it is not there yet.
+    headers. A local path that exists wins; a model of the Hub is fetched into its cache if it is not there yet. 8-bit
+    floats with scales are read as the values that they mean, unless `as_stored`.
 
     Raises FetchError when a model of the Hub cannot be had; CheckpointError when there is no checkpoint there, or, if
     it is to be `mergeable`, one that cannot be merged (quantised, odd dtypes); HeaderError when a file is damaged.
@@ -183,16 +202,22 @@ def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES
         raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
     if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.name}: holds no tensors.")
+    if not as_stored:
+        checkpoint = _with_real_values(checkpoint, strict=mergeable)
     if mergeable:
         check_mergeable(checkpoint)
     return checkpoint
 
 
 def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
-    if path.suffix.lower() in PICKLE_SUFFIXES | {".gguf"}:
+    if path.suffix.lower() in {".gguf", ".ggml"}:
         raise CheckpointError(f"{path.name}: {unread_format([path.name])}")
-    file, tensors, metadata = _read_header(LocalFile(path.resolve(), path.name), path.name, max_header_bytes)
-    return Checkpoint(path.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
+    made: dict[str, TensorSource] = {}
+    notices: list[str] = []
+    source = LocalFile(path.resolve(), path.name)
+    file, tensors, metadata = _read_files([path.name], [source], max_header_bytes, made, notices)[0]
+    infos = {info.name: info for info in tensors}
+    return Checkpoint(path.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
 
 
 def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
@@ -210,14 +235,16 @@ def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
         )
     if single and f"{single}.index.json" in listing:
         notices.append(f"{folder.name} has both {single} and an index: {single} is used, as transformers does.")
-    parsed = [_read_shard(folder, shard, max_header_bytes) for shard in shards]
+    made: dict[str, TensorSource] = {}
+    sources = [LocalFile(folder.path(shard), f"{folder.name}/{shard}") for shard in shards]
+    parsed = _read_files(shards, sources, max_header_bytes, made, notices)
     tensors, file_of = _collect(folder, shards, parsed, weight_map, notices)
     metadata: dict[str, str] = {}
     for _, _, found in parsed:
         metadata = {**found, **metadata}
     config = folder.load_json("config.json") if "config.json" in listing else None
     files = tuple(file for file, _, _ in parsed)
-    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, index, tuple(notices))
+    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, index, tuple(notices), made)
 
 
 def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:
@@ -232,8 +259,23 @@ def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:
 _Parsed = tuple[CheckpointFile, list[TensorInfo], dict[str, str]]
 
 
-def _read_shard(folder: Folder, shard: str, max_header_bytes: int) -> _Parsed:
-    return _read_header(LocalFile(folder.path(shard), f"{folder.name}/{shard}"), shard, max_header_bytes)
+def _read_files(
+    names: list[str], sources: list[LocalFile], max_bytes: int, made: dict[str, TensorSource], notices: list[str]
+) -> list[_Parsed]:
+    """What every file holds: safetensors, or pickles, which are all opened in one go. `made` gets the tensors of
+    pickles that are views."""
+    pickles = [source for name, source in zip(names, sources, strict=True) if is_pickle(name)]
+    pickled = iter(read_pickles(pickles, max_bytes) if pickles else ())
+    parsed = []
+    for name, source in zip(names, sources, strict=True):
+        if not is_pickle(name):
+            parsed.append(_read_header(source, name, max_bytes))
+            continue
+        found = next(pickled)
+        made.update(found.strided)
+        notices += found.notices
+        parsed.append((CheckpointFile(name, source, found.digest), list(found.tensors), {}))
+    return parsed
 
 
 def _read_header(source: LocalFile, file_name: str, max_header_bytes: int) -> _Parsed:
@@ -304,55 +346,43 @@ def _collect(
     return tensors, file_of
 
 
-# ------------------------------------------------------------------------------ what cannot be merged
+# --------------------------------------------------------------------------- what is not as it lies there
 
-_WIDE_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_FP8_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale", ".k_scale", ".v_scale")
-_QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".absmax", ".quant_map", ".scale_weight", ".weight_packed")
+
+def _with_real_values(checkpoint: Checkpoint, *, strict: bool) -> Checkpoint:
+    """The same checkpoint with 8-bit floats that have scales read as what they mean; the scales are no tensors then.
+
+    Raises CheckpointError where codes and scales do not fit; if not `strict`, the checkpoint stays as it is.
+    """
+    sources = {name: checkpoint.source(name) for name in checkpoint.tensors} if _may_be_scaled(checkpoint) else {}
+    try:
+        found = find_scaled(checkpoint.name, checkpoint.config, sources)
+    except CheckpointError:
+        if strict:
+            raise
+        return checkpoint
+    if found is None:
+        return checkpoint
+    made = {name: source for name, source in sources.items() if not isinstance(source, FileTensor)} | dict(found.made)
+    kept = {name: info for name, info in checkpoint.tensors.items() if name not in found.left_out}
+    tensors = {name: found.made[name].info if name in found.made else info for name, info in kept.items()}
+    return checkpoint.replaced(tensors, made, without_quantization(checkpoint.config), found.notices)
+
+
+def _may_be_scaled(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(SCALES) for name in checkpoint.tensors)
 
 
 def check_mergeable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for quantised checkpoints and for dtypes whose values cannot be merged."""
-    unreadable = [t for t in checkpoint.tensors.values() if t.dtype not in NUMPY_DTYPES]
-    reason = _quantised(checkpoint.config, checkpoint.tensors)
-    if reason:
-        raise CheckpointError(
-            f"{checkpoint.name}: is quantised ({reason}). Merging codes and scales separately would give a wrong "
-            "model: use the original weights, or dequantise first."
-        )
-    if unreadable:
+    if reason := why_quantised(checkpoint.config, checkpoint.tensors):
+        raise CheckpointError(f"{checkpoint.name}: {reason}")
+    if unreadable := [t for t in checkpoint.tensors.values() if t.dtype not in NUMPY_DTYPES]:
         first = unreadable[0]
         raise CheckpointError(
             f"{checkpoint.name}: tensor '{shown(first.name)}' has dtype {first.dtype}, which cannot be merged "
             f"({len(unreadable)} such tensors). Supported: {', '.join(NUMPY_DTYPES)}."
         )
-
-
-def _quantised(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:
-    for settings in _with_sub_configs(config or {}):
-        if quantisation := settings.get("quantization_config"):
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-            return f"quantization_config in config.json{f', method {shown(method)}' if method else ''}"
-    has_fp8 = any(info.dtype.startswith("F8_") for info in tensors.values())
-    for name in tensors:
-        companion = next((name.removesuffix(s) for s in ("_scale_inv", "_scale") if name.endswith(s)), None)
-        is_named_so = name.endswith(_FP8_SCALES)
-        if (
-            companion is not None
-            and companion in tensors
-            and (is_named_so or tensors[companion].dtype not in _WIDE_FLOATS)
-        ):
-            return f"scales in tensor '{shown(name)}'"
-        if has_fp8 and is_named_so:
-            return f"scales in tensor '{shown(name)}'"
-        if name.endswith(_QUANTISED_SUFFIXES) or name == "scaled_fp8":
-            return f"codes or scales in tensor '{shown(name)}'"
-    return None
-
-
-def _with_sub_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    yield config
-    yield from (value for key, value in config.items() if isinstance(value, dict) and key.endswith("config"))
 
 
 __all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "FileTensor", "open_checkpoint"]

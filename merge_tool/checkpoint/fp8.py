@@ -1,0 +1,230 @@
+"""8-bit floats with scales beside them, as DeepSeek-V3 and compressed-tensors have them: real values, in the stream.
+
+A weight is codes (F8_E4M3) times the scale of the tensor, the row, or the block of rows and columns that a code is in.
+Only the scales of the rows being read are in memory. What is not clear from names, shapes and config is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.source import LocalFile, TensorSource
+from merge_tool.checkpoint.strided import boxes
+from merge_tool.errors import CheckpointError, listed, shown
+
+SCALES = ("_scale_inv", "_scale")  # what the name of a weight's scales adds to the weight's own
+ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
+_CODES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+_SCALE_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_TABLES = {code: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for code, dtype in _CODES.items()}
+_USUAL_BLOCK = (128, 128)
+_PIECE = 65_536  # elements in hand at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Which scale an element has: matrices of `rows` and `columns` (experts lie behind each other), in blocks."""
+
+    rows: int
+    columns: int
+    block: tuple[int, int]
+
+    @property
+    def scale_rows(self) -> int:
+        return -(-self.rows // self.block[0])
+
+    @property
+    def scale_columns(self) -> int:
+        return -(-self.columns // self.block[1])
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledTensor:
+    """A TensorSource: float32, the codes times their scales, each product rounded once."""
+
+    info: TensorInfo
+    codes: TensorSource
+    scales: TensorSource
+    grid: Grid
+
+    @property
+    def stored_dtype(self) -> str:
+        return "BF16"
+
+    @property
+    def where(self) -> str:
+        return self.codes.where
+
+    @property
+    def files(self) -> Sequence[LocalFile]:
+        return (*self.codes.files, *(file for file in self.scales.files if file not in self.codes.files))
+
+    def read_into(self, start: int, values: npt.NDArray[Any]) -> None:
+        table, codes = _TABLES[self.codes.info.dtype], np.empty(min(_PIECE, len(values)), np.uint8)
+        for done in range(0, len(values), _PIECE):
+            part = values[done : done + _PIECE]
+            self.codes.read_into(start + done, codes[: len(part)])
+            np.take(table, codes[: len(part)], out=part, mode="clip")
+            self._scale(start + done, part)
+
+    def _scale(self, start: int, values: npt.NDArray[Any]) -> None:
+        """Multiply the elements from `start` on with their scales."""
+        grid, done = self.grid, 0
+        rows = prod(self.info.shape) // grid.columns
+        for (top, bottom), (left, right) in boxes((rows, grid.columns), start, start + len(values)):
+            part = values[done : done + (bottom - top) * (right - left)].reshape(bottom - top, right - left)
+            done += part.size
+            of_row = self._scale_row(np.arange(top, bottom))
+            scales = self._read_scales(int(of_row[0]), int(of_row[-1]) + 1)
+            if grid.scale_columns > 1:
+                scales = np.repeat(scales, grid.block[1], axis=1)[:, left:right]
+            part *= scales[of_row - of_row[0]]
+
+    def _scale_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        matrix, inside = np.divmod(row, self.grid.rows)
+        return matrix * self.grid.scale_rows + inside // self.grid.block[0]  # type: ignore[no-any-return]
+
+    def _read_scales(self, first: int, last: int) -> npt.NDArray[Any]:
+        columns = self.grid.scale_columns
+        raw = np.empty((last - first) * columns, _SCALE_DTYPES[self.scales.info.dtype])
+        self.scales.read_into(first * columns, raw)
+        return raw.astype(np.float32).reshape(last - first, columns)
+
+    def acquire(self) -> None:
+        self.codes.acquire()
+        self.scales.acquire()
+
+    def release(self) -> None:
+        self.scales.release()
+        self.codes.release()
+
+    def prefetch(self, start: int, stop: int) -> None:
+        self.codes.prefetch(start, stop)
+
+    def forget(self, start: int, stop: int) -> None:
+        self.codes.forget(start, stop)
+
+    def extra_bytes(self, count: int) -> int:
+        """A piece's codes, their places in the table, its scales in float32, and those widened to all columns."""
+        wide = 4 * self.grid.columns * (2 + _PIECE // self.grid.columns // self.grid.block[0])
+        return 13 * min(count, _PIECE) + 2 * wide
+
+
+# ------------------------------------------------------------------------------------------ what has scales
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The weights that have scales, and the names that are then no tensors of the model."""
+
+    made: Mapping[str, ScaledTensor]
+    left_out: frozenset[str]
+    notices: tuple[str, ...]
+
+
+def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[str, TensorSource]) -> Scaled | None:
+    """The scaled weights of the checkpoint called `name`; None if it has none, or is quantised in another way.
+
+    Raises CheckpointError where scales and codes do not fit each other.
+    """
+    settings = quantization_of(config)
+    if settings is not None and not _is_readable(settings):
+        return None
+    weights = dict(_pairs(sources))
+    if not weights:
+        return None
+    block = _block_of(name, settings)
+    made = {
+        weight: ScaledTensor(
+            replace(sources[weight].info, dtype="F32", offset=0),
+            sources[weight],
+            sources[scales],
+            _grid(name, sources[weight].info, sources[scales].info, block),
+        )
+        for weight, scales in weights.items()
+    }
+    if settings is not None and (bare := [n for n, s in sources.items() if s.info.dtype in _CODES and n not in made]):
+        raise CheckpointError(f"{name}: {len(bare):,} tensors of 8-bit floats have no scales: {listed(bare)}.")
+    activations = [n for n in sources if n.endswith(ACTIVATION_SCALES)]
+    notices = [f"{name}: {len(made):,} weights are 8-bit floats with scales; they are read as their real values."]
+    if activations:
+        notices.append(f"{name}: {len(activations):,} scales of activations are left out: {listed(activations)}.")
+    return Scaled(made, frozenset({*weights.values(), *activations}), tuple(notices))
+
+
+def quantization_of(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The quantization_config of a model's config.json, or of its first sub-config that has one."""
+    for part in (config or {}, *(v for k, v in (config or {}).items() if isinstance(v, dict) and k.endswith("config"))):
+        if found := part.get("quantization_config"):
+            return found if isinstance(found, dict) else {}
+    return None
+
+
+def without_quantization(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What config.json says of a checkpoint that is read as real values."""
+    if config is None:
+        return None
+    inner = {
+        k: without_quantization(v) if isinstance(v, dict) and k.endswith("config") else v for k, v in config.items()
+    }
+    return {key: value for key, value in inner.items() if key != "quantization_config"}
+
+
+def _is_readable(settings: Mapping[str, Any]) -> bool:
+    method = settings.get("quant_method")
+    if method == "compressed-tensors":
+        return settings.get("format") in ("float-quantized", "naive-quantized")
+    return method in ("fp8", "fbgemm_fp8")
+
+
+def _pairs(sources: Mapping[str, TensorSource]) -> Iterator[tuple[str, str]]:
+    """(weight, its scales), by their names and dtypes."""
+    for scales, source in sources.items():
+        weight = next((scales.removesuffix(end) for end in SCALES if scales.endswith(end)), None)
+        if weight is not None and weight in sources and _may_scale(sources[weight].info, source.info):
+            yield weight, scales
+
+
+def _may_scale(weight: TensorInfo, scales: TensorInfo) -> bool:
+    return weight.dtype in _CODES and scales.dtype in _SCALE_DTYPES
+
+
+def _block_of(name: str, settings: Mapping[str, Any] | None) -> tuple[int, int]:
+    given = (settings or {}).get("weight_block_size")
+    for group in ((settings or {}).get("config_groups") or {}).values():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        given = given or (weights or {}).get("block_structure")
+    if given is None:
+        return _USUAL_BLOCK
+    if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int and n > 0 for n in given):
+        raise CheckpointError(f"{name}/config.json: its weight_block_size is {shown(given)}, expected two sizes.")
+    return given[0], given[1]
+
+
+def _grid(name: str, weight: TensorInfo, scales: TensorInfo, block: tuple[int, int]) -> Grid:
+    lead, (rows, columns) = weight.shape[:-2], (1, *weight.shape)[-2:]
+    if weight.numel == 0 or scales.numel == 1:
+        rows = max(1, prod(lead) * rows)
+        return Grid(rows, max(1, columns), (rows, max(1, columns)))
+    for sizes in ((rows, columns), (1, columns), block):
+        grid = Grid(rows, columns, sizes)
+        shape = (*lead, grid.scale_rows, grid.scale_columns)
+        if scales.shape == shape or (grid.scale_columns == 1 and scales.shape == shape[:-1]):
+            return grid
+    raise CheckpointError(
+        f"{name}: tensor '{shown(scales.name)}' has shape {list(scales.shape)}, which scales neither the whole of "
+        f"'{shown(weight.name)}' {list(weight.shape)}, nor its rows, nor its blocks of {block[0]} x {block[1]}."
+    )

@@ -1,0 +1,118 @@
+"""Pickled weights (`.bin`, `.pt`, `.pth`, `.ckpt`) -> where their tensors lie in the file. Nothing is unpickled here.
+
+`unpickle.py` does that in a process of its own: torch takes 200 MB and a second to import, which the merge's memory
+budget keeps for itself. The tensors' bytes are then read from the file by position, as those of safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_tool.checkpoint.header import DTYPE_BITS, TensorInfo
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.strided import StridedTensor
+from merge_tool.errors import CheckpointError, shown
+
+_START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
+    "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
+    "from merge_tool.checkpoint.unpickle import main; main()"
+)
+_ELSEWHERE = {  # what a file of such a name is, too, by its first bytes
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself. Fetch it: git lfs pull",
+    b"GGUF": "is a GGUF file. Merge the original weights, and convert the result",
+    b"\x89HDF\r\n": "is an HDF5 file (Keras, TensorFlow). Convert it to safetensors first",
+    b"<!DOCTYPE": "is a web page, not weights. Fetch it again",
+    b"<html": "is a web page, not weights. Fetch it again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PickledFile:
+    """What one file holds: plain tensors at their offsets, `strided` ones among them, and a digest of all that."""
+
+    tensors: tuple[TensorInfo, ...]
+    strided: Mapping[str, StridedTensor]
+    digest: str
+    notices: tuple[str, ...]
+
+
+def read_pickles(files: Sequence[LocalFile], max_bytes: int) -> list[PickledFile]:
+    """The tensors of each file. `max_bytes` bounds the description of them all, as it does a safetensors header.
+
+    Raises CheckpointError for files that are damaged, that hold more than weights, and where torch is missing.
+    """
+    for file in files:
+        _check_start(file)
+    answers = _ask([(os.fspath(file.path), shown(file.name)) for file in files], max_bytes)
+    if refused := next((answer["refused"] for answer in answers if "refused" in answer), None):
+        raise CheckpointError(refused)
+    return [_parse(file, answer) for file, answer in zip(files, answers, strict=True)]
+
+
+def _check_start(file: LocalFile) -> None:
+    start = bytearray(min(64, file.size))
+    file.read_into(0, memoryview(start))
+    for magic, what in _ELSEWHERE.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{shown(file.name)}: {what}.")
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(
+            f"{shown(file.name)}: is no file of torch.save (neither zip nor pickle). It may be damaged: fetch it again."
+        )
+
+
+def _ask(paths: list[tuple[str, str]], max_bytes: int) -> list[dict[str, Any]]:
+    """The answers of `unpickle.main`."""
+    command = [sys.executable, "-c", _START, os.pathsep.join(sys.path)]
+    try:
+        done = subprocess.run(command, input=json.dumps(paths).encode(), capture_output=True, check=False)
+    except OSError as e:
+        raise CheckpointError(f"{paths[0][1]}: Python cannot be started to read it ({e.strerror}).") from e
+    if done.returncode in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if done.returncode != 0:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise CheckpointError(
+            f"{paths[0][1]}: reading it with torch ended with code {done.returncode} ({shown(last[0])}). The file may "
+            "be damaged, or memory short: reading its structure takes about 300 MB beside the merge."
+        )
+    if len(done.stdout) > max_bytes:
+        raise CheckpointError(
+            f"{paths[0][1]}: describing its tensors takes {len(done.stdout):,} bytes, more than fits the memory "
+            f"budget. Give at least --memory {(100_000_000 + 8 * len(done.stdout)) // 1_000_000}MB."
+        )
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def _parse(file: LocalFile, answer: Mapping[str, Any]) -> PickledFile:
+    tensors, strided = [], {}
+    for name, dtype, shape, strides, offset in answer["tensors"]:
+        info = TensorInfo(sys.intern(name), sys.intern(dtype), tuple(shape), offset)
+        _check_inside(file, info, strides)
+        tensors.append(info)
+        if strides is not None:
+            strided[info.name] = StridedTensor(info, file, tuple(strides))
+    digest = hashlib.sha256(json.dumps(answer["tensors"]).encode()).hexdigest()
+    notices = tuple(f"{shown(file.name)}: {notice}" for notice in answer["notices"])
+    return PickledFile(tuple(tensors), strided, digest, notices)
+
+
+def _check_inside(file: LocalFile, info: TensorInfo, strides: Sequence[int] | None) -> None:
+    """Every element lies in the file as it was before torch looked."""
+    reach = info.nbytes
+    if strides is not None:
+        last = sum((n - 1) * stride for n, stride in zip(info.shape, strides, strict=True))
+        reach = (last + 1) * DTYPE_BITS[info.dtype] // 8
+    if info.numel and info.offset + reach > file.size:
+        raise CheckpointError(
+            f"{shown(file.name)}: tensor '{shown(info.name)}' would end at byte {info.offset + reach:,}, the file has "
+            f"{file.size:,}. It is damaged, or changed while we read it."
+        )

@@ -1,0 +1,130 @@
+"""Checkpoints whose values are codes that are not read: which format it is, why not, and what to do. By name only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.errors import shown
+
+_ORIGINAL = "Merge the original weights, and quantise the result."
+_FEW_BITS = "codes of few bits with a scale and a zero for each group: between two codes there is no third to round to"
+
+# What config.json calls it -> (its name, why not, what to do).
+_METHODS: Mapping[str, tuple[str, str, str]] = {
+    "gptq": ("GPTQ", _FEW_BITS, _ORIGINAL),
+    "awq": ("AWQ", f"{_FEW_BITS}, and its channels are scaled by the calibration of each model", _ORIGINAL),
+    "bitsandbytes": (
+        "bitsandbytes",
+        "codes of 4 or 8 bits, packed, with the largest value of each block or row beside them",
+        "Use the original weights, or load it with transformers, model.dequantize(), save_pretrained(FOLDER).",
+    ),
+    "mxfp4": (
+        "MXFP4",
+        "two 4-bit floats in a byte, with a shared exponent for each 32",
+        "Load it with transformers and Mxfp4Config(dequantize=True), then save_pretrained(FOLDER), and merge that.",
+    ),
+    "hqq": ("HQQ", _FEW_BITS, _ORIGINAL),
+    "aqlm": ("AQLM", "numbers of entries in codebooks that each model has of its own", _ORIGINAL),
+    "eetq": ("EETQ", "8-bit integers in the order of a kernel, with a scale for each column", _ORIGINAL),
+    "torchao": (
+        "torchao",
+        "tensors of torchao's own classes, whose layout its versions change",
+        "Merge the original weights, and quantise the result; or dequantise it with torchao first.",
+    ),
+    "compressed-tensors": (
+        "compressed-tensors",
+        "packed or sparse codes; its float-quantized format is the one that is read",
+        "Load it with transformers and CompressedTensorsConfig(run_compressed=False), then save_pretrained(FOLDER).",
+    ),
+    "fp8": (
+        "FP8",
+        "8-bit floats without the scales that belong to them, or with others than one for a tensor, row or block",
+        "Fetch it again, or merge the original weights.",
+    ),
+}
+_OTHER = "codes, whose values only its own kernels know"
+
+_Names = Mapping[str, TensorInfo]
+
+
+def _end(*ends: str) -> Callable[[_Names], str | None]:
+    return lambda tensors: next((name for name in tensors if name.endswith(ends)), None)
+
+
+def _both(end: str, other: str, codes: str) -> Callable[[_Names], str | None]:
+    """A tensor of dtype `codes` whose name ends in `end`, beside one of the same name but for `other` in its place."""
+    return lambda tensors: next(
+        (
+            n
+            for n, t in tensors.items()
+            if n.endswith(end) and t.dtype == codes and n.removesuffix(end) + other in tensors
+        ),
+        None,
+    )
+
+
+def _gptq(tensors: _Names) -> str | None:
+    return _end(".qweight")(tensors) if _end(".g_idx")(tensors) else None
+
+
+# The same without a config, by the names of tensors, in this order.
+_SIGNS: tuple[tuple[str, Callable[[_Names], str | None]], ...] = (
+    ("gptq", _gptq),
+    ("awq", _end(".qweight", ".qzeros")),
+    ("bitsandbytes", _end(".absmax", ".quant_map", ".nested_absmax", ".SCB")),
+    ("mxfp4", _both("_blocks", "_scales", "U8")),
+    ("hqq", _end(".W_q")),
+    ("aqlm", _end(".codebooks")),
+    ("eetq", _both(".weight", ".weight_scales", "I8")),
+    ("torchao", _end("_weight_qdata", ":_weight_qdata")),
+    ("compressed-tensors", _end(".weight_packed", ".weight_zero_point", ".bitmask")),
+)
+_WIDE_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale", ".k_scale", ".v_scale")
+
+
+def why_quantised(config: Mapping[str, Any] | None, tensors: _Names) -> str | None:
+    """Which quantised format a checkpoint is in, by what, why it is not merged, and what to do; None if in none."""
+    for settings in _with_sub_configs(config or {}):
+        if quantisation := settings.get("quantization_config"):
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            sign = f"quantization_config in config.json{f', method {shown(method)}' if method else ''}"
+            return _sentence(str(method) if method else _method_by_names(tensors)[0], sign)
+    method, tensor = _method_by_names(tensors)
+    if tensor is not None:
+        return _sentence(method, f"tensor '{shown(tensor)}'")
+    if (scales := _lone_scales(tensors)) is not None:
+        return _sentence("fp8", f"scales in tensor '{shown(scales)}'")
+    return None
+
+
+def _sentence(method: str, sign: str) -> str:
+    name, why, todo = _METHODS.get(method.lower(), (shown(method), _OTHER, _ORIGINAL))
+    return f"is quantised by {name} ({sign}). It holds {why}, so a merge of two would be a wrong model. {todo}"
+
+
+def _method_by_names(tensors: _Names) -> tuple[str, str | None]:
+    return next(((method, name) for method, sign in _SIGNS if (name := sign(tensors)) is not None), ("unknown", None))
+
+
+def _lone_scales(tensors: _Names) -> str | None:
+    has_fp8 = any(info.dtype.startswith("F8_") for info in tensors.values())
+    for name in tensors:
+        companion = next((name.removesuffix(s) for s in ("_scale_inv", "_scale") if name.endswith(s)), None)
+        is_named_so = name.endswith(_SCALES)
+        if (
+            companion is not None
+            and companion in tensors
+            and (is_named_so or tensors[companion].dtype not in _WIDE_FLOATS)
+        ):
+            return name
+        if (has_fp8 and is_named_so) or name.endswith((".quant_map", ".scale_weight")) or name == "scaled_fp8":
+            return name
+    return None
+
+
+def _with_sub_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    yield from (value for key, value in config.items() if isinstance(value, dict) and key.endswith("config"))
