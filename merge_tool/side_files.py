@@ -57,8 +57,8 @@ class SideFiles:
         return sum(file.size for file in self.copied)
 
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
-        """What the output's copy of `file` holds: its bytes; of config.json with `dtype` and layers, if they change, and
-        without the quantization_config that the output's weights no longer have."""
+        """What the output's copy of `file` holds: its bytes; of config.json with `dtype` and layers, if they change,
+        and without the quantization_config that the output's weights no longer have."""
         assert self.folder is not None
         path = self.folder.regular(file.source)
         try:

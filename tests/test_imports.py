@@ -118,8 +118,8 @@ OUTSIDE = {
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
-        "methods.tiles", "checkpoint.fp8", "checkpoint.reader", "checkpoint.strided", "run", "buffers", "diff", "prepare",
-        "work",
+        "methods.tiles", "checkpoint.fp8", "checkpoint.reader", "checkpoint.strided", "run", "buffers", "diff",
+        "prepare", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader", "checkpoint.fp8"},
     "safetensors": {"output", "verify"},
