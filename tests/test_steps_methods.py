@@ -111,6 +111,32 @@ def test_small_tensors_of_any_shape_equal_the_oracle(name: str, variant: dict[st
         check(name, asked(name, shape, **variant), seed=len(shape))
 
 
+MASKED = sorted({"sce", "nearswap"} | {n for n in NAMES if "density" in STEPS_METHODS[n].each})
+
+
+@given_(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_few_values_that_are_often_equal_equal_the_oracle(data: st.DataObject) -> None:
+    """Thresholds that many elements have, sums that balance, zeros: small integers, so that all of it is exact."""
+    name = data.draw(st.sampled_from(MASKED))
+    shape = data.draw(st.sampled_from([(1,), (12,), (3, 5), (2, 1), (2, 2, 3)]))
+    n = data.draw(st.integers(1, STEPS_METHODS[name].inputs[1] if name == "nearswap" else 4))
+    steps = hnp.arrays(np.float64, shape, elements=st.integers(-2, 2).map(float))
+    more: dict[str, Any] = {}
+    if name == "sce":
+        more["select_topk"] = data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+    elif name == "nearswap":
+        more["t"] = data.draw(st.sampled_from([0.0, 1.0, 1.5]))
+    else:
+        more["density"] = data.draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))
+        more["weight"] = tuple(data.draw(st.lists(st.sampled_from([1.0, 0.5, 2.0]), min_size=n, max_size=n)))
+        more["normalize"], more["rescale"] = data.draw(st.booleans()), data.draw(st.booleans())
+    request = asked(name, shape, n, **more)
+    base, inputs = data.draw(steps), [data.draw(steps) for _ in range(n)]
+    found = merged(name, request, base, inputs)
+    np.testing.assert_allclose(found, ORACLES[name](request, base, inputs), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_several_tiles_equal_the_oracle(name: str) -> None:
     """Rows that do not divide a tile."""

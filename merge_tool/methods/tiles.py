@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Generator, Sequence
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -151,12 +152,13 @@ def number(given: Given, name: str, low: float = -math.inf, high: float = math.i
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number.")
-    if not low <= value <= high:
+    found = float(value)
+    if not low <= found <= high:
         bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} is {value}; it must be {bounds}.")
-    return float(value)
+        raise ValueError(f"{name} is {found}; it must be {bounds}.")
+    return found
 
 
 def weight_sum(weights: Sequence[float], remedy: str) -> float:
