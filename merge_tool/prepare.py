@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.hub import local_path
-from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint, open_checkpoint
+from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, shown
+from merge_tool.lora import local_ref, open_models, parts
 from merge_tool.memory import (
     LEAST_BYTES,
     Layout,
@@ -105,18 +105,19 @@ def prepare(
     target = Target(Path(out))
     if target.is_file and len(recipe.ts) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.ts)} values of t need a folder.")
-    check_target(target, (Path(base), Path(ft)))
+    inputs = (*parts(base), *parts(ft))
+    check_target(target, inputs)
     if report_path is not None:
-        _check_report_path(report_path, recipe, target, (Path(base), Path(ft)))
+        _check_report_path(report_path, recipe, target, inputs)
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
     budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
     if budget < LEAST_BYTES:
         raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
-    base, ft = local_path(base), local_path(ft)
-    check_target(target, (base, ft))  # again: models of the Hub are elsewhere than their ids say
-    models = open_checkpoint(base, max_header_bytes=most), open_checkpoint(ft, max_header_bytes=most)
+    base, ft = local_ref(base), local_ref(ft)
+    check_target(target, (*parts(base), *parts(ft)))  # again: models of the Hub are elsewhere than their ids say
+    models = open_models(base, ft, max_header_bytes=most)
     plan = plan_merge(recipe, models, single_file=target.single_file)
     donor = models[recipe.files_from == "ft"]
     try:

@@ -31,6 +31,12 @@ ARROWS: dict[str, set[str]] = {
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
     "renaming": {"checkpoint.reader", "errors"},
+    "low_rank": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
+    "lora_config": {"checkpoint.folder", "checkpoint.source", "errors"},
+    "lora": {
+        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.reader", "checkpoint.source", "errors",
+        "lora_config", "low_rank", "renaming",
+    },
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
@@ -47,10 +53,10 @@ ARROWS: dict[str, set[str]] = {
     "output": {"checkpoint.source", "checkpoint.writer", "errors", "journal", "lock", "older", "plan", "side_files"},
     "report": {"_version", "errors", "methods", "plan"},
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
-    "compare": {"checkpoint.reader", "methods"},
+    "compare": {"checkpoint.reader", "lora", "methods"},
     "prepare": {
-        "checkpoint.folder", "checkpoint.hub", "checkpoint.reader", "errors", "memory", "methods", "older", "output",
-        "plan", "recipe", "report", "side_files",
+        "checkpoint.folder", "checkpoint.reader", "errors", "lora", "memory", "methods", "older", "output", "plan",
+        "recipe", "report", "side_files",
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
@@ -64,9 +70,9 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
         "side_files",
     },
-    "sweep": {"api", "checkpoint.hub", "errors", "lock", "prepare", "recipe"},
+    "sweep": {"api", "errors", "lock", "lora", "prepare", "recipe"},
     "diff": {
-        "checkpoint.header", "checkpoint.reader", "errors", "matching", "memory", "methods", "report",
+        "checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report",
     },
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
@@ -91,6 +97,7 @@ OUTSIDE = {
         "run",
         "buffers",
         "diff",
+        "low_rank",
         "prepare",
         "work",
     },

@@ -54,14 +54,15 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A TensorSource whose elements lie in a file as they are."""
+    """A TensorSource whose elements lie in a file as they are; `written_as` is the dtype of those that it replaces."""
 
     info: TensorInfo
     file: LocalFile
+    written_as: str | None = None
 
     @property
     def stored_dtype(self) -> str:
-        return self.info.dtype
+        return self.written_as or self.info.dtype
 
     @property
     def where(self) -> str:
@@ -139,6 +140,21 @@ class Checkpoint:
         made = self._made.get(name)
         return made.stored_dtype if made is not None else self.tensors[name].dtype
 
+    def with_made(
+        self,
+        name: str,
+        files: tuple[CheckpointFile, ...],
+        made: Mapping[str, TensorSource],
+        notices: tuple[str, ...],
+    ) -> Checkpoint:
+        """This checkpoint with tensors of other sources in place of its own or beside them, read from `files`, too."""
+        tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
+        file_of = self._file_of
+        return Checkpoint(
+            name, self.folder, (*self.files, *files), tensors, file_of, self.metadata, self.config, self.index_name,
+            notices, {**self._made, **made},
+        )  # fmt: skip
+
     def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
         info = self.tensors[name]
@@ -186,6 +202,12 @@ def open_checkpoint(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES
     if mergeable:
         check_mergeable(checkpoint)
     return checkpoint
+
+
+def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
+    """One safetensors file of a folder, whatever else that holds."""
+    file, tensors, metadata = _read_shard(folder, file_name, max_header_bytes)
+    return Checkpoint(file.source.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
 
 
 def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
@@ -355,4 +377,12 @@ def _with_sub_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     yield from (value for key, value in config.items() if isinstance(value, dict) and key.endswith("config"))
 
 
-__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "FileTensor", "open_checkpoint"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "NUMPY_DTYPES",
+    "Checkpoint",
+    "CheckpointFile",
+    "FileTensor",
+    "open_checkpoint",
+    "open_one_file",
+]
