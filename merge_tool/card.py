@@ -31,11 +31,11 @@ def card_text(
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
     from huggingface_hub import ModelCardData  # 2 MB; ModelCard, which only joins the two parts, 13 MB more
 
-    base, ft = plan.names
+    parents = list(dict.fromkeys(part for name in plan.names for part in name.split("+")))  # MODEL+ADAPTER are two
     inherited = _inherited(base_card)
     if is_transformers:
         inherited.setdefault("library_name", "transformers")
-    data = ModelCardData(base_model=[base, ft], base_model_relation="merge", tags=["merge", "slerp-merge"], **inherited)
+    data = ModelCardData(base_model=parents, base_model_relation="merge", tags=["merge", "slerp-merge"], **inherited)
     body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 

@@ -288,7 +288,8 @@ def slerp_merge(
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
     BASE and FT are model folders, .safetensors files, or models of the Hub: org/name, org/name@revision (fetched first,
-    also for --dry-run). OUT is a folder, or one file if it ends in .safetensors.
+    also for --dry-run); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to BASE.
+    OUT is a folder, or one file if it ends in .safetensors.
     A merge that was stopped continues with the same command.
     """
     if quiet:
