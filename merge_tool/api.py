@@ -49,7 +49,7 @@ from merge_tool.report import (
 )
 from merge_tool.run import ShardDone, progress_bytes, run_plan
 from merge_tool.schedule import Rules
-from merge_tool.side_files import CARD, REPORT, SUMS
+from merge_tool.side_files import CARD, RECIPE, REPORT, SUMS
 
 _FLUSH_BYTES = 8_000_000
 
@@ -135,6 +135,30 @@ def merge(
     warn = on_warning or (lambda message: None)
     for message in prepared.warnings:
         warn(message)
+    return carry_out(
+        prepared,
+        started,
+        warn,
+        on_start,
+        on_progress,
+        overwrite=overwrite,
+        check_resumed=check_resumed,
+        report_path=report_path,
+    )
+
+
+def carry_out(
+    prepared: Prepared,
+    started: float,
+    warn: Callable[[str], None],
+    on_start: Callable[[int], None] | None,
+    on_progress: Callable[[int, str], None] | None,
+    *,
+    overwrite: bool,
+    check_resumed: bool,
+    report_path: Path | None,
+) -> MergeReport:
+    """What `merge` does once it is planned, be it a pair or a recipe of many models. Raises a MergeToolError."""
     try:
         return _carry_out(
             prepared,
@@ -161,7 +185,6 @@ def _carry_out(
     check_resumed: bool,
     report_path: Path | None,
 ) -> MergeReport:
-    """What `merge` does once it is planned."""
     if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
         return _complete(prepared, report_path, started)
     check_room(prepared, overwrite=overwrite)
@@ -287,6 +310,8 @@ def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summar
             sums[file.target] = work.add(label, file.target, side_files.read(file, plan.config_dtype))
         if (index := plan.index()) is not None:
             sums[plan.index_name] = work.add(label, plan.index_name, [index])
+        if plan.text:
+            sums[RECIPE] = work.add(label, RECIPE, [plan.text.encode()])
         report = report_of(prepared, findings, t)
         sums[REPORT] = work.add(label, REPORT, (line.encode() for line in report))
         sums[CARD] = work.add(label, CARD, [card_of(prepared, summary, t).encode()])
@@ -315,11 +340,13 @@ def card_of(prepared: Prepared, summary: Summary, t: float) -> str:
 def _command(plan: MergePlan, t: float) -> str:
     """The command that makes this output, without the user's paths."""
     recipe = plan.recipe
-    base, ft = (_quoted(name) for name in plan.names)
-    words = ["slerp-merge", base, ft, "OUT", "--t", label_t(t)]
+    words = ["merge-tool", "run", "RECIPE.yaml", "OUT"]
+    if plan.is_pair:
+        words = ["slerp-merge", *(_quoted(name) for name in plan.names), "OUT", "--t", label_t(t)]
     for option, value, default in (
         ("--method", recipe.method, "slerp"),
-        ("--dtype", recipe.dtype, None),
+        ("--dtype", recipe.dtype if plan.is_pair else None, None),
+        ("--seed", plan.seed, 0),
         ("--max-shard-size", recipe.max_shard_bytes, DEFAULT_MAX_SHARD_BYTES),
         ("--files-from", recipe.files_from, "base"),
         ("--on-mismatch", recipe.on_mismatch, "error"),

@@ -31,33 +31,53 @@ def card_text(
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
     from huggingface_hub import ModelCardData  # 2 MB; ModelCard, which only joins the two parts, 13 MB more
 
-    parents = list(dict.fromkeys(part for name in plan.names for part in name.split("+")))  # MODEL+ADAPTER are two
     inherited = _inherited(base_card)
     if is_transformers:
         inherited.setdefault("library_name", "transformers")
-    data = ModelCardData(base_model=parents, base_model_relation="merge", tags=["merge", "slerp-merge"], **inherited)
+    names = (part for name in plan.names for part in name.split("+"))  # MODEL+ADAPTER are two
+    parents, tags = list(dict.fromkeys(names)), ["merge", "slerp-merge"]
+    data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **inherited)
     body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
 def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, has_code: bool) -> Iterator[str]:
-    base, ft = (_plain(name) for name in plan.names)
-    yield f"# {base} + {ft}"
-    yield (
-        f"A merge of **{base}** (t = 0) and **{ft}** (t = 1) by {METHODS[plan.method].summary} at "
-        f"t = {label_t(t)}{_exceptions(plan)}, made with slerp-merge {__version__}:"
-    )
+    names = [_plain(name) for name in plan.names]
+    yield f"# {' + '.join(names)}"
+    yield from _how(plan, t, names)
     yield f"```\n{command}\n```"
+    donor = plan.donor if plan.recipe.files_from == "base" else 1
     yield (
         f"{summary.num_tensors:,} tensors, {summary.num_parameters:,} parameters. Side files (configuration, "
-        f"tokenizer) are those of {base if plan.recipe.files_from == 'base' else ft}."
+        f"tokenizer) are those of {names[donor]}."
     )
     if has_code:
         yield "The folder holds Python code of that model, copied as it is and not run; read it before you trust it."
-    yield "## How far apart the parents are"
-    yield "\n".join(_angle_table(summary))
+    if summary.groups or plan.is_pair:
+        yield "## How far apart the parents are"
+        yield "\n".join(_angle_table(summary))
     yield from remarks(summary)
-    yield "Every tensor's angle, norms and weights are in `merge_report.json`; `SHA256SUMS` lists the files' digests."
+    what = "angle, norms and weights" if plan.is_pair else "sources and parameters"
+    yield f"Every tensor's {what} are in `merge_report.json`; `SHA256SUMS` lists the files' digests."
+
+
+def _how(plan: MergePlan, t: float, names: list[str]) -> Iterator[str]:
+    made = f"made with slerp-merge {__version__}:"
+    if plan.is_pair:
+        yield (
+            f"A merge of **{names[0]}** (t = 0) and **{names[1]}** (t = 1) by {METHODS[plan.method].summary} at "
+            f"t = {label_t(t)}{_exceptions(plan)}, {made}"
+        )
+        return
+    summary = plan.steps.summary if plan.steps else METHODS[plan.method].summary
+    yield f"A merge of {', '.join(f'**{name}**' for name in names)} by {summary} (`{_plain(plan.method)}`), {made}"
+    yield f"```yaml\n{_fenced(plan.text)}\n```"
+
+
+def _fenced(text: str) -> str:
+    """A recipe's text, such that it cannot end its own code block."""
+    lines = ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
+    return "\n".join(lines).strip("\n").replace("```", "~~~")
 
 
 def _exceptions(plan: MergePlan) -> str:

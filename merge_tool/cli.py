@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
-from functools import reduce, wraps
+from functools import partial, reduce, wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -23,7 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from merge_tool._version import __version__
-from merge_tool.api import merge
+from merge_tool.api import MergeReport, merge
 from merge_tool.compare import check_health, inspect_checkpoint
 from merge_tool.diff import diff_checkpoints
 from merge_tool.errors import MergeToolError, shown
@@ -172,6 +172,21 @@ def _terminable() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------- slerp-merge
 
+_SHARD_OPTION = click.option(
+    "--max-shard-size",
+    "max_shard_bytes",
+    callback=parse_size,
+    metavar="SIZE",
+    default=str(DEFAULT_MAX_SHARD_BYTES),
+    show_default="5GB",
+    help="Largest size of one output file, in bytes or with a unit.",
+)
+_MISMATCH_OPTION = click.option(
+    "--on-mismatch",
+    type=click.Choice(ON_MISMATCH),
+    default="error",
+    help="What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
+)
 _RECIPE_OPTIONS = [
     click.option(
         "--t-for",
@@ -195,27 +210,14 @@ _RECIPE_OPTIONS = [
         type=click.Choice(list(OUTPUT_DTYPES)),
         help="Type of the output's floats.  [default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
     ),
-    click.option(
-        "--max-shard-size",
-        "max_shard_bytes",
-        callback=parse_size,
-        metavar="SIZE",
-        default=str(DEFAULT_MAX_SHARD_BYTES),
-        show_default="5GB",
-        help="Largest size of one output file, in bytes or with a unit.",
-    ),
+    _SHARD_OPTION,
     click.option(
         "--files-from",
         type=click.Choice(SIDES),
         default="base",
         help="Whose configuration and tokenizer files the output gets.",
     ),
-    click.option(
-        "--on-mismatch",
-        type=click.Choice(ON_MISMATCH),
-        default="error",
-        help="What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
-    ),
+    _MISMATCH_OPTION,
     click.option(
         "--on-missing",
         type=click.Choice(ON_MISMATCH),
@@ -233,6 +235,23 @@ _MACHINE_OPTIONS = [
         help=f"Keep the whole process below this, at least {LEAST_BYTES // 10**6}MB.  [default: at most 256MB]",
     ),
     click.option("--jobs", "-j", type=int, help=f"Threads.  [default: the cores, at most {MAX_JOBS}]"),
+]
+
+
+_OUTPUT_OPTIONS = [
+    click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new model is complete."),
+    click.option(
+        "--check-resumed", is_flag=True, help="When continuing, hash the finished shards before trusting them."
+    ),
+    click.option(
+        "--report",
+        "report_path",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Also write merge_report.json here (a one-file OUT has none of its own).",
+    ),
+    click.option("--dry-run", is_flag=True, help="Show what would be done, from the headers alone; write nothing."),
+    click.option("--json", "as_json", is_flag=True, help="Print the plan or the summary as JSON."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary; warnings and errors only."),
 ]
 
 
@@ -257,17 +276,7 @@ def _with(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 )
 @_with(_RECIPE_OPTIONS)
 @_with(_MACHINE_OPTIONS)
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new model is complete.")
-@click.option("--check-resumed", is_flag=True, help="When continuing, hash the finished shards before trusting them.")
-@click.option(
-    "--report",
-    "report_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also write merge_report.json here (a one-file OUT has none of its own).",
-)
-@click.option("--dry-run", is_flag=True, help="Show what would be done, from the headers alone; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan or the summary as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary; warnings and errors only.")
+@_with(_OUTPUT_OPTIONS)
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
 @_print_errors(_CONTINUES)
 def slerp_merge(
@@ -295,24 +304,28 @@ def slerp_merge(
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if dry_run:
-        recipe = Recipe(ts, **options)
-        prepared = prepare(base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs)
-        complete = not overwrite and is_complete(prepared)
-        if not complete:
-            check_room(prepared, overwrite=overwrite)
-        _print_plan(prepared, complete=complete, as_json=as_json)
+        prepared = prepare(base, ft, out, Recipe(ts, **options), memory_bytes=memory_bytes, jobs=jobs)
+        _dry_run(prepared, overwrite=overwrite, as_json=as_json)
         return
+    _carry_out(
+        partial(merge, base, ft, out, ts, report_path=report_path, overwrite=overwrite, check_resumed=check_resumed),
+        {"memory_bytes": memory_bytes, "jobs": jobs, **options},
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def _dry_run(prepared: Prepared, *, overwrite: bool, as_json: bool) -> None:
+    complete = not overwrite and is_complete(prepared)
+    if not complete:
+        check_room(prepared, overwrite=overwrite)
+    _print_plan(prepared, complete=complete, as_json=as_json)
+
+
+def _carry_out(merge_it: Callable[..., MergeReport], options: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Merge under a progress bar, and print what was done."""
     with _Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
-        report = merge(
-            base,
-            ft,
-            out,
-            ts,
-            memory_bytes=memory_bytes,
-            jobs=jobs,
-            overwrite=overwrite,
-            check_resumed=check_resumed,
-            report_path=report_path,
+        report = merge_it(
             on_warning=lambda message: click.echo(f"Warning: {message}", err=True),
             on_start=bar.start,
             on_progress=bar.advance,
@@ -362,6 +375,44 @@ def merge_tool() -> None:
 
 
 merge_tool.add_command(slerp_merge, "merge")
+
+
+@merge_tool.command("run", context_settings={"show_default": True})
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, default=0, help="Decides the random bits of dare and della.")
+@click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")
+@_with([_SHARD_OPTION, _MISMATCH_OPTION])
+@_with(_MACHINE_OPTIONS)
+@_with(_OUTPUT_OPTIONS)
+@_print_errors(_CONTINUES)
+def run_command(
+    recipe: Path,
+    out: Path,
+    overwrite: bool,
+    check_resumed: bool,
+    report_path: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge the models that RECIPE, a YAML file as mergekit reads it, names into OUT.
+
+    Any number of models, by any of the methods in docs/methods.md. A merge that was stopped continues with the same
+    command.
+    """
+    from merge_tool.models import merge_models, prepare_models
+
+    if dry_run:
+        _dry_run(prepare_models(recipe, out, **options), overwrite=overwrite, as_json=as_json)
+        return
+    _carry_out(
+        partial(merge_models, recipe, out, report_path=report_path, overwrite=overwrite, check_resumed=check_resumed),
+        options,
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 @merge_tool.command("inspect")

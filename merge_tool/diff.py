@@ -113,7 +113,7 @@ def diff_checkpoints(
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
-    models = open_models(base, ft, max_header_bytes=most, mergeable=False)
+    models = open_models((base, ft), max_header_bytes=most, mergeable=False)
     a, b = (model.tensors for model in models)
     shared = sorted(sorted(a.keys() & b.keys()), key=natural_key)
     unlike = [name for name in shared if not _comparable(a[name], b[name])]

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
@@ -92,25 +91,30 @@ def open_model(ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mer
 
 
 def open_models(
-    base: str | Path, ft: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True
-) -> tuple[Checkpoint, Checkpoint]:
-    """BASE and FT; an adapter folder as FT is applied to BASE. Two adapter folders are taken as they are."""
-    (model, *_), (finetune, *_) = refs = local_parts(base), local_parts(ft)
-    alone = tuple(len(ref) == 1 and is_adapter(ref[0]) for ref in refs)
-    if alone == (True, False):
+    refs: Sequence[str | Path], *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True
+) -> list[Checkpoint]:
+    """BASE and the others; an adapter folder alone is applied to BASE. If all are such, they are taken as they are."""
+    paths = [local_parts(ref) for ref in refs]
+    alone = [len(path) == 1 and is_adapter(path[0]) for path in paths]
+    if alone[0] and not all(alone):
+        other = shown(paths[alone.index(False)][0].name)
         raise CheckpointError(
-            f"{shown(model.name)}: BASE is an adapter, and {shown(finetune.name)} is none. Give MODEL+ADAPTER for BASE."
+            f"{shown(paths[0][0].name)}: BASE is an adapter, and {other} is none. Give MODEL+ADAPTER for BASE."
         )
-    options: dict[str, Any] = {"max_header_bytes": max_header_bytes, "mergeable": mergeable}
-    first = open_model(base, **options)
-    if alone == (False, True):
-        return first, apply_adapter(first, finetune, max_header_bytes=max_header_bytes, known=first.notices)
-    second = open_model(ft, **options)
-    if alone == (True, True):
-        told = f"{first.name} and {second.name} are adapters: their factors are merged one by one, which is not the "
-        told += "merge of the models. For that give MODEL+ADAPTER twice."
-        first = first.with_made(first.name, (), {}, (*first.notices, told))
-    return first, second
+    found: list[Checkpoint] = []
+    for ref, path, is_alone in zip(refs, paths, alone, strict=True):
+        if is_alone and not alone[0]:
+            base = found[0]
+            found.append(apply_adapter(base, path[0], max_header_bytes=max_header_bytes, known=base.notices))
+        else:
+            found.append(open_model(ref, max_header_bytes=max_header_bytes, mergeable=mergeable))
+    if alone[0]:
+        told = (
+            f"{' and '.join(model.name for model in found)} are adapters: their factors are merged one by one, which "
+        )
+        told += "is not the merge of the models. For that give MODEL+ADAPTER each time."
+        found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, told))
+    return found
 
 
 def apply_adapter(

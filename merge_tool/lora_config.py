@@ -74,7 +74,7 @@ class Settings:
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name or the end of it, from a dot on; as peft does."""
     for pattern, value in patterns.items():
-        if module == pattern or module.endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module):
+        if module == pattern or module.endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module[:500]):
             return value
     return default
 
@@ -126,6 +126,10 @@ def _check_patterns(where: str, key: str, patterns: Any) -> None:
         raise CheckpointError(f"{where}: {key} is '{shown(patterns)}', expected names with their values.")
     for pattern, value in patterns.items():
         _number(where, key, value)
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:  # may take for ever to match
+            raise CheckpointError(
+                f"{where}: {key}: '{shown(pattern)}' repeats too much. Write the layers' names there."
+            )
         try:
             re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, RecursionError, OverflowError) as e:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,11 @@ class MergePlan:
     warnings: tuple[str, ...] = ()
     sides: tuple[str, ...] = ("base", "ft")  # what the report calls the models
     steps: StepsMethod | None = None  # what merges the jobs that have a `given`
+    method_name: str = ""  # of a recipe of any number of models; so are the rest
+    text: str = ""
+    donor: int = 0  # the model whose side files are copied
+    layers: tuple[int, ...] = ()  # which of the donor's layers each of the output's was, if they are not the same
+    seed: int = 0
 
     @property
     def ts(self) -> tuple[float, ...]:
@@ -95,7 +100,12 @@ class MergePlan:
 
     @property
     def method(self) -> str:
-        return self.recipe.method
+        return self.method_name or self.recipe.method
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether BASE and FT are merged, at one t or several; otherwise what a recipe's `text` says."""
+        return not self.method_name
 
     @property
     def keeps_base_on_mismatch(self) -> bool:
@@ -175,22 +185,39 @@ def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str
     matching = match_tensors(recipe, base, ft)
     if recipe.files_from == "ft" and ft.folder is None and base.folder is not None:
         raise RecipeError(f"--files-from ft: {ft.name} is a single file, it has no other files to copy.")
-    stem = _stem(base)
-    limit = None if single_file else recipe.max_shard_bytes
-    groups = _split(_output_infos(recipe, base, matching), limit)
-    metadata = {**base.metadata, "format": base.metadata.get("format", "pt")}
+    stem = output_stem(base)
     schedule = _ScheduledTs(recipe, base, matching)
+
+    def job(number: int, out: TensorInfo) -> TensorJob:
+        return _job(number, out, models, matching, schedule(out.name))
+
+    infos = _output_infos(recipe, base, matching)
+    shards = lay_out(infos, base, stem, None if single_file else recipe.max_shard_bytes, single_file, job)
+    facts = _facts(recipe, base, ft, stem, single_file)
+    warnings = (*matching.warnings, *schedule.check(base.tensors))
+    return MergePlan(recipe, (base.name, ft.name), shards, stem, facts, warnings)
+
+
+def lay_out(
+    infos: Sequence[TensorInfo],
+    donor: Checkpoint,
+    stem: str,
+    max_bytes: int | None,
+    single_file: str | None,
+    job: Callable[[int, TensorInfo], TensorJob],
+) -> tuple[ShardPlan, ...]:
+    """The output's files: tensors in the order of `infos`, cut into shards; `job(number, placed)` makes each one's."""
+    groups = _split(infos, max_bytes)
+    metadata = {**donor.metadata, "format": donor.metadata.get("format", "pt")}
     shards, number = [], 0
     for place, group in enumerate(groups):
         name = single_file or _shard_name(stem, place, len(groups))
         header, placed = build_header(group, metadata)
-        jobs = tuple(_job(number + k, out, models, matching, schedule(out.name)) for k, out in enumerate(placed))
+        jobs = tuple(job(number + k, out) for k, out in enumerate(placed))
         number += len(jobs)
         size = len(header) + sum(out.nbytes for out in placed)
         shards.append(ShardPlan(place, name, size, jobs, metadata))
-    facts = _facts(recipe, base, ft, stem, single_file)
-    warnings = (*matching.warnings, *schedule.check(base.tensors))
-    return MergePlan(recipe, (base.name, ft.name), tuple(shards), stem, facts, warnings)
+    return tuple(shards)
 
 
 def _job(
@@ -245,12 +272,13 @@ def _output_infos(recipe: Recipe, base: Checkpoint, matching: Matching) -> list[
     found = []
     for info in infos:
         stored = base.stored_dtype(info.name)
-        dtype = stored if info.name in kept else _output_dtype(recipe, stored)
+        dtype = stored if info.name in kept else output_dtype(recipe, stored)
         found.append(info if dtype == info.dtype else replace(info, dtype=dtype))
     return found
 
 
-def _output_dtype(recipe: Recipe, dtype: str) -> str:
+def output_dtype(recipe: Recipe, dtype: str) -> str:
+    """The dtype code of an output tensor whose source has `dtype`."""
     if dtype not in FLOAT_DTYPES:
         return dtype
     if recipe.dtype is None:
@@ -271,7 +299,7 @@ def _split(infos: Sequence[TensorInfo], max_bytes: int | None) -> list[list[Tens
     return [sorted(group, key=write_order) for group in groups]
 
 
-def _stem(base: Checkpoint) -> str:
+def output_stem(base: Checkpoint) -> str:
     """What the output's files are called, so that whoever loads BASE loads it: by the index, or the only file."""
     if base.folder is None:
         return "model"
@@ -295,12 +323,13 @@ def _facts(recipe: Recipe, base: Checkpoint, ft: Checkpoint, stem: str, single_f
         "on_mismatch": recipe.on_mismatch,
         "one_file": single_file is not None,
         "stem": stem,
-        "base": _input_facts(base),
-        "ft": _input_facts(ft),
+        "base": input_facts(base),
+        "ft": input_facts(ft),
         **recipe.selection,
     }
 
 
-def _input_facts(model: Checkpoint) -> dict[str, Any]:
+def input_facts(model: Checkpoint) -> dict[str, Any]:
+    """What tells one input from another, as far as headers show it."""
     files = {f.file_name: {"size": f.source.size, "header_sha256": f.header_sha256} for f in model.files}
     return {"name": model.name, "files": files}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from merge_tool.side_files import (
     BASE_CARD,
     CARD,
     FT_CARD,
+    RECIPE,
     REPORT,
     SUMS,
     WORK,
@@ -105,7 +106,31 @@ def prepare(
     target = Target(Path(out))
     if target.is_file and len(recipe.ts) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.ts)} values of t need a folder.")
-    inputs = (*parts(base), *parts(ft))
+    return prepare_plan(
+        (str(base), str(ft)),
+        target,
+        recipe,
+        lambda models: plan_merge(recipe, models, single_file=target.single_file),
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        report_path=report_path,
+        read_samples=read_samples,
+    )
+
+
+def prepare_plan(
+    refs: Sequence[str],
+    target: Target,
+    recipe: Recipe,
+    plan_of: Callable[[Sequence[Checkpoint]], MergePlan],
+    *,
+    memory_bytes: int | None,
+    jobs: int | None,
+    report_path: Path | None,
+    read_samples: bool,
+) -> Prepared:
+    """Open the models, plan by `plan_of` and check all that can be checked, as `prepare` does."""
+    inputs = [part for ref in refs for part in parts(ref)]
     check_target(target, inputs)
     if report_path is not None:
         _check_report_path(report_path, recipe, target, inputs)
@@ -115,11 +140,11 @@ def prepare(
     if budget < LEAST_BYTES:
         raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
-    base, ft = local_ref(base), local_ref(ft)
-    check_target(target, (*parts(base), *parts(ft)))  # again: models of the Hub are elsewhere than their ids say
-    models = open_models(base, ft, max_header_bytes=most)
-    plan = plan_merge(recipe, models, single_file=target.single_file)
-    donor = models[recipe.files_from == "ft"]
+    paths = [local_ref(ref) for ref in refs]
+    check_target(target, [part for path in paths for part in parts(path)])  # again: models of the Hub are elsewhere
+    models = open_models(paths, max_header_bytes=most)
+    plan = plan_of(models)
+    donor = models[recipe.files_from == "ft" if plan.is_pair else plan.donor]
     try:
         side_files = plan_side_files(
             None if target.is_file else donor.folder,
@@ -128,11 +153,13 @@ def prepare(
         )
     except OSError as e:
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
-    base_card = models[0].folder.regular(CARD) if models[0].folder and models[0].folder.has(CARD) else None
-    is_transformers = "architectures" in (models[0].config or {})
+    side_files = replace(side_files, layers=plan.layers)
+    first = models[plan.donor]
+    base_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
+    is_transformers = "architectures" in (first.config or {})
     warnings = (*plan.warnings, *_warnings(models, side_files))
     samples = tuple(_sample(model) for model in models) if read_samples else ()
-    del models, donor  # for 10,000 tensors 2 MB that the plan does not need
+    del models, donor, first  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()
     layout = plan_layout(plan, budget, jobs or default_jobs(), held=held)
     return Prepared(plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples)
@@ -197,10 +224,18 @@ _TOKENIZER_FILES = (
 
 
 def _warnings(models: Sequence[Checkpoint], side_files: SideFiles) -> Iterable[str]:
-    base, ft = models
     for model in models:
         yield from model.notices
-    a, b = (_settings(model.config or {}) for model in models)
+    for other in models[1:]:
+        yield from _differences(models[0], other)
+    if side_files.unmerged:
+        yield f"Copied without merging, as parts of the model: {listed(side_files.unmerged, 50)}."
+    if side_files.skipped:
+        yield f"Not copied: {listed(side_files.skipped, 50)}."
+
+
+def _differences(base: Checkpoint, ft: Checkpoint) -> Iterable[str]:
+    a, b = (_settings(model.config or {}) for model in (base, ft))
     for key in sorted(a.keys() | b.keys()):
         if a.get(key) == b.get(key) or base.config is None or ft.config is None:
             continue
@@ -211,10 +246,6 @@ def _warnings(models: Sequence[Checkpoint], side_files: SideFiles) -> Iterable[s
         for name in _TOKENIZER_FILES:
             if base.folder.has(name) and ft.folder.has(name) and not _same_bytes(base.folder, ft.folder, name):
                 yield f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
-    if side_files.unmerged:
-        yield f"Copied without merging, as parts of the model: {listed(side_files.unmerged, 50)}."
-    if side_files.skipped:
-        yield f"Not copied: {listed(side_files.skipped, 50)}."
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -308,7 +339,7 @@ def _changed_since(prepared: Prepared, output: Path) -> list[str]:
 
 def single_facts(plan: MergePlan, t: float) -> tuple[str, dict[str, Any]]:
     """Digest and facts of the merge with this t alone: what one output of several says of itself."""
-    facts = {**plan.facts, "t": [label_t(t)]}
+    facts = {**plan.facts, "t": [label_t(t)]} if plan.is_pair else dict(plan.facts)
     return replace(plan, facts=facts).digest, facts
 
 
@@ -332,7 +363,7 @@ def check_exact_tensors(plan: MergePlan) -> None:
     differing = [job.out.name for job in plan.jobs() if job.exact and not _same_values(job)]
     if differing:
         raise DataError(
-            f"{len(differing):,} integer tensors differ between {plan.names[0]} and {plan.names[1]}, and integers have "
+            f"{len(differing):,} integer tensors differ between {' and '.join(plan.names)}, and integers have "
             f"nothing between them: {listed(differing)}. Give --on-mismatch base to keep the base's."
         )
 
@@ -353,7 +384,8 @@ def final_names(prepared: Prepared) -> list[str]:
     plan = prepared.plan
     index = [plan.index_name] if len(plan.shards) > 1 else []
     side = [file.target for file in prepared.side_files.copied]
-    return [*(shard.file_name for shard in plan.shards), *index, *side, CARD, REPORT, SUMS]
+    recipe = [RECIPE] if plan.text else []
+    return [*(shard.file_name for shard in plan.shards), *index, *side, *recipe, CARD, REPORT, SUMS]
 
 
 def _existing(path: Path) -> Path:

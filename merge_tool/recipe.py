@@ -13,7 +13,7 @@ from merge_tool.schedule import Pattern, Rule, Rules, parse_rules
 
 DEFAULT_T = 0.5
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-OUTPUT_DTYPES = {"base": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+OUTPUT_DTYPES = {"base": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 SIDES = ("base", "ft")
 ON_MISMATCH = ("error", "base")
 

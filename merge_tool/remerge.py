@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,8 @@ from merge_tool.api import card_of, report_of
 from merge_tool.buffers import WorkerMemory
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.errors import CheckpointError, OutputError, shown
+from merge_tool.errors import CheckpointError, OutputError, listed, shown
+from merge_tool.lora import open_models
 from merge_tool.methods import METHODS, TILE, as_bytes, same_values
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.prepare import Prepared, prepare
@@ -31,6 +34,14 @@ from merge_tool.side_files import CARD, REPORT
 from merge_tool.work import merge_chunk
 
 _PIECE = 1 << 20
+_MATCH_SECONDS = 20
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.search(pattern, name)
+"""
 _MOST = 50  # problems that are named; the rest is counted
 
 
@@ -93,7 +104,26 @@ def plan_again(
         )
     except (KeyError, TypeError, AttributeError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
+    _check_patterns(recipe, against)
     return prepare(*against, out, recipe, memory_bytes=memory_bytes, jobs=jobs, read_samples=True)
+
+
+def _check_patterns(recipe: Recipe, against: tuple[str | Path, str | Path]) -> None:
+    """Raise OutputError for a stranger's regular expression that does not come to an end on the parents' names: nothing
+    interrupts one, so another process tries them first."""
+    patterns = [rule.pattern.text for rule in recipe.rules] + [*recipe.only, *recipe.exclude]
+    patterns = [text.removeprefix("re:") for text in patterns if text.startswith("re:")]
+    if not patterns:
+        return
+    names = {name for model in open_models(against) for name in model.tensors}
+    task = json.dumps([patterns, sorted(names)]).encode("utf-8", "surrogatepass")
+    try:
+        subprocess.run([sys.executable, "-I", "-c", _MATCH], input=task, timeout=_MATCH_SECONDS, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise OutputError(
+            f"{REPORT}: its patterns ({listed(patterns)}) take longer than {_MATCH_SECONDS} s to match the parents' "
+            "names. A merge had no reason to write such; nothing was compared."
+        ) from e
 
 
 def check_parents(
@@ -160,7 +190,7 @@ def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Fin
 def _check_lines(checks: Checks, report: StoredReport, plan: MergePlan, findings: Findings) -> None:
     """Every line of the report against what follows from the sums."""
     for job, (text, _) in zip(plan.jobs(), report.tensors(), strict=True):
-        expected = tensor_text(job, findings[job.number], plan.method, job.ts[0])
+        expected = tensor_text(plan, job, findings[job.number], 0)
         if text != expected:
             checks.add(f"{REPORT}: {shown(job.out.name)}: says {shown(_difference(text, expected), 600)}.")
 

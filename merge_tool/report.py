@@ -21,6 +21,7 @@ from merge_tool.plan import MergePlan, TensorJob
 
 FORMAT = 1  # of merge_report.json
 _LARGEST_HEAD = 32_000_000  # characters; 1,000 shards on each side have about 300,000
+_RECIPE_OPTIONS = ("dtype", "max_shard_bytes", "on_mismatch", "seed")
 _TENSORS = ',\n "tensors": [\n'
 CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relative, half a bfloat16 step is 2e-3
 
@@ -128,22 +129,17 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dict[str, Any]:
-    found = describe(finding, method, t)
-    content: dict[str, Any] = {
-        "name": job.out.name,
-        "shape": list(job.out.shape),
-        "dtype": job.out.dtype,
-        "dtype_base": job.base.info.dtype,
-        "dtype_ft": job.ft.info.dtype if job.ft else None,
-        "t": t,
-        "equal": finding.equal,
-    }
-    if job.ft is not None and job.ft.info.name != job.out.name:
+def _tensor_json(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> dict[str, Any]:
+    t = job.ts[output]
+    found = describe(finding, plan.method, t)
+    content: dict[str, Any] = {"name": job.out.name, "shape": list(job.out.shape), "dtype": job.out.dtype}
+    content |= _pair_json(job, t) if plan.is_pair else _sources_json(plan, job, t)
+    content["equal"] = finding.equal
+    if plan.is_pair and job.ft is not None and job.ft.info.name != job.out.name:
         content["name_ft"] = job.ft.info.name
     if note := found.note or job.note:
         content["note"] = note
-    if job.is_copied:
+    if job.is_copied and plan.is_pair:
         content["weights"] = [1.0, 0.0]
     if found.norms is not None:
         n0, n1 = found.norms
@@ -158,9 +154,26 @@ def _tensor_json(job: TensorJob, finding: Finding, method: str, t: float) -> dic
     return content
 
 
-def tensor_text(job: TensorJob, finding: Finding, method: str, t: float) -> str:
-    """One tensor's line of merge_report.json."""
-    return json.dumps(_tensor_json(job, finding, method, t), ensure_ascii=False, allow_nan=False)
+def _pair_json(job: TensorJob, t: float) -> dict[str, Any]:
+    ft = job.ft.info.dtype if job.ft else None
+    return {"dtype_base": job.base.info.dtype, "dtype_ft": ft, "t": t}
+
+
+def _sources_json(plan: MergePlan, job: TensorJob, t: float) -> dict[str, Any]:
+    """Of a recipe's tensor: what it was made from, the method's base first if it has one, and by which parameters."""
+    sources = [
+        {"model": plan.sides[side], "name": source.info.name, "dtype": source.info.dtype}
+        for side, source in zip(job.sides, job.sources, strict=True)
+    ]
+    if job.given is None:
+        return {"sources": sources} | ({} if job.is_copied or job.exact else {"settings": {"t": t}})
+    settings = {**job.given.shared, **{name: list(values) for name, values in job.given.each.items()}}
+    return {"sources": sources, "settings": settings}
+
+
+def tensor_text(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> str:
+    """One tensor's line of merge_report.json, in the output of that number."""
+    return json.dumps(_tensor_json(plan, job, finding, output), ensure_ascii=False, allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------- summary
@@ -248,7 +261,7 @@ def remarks(summary: Summary) -> list[str]:
 def alarms(summary: Summary) -> list[str]:
     """What looks wrong after a merge."""
     found = []
-    if summary.num_equal == summary.num_tensors - summary.num_copied:
+    if summary.num_equal and summary.num_equal == summary.num_tensors - summary.num_copied:
         which = (
             "every tensor that is merged: the output is the base"
             if summary.num_copied
@@ -281,24 +294,30 @@ def report_lines(
     samples: Sequence[str],
 ) -> Iterator[str]:
     """merge_report.json, a line per tensor."""
-    head = {
+    head: dict[str, Any] = {
         "format": FORMAT,
         "tool": f"slerp-merge {__version__}",
         "plan_sha256": digest,
         "samples_sha256": list(samples),
         "method": plan.method,
-        "t": t,
-        "inputs": {"base": facts["base"], "ft": facts["ft"]},
-        "options": {key: facts[key] for key in ("dtype", "max_shard_bytes", "files_from", "on_mismatch")}
-        | plan.recipe.selection,
+        "t": t if plan.is_pair else None,
+        "inputs": {side: facts[side] for side in plan.sides},
+        "options": _options(plan, facts),
         "shards": {shard.file_name: shard.size for shard in plan.shards},
     }
+    if not plan.is_pair:
+        head["recipe"] = plan.text
     yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
     count, number = plan.num_tensors, plan.ts.index(t)
     for place, job in enumerate(plan.jobs(), 1):
-        line = tensor_text(job, findings[job.number], plan.method, job.ts[number])
+        line = tensor_text(plan, job, findings[job.number], number)
         yield f"  {line}" + ("\n" if place == count else ",\n")
     yield " ]\n}\n"
+
+
+def _options(plan: MergePlan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("dtype", "max_shard_bytes", "files_from", "on_mismatch") if plan.is_pair else _RECIPE_OPTIONS
+    return {key: facts[key] for key in keys} | plan.recipe.selection
 
 
 def sums_text(digests: Mapping[str, str]) -> bytes:
@@ -358,8 +377,8 @@ def read_identity(report: Path) -> tuple[str | None, tuple[str, ...]]:
     except (OSError, UnicodeDecodeError):
         return None, ()
     digest = re.search(r'"plan_sha256": "([0-9a-f]{64})"', head)
-    samples = re.search(r'"samples_sha256": \[\s*"([0-9a-f]{64})",\s*"([0-9a-f]{64})"\s*\]', head)
-    return digest and digest[1], samples.groups() if samples else ()
+    samples = re.search(r'"samples_sha256": \[\s*((?:"[0-9a-f]{64}",?\s*)*)\]', head)
+    return digest and digest[1], tuple(re.findall("[0-9a-f]{64}", samples[1])) if samples else ()
 
 
 __all__ = [

@@ -11,12 +11,11 @@ from merge_tool.api import MergeReport
 from merge_tool.compare import Inspection, TensorHealth
 from merge_tool.diff import Diff, GroupDiff, TensorDiff
 from merge_tool.errors import listed, shown
-from merge_tool.matching import natural_key
 from merge_tool.plan import MergePlan
 from merge_tool.prepare import Prepared
 from merge_tool.recipe import label_t
 from merge_tool.report import remarks
-from merge_tool.schedule import Schedule, split_layer
+from merge_tool.show_plan import asked_json, effective_lines, first_line, table_lines, ts_text
 from merge_tool.sweep import SweepPoint, SweepReport
 from merge_tool.verify import Verification
 
@@ -91,14 +90,8 @@ def verification_lines(found: Verification) -> Iterator[str]:
 def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
     plan, layout = prepared.plan, prepared.layout
     return {
-        "base": plan.names[0],
-        "ft": plan.names[1],
+        **asked_json(plan),
         "out": str(prepared.target.path),
-        "method": plan.method,
-        "t": list(plan.ts),
-        "schedule": [
-            {"layer": place, "t": dict(zip(_columns(plan), ts, strict=True))} for place, ts in _schedule(plan)
-        ],
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
         "num_kept": plan.num_kept,
@@ -119,12 +112,11 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
 
 def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     plan, layout = prepared.plan, prepared.layout
-    base, ft = (shown(name) for name in plan.names)
     many = len(plan.ts) > 1
-    yield f"Plan: {plan.method} at t = {_ts(plan.ts)}; t=0 is BASE ({base}), t=1 is FT ({ft})"
+    yield first_line(plan)
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters)"
     if plan.num_kept:
-        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are BASE's as they are"
+        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are {_whose(plan)} as they are"
     again = " (tensors that do not fit the memory twice)" if prepared.read_bytes > plan.input_bytes else ""
     yield f"  read      {_size(prepared.read_bytes)}{again}"
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
@@ -139,47 +131,14 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     if len(plan.shards) > 10:
         yield f"            and {len(plan.shards) - 10:,} more"
     yield f"  copied    {len(prepared.side_files.copied):,} other files"
-    yield from _schedule_lines(prepared)
+    yield from effective_lines(plan)
     yield (
         "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
     )
 
 
-def _schedule_lines(prepared: Prepared, most: int = 500) -> Iterator[str]:
-    """The t of each layer's tensors, a column per rule."""
-    rows = _schedule(prepared.plan)
-    if not rows:
-        return
-    titles = [shown(column, 40) for column in _columns(prepared.plan)]
-    cells = [[shown(place, 60), *map(_ts_of, ts)] for place, ts in rows[:most]]
-    yield ""
-    yield from _table([["t of", *titles], *cells])
-    if len(rows) > most:
-        yield f"and {len(rows) - most:,} more layers"
-    yield ""
-
-
-def _columns(plan: MergePlan) -> list[str]:
-    return [*(rule.pattern.text for rule in plan.recipe.rules), "the rest"]
-
-
-def _schedule(plan: MergePlan) -> list[tuple[str, list[list[float]]]]:
-    """Each layer's name, and for each column the t of its tensors in every output; nothing for a plan without rules."""
-    schedule = Schedule(plan.recipe.rules, [job.out.name for job in plan.jobs()])
-    rows: dict[str, list[list[float]]] = {}
-    for job in plan.jobs() if schedule.rules else ():
-        if job.is_copied:
-            continue
-        stack, layer = split_layer(job.out.name) or ("", None)
-        place = "outside layers" if layer is None else f"{stack}{layer}"
-        rule = schedule.find(job.out.name)
-        columns = rows.setdefault(place, [[] for _ in _columns(plan)])
-        columns[-1 if rule is None else rule] = list(job.ts)
-    return sorted(rows.items(), key=lambda row: (row[0] == "outside layers", natural_key(row[0])))
-
-
-def _ts_of(values: Sequence[float]) -> str:
-    return ", ".join(f"{t:.4g}" for t in (values if len(set(values)) > 1 else values[:1])) or "-"
+def _whose(plan: MergePlan) -> str:
+    return "BASE's" if plan.is_pair else "one model's"
 
 
 def report_json(report: MergeReport) -> dict[str, Any]:
@@ -210,7 +169,7 @@ def report_lines(report: MergeReport) -> Iterator[str]:
         yield f"{where}: already complete, nothing to do."
         return
     moved = report.input_bytes + report.output_bytes
-    what = f"{report.method} at t = {_ts(report.ts)}"
+    what = f"{report.method} at t = {ts_text(report.ts)}"
     if report.num_scheduled:
         what += f" ({report.num_scheduled:,} tensors at a t of their own)"
     yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
@@ -235,11 +194,11 @@ def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
     for title, groups in (("by layer", diff.layers), ("by module", diff.modules)):
         if groups:
             yield ""
-            yield from _table([[title, *head], *([shown(g.name), *_group_cells(g)] for g in groups)])
+            yield from table_lines([[title, *head], *([shown(g.name), *_group_cells(g)] for g in groups)])
     if every_tensor:
         yield ""
         rows = [[shown(t.name), *_tensor_cells(t)] for t in diff.tensors]
-        yield from _table([["tensor", "angle", "norm ratio", "relative change", ""], *rows])
+        yield from table_lines([["tensor", "angle", "norm ratio", "relative change", ""], *rows])
     else:
         largest = sorted((t for t in diff.tensors if t.angle_degrees), key=lambda t: -(t.angle_degrees or 0))[:5]
         if largest:
@@ -279,14 +238,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns in line: the first to the left, the others to the right."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        yield "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
-
-
 def scores_line(point: SweepPoint) -> str:
     return f"t = {label_t(point.t)}: " + ", ".join(f"{shown(name)} {value:g}" for name, value in point.scores.items())
 
@@ -296,17 +247,13 @@ def sweep_lines(report: SweepReport) -> Iterator[str]:
     rows = [["t", *report.names, ""]]
     for point in report.points:
         rows.append([label_t(point.t), *(f"{point.scores[n]:g}" for n in report.names), "*" * point.is_pareto])
-    yield from _table(rows)
+    yield from table_lines(rows)
     best = ", ".join(label_t(point.t) for point in report.points if point.is_pareto)
     less = [shown(name) for name in report.names if name in report.less_is_better]
     rest = "" if len(less) == len(report.names) else "; more for the rest" if less else "More is better"
     wanted = f"Less is better for {', '.join(less)}" if less else ""
     yield f"Pareto-optimal (*): t = {best}. {wanted}{rest}."
     yield f"{shown(report.folder)}: sweep.csv has the table."
-
-
-def _ts(ts: Sequence[float]) -> str:
-    return ", ".join(label_t(t) for t in ts)
 
 
 def _size(nbytes: int) -> str:

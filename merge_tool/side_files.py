@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ from merge_tool.checkpoint.folder import Folder, is_weight_file
 from merge_tool.errors import CheckpointError, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
+RECIPE = "mergekit_config.yml"  # where other tools look for a recipe; verbatim
 BASE_CARD, FT_CARD = "README.base.md", "README.ft.md"  # what the parents' own cards become
 WORK = ".slerp-merge"
 
@@ -28,7 +29,7 @@ _SKIPPED_FILES = re.compile(
     r"|[^/]*\.(safetensors|bin)\.index\.json|\.DS_Store"
 )
 _CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(torch\.)?((?:[^"\\]|\\.)*)(")')
-_CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +49,21 @@ class SideFiles:
     copied: tuple[SideFile, ...]
     skipped: tuple[str, ...]
     unmerged: tuple[str, ...]
+    layers: tuple[int, ...] = ()  # which of the model's layers each of the output's was, if that changes
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.copied)
 
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
-        """What the output's copy of `file` holds: its bytes, or config.json with `dtype`, if that changed."""
+        """What the output's copy of `file` holds: its bytes; of config.json with `dtype` and layers, if they change."""
         assert self.folder is not None
         path = self.folder.regular(file.source)
         try:
-            if dtype is not None and file.source == "config.json":
-                yield edit_config_dtype(path.read_bytes(), dtype)
+            if file.source == "config.json" and (dtype is not None or self.layers):
+                config = path.read_bytes()
+                config = config if dtype is None else edit_config_dtype(config, dtype)
+                yield edit_config_layers(config, self.layers) if self.layers else config
                 return
             with path.open("rb") as content:
                 while chunk := content.read(_COPY_BYTES):
@@ -90,7 +94,7 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
             in_module = len(path.parts) > 1 and path.parts[0] in modules
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
-            unwanted |= relative in {REPORT, SUMS} or (relative == card and folder.has(CARD))
+            unwanted |= relative in {REPORT, SUMS, RECIPE} or (relative == card and folder.has(CARD))
         if unwanted and relative not in merged:
             skipped.append(f"{relative}/" if is_folder else relative)
         return unwanted or relative in merged
@@ -144,6 +148,28 @@ def edit_config_dtype(config: bytes, dtype: str) -> bytes:
         return before + (prefix or b"") + (name if is_ours else old) + quote
 
     return _CONFIG_DTYPE.sub(replace, config)
+
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def edit_config_layers(config: bytes, layers: Sequence[int]) -> bytes:
+    """config.json for a model whose layer k was layer `layers[k]`: their number, and every list that has one entry per
+    layer, in the sub-config of the text model, too."""
+    content = json.loads(config)
+    for part in (content, content.get("text_config")):
+        if isinstance(part, dict):
+            _restack(part, layers)
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _restack(part: dict[str, Any], layers: Sequence[int]) -> None:
+    counts = [part[key] for key in _LAYER_COUNTS if isinstance(part.get(key), int)]
+    for key, value in part.items():
+        if key in _LAYER_COUNTS and isinstance(value, int):
+            part[key] = len(layers)
+        elif isinstance(value, list) and len(value) in counts and "layer" in key and max(layers) < len(value):
+            part[key] = [value[k] for k in layers]
 
 
 def _dtype_keys(value: Any, *, is_config: bool) -> Iterator[bool]:

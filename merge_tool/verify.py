@@ -25,7 +25,8 @@ from merge_tool.side_files import CARD, REPORT, SUMS, WORK
 
 _MOST = 50  # tensors too many that are named
 _HEAD: Mapping[str, type | tuple[type, ...]] = {
-    "method": str, "t": (int, float), "inputs": dict, "options": dict, "shards": dict, "samples_sha256": list,
+    "method": str, "t": (int, float, type(None)), "inputs": dict, "options": dict, "shards": dict,
+    "samples_sha256": list,
 }  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def test_the_options_are_frozen() -> None:
     context = click.Context(slerp_merge)
     found = sorted(o for p in slerp_merge.get_params(context) for o in p.opts if o.startswith("--"))
     assert found == OPTIONS
-    assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "sweep", "verify"]
+    assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "run", "sweep", "verify"]
 
 
 def test_merge_tool_merge_is_slerp_merge(tmp_path: Path, pair: tuple[Path, Path]) -> None:

@@ -28,6 +28,11 @@ ARROWS: dict[str, set[str]] = {
     "methods.pair": set(),
     "methods.steps": {"methods.pair"},
     "methods.passes": {"methods.pair", "methods.steps"},
+    "methods.tiles": {"methods.pair", "methods.steps"},
+    "methods.geometric": {"methods.pair", "methods.steps", "methods.tiles"},
+    "methods.sparse": {"methods.pair", "methods.steps", "methods.tiles"},
+    "methods.rowwise": {"methods.pair", "methods.sparse", "methods.steps", "methods.tiles"},
+    "methods.many": {"methods", "methods.steps"},
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
     "renaming": {"checkpoint.reader", "errors"},
@@ -37,6 +42,16 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.reader", "checkpoint.source", "errors",
         "lora_config", "low_rank", "renaming",
     },
+    "settings": set(),
+    "model_ref": {"errors"},
+    "yaml_text": {"errors"},
+    "models_recipe": {"methods.steps", "model_ref", "settings"},
+    "parameters": {"errors", "methods.steps", "models_recipe", "settings", "yaml_text"},
+    "mergekit": {
+        "errors", "methods.steps", "model_ref", "models_recipe", "parameters", "settings", "yaml_text",
+    },
+    "stacks": {"errors", "schedule"},
+    "expand": {"errors", "methods.steps", "models_recipe", "renaming", "schedule", "settings", "stacks"},
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
@@ -63,8 +78,9 @@ ARROWS: dict[str, set[str]] = {
         "run", "schedule", "side_files",
     },
     "remerge": {
-        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "methods", "plan", "prepare",
-        "recipe", "report", "run", "side_files", "work",
+        "_version", "api", "buffers", "checkpoint.folder", "lora",
+        "checkpoint.source", "errors", "methods", "plan", "prepare", "recipe", "report", "run", "side_files",
+        "work",
     },
     "verify": {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
@@ -76,35 +92,35 @@ ARROWS: dict[str, set[str]] = {
     },
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
-        "api", "compare", "diff", "errors", "matching", "plan", "prepare", "recipe", "report", "schedule", "sweep",
-        "verify",
+        "api", "compare", "diff", "errors", "plan", "prepare", "recipe", "report", "show_plan", "sweep", "verify",
     },
     "cli": {
-        "_version", "api", "compare", "diff", "errors", "memory", "methods", "plot", "prepare", "recipe", "show",
-        "sweep", "verify",
+        "_version", "api", "compare", "diff", "errors", "memory", "methods", "models", "plot", "prepare", "recipe",
+        "show", "sweep", "verify",
     },
+    "models": {
+        "api", "checkpoint.reader", "errors", "expand", "mergekit", "methods.many", "methods.steps",
+        "models_recipe", "output", "plan", "plan_models", "prepare", "recipe",
+    },
+    "plan_models": {
+        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "expand", "matching",
+        "methods.steps", "models_recipe", "plan", "recipe", "schedule",
+    },
+    "show_plan": {"errors", "matching", "plan", "recipe", "schedule"},
 }  # fmt: skip
 OUTSIDE = {
     "click": {"cli"},
     "tqdm": {"cli"},
-    "yaml": {"card"},
+    "yaml": {"card", "models", "yaml_text"},
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
-        "methods.pair",
-        "methods.steps",
-        "methods.passes",
-        "checkpoint.reader",
-        "run",
-        "buffers",
-        "diff",
-        "low_rank",
-        "prepare",
-        "work",
+        "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
+        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "low_rank", "prepare", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader"},
     "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
-}
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

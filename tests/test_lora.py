@@ -347,6 +347,8 @@ def test_a_tied_heads_copy_is_left_out_aloud_and_one_trained_apart_refused(tmp_p
         ({"r": "8"}, "adapter_config.json: r is '8', expected a number."),
         ({"lora_alpha": None}, "adapter_config.json: lora_alpha is 'None', expected a number."),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is not a regular expression"),
+        ({"rank_pattern": {"(q+)+": 3}}, "rank_pattern: '(q+)+' repeats too much. Write the layers' names there."),
+        ({"alpha_pattern": {".*.*.*x": 3}}, "alpha_pattern: '.*.*.*x' repeats too much."),
         ({"alpha_pattern": [1]}, "alpha_pattern is '[1]', expected names with their values."),
     ],
 )

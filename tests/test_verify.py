@@ -556,3 +556,16 @@ def test_outputs_mutated_and_signed_anew_are_found_in_full(tmp_path: Path, pair:
                 assert str(e)  # noqa: PT017 - a refusal is as good
         for other, content in whole.items():
             (tmp_path / "out" / other).write_bytes(content)
+
+
+def test_a_pattern_that_never_ends_is_refused(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report's regular expression is a stranger's: nothing hangs for it."""
+    monkeypatch.setattr("merge_tool.remerge._MATCH_SECONDS", 2)
+    merge(*pair, tmp_path / "out", exclude=["lm_head"])
+    edit_report(tmp_path / "out", lambda h, t: h["options"].update(exclude=[r"re:^(\w+\.?)+#$"]))
+    with pytest.raises(MergeToolError, match="take longer than 2 s"):
+        problems(tmp_path / "out", *pair)
+    edit_report(tmp_path / "out", lambda h, t: h["options"].update(exclude=["re:lm_head"]))
+    assert all("take longer" not in problem for problem in problems(tmp_path / "out", *pair))

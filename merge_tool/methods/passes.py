@@ -129,7 +129,7 @@ def start_pass(asked: Pass, given: Given, num_tiles: int) -> Running:
     if isinstance(asked, OrderStatistics):
         return _RunningOrder(asked)
     if isinstance(asked, ColumnSums):
-        return _RunningColumnSums(asked, given.columns)
+        return _RunningColumnSums(asked, given.columns if asked.columns is None else asked.columns)
     raise TypeError(f"a method yields Sums, OrderStatistics or ColumnSums, not {type(asked).__name__}")
 
 
@@ -178,6 +178,6 @@ def cut_tile(
 
     def part(values: Array) -> Array:
         flat = values.reshape(-1)[begin : begin + size].astype(np.float64)
-        return flat if granularity == FLAT else flat.reshape(-1, given.columns)
+        return flat if granularity == FLAT else flat.reshape(len(flat) // max(1, given.columns), given.columns)
 
     return Tile(begin, None if base is None else part(base), [part(x) for x in inputs], given.key)

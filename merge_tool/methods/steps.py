@@ -114,10 +114,11 @@ class OrderStatistics:
 @dataclass(frozen=True, slots=True)
 class ColumnSums:
     """A pass for matrices, in a method of rows: `of(tile)` is [size, columns] float64, found the sum over all tiles,
-    added in the tiles' order."""
+    added in the tiles' order. `columns` is the row's length, unless given."""
 
     of: Callable[[Tile], Array]
     size: int
+    columns: int | None = None
 
 
 Pass: TypeAlias = Sums | OrderStatistics | ColumnSums

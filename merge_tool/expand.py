@@ -1,0 +1,245 @@
+"""`ModelsRecipe` + the models' tensor names -> one `Ask` per tensor of the output: what it is merged from, and with
+which parameters. Names and numbers only; no table of architectures, every layer is known by the number in its names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_tool.errors import MismatchError, RecipeError, listed, shown
+from merge_tool.methods.steps import REQUIRED
+from merge_tool.models_recipe import PAIRS, ModelsRecipe, Module, Slice, Source, Terms, all_terms
+from merge_tool.renaming import Renaming
+from merge_tool.schedule import split_layer
+from merge_tool.settings import MISSING, Settings, resolve
+from merge_tool.stacks import Owners, Stacks, comes_last
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One tensor of the output. `base` and `inputs` are (model's number, the tensor's name there), the inputs in the
+    recipe's order; for slerp they are the two models, the one at t = 0 first, and `base` is None. `shared` holds the
+    method's parameters, `each` those with a value per input; defaults are filled in."""
+
+    name: str
+    base: tuple[int, str] | None
+    inputs: tuple[tuple[int, str], ...]
+    shared: Mapping[str, Any]
+    each: Mapping[str, tuple[Any, ...]]
+
+
+def expand(
+    recipe: ModelsRecipe,
+    names: Sequence[Collection[str]],
+    methods: Mapping[str, Terms],
+    renamings: Mapping[int, Renaming] | None = None,
+) -> list[Ask]:
+    """What is asked for every tensor of the output, with `names` of each model's tensors; the donor's order first.
+
+    `renamings` say, by model, what it calls the tensors of `recipe.donor`, and which of its own have no place there.
+    Raises MismatchError, all at once, for tensors that some of the models lack and layers that they do not have;
+    RecipeError for stacks that cannot be told apart and for parameters that some tensors are left without.
+    """
+    expansion = _Expansion(recipe, names, renamings or {})
+    places = list(expansion.places())
+    expansion.check()
+    return _with_parameters(recipe, all_terms(methods)[recipe.method], expansion.known, places)
+
+
+def unused_filters(recipe: ModelsRecipe, asks: Iterable[Ask]) -> Iterator[str]:
+    """Warnings for filters that no tensor's name contains: written as globs or regular expressions, most often."""
+    found = {name for ask in asks for name in (ask.name, *(name for _, name in ask.inputs))}
+    scopes: list[Settings] = [recipe.parameters]
+    for module in recipe.modules:
+        scopes.append(module.parameters)
+        for part in module.slices:
+            scopes += [part.parameters, *(source.parameters for source in part.sources)]
+    filters = {choice.part: key for scope in scopes for key, setting in scope.items() for choice in setting.choices}
+    for text, key in filters.items():
+        if text is not None and not any(text in name for name in found):
+            yield (
+                f"The filter '{shown(text)}' of '{shown(key)}' is in no tensor's name. A filter is a part of the name, "
+                "no glob and no regular expression."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A tensor of the output before its parameters: `names` are those in the slice's sources, in their order, as the
+    donor would call them."""
+
+    name: str
+    names: tuple[str, ...]
+    position: float
+    part: Slice
+    module: Module
+
+
+class _Expansion:
+    """Which tensors there are, and what they are called in each source."""
+
+    def __init__(
+        self, recipe: ModelsRecipe, names: Sequence[Collection[str]], renamings: Mapping[int, Renaming]
+    ) -> None:
+        self._recipe = recipe
+        donor = names[recipe.donor]
+        self.known = [_known_as(found, donor, renamings.get(k, Renaming())) for k, found in enumerate(names)]
+        self._stacks = Stacks(dict.fromkeys(name for k in self._donor_first(recipe.sources) for name in self.known[k]))
+        self._owners = None
+        if recipe.modules[0].name is not None:
+            self._owners = Owners(self._stacks, [module.name or "" for module in recipe.modules])
+        self._rests: dict[tuple[int, str], dict[int, list[str]]] = {}
+        self._ranges: dict[str, None] = {}
+        self._lacking: dict[int, dict[str, None]] = {}
+
+    def places(self) -> Iterator[_Place]:
+        for module in self._recipe.modules:
+            for place in self._module(module) if module.num_layers is None else self._sliced(module):
+                for source, name in zip(place.part.sources, place.names, strict=True):
+                    if name not in self.known[source.model]:
+                        self._lacking.setdefault(source.model, {})[name] = None
+                yield place
+
+    def check(self) -> None:
+        """Raise MismatchError for all that does not fit."""
+        problems = list(self._ranges)
+        for k, lacking in self._lacking.items():
+            problems.append(f"{len(lacking):,} tensors are not in {self._shown(k)}: {listed(lacking)}")
+        if problems:
+            layers = "; ".join(filter(None, map(self._layers_of, self._donor_first(self._recipe.sources))))
+            raise MismatchError(
+                "The models do not fit together as the recipe says.\n  "
+                + "\n  ".join(problems)
+                + (f"\n(Layers: {layers}.)" if layers else "")
+                + "\nAll models must be of one architecture; give `slices` where their numbers of layers differ."
+            )
+
+    def _module(self, module: Module) -> Iterator[_Place]:
+        """All layers, as they are."""
+        part = module.slices[0]
+        for name in self._names(module, part):
+            yield _Place(name, (name,) * len(part.sources), self._stacks.position(name), part, module)
+
+    def _sliced(self, module: Module) -> Iterator[_Place]:
+        """What is before the layers with the first slice's models, the layers, what is after them with the last's."""
+        stack = self._stacks.only() if self._owners is None else self._owners.stack(module.name or "")
+        yield from self._loose(module, stack, module.slices[0], last=False)
+        number = 0
+        for part in module.slices:
+            has_layers = [self._has_layers(source, stack) for source in part.sources]
+            if all(has_layers):
+                yield from self._layers(module, stack, part, number)
+            number += part.num_layers or 0
+        yield from self._loose(module, stack, module.slices[-1], last=True)
+
+    def _loose(self, module: Module, stack: str, part: Slice, *, last: bool) -> Iterator[_Place]:
+        for name in self._names(module, part):
+            if (split_layer(name) or ("",))[0] != stack and comes_last(name) is last:
+                yield _Place(name, (name,) * len(part.sources), 0.0, part, module)
+
+    def _layers(self, module: Module, stack: str, part: Slice, number: int) -> Iterator[_Place]:
+        length = part.num_layers or 0
+        for offset in range(length):
+            layers = [(source.layers or (0, 0))[0] + offset for source in part.sources]
+            rests: dict[str, None] = {}
+            for source, layer in zip(part.sources, layers, strict=True):
+                rests |= dict.fromkeys(self._layer(source.model, stack).get(layer, ()))
+            position = offset / (length - 1) if length > 1 else 1.0
+            for rest in rests:
+                names = tuple(f"{stack}{layer}{rest}" for layer in layers)
+                yield _Place(f"{stack}{number + offset}{rest}", names, position, part, module)
+
+    def _names(self, module: Module, part: Slice) -> list[str]:
+        """The names of a slice's sources that belong to the module, the donor's first."""
+        found: dict[str, None] = {}
+        for k in self._donor_first({source.model for source in part.sources}):
+            found |= dict.fromkeys(self.known[k])
+        return [name for name in found if self._owners is None or self._owners.owner(name) == module.name]
+
+    def _layer(self, model: int, stack: str) -> dict[int, list[str]]:
+        """What stands behind the number in a model's names, by layer."""
+        if (model, stack) not in self._rests:
+            rests: dict[int, list[str]] = {}
+            for name in self.known[model]:
+                if (found := split_layer(name)) and found[0] == stack:
+                    rests.setdefault(found[1], []).append(name[len(stack) + len(str(found[1])) :])
+            self._rests[model, stack] = rests
+        return self._rests[model, stack]
+
+    def _has_layers(self, source: Source, stack: str) -> bool:
+        first, end = source.layers or (0, 0)
+        count = max(self._layer(source.model, stack), default=-1) + 1
+        if end > count:
+            self._ranges[
+                f"layer_range [{first}, {end}] of {self._shown(source.model)}: it has {count:,} layers in "
+                f"{shown(stack)}, so the range ends at {count:,} at most"
+            ] = None
+        return end <= count
+
+    def _layers_of(self, model: int) -> str:
+        own = Stacks(self.known[model])
+        counts = ", ".join(f"{own.num_layers(stack):,} in {shown(stack)}" for stack in own.of_layers[:3])
+        return f"{self._shown(model)} has {counts}" if counts else ""
+
+    def _donor_first(self, models: Iterable[int]) -> list[int]:
+        return sorted(models, key=lambda k: (k != self._recipe.donor, k))
+
+    def _shown(self, model: int) -> str:
+        return shown(self._recipe.models[model])
+
+
+def _known_as(names: Collection[str], donor: Collection[str], renaming: Renaming) -> dict[str, str]:
+    """The donor's names for a model's tensors -> the model's own."""
+    renamed = {name for name in renaming.ft_names.values() if name not in donor}
+    return {n: n for n in names if n not in renamed and n not in renaming.copies} | dict(renaming.ft_names)
+
+
+def _with_parameters(
+    recipe: ModelsRecipe, method: Terms, known: Sequence[Mapping[str, str]], places: Iterable[_Place]
+) -> list[Ask]:
+    """The asks, or RecipeError for all tensors that a required parameter has no value for."""
+    shelf: dict[Any, Any] = {}  # most tensors have the same parameters: one mapping for them all
+    unset: dict[str, list[str]] = {}
+    asks = []
+    for place in places:
+        scopes = [place.part.parameters, place.module.parameters, recipe.parameters]
+        shared, each = {}, {}
+        for key, default in method.shared.items():
+            shared[key] = _value(key, default, scopes, place.name, place.position, unset)
+        order = _order(recipe, place.part)
+        for key, default in method.each.items():
+            each[key] = tuple(
+                _value(key, default, [place.part.sources[k].parameters, *scopes], place.names[k], place.position, unset)
+                for k in order
+            )
+        sources = [(s.model, known[s.model][name]) for s, name in zip(place.part.sources, place.names, strict=True)]
+        base = None if place.part.base is None or recipe.method in PAIRS else sources[place.part.base]
+        found = (shared, each)
+        found = shelf.setdefault((*shared.values(), *each.values()), found)
+        asks.append(Ask(place.name, base, tuple(sources[k] for k in order), *found))
+    if unset:
+        lines = [f"'{shown(key)}' of {len(names):,} tensors: {listed(names)}" for key, names in unset.items()]
+        raise RecipeError(
+            f"{recipe.method} needs values that the recipe's filters give to other tensors only.\n  "
+            + "\n  ".join(lines)
+            + "\nAdd an entry without a filter at the end: {value: ...}."
+        )
+    return asks
+
+
+def _order(recipe: ModelsRecipe, part: Slice) -> list[int]:
+    """The places of a slice's inputs among its sources."""
+    others = [k for k in range(len(part.sources)) if k != part.base]
+    return [part.base, *others] if recipe.method in PAIRS and part.base is not None else others
+
+
+def _value(
+    key: str, default: Any, scopes: Sequence[Settings], name: str, position: float, unset: dict[str, list[str]]
+) -> Any:
+    value = resolve(key, scopes, name, position)
+    if value is MISSING:
+        value = default
+        if default is REQUIRED:
+            unset.setdefault(key, []).append(name)
+    return value

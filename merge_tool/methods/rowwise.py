@@ -1,0 +1,144 @@
+"""Methods that look at rows (the last dimension) or at single elements; at most one threshold of the whole tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge_tool.methods.pair import Array
+from merge_tool.methods.sparse import Mask, merge_masked
+from merge_tool.methods.steps import Given, OrderStatistics, Steps, Tile
+from merge_tool.methods.tiles import magnitudes, number, numbers, of_elements
+
+# ---------------------------------------------------------------------------------------------- della
+
+
+def mean_ranks(values: Array) -> Array:
+    """Each value's 0-based place within its row, ascending; equal values share the mean of their places."""
+    order = np.argsort(values, axis=-1, kind="stable")
+    in_order = np.take_along_axis(values, order, axis=-1)
+    begins = np.ones(values.shape, bool)
+    begins[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
+    del in_order
+    places = np.arange(values.shape[-1])
+    first = np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+    ends = np.ones(values.shape, bool)
+    ends[:, :-1] = begins[:, 1:]
+    last = np.minimum.accumulate(np.where(ends, places, len(places))[:, ::-1], axis=-1)[:, ::-1]
+    np.add(first, last, out=first)
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, first / 2, axis=-1)
+    return ranks
+
+
+def _by_rank(given: Given) -> Mask:
+    """DELLA's mask: an element stays with a probability from density - epsilon (the smallest of its row) to density +
+    epsilon (the largest), evenly by rank, and is then divided by it where `rescale`.
+
+    P. T. Deep, R. Bhardwaj and S. Poria, "DELLA-Merging", 2024, whose epsilon is the whole width, twice this one.
+    """
+    densities, epsilons = numbers(given, "density", 0.0, 1.0), numbers(given, "epsilon", 0.0)
+    for p, e in zip(densities, epsilons, strict=True):
+        if 0 < p < 1 and not (p - e >= -1e-9 and p + e <= 1 + 1e-9):
+            raise ValueError(
+                f"epsilon is {e:g} at a density of {p:g}; density - epsilon must be at least 0, and density + "
+                "epsilon at most 1."
+            )
+    rescale = bool(given["rescale"])
+
+    def mask(tile: Tile, i: int, d: Array) -> None:
+        p, e = densities[i], epsilons[i]
+        if p == 1:
+            return
+        if p == 0:
+            d[:] = 0.0
+            return
+        keep = mean_ranks(np.abs(d))
+        keep *= 2 * e / max(1, d.shape[-1] - 1)
+        keep += p - e if d.shape[-1] > 1 else p
+        dropped = tile.uniform(i) >= keep
+        if rescale:
+            np.divide(d, keep, out=d, where=~dropped)
+        np.copyto(d, 0.0, where=dropped)
+
+    return mask
+
+
+@of_elements
+def della(given: Given) -> Steps:
+    yield from ()
+    return merge_masked(given, _by_rank(given), consensus=True)
+
+
+@of_elements
+def della_linear(given: Given) -> Steps:
+    yield from ()
+    return merge_masked(given, _by_rank(given), consensus=False)
+
+
+# ------------------------------------------------------------------------------------------- nearswap
+
+
+def nearswap(given: Given) -> Steps:
+    """w x + (1 - w) base with w = min(1, t / |x - base|): the base moved towards x by t, or to x if that is nearer."""
+    t = number(given, "t", 0.0)
+    yield from ()
+
+    def combine(tile: Tile) -> Array:
+        x = tile.inputs[0]
+        d = x - tile.base
+        moved: Array = tile.base + np.clip(d, -t, t)
+        np.copyto(moved, x, where=np.abs(d) <= t)
+        return moved
+
+    return combine
+
+
+# --------------------------------------------------------------------------------------- arcee fusion
+
+
+def _log_softmax(rows: Array) -> Array:
+    shifted: Array = rows - rows.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.add.reduce(np.exp(shifted), axis=-1, keepdims=True))
+    return shifted
+
+
+def divergence(x: Array, base: Array) -> Array:
+    """KL(softmax(x) || softmax(base)) of each row, [rows, 1].
+
+    As sum p (r + exp(-r) - 1) with r = log p - log q, which is the same, as both sum to 1, and adds no terms of
+    different sign: near rows have a divergence of 1e-8 and less, where sum p r has few digits.
+    """
+    r, q = _log_softmax(x), _log_softmax(base)
+    p = np.exp(r)
+    r -= q
+    np.exp(q, out=q)
+    far = r < -1  # there exp(-r) may overflow, and p (r - 1) + q is as good
+    terms = np.expm1(-np.maximum(r, -1.0))
+    terms += r
+    terms *= p
+    np.copyto(terms, p * (r - 1.0) + q, where=far)
+    return np.asarray(np.add.reduce(terms, axis=-1, keepdims=True))
+
+
+def importance(tile: Tile) -> Array:
+    """|x - base| times its row's divergence."""
+    x = tile.inputs[0]
+    weight = divergence(x, tile.base)
+    return np.asarray(np.abs(x - tile.base) * weight)
+
+
+@of_elements
+def arcee_fusion(given: Given) -> Steps:
+    """x where its importance is at least median + 1.5 (q3 - q1) of the tensor's importances, else the base.
+
+    The quartiles are the values of ranks int(q (numel - 1)).
+    """
+    ranks = [int(q * (given.numel - 1)) for q in (0.25, 0.5, 0.75)]
+    ((q1, median, q3),) = yield OrderStatistics(lambda tile: [magnitudes(importance(tile))], [ranks])
+    threshold = np.float32(median + 1.5 * (q3 - q1))
+
+    def combine(tile: Tile) -> Array:
+        matters = magnitudes(importance(tile)) >= threshold
+        return np.where(matters, tile.inputs[0], tile.base)
+
+    return combine

@@ -1,0 +1,168 @@
+"""What the methods share: sums over a tile, sums over all tiles that stay within float64, and parameters checked.
+
+No BLAS and no reduction whose order depends on where an array lies, as in `pair`: the same tensors, the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from merge_tool.methods.pair import Array, PairSums, is_finite, refinement
+from merge_tool.methods.steps import Given, Pass, Steps, Sums, Tile
+
+Vectors: TypeAlias = Callable[[Tile], Sequence[Array]]  # the tile's vectors, float64; those who ask may write to them
+
+_LANES = 1_024  # partial sums of a tile, then added pairwise
+_BALANCED = 1e-9  # weights whose sum is this much less than their magnitudes' add up to zero but for rounding
+
+
+# ------------------------------------------------------------------------------------------- one tile
+
+
+def dot(a: Array, b: Array) -> float:
+    """The inner product of all elements of two arrays of one shape."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    whole = len(a) // _LANES * _LANES
+    with np.errstate(over="ignore", invalid="ignore"):
+        lanes = np.einsum("ij,ij->j", a[:whole].reshape(-1, _LANES), b[:whole].reshape(-1, _LANES))
+        lanes[: len(a) - whole] += a[whole:] * b[whole:]
+        return float(np.add.reduce(lanes))
+
+
+def row_dots(a: Array, b: Array) -> Array:
+    """The inner products of the rows of [rows, columns], as [rows, 1]."""
+    return np.asarray(np.add.reduce(a * b, axis=-1, keepdims=True))
+
+
+def magnitudes(values: Array) -> Array:
+    """|values| rounded to float32, as order statistics are: what a threshold is compared with."""
+    with np.errstate(over="ignore"):
+        return np.abs(values).astype(np.float32)
+
+
+def weigh(coefficients: Sequence[float], arrays: Sequence[Array]) -> None:
+    """x_i becomes c_i x_i."""
+    for c, x in zip(coefficients, arrays, strict=True):
+        np.multiply(x, c, out=x)
+
+
+def mix(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
+    """sum_i c_i x_i, in the arrays' own memory."""
+    weigh(coefficients, arrays)
+    for x in arrays[1:]:
+        np.add(arrays[0], x, out=arrays[0])
+    return arrays[0]
+
+
+# ------------------------------------------------------------------------------------------ all tiles
+
+
+def in_range(
+    of: Callable[[Tile, float], Sequence[float]], size: int
+) -> Generator[Pass, list[float], tuple[list[float], float]]:
+    """Sums of squares and products, `of(tile, scale)` of the values times `scale`, and the scale that was used.
+
+    It is 1, but for float64 tensors whose squares leave float64's range: then another power of two.
+    """
+    found = yield Sums(lambda tile: of(tile, 1.0), size)
+    largest = max(map(abs, found), default=0.0)
+    if not all(map(math.isfinite, found)):
+        return (yield Sums(lambda tile: of(tile, 2.0**-600), size)), 2.0**-600
+    if 0 < largest < 1e-200:
+        return (yield Sums(lambda tile: of(tile, 2.0**500), size)), 2.0**500
+    return found, 1.0
+
+
+def gram(vectors: Vectors, n: int) -> Generator[Pass, list[float], tuple[Array, float]]:
+    """All inner products [n, n] of n vectors times a scale, and the scale."""
+    places = [(i, j) for i in range(n) for j in range(i, n)]
+
+    def of(tile: Tile, scale: float) -> list[float]:
+        xs = _scaled(vectors(tile), scale)
+        return [dot(xs[i], xs[j]) for i, j in places]
+
+    found, scale = yield from in_range(of, len(places))
+    table = np.zeros((n, n))
+    for (i, j), value in zip(places, found, strict=True):
+        table[i, j] = table[j, i] = value
+    return table, scale
+
+
+def pair_sums(vectors: Vectors) -> Generator[Pass, list[float], PairSums]:
+    """What `pair` needs of two vectors for their angle, refined by more passes where digits were lost."""
+
+    def of(tile: Tile, scale: float) -> list[float]:
+        x, d = _scaled(vectors(tile), scale)
+        np.subtract(d, x, out=d)
+        return [dot(x, x), dot(x, d), dot(d, d)]
+
+    (xx, xd, dd), scale = yield from in_range(of, 3)
+    sums = PairSums(xx, xd, dd, scale)
+    while is_finite(sums) and (found := refinement(sums)) is not None:
+        sign, factor = found
+        yy, ee = yield Sums(functools.partial(_refined, vectors, scale, sign * factor), 2)
+        sums = PairSums(xx, xd, dd, scale, (sign, factor, yy, ee))
+    return sums
+
+
+def _refined(vectors: Vectors, scale: float, factor: float, tile: Tile) -> list[float]:
+    x, e = _scaled(vectors(tile), scale)
+    yy = dot(e, e)
+    np.multiply(x, factor, out=x)
+    np.subtract(e, x, out=e)
+    return [yy, dot(e, e)]
+
+
+def _scaled(vectors: Sequence[Array], scale: float) -> Sequence[Array]:
+    if scale != 1.0:
+        for x in vectors:
+            np.multiply(x, scale, out=x)
+    return vectors
+
+
+def of_elements(steps: Callable[[Given], Steps]) -> Callable[[Given], Steps]:
+    """A method that may take it that there is at least one element."""
+
+    @functools.wraps(steps)
+    def begin(given: Given) -> Steps:
+        if given.numel == 0:
+            return lambda tile: tile.inputs[0]
+        return (yield from steps(given))
+
+    return begin
+
+
+# ----------------------------------------------------------------------------------------- parameters
+
+
+def numbers(given: Given, name: str, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """A parameter's value for each input. Raises ValueError, before any pass, for what is no number in the range."""
+    return [_number(name, value, low, high) for value in given.each[name]]
+
+
+def number(given: Given, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A parameter's value for the tensor. Raises ValueError as `numbers` does."""
+    return _number(name, given.shared[name], low, high)
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number.")
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} is {value}; it must be {bounds}.")
+    return float(value)
+
+
+def weight_sum(weights: Sequence[float], remedy: str) -> float:
+    """What to divide by for weights that add up to 1. Raises ValueError where they add up to 0."""
+    found = math.fsum(weights)
+    if abs(found) <= _BALANCED * math.fsum(map(abs, weights)):
+        listed = ", ".join(f"{w:g}" for w in weights)
+        raise ValueError(f"the values of weight ({listed}) add up to 0 and cannot be normalized; {remedy}.")
+    return found

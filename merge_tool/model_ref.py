@@ -1,0 +1,75 @@
+"""How a recipe names a model: PATH[@REVISION][+ADAPTER[@REVISION]]. What exists on disk under the whole text wins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from merge_tool.errors import RecipeError, shown
+
+_MOST_CHARACTERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A folder, file or repository id, at a revision, perhaps with a LoRA adapter over it."""
+
+    path: str
+    revision: str | None = None
+    lora: str | None = None
+    lora_revision: str | None = None
+
+    def __str__(self) -> str:
+        """The text form, which `parse_ref` reads back (unless something of that very name lies on disk)."""
+        return _joined(self.path, self.revision) + (f"+{_joined(self.lora, self.lora_revision)}" if self.lora else "")
+
+
+def _joined(path: str, revision: str | None) -> str:
+    return f"{path}@{revision}" if revision else path
+
+
+def parse_ref(text: str) -> ModelRef:
+    """The model that `text` names. Raises RecipeError for an empty part, or more `+` or `@` than can be told apart.
+
+    >>> parse_ref("org/model@v1.0+org/adapter")
+    ModelRef(path='org/model', revision='v1.0', lora='org/adapter', lora_revision=None)
+    """
+    if len(text) > _MOST_CHARACTERS or not text.isprintable():
+        raise RecipeError(f"The model '{shown(text, 50)}' is too long for a path, or has characters that none has.")
+    path, lora = _split(text, "+", "adapter")
+    return ModelRef(*split_revision(path), *(split_revision(lora) if lora is not None else (None, None)))
+
+
+def split_revision(text: str) -> tuple[str, str | None]:
+    """PATH[@REVISION] -> both."""
+    return _split(text, "@", "revision")
+
+
+def _split(text: str, sign: str, what: str) -> tuple[str, str | None]:
+    if _exists(text) or sign not in text:
+        parts: tuple[str, str | None] = text, None
+    elif on_disk := next(_existing_heads(text, sign), None):
+        parts = on_disk, text[len(on_disk) + 1 :]
+    elif text.count(sign) == 1:
+        head, _, tail = text.partition(sign)
+        parts = head, tail
+    else:
+        raise RecipeError(
+            f"The model '{shown(text)}' has {text.count(sign)} '{sign}', expected at most one, before the {what}; a "
+            "local path may have more if it exists."
+        )
+    if not parts[0].strip() or (parts[1] is not None and not parts[1].strip()):
+        raise RecipeError(f"The model '{shown(text)}' lacks a name or a {what} beside '{sign}'.")
+    return parts
+
+
+def _existing_heads(text: str, sign: str) -> Iterator[str]:
+    """What stands before one of the signs and exists (a revision may follow it), the longest first."""
+    for place in range(len(text) - 1, 0, -1):
+        if text[place] == sign and _exists(text[:place]):
+            yield text[:place]
+
+
+def _exists(text: str) -> bool:
+    return os.path.exists(text)  # noqa: PTH110  Path.exists raises for names that are too long

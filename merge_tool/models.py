@@ -1,0 +1,156 @@
+"""merge_models(...): a recipe of any number of models, from mergekit's YAML or Python, to a merged model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_tool.api import MergeReport, carry_out
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.errors import CheckpointError, RecipeError, shown
+from merge_tool.expand import expand
+from merge_tool.mergekit import parse_recipe
+from merge_tool.methods.many import STEPS_METHODS
+from merge_tool.methods.steps import StepsMethod
+from merge_tool.models_recipe import PAIRS, ModelsRecipe
+from merge_tool.output import Target
+from merge_tool.plan import MergePlan
+from merge_tool.plan_models import plan_models
+from merge_tool.prepare import Prepared, prepare_plan
+from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
+
+_LARGEST_RECIPE = 1_000_000  # bytes
+Methods = Mapping[str, StepsMethod]
+
+
+def merge_models(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    methods: Methods | None = None,
+    seed: int = 0,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    on_mismatch: str = "error",
+    extrapolate: bool = False,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    check_resumed: bool = False,
+    report_path: str | Path | None = None,
+    on_warning: Callable[[str], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, str], None] | None = None,
+) -> MergeReport:
+    """Merge the models that `recipe` names into `out`, tensor by tensor, in bounded memory.
+
+    `recipe` is a YAML file as mergekit reads it, or the same as a mapping. `methods` are further ones by name, beside
+    the built-in ones (docs/adding_a_method.md). `seed` decides the random bits of the methods that have any. The rest
+    is as in `merge`.
+
+    Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with the same
+    call.
+
+    >>> report = merge_models("ties.yaml", "merged")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    report_path = None if report_path is None else Path(report_path)
+    prepared = prepare_models(
+        recipe,
+        out,
+        methods=methods,
+        seed=seed,
+        max_shard_bytes=max_shard_bytes,
+        on_mismatch=on_mismatch,
+        extrapolate=extrapolate,
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        report_path=report_path,
+        read_samples=True,
+    )
+    warn = on_warning or (lambda message: None)
+    for message in prepared.warnings:
+        warn(message)
+    return carry_out(
+        prepared,
+        started,
+        warn,
+        on_start,
+        on_progress,
+        overwrite=overwrite,
+        check_resumed=check_resumed,
+        report_path=report_path,
+    )
+
+
+def prepare_models(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    methods: Methods | None = None,
+    seed: int = 0,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    on_mismatch: str = "error",
+    extrapolate: bool = False,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    report_path: Path | None = None,
+    read_samples: bool = False,
+) -> Prepared:
+    """Read the recipe, open its models, plan the merge and check all that can be checked; writes nothing."""
+    known = {**STEPS_METHODS, **(methods or {})}
+    text, where = _recipe_text(recipe)
+    asked = parse_recipe(text, where, known, extrapolate=extrapolate)
+    dtype = asked.out_dtype or asked.dtype
+    options = Recipe(dtype=dtype, max_shard_bytes=max_shard_bytes, on_mismatch=on_mismatch)
+    target = Target(Path(out))
+
+    def plan(models: Sequence[Checkpoint]) -> MergePlan:
+        return _plan(options, asked, models, known, seed, target)
+
+    try:
+        return prepare_plan(
+            [str(ref) for ref in asked.models],
+            target,
+            options,
+            plan,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+            report_path=report_path,
+            read_samples=read_samples,
+        )
+    except OSError as e:
+        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+
+
+def _plan(
+    options: Recipe,
+    asked: ModelsRecipe,
+    models: Sequence[Checkpoint],
+    methods: Methods,
+    seed: int,
+    target: Target,
+) -> MergePlan:
+    asks = expand(asked, [model.tensors.keys() for model in models], methods)
+    method = None if asked.method in PAIRS else methods[asked.method]
+    return plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
+
+
+def _recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
+    """The recipe as YAML, and what to call it in messages."""
+    if isinstance(recipe, Mapping):
+        import yaml
+
+        return yaml.safe_dump(dict(recipe), sort_keys=False), "the recipe"
+    path = Path(recipe)
+    try:
+        if path.stat().st_size > _LARGEST_RECIPE:
+            raise RecipeError(
+                f"{shown(path)}: has {path.stat().st_size:,} bytes, at most {_LARGEST_RECIPE:,} are read."
+            )
+        return path.read_text(encoding="utf-8"), path.name
+    except OSError as e:
+        raise RecipeError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{shown(path)}: is not a text in UTF-8 ({e.reason} at byte {e.start:,}).") from e

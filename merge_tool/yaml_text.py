@@ -1,0 +1,186 @@
+"""YAML of strangers -> plain values that know their line, and what may be expected of them. The safe tags only; what is
+too large, too deep, too often repeated or given twice is refused before anything is built from it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from merge_tool.errors import RecipeError, shown
+
+MOST_BYTES = 1_000_000
+_MOST_VALUES = 100_000  # aliases count each time: nine lines of them can stand for a billion values
+_MOST_DEPTH = 40
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of the text: `plain` is a scalar, a tuple of Values or a mapping of text to Values. `line` counts
+    from 1. `key_line` is where its key stands, if it has one; `text` a scalar as it was written."""
+
+    line: int
+    plain: Any
+    text: str = ""
+    key_line: int = 0
+
+
+Fields: TypeAlias = Mapping[str, Value]
+
+
+def parse_yaml(text: str, where: str) -> Value:
+    """The one document of `text`. Raises RecipeError, with `where` and the line, for anything but plain, small YAML."""
+    import yaml  # here, because it costs every other command a megabyte
+
+    if len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
+        raise RecipeError(f"{shown(where)} has more than {MOST_BYTES:,} bytes, which is no recipe.")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError as e:
+        raise RecipeError(f"{shown(where)}: the YAML is nested too deeply, expected at most {_MOST_DEPTH}.") from e
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        place = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{shown(where)}{place}: not YAML ({shown(e.problem or e.context)}).{_hint(e)}") from e
+    except (yaml.YAMLError, ValueError) as e:
+        raise RecipeError(f"{shown(where)}: not YAML ({shown(e)}).") from e
+    if node is None:
+        raise RecipeError(f"{shown(where)} is empty, expected a recipe: merge_method and models, at least.")
+    return _Reader(where).value(node)
+
+
+def _hint(e: Any) -> str:
+    if "expected a single document" in str(e.context):
+        return " A recipe is one document: give each part after a `---` a file of its own."
+    return " Indent with spaces, please." if "'\\t'" in str(e.problem) else ""
+
+
+class _Reader:
+    """YAML nodes -> Values."""
+
+    def __init__(self, where: str) -> None:
+        import yaml
+
+        self._where = where
+        self._scalars = yaml.constructor.SafeConstructor()
+        self._errors: tuple[type[Exception], ...] = (yaml.YAMLError, ValueError, OverflowError)
+        self._num_values = 0
+
+    def value(self, node: Any, depth: int = 0, key_line: int = 0) -> Value:
+        self._num_values += 1
+        if self._num_values > _MOST_VALUES:
+            raise self._error(node, f"more than {_MOST_VALUES:,} values, aliases included, which is no recipe")
+        if depth > _MOST_DEPTH:
+            raise self._error(node, f"nested too deeply, expected at most {_MOST_DEPTH} levels")
+        plain: Any
+        if node.id == "mapping":
+            plain = self._mapping(node, depth)
+        elif node.id == "sequence":
+            plain = tuple(self.value(item, depth + 1) for item in node.value)
+        else:
+            return Value(node.start_mark.line + 1, self._scalar(node), node.value, key_line)
+        return Value(node.start_mark.line + 1, plain, "", key_line)
+
+    def _mapping(self, node: Any, depth: int) -> Fields:
+        own: dict[str, Value] = {}
+        inherited: dict[str, Value] = {}
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                for name, found in self._inherited(value, depth):
+                    inherited.setdefault(name, found)  # what comes first counts
+                continue
+            name = self._key(key)
+            if name in own:
+                raise self._error(key, f"'{shown(name)}' is given twice, first in line {own[name].key_line}")
+            own[name] = self.value(value, depth + 1, key.start_mark.line + 1)
+        return own | {name: found for name, found in inherited.items() if name not in own}
+
+    def _inherited(self, node: Any, depth: int) -> list[tuple[str, Value]]:
+        """What `<<: *other` or `<<: [*one, *other]` adds."""
+        found: list[tuple[str, Value]] = []
+        for mapping in node.value if node.id == "sequence" else [node]:
+            if mapping.id != "mapping":
+                raise self._error(mapping, "`<<` expects a mapping or a list of them")
+            found.extend(self.value(mapping, depth + 1).plain.items())
+        return found
+
+    def _key(self, node: Any) -> str:
+        if node.id != "scalar":
+            raise self._error(node, "a key is a list or a mapping, expected text")
+        if not isinstance(key := self._scalar(node), str):
+            raise self._error(node, f"the key {shown(node.value)} is read as {shown(key)}, expected text: quote it")
+        return key
+
+    def _scalar(self, node: Any) -> Any:
+        try:
+            return self._scalars.construct_object(node)
+        except self._errors as e:
+            raise self._error(node, f"'{shown(node.value, 50)}' is no value of YAML's safe kinds") from e
+
+    def _error(self, node: Any, what: str) -> RecipeError:
+        return RecipeError(f"{shown(self._where)}, line {node.start_mark.line + 1}: {what}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A file being read: how its errors begin, what it expects of values, and the warnings so far (in order, once)."""
+
+    where: str
+    warnings: dict[str, None] = field(default_factory=dict)
+
+    def error(self, line: int, what: str) -> RecipeError:
+        return RecipeError(f"{shown(self.where)}, line {line}: {what}")
+
+    def warn(self, line: int, key: str, why: str) -> None:
+        self.warnings.setdefault(f"{shown(self.where)}, line {line}: '{shown(key)}' has no effect: {why}.")
+
+    def fields(
+        self, value: Value, what: str, known: Collection[str], *, inert: Mapping[str, str], hints: Mapping[str, str]
+    ) -> Fields:
+        """A mapping of `known` keys. `inert` keys are warned about; `hints` say where else an unknown key belongs."""
+        mapping = self.mapping(value, what)
+        unknown = [key for key in mapping if key not in known and key not in inert]
+        if unknown:
+            found = "; ".join(f"'{shown(key)}'{_meant(key, known, hints)}" for key in unknown[:5])
+            raise self.error(mapping[unknown[0]].key_line, f"{what} has no key {found}. Known: {', '.join(known)}.")
+        for key in mapping.keys() & inert.keys():
+            self.warn(mapping[key].key_line, key, inert[key])
+        return {key: found for key, found in mapping.items() if key in known}
+
+    def mapping(self, value: Value, what: str) -> Fields:
+        if not isinstance(value.plain, Mapping):
+            raise self.error(value.line, f"{what} is {kind(value)}, expected a mapping of keys to values.")
+        return value.plain
+
+    def items(self, value: Value, what: str) -> tuple[Value, ...]:
+        """A list that is not empty."""
+        if not isinstance(value.plain, tuple) or not value.plain:
+            found = "an empty list" if value.plain == () else kind(value)
+            raise self.error(value.line, f"{what} is {found}, expected a list.")
+        return value.plain
+
+    def string(self, value: Value, what: str) -> str:
+        if not isinstance(value.plain, str) or not value.plain.strip():
+            raise self.error(value.line, f"{what} is {kind(value)}, expected text.")
+        return value.plain
+
+
+def kind(value: Value) -> str:
+    """What a value is, in words."""
+    if isinstance(value.plain, Mapping):
+        return "a mapping"
+    if isinstance(value.plain, tuple):
+        return "a list"
+    return "empty" if value.plain is None or not value.text.strip() else f"'{shown(value.text, 50)}'"
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """` (did you mean ...?)`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _meant(key: str, known: Collection[str], hints: Mapping[str, str]) -> str:
+    return f" ({hints[key]})" if key in hints else nearest(key, known)
