@@ -37,6 +37,7 @@ from merge_tool.recipe import (
     ON_MISMATCH,
     OUTPUT_DTYPES,
     SIDES,
+    VOCABS,
     Recipe,
     label_t,
 )
@@ -223,6 +224,17 @@ _RECIPE_OPTIONS = [
         type=click.Choice(ON_MISMATCH),
         default="error",
         help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
+    ),
+    click.option(
+        "--vocab",
+        type=click.Choice(VOCABS),
+        help="Match the rows of embeddings and heads by token; the output has BASE's tokens, FT's, or both.",
+    ),
+    click.option(
+        "--pad-vocab-to-multiple-of",
+        type=int,
+        metavar="N",
+        help="With --vocab: add rows until their number is a multiple of N.",
     ),
     click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1."),
 ]

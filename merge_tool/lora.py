@@ -141,7 +141,8 @@ def apply_adapter(
         CheckpointFile(f"{place}/{CONFIG}", settings.file, settings.sha256),
     )
     told = (*(n for n in base.notices if n not in known), *_notices(base, folder, settings), *matched.notices)
-    return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told)
+    brought = folder if folder.has("tokenizer.json") else None
+    return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told, brought)
 
 
 def _notices(base: Checkpoint, folder: Folder, settings: Settings) -> Iterator[str]:

@@ -101,6 +101,8 @@ def plan_again(
             only=options.get("only", ()),
             exclude=options.get("exclude", ()),
             on_missing=options.get("on_missing") or "error",
+            vocab=options.get("vocab"),
+            pad_vocab_to_multiple_of=options.get("pad_vocab_to_multiple_of"),
         )
     except (KeyError, TypeError, AttributeError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e

@@ -52,12 +52,18 @@ ARROWS: dict[str, set[str]] = {
     },
     "stacks": {"errors", "schedule"},
     "expand": {"errors", "methods.steps", "models_recipe", "renaming", "schedule", "settings", "stacks"},
+    "tokens": {"checkpoint.folder", "errors"},
+    "rows": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
+    "vocab": {
+        "checkpoint.folder", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "methods",
+        "recipe", "renaming", "rows", "side_files", "tokens",
+    },
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
         "methods.steps", "recipe", "schedule",
     },
-    "work": {"errors", "methods", "methods.passes", "methods.steps", "plan"},
+    "work": {"errors", "methods", "methods.passes", "methods.steps", "plan", "rows"},
     "memory": {"checkpoint.reader", "errors", "methods", "plan", "work"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
     "run": {"buffers", "checkpoint.reader", "checkpoint.source", "memory", "methods", "plan", "work"},
@@ -71,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "compare": {"checkpoint.reader", "lora", "methods"},
     "prepare": {
         "checkpoint.folder", "checkpoint.reader", "errors", "lora", "memory", "methods", "older", "output", "plan",
-        "recipe", "report", "side_files",
+        "recipe", "report", "side_files", "tokens", "vocab",
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
@@ -115,7 +121,7 @@ OUTSIDE = {
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
-        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "low_rank", "prepare", "work",
+        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "low_rank", "prepare", "rows", "vocab", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader"},
     "safetensors": {"output", "verify"},

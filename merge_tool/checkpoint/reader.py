@@ -101,7 +101,8 @@ class Checkpoint:
 
     `tensors` maps every name to its TensorInfo; `config` is config.json, or None; `metadata` the files'
     `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user. `made` are the
-    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read.
+    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read. The tokenizer
+    is in `tokenizer_folder`: an adapter may bring one.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Checkpoint:
         index_name: str | None = None,
         notices: tuple[str, ...] = (),
         made: Mapping[str, TensorSource] | None = None,
+        tokenizer_folder: Folder | None = None,
     ) -> None:
         self.name, self.folder, self.files = name, folder, files
         self.tensors: Mapping[str, TensorInfo] = tensors
@@ -123,6 +125,7 @@ class Checkpoint:
         self.index_name = index_name
         self._file_of = file_of  # empty when there is one file
         self._made = made or {}
+        self.tokenizer_folder = tokenizer_folder or folder
 
     @property
     def weight_files(self) -> frozenset[str]:
@@ -146,13 +149,14 @@ class Checkpoint:
         files: tuple[CheckpointFile, ...],
         made: Mapping[str, TensorSource],
         notices: tuple[str, ...],
+        tokenizer_folder: Folder | None = None,
     ) -> Checkpoint:
         """This checkpoint with tensors of other sources in place of its own or beside them, read from `files`, too."""
         tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
         file_of = self._file_of
         return Checkpoint(
             name, self.folder, (*self.files, *files), tensors, file_of, self.metadata, self.config, self.index_name,
-            notices, {**self._made, **made},
+            notices, {**self._made, **made}, tokenizer_folder or self.tokenizer_folder,
         )  # fmt: skip
 
     def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
