@@ -16,7 +16,7 @@ import numpy as np
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
 from merge_tool.checkpoint.source import LocalFile, TensorSource
-from merge_tool.methods import TILE, Array, decode, encode
+from merge_tool.methods import Array, decode, encode
 
 MEAN, FIRST_OTHER = -1, -2  # instead of a row: the mean of the rows of `averaged`; row r of the other side is -2 - r
 _MOST = 65_536  # elements that are converted at a time
@@ -57,7 +57,7 @@ class RowTensor:
 
     @property
     def where(self) -> str:
-        return self.own.where
+        return f"{self.own.where} (rows by token)"
 
     @property
     def files(self) -> tuple[LocalFile, ...]:
@@ -127,7 +127,7 @@ class RowTensor:
         averaging = 8 * (3 * self.columns + max(_MOST, self.columns))
         rows = 40 * (count // self.columns + 2)  # codes, and the runs of a permutation
         reading += 8 * min(count, _MOST) + (averaging if self.rows.num_averaged else 0) + rows
-        return max(reading, 2 * 8 * min(count, TILE))  # work's copies of a tile, for the sums
+        return max(reading, 2 * NUMPY_DTYPES[self.info.dtype].itemsize * count)  # work's copies, without rows alone
 
 
 def _read_as(source: TensorSource, start: int, values: Array) -> None:
@@ -141,6 +141,13 @@ def _read_as(source: TensorSource, start: int, values: Array) -> None:
         stored: Array = np.empty(len(part), dtype)
         source.read_into(start + begin, stored)
         decode(stored, part)
+
+
+def rows_note(source: TensorSource) -> str:
+    """What the report says of a tensor whose figures are of some rows only."""
+    if not isinstance(source, RowTensor) or not source.rows.alone.any():
+        return ""
+    return f"{int(source.rows.alone.sum()):,} rows of one side only, as they are; figures are of the others"
 
 
 def alone_ranges(source: TensorSource, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ TOKENIZER = "tokenizer.json"
 ALONE, NO_TOKEN = -1, -2  # instead of the other side's id
 _SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 _MOST_BYTES = 200_000_000
-_MOST_ROWS = 1 << 26
+_MOST_ROWS = 1 << 22  # ids beyond that are no vocabulary's, and their map would take the memory of one
 _START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
     "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); from merge_tool.tokens import main; main()"
 )
@@ -58,10 +58,6 @@ class Vocabularies:
     @property
     def num_only(self) -> tuple[int, int]:
         return self.ft_of_base.count(ALONE), self.base_of_ft.count(ALONE)
-
-    @property
-    def are_same(self) -> bool:
-        return self.ft_of_base == self.base_of_ft and not self.num_moved and self.num_only == (0, 0)
 
     def figures(self, names: tuple[str, str]) -> str:
         """How far the two agree, in one clause."""
@@ -192,7 +188,7 @@ def _compared(base: _Tokenizer, ft: _Tokenizer) -> bytes:
         "pieces": sum(token not in ft.added for token in only), "place": base.place,
     }  # fmt: skip
     entries = [_entry(token, base.size + number, ft.added.get(token)) for number, token in enumerate(only)]
-    text = ",".join(f"\n    {json.dumps(entry, ensure_ascii=False)}" for entry in entries)
+    text = ",".join(f"\n    {json.dumps(entry)}" for entry in entries)
     insert = ("," if entries and not base.is_empty else "") + text
     return json.dumps(told).encode() + b"\n" + maps[0].tobytes() + maps[1].tobytes() + insert.encode()
 

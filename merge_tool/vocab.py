@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )  # fmt: skip
 _EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|shared|token_embedding|embeddings|emb)\.weight"
+    r"(?:^|\.)(?:embed_tokens\w*|wte|word_embeddings?|embed_in|tok_embeddings|shared|token_embedding|embeddings|emb)\.weight"
 )
 _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|head|output|output_projection|proj_out|vocab_projector|predictions)(?:\.decoder)?"

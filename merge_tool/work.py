@@ -268,7 +268,7 @@ def merge_chunk(
     x, y, out = arrays
     if weights is None or t in (0, 1):
         return _converted(job, start, y if t == 1 and weights is not None else x, out)
-    if not combine(x, y, weights, out, scratch):
+    if not combine(*_shared_rows(job, start, x, y), weights, out, scratch):
         raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
     for begin, end in alone_ranges(job.base, start, start + len(x)):  # weights of a slerp do not add up to 1
         out[begin:end] = _converted(job, start + begin, x[begin:end], out[begin:end])

@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
-        "methods.steps", "recipe", "schedule",
+        "methods.steps", "recipe", "rows", "schedule",
     },
     "work": {"errors", "methods", "methods.passes", "methods.steps", "plan", "rows"},
     "memory": {"checkpoint.reader", "errors", "methods", "plan", "work"},
