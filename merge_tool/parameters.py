@@ -9,7 +9,7 @@ from typing import Any
 from merge_tool.errors import shown
 from merge_tool.models_recipe import PAIRS, Terms
 from merge_tool.settings import Choice, Setting, Settings
-from merge_tool.yaml_text import Text, Value, kind, nearest
+from merge_tool.yaml_text import Text, Value, kind
 
 # Keys that mergekit knows, knew or is often given, and that change nothing.
 INERT = {
@@ -55,7 +55,7 @@ class Parameters:
             self._text.warn(value.key_line, key, f"{self._name} has no such parameter")
         else:
             known = ", ".join(sorted(self._defaults)) or "none"
-            meant = nearest(key, self._defaults.keys())
+            meant = self._text.meant(key, self._defaults.keys())
             raise self._text.error(
                 value.key_line, f"{self._name} has no parameter '{shown(key)}'{meant}. It has: {known}."
             )
@@ -76,8 +76,7 @@ class Parameters:
         return setting
 
     def _choice(self, key: str, value: Value) -> Choice:
-        known = ("value", "filter")
-        fields = self._text.fields(value, f"an entry of '{key}'", known, inert={}, hints={})
+        fields = self._text.fields(value, f"an entry of '{key}'", ("value", "filter"))
         if "value" not in fields:
             raise self._text.error(value.line, f"an entry of '{key}' has no value; write {{filter: PART, value: 0.3}}.")
         part = fields.get("filter")
@@ -98,7 +97,7 @@ class Parameters:
     def _scalar(self, key: str, value: Value) -> Any:
         default = self._defaults[key]
         if isinstance(default, bool):
-            if value.plain in (True, False) and isinstance(value.plain, (bool, int)):
+            if value.plain in (True, False):  # 1 and 0, too, which mergekit-evolve writes as 1.0 and 0.0
                 return bool(value.plain)
             raise self._wrong(key, value, "true or false")
         if isinstance(default, str):

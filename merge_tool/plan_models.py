@@ -15,7 +15,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import MismatchError, shown
-from merge_tool.expand import Ask
+from merge_tool.expand import Ask, unused_filters
 from merge_tool.matching import natural_key
 from merge_tool.methods.steps import Given, StepsMethod, seed_key
 from merge_tool.models_recipe import ModelsRecipe
@@ -73,7 +73,7 @@ def plan_models(
         shards,
         stem,
         facts,
-        asked.warnings,
+        (*asked.warnings, *_warnings(asked, asks)),
         sides,
         method,
         method_name=asked.method,
@@ -82,6 +82,12 @@ def plan_models(
         layers=_layers(asks, donor),
         seed=seed,
     )
+
+
+def _warnings(asked: ModelsRecipe, asks: Sequence[Ask]) -> Iterator[str]:
+    yield from unused_filters(asked, asks)
+    if asked.chat_template is not None:
+        yield "chat_template is not applied: the template of the model whose tokenizer is copied stays."
 
 
 def _layers(asks: Sequence[Ask], donor: Checkpoint) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class Choice:
         if not isinstance(low, float):
             return low
         share = place - before
-        return (1 - share) * low + share * high
+        return min(max((1 - share) * low + share * high, min(low, high)), max(low, high))  # never past a neighbour
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,19 +66,18 @@ class Stacks:
         return self.of_layers[0]
 
     def called(self, name: str) -> list[str]:
-        """The stacks of layers that a module's name means: its words stand in the stack's name, one after another;
-        `default` is the only stack."""
-        if name == "default" and len(self.of_layers) == 1:
-            return list(self.of_layers)
+        """The stacks of layers that a module's name means: its words stand in the stack's name, one after another."""
         return [stack for stack in self.of_layers if f".{name}." in f".{stack}"]
 
 
 class Owners:
     """Which module each tensor belongs to: a layer's tensor to the module that its stack is called by; any other to the
-    module whose stack's name begins most like its own, the first one if several do."""
+    module whose stack's name begins most like its own, the first one if several do. The only module of a model with
+    one stack may be called anything (mergekit says `default`)."""
 
     def __init__(self, stacks: Stacks, modules: Sequence[str]) -> None:
-        self._stacks_of = {name: stacks.called(name) for name in modules}
+        alone = len(modules) == len(stacks.of_layers) == 1
+        self._stacks_of = {name: stacks.of_layers if alone else stacks.called(name) for name in modules}
         self._of = {stack: name for name, found in self._stacks_of.items() for stack in found}
         known = f"the stacks of layers are: {listed(stacks.of_layers) or 'none'}"
         for name, found in self._stacks_of.items():

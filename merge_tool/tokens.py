@@ -1,7 +1,6 @@
 """Two tokenizer.json -> which token of the one is which of the other, and what the first would be with both.
 
-Parsed in a process of its own: a vocabulary of 128,000 tokens takes 100 MB while it is read, which the merge's memory
-budget keeps for itself. Tokens are the same if their strings are, as the files spell them.
+Parsed in a process of its own: two of 128,000 tokens took 260 MB, which the merge's memory budget keeps for itself. Tokens are the same if their strings are, as the files spell them.
 """
 
 from __future__ import annotations

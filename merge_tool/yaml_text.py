@@ -11,9 +11,12 @@ from typing import Any, TypeAlias
 from merge_tool.errors import RecipeError, shown
 
 MOST_BYTES = 1_000_000
-_MOST_VALUES = 100_000  # aliases count each time: nine lines of them can stand for a billion values
+_MOST_VALUES = 50_000  # aliases count each time: nine lines of them can stand for a billion values
 _MOST_DEPTH = 40
+_TOO_MANY = f"more than {_MOST_VALUES:,} values, aliases included, which is no recipe"
+_TOO_DEEP = f"nested too deeply, expected at most {_MOST_DEPTH} levels"
 _MERGE = "tag:yaml.org,2002:merge"
+_PLAIN = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,26 @@ def parse_yaml(text: str, where: str) -> Value:
     """The one document of `text`. Raises RecipeError, with `where` and the line, for anything but plain, small YAML."""
     import yaml  # here, because it costs every other command a megabyte
 
+    class Loader(yaml.SafeLoader):
+        """Stops where the text gets too deep or too long, while it is being read."""
+
+        num_nodes = depth = 0
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            self.num_nodes += 1
+            self.depth += 1
+            if self.depth > _MOST_DEPTH or self.num_nodes > _MOST_VALUES:
+                what = _TOO_DEEP if self.depth > _MOST_DEPTH else _TOO_MANY
+                event = self.peek_event()  # type: ignore[no-untyped-call]
+                raise RecipeError(f"{shown(where)}, line {event.start_mark.line + 1}: {what}.")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
     if len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
         raise RecipeError(f"{shown(where)} has more than {MOST_BYTES:,} bytes, which is no recipe.")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except RecursionError as e:
-        raise RecipeError(f"{shown(where)}: the YAML is nested too deeply, expected at most {_MOST_DEPTH}.") from e
+        node = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         place = f", line {mark.line + 1}" if mark else ""
@@ -71,9 +88,11 @@ class _Reader:
     def value(self, node: Any, depth: int = 0, key_line: int = 0) -> Value:
         self._num_values += 1
         if self._num_values > _MOST_VALUES:
-            raise self._error(node, f"more than {_MOST_VALUES:,} values, aliases included, which is no recipe")
+            raise self._error(node, _TOO_MANY)
         if depth > _MOST_DEPTH:
-            raise self._error(node, f"nested too deeply, expected at most {_MOST_DEPTH} levels")
+            raise self._error(node, _TOO_DEEP)
+        if node.id in _PLAIN and node.tag != _PLAIN[node.id]:
+            raise self._error(node, f"'{shown(node.tag, 50)}' is none of YAML's plain kinds")
         plain: Any
         if node.id == "mapping":
             plain = self._mapping(node, depth)
@@ -117,7 +136,7 @@ class _Reader:
         try:
             return self._scalars.construct_object(node)
         except self._errors as e:
-            raise self._error(node, f"'{shown(node.value, 50)}' is no value of YAML's safe kinds") from e
+            raise self._error(node, f"'{shown(node.value, 50)}' is no value of YAML's plain kinds") from e
 
     def _error(self, node: Any, what: str) -> RecipeError:
         return RecipeError(f"{shown(self._where)}, line {node.start_mark.line + 1}: {what}.")
@@ -125,29 +144,42 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file being read: how its errors begin, what it expects of values, and the warnings so far (in order, once)."""
+    """A file being read: how its errors begin, what it expects of values, and the warnings so far (in order, once).
+
+    `inert` says of keys that are known but change nothing why they do not; `hints` of others where they belong.
+    """
 
     where: str
+    inert: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, str] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
 
+    @property
+    def start(self) -> str:
+        """How its errors begin."""
+        return f"{shown(self.where)}, line "
+
     def error(self, line: int, what: str) -> RecipeError:
-        return RecipeError(f"{shown(self.where)}, line {line}: {what}")
+        return RecipeError(f"{self.start}{line}: {what}")
 
     def warn(self, line: int, key: str, why: str) -> None:
-        self.warnings.setdefault(f"{shown(self.where)}, line {line}: '{shown(key)}' has no effect: {why}.")
+        self.warnings.setdefault(f"{self.start}{line}: '{shown(key)}' has no effect: {why}.")
 
-    def fields(
-        self, value: Value, what: str, known: Collection[str], *, inert: Mapping[str, str], hints: Mapping[str, str]
-    ) -> Fields:
-        """A mapping of `known` keys. `inert` keys are warned about; `hints` say where else an unknown key belongs."""
+    def fields(self, value: Value, what: str, known: Collection[str]) -> Fields:
+        """A mapping of `known` keys. Inert ones are warned about and left out."""
         mapping = self.mapping(value, what)
-        unknown = [key for key in mapping if key not in known and key not in inert]
+        unknown = [key for key in mapping if key not in known and key not in self.inert]
         if unknown:
-            found = "; ".join(f"'{shown(key)}'{_meant(key, known, hints)}" for key in unknown[:5])
+            found = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
             raise self.error(mapping[unknown[0]].key_line, f"{what} has no key {found}. Known: {', '.join(known)}.")
-        for key in mapping.keys() & inert.keys():
-            self.warn(mapping[key].key_line, key, inert[key])
+        for key in mapping:
+            if key not in known:
+                self.warn(mapping[key].key_line, key, self.inert[key])
         return {key: found for key, found in mapping.items() if key in known}
+
+    def meant(self, key: str, known: Collection[str]) -> str:
+        """What may have been meant by an unknown key, in brackets; or nothing."""
+        return f" ({self.hints[key]})" if key in self.hints else nearest(key, known)
 
     def mapping(self, value: Value, what: str) -> Fields:
         if not isinstance(value.plain, Mapping):
@@ -166,6 +198,11 @@ class Text:
             raise self.error(value.line, f"{what} is {kind(value)}, expected text.")
         return value.plain
 
+    def optional_string(self, fields: Fields, key: str) -> str | None:
+        """None where the key is absent or null."""
+        value = fields.get(key)
+        return None if value is None or value.plain is None else self.string(value, key)
+
 
 def kind(value: Value) -> str:
     """What a value is, in words."""
@@ -180,7 +217,3 @@ def nearest(word: str, known: Collection[str]) -> str:
     """` (did you mean ...?)`, or nothing."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-def _meant(key: str, known: Collection[str], hints: Mapping[str, str]) -> str:
-    return f" ({hints[key]})" if key in hints else nearest(key, known)

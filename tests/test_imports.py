@@ -47,8 +47,11 @@ ARROWS: dict[str, set[str]] = {
     "yaml_text": {"errors"},
     "models_recipe": {"methods.steps", "model_ref", "settings"},
     "parameters": {"errors", "methods.steps", "models_recipe", "settings", "yaml_text"},
+    "named_models": {"errors", "model_ref", "yaml_text"},
+    "tokenizer_ask": {"errors", "models_recipe", "named_models", "yaml_text"},
     "mergekit": {
-        "errors", "methods.steps", "model_ref", "models_recipe", "parameters", "settings", "yaml_text",
+        "errors", "methods.steps", "model_ref", "models_recipe", "named_models", "parameters", "settings",
+        "tokenizer_ask", "yaml_text",
     },
     "stacks": {"errors", "schedule"},
     "expand": {"errors", "methods.steps", "models_recipe", "renaming", "schedule", "settings", "stacks"},
@@ -105,8 +108,8 @@ ARROWS: dict[str, set[str]] = {
         "show", "sweep", "verify",
     },
     "models": {
-        "api", "checkpoint.reader", "errors", "expand", "mergekit", "methods.many", "methods.steps",
-        "models_recipe", "output", "plan", "plan_models", "prepare", "recipe",
+        "api", "checkpoint.reader", "checkpoint.source", "errors", "expand", "mergekit", "methods.many",
+        "methods.steps", "models_recipe", "output", "plan", "plan_models", "prepare", "recipe",
     },
     "plan_models": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "expand", "matching",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -301,3 +302,30 @@ def test_an_error_of_the_method_names_the_tensor(models: list[Path], tmp_path: P
     with pytest.raises((DataError, RecipeError), match=r"weight"):
         merge_models(asked, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_recipe_says_what_it_does_about_tokenizers(models: list[Path], tmp_path: Path) -> None:
+    """The same tokenizer everywhere is the output's; different ones are an error that names them."""
+    for folder in models:
+        (folder / "tokenizer.json").write_text("{}")
+    asked = {**recipe("linear", models), "tokenizer_source": "union", "chat_template": "auto"}
+    warnings: list[str] = []
+    merge_models(asked, tmp_path / "out", on_warning=warnings.append)
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    assert [w for w in warnings if "chat_template" in w]
+    (models[2] / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(RecipeError, match=r"different tokenizers \(one, three, two\)"):
+        merge_models(asked, tmp_path / "other")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("merge_*.yaml")))
+def test_the_example_recipes_run(path: Path, tmp_path: Path) -> None:
+    """Each example, with tiny models of 32 layers in place of its own, makes a model; and has fewer than 25 lines."""
+    text = path.read_text()
+    assert len(text.splitlines()) < 25
+    names = sorted(set(re.findall(r"(?:model|base_model): (\S+)", text)), key=len, reverse=True)
+    for k, name in enumerate(names):
+        text = text.replace(name, str(save_model(tmp_path / f"m{k}", language_model(k, layers=32, hidden=8, vocab=16))))
+    (tmp_path / "recipe.yaml").write_text(text)
+    merge_models(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert load_folder(tmp_path / "out")

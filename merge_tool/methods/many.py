@@ -39,7 +39,7 @@ def _rows_unless_flat(given: Given) -> str:
 
 
 def _columns_bytes(given: Given) -> int:
-    per_column = 0 if given["nuslerp_flatten"] or not given["nuslerp_row_wise"] else 6 * 8
+    per_column = 0 if given["nuslerp_flatten"] or not given["nuslerp_row_wise"] else 12 * 8
     return per_column * geometric.num_columns(given)
 
 
@@ -199,15 +199,3 @@ STEPS_METHODS: Mapping[str, StepsMethod] = {
         state_bytes=_histograms(0, 4),
     ),
 }
-
-# What mergekit accepts for these methods and what changes no value: there it saves memory, or is never read.
-INERT: Mapping[str, frozenset[str]] = {
-    "task_arithmetic": frozenset({"int8_mask", "density", "rescale"}),
-    "sce": frozenset({"int8_mask"}),
-    **{
-        name: frozenset({"int8_mask"})
-        for name in (
-            "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
-        )
-    },
-}  # fmt: skip

@@ -14,19 +14,23 @@ from merge_tool.methods.tiles import magnitudes, number, numbers, of_elements
 
 def mean_ranks(values: Array) -> Array:
     """Each value's 0-based place within its row, ascending; equal values share the mean of their places."""
-    order = np.argsort(values, axis=-1, kind="stable")
+    order = np.argsort(values, axis=-1)
     in_order = np.take_along_axis(values, order, axis=-1)
     begins = np.ones(values.shape, bool)
     begins[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
     del in_order
     places = np.arange(values.shape[-1])
-    first = np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+    first = begins * places
+    np.maximum.accumulate(first, axis=-1, out=first)
     ends = np.ones(values.shape, bool)
     ends[:, :-1] = begins[:, 1:]
-    last = np.minimum.accumulate(np.where(ends, places, len(places))[:, ::-1], axis=-1)[:, ::-1]
-    np.add(first, last, out=first)
+    last = np.where(ends, places, len(places))[:, ::-1]
+    np.minimum.accumulate(last, axis=-1, out=last)
+    first += last[:, ::-1]
+    del last
     ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, first / 2, axis=-1)
+    np.put_along_axis(ranks, order, first, axis=-1)
+    ranks /= 2
     return ranks
 
 
@@ -55,10 +59,10 @@ def _by_rank(given: Given) -> Mask:
         keep = mean_ranks(np.abs(d))
         keep *= 2 * e / max(1, d.shape[-1] - 1)
         keep += p - e if d.shape[-1] > 1 else p
-        dropped = tile.uniform(i) >= keep
+        np.multiply(d, tile.uniform(i) < keep, out=d)
         if rescale:
-            np.divide(d, keep, out=d, where=~dropped)
-        np.copyto(d, 0.0, where=dropped)
+            np.maximum(keep, np.finfo(float).tiny, out=keep)  # what had no chance is 0 already
+            np.divide(d, keep, out=d)
 
     return mask
 

@@ -55,28 +55,30 @@ def masked(tile: Tile, mask: Mask) -> list[Array]:
     return deltas
 
 
-def elected(deltas: Sequence[Array]) -> Array:
-    """Each element's sign by the models' sum: -1, 1, or 0 where they balance."""
+def elected(deltas: Sequence[Array]) -> tuple[Array, Array]:
+    """Where the models' sum is positive, and where it is negative; neither, where they balance."""
     found: Array = deltas[0].copy()
     for d in deltas[1:]:
         np.add(found, d, out=found)
-    np.sign(found, out=found)
-    return found
+    return found > 0, found < 0
 
 
-def agreed(deltas: Sequence[Array], weights: Sequence[float], signs: Array, *, normalize: bool) -> Array:
+def agreed(deltas: Sequence[Array], weights: Sequence[float], signs: tuple[Array, Array], *, normalize: bool) -> Array:
     """The sum of the weighted `deltas` that have the elected sign; where `normalize`, over the sum of their weights.
 
-    Weights of both signs may cancel: a sum of 0 divides nothing.
+    In the deltas' memory. Weights of both signs may cancel: a sum of 0 divides nothing.
     """
-    found, divisor = np.zeros_like(signs), np.zeros_like(signs) if normalize else None
+    positive, negative = signs
+    divisor = np.zeros_like(deltas[0]) if normalize else None
     for d, w in zip(deltas, weights, strict=True):
-        agrees = np.sign(d) == signs
-        np.add(found, d, out=found, where=agrees)
+        agrees = ((d > 0) & positive) | ((d < 0) & negative)
+        np.multiply(d, agrees, out=d)  # several times as fast as numpy's own `where`
         if divisor is not None:
-            np.add(divisor, w, out=divisor, where=agrees)
+            divisor += agrees * w
+    found = mix([1.0] * len(deltas), deltas)
     if divisor is not None:
-        np.divide(found, divisor, out=found, where=divisor != 0)
+        divisor += divisor == 0
+        np.divide(found, divisor, out=found)
     return found
 
 
@@ -89,29 +91,32 @@ _NOTHING = (0, -1)
 
 def between_ranks(given: Given, bounds: Bounds) -> Generator[Pass, Any, Mask]:
     """The mask that keeps, of input i, the magnitudes of ranks `bounds(i, numel)` (ascending from 0, inclusive)."""
-    asked = [bounds(i, given.numel) for i in range(given.num_inputs)]
-    ranked = [i for i, found in enumerate(asked) if found not in (None, _NOTHING)]
-    limits: dict[int, tuple[float, float]] = {i: (math.inf, -math.inf) for i, f in enumerate(asked) if f == _NOTHING}
+    asked = {i: found for i in range(given.num_inputs) if (found := bounds(i, given.numel)) is not None}
+    inner = {i: sorted({first} - {0} | {last} - {given.numel - 1}) for i, (first, last) in asked.items()}
+    ranked = [i for i in asked if asked[i] != _NOTHING and inner[i]]
+    values: dict[tuple[int, int], float] = {}
     if ranked and given.numel:
 
         def of(tile: Tile) -> list[Array]:
             return [magnitudes(np.subtract(tile.inputs[i], tile.base, out=tile.inputs[i])) for i in ranked]
 
-        values = yield OrderStatistics(of, [_distinct(asked[i]) for i in ranked])
-        limits |= {i: (found[0], found[-1]) for i, found in zip(ranked, values, strict=True)}
+        found = yield OrderStatistics(of, [inner[i] for i in ranked])
+        values = {
+            (i, rank): v for i, vs in zip(ranked, found, strict=True) for rank, v in zip(inner[i], vs, strict=True)
+        }
 
     def mask(tile: Tile, i: int, d: Array) -> None:
-        if i in limits:
-            low, high = limits[i]
-            found = magnitudes(d)
-            np.copyto(d, 0.0, where=(found < np.float32(low)) | (found > np.float32(high)))
+        if i not in asked:
+            return
+        first, last = asked[i]
+        if asked[i] == _NOTHING:
+            d[...] = 0.0
+            return
+        low, high = (np.float32(values.get((i, rank), end)) for rank, end in ((first, 0.0), (last, math.inf)))
+        sizes = magnitudes(d)
+        np.multiply(d, (sizes >= low) & (sizes <= high), out=d)
 
     return mask
-
-
-def _distinct(ranks: tuple[int, int] | None) -> list[int]:
-    assert ranks is not None
-    return sorted(set(ranks))
 
 
 def rescaled(given: Given, mask: Mask) -> Generator[Pass, Any, Mask]:
@@ -201,7 +206,7 @@ def dropped(given: Given) -> Mask:
     def mask(tile: Tile, i: int, d: Array) -> None:
         p = densities[i]
         if p < 1:
-            np.copyto(d, 0.0, where=tile.uniform(i) >= p)
+            np.multiply(d, tile.uniform(i) < p, out=d)
             np.divide(d, p if rescale and p else 1.0, out=d)
 
     return mask
@@ -252,10 +257,10 @@ def sce(given: Given) -> Steps:
             ((least,),) = yield OrderStatistics(lambda tile: [spread(tile.inputs)], [[given.numel - kept]])
 
     def selected(tile: Tile) -> list[Array]:
-        drop = None if least == 0 else spread(tile.inputs) < np.float32(least)
+        varies = None if least == 0 else spread(tile.inputs) >= np.float32(least)
         deltas = tile.deltas()
-        for d in deltas if drop is not None else ():
-            np.copyto(d, 0.0, where=drop)
+        if varies is not None:
+            weigh([varies] * n, deltas)
         return deltas
 
     def energies(tile: Tile, scale: float) -> list[float]:

@@ -85,7 +85,8 @@ class Tile:
         first, extra = divmod(self.start, 4)
         bits = np.random.Philox(counter=first, key=(self.key ^ (stream * 0x9E3779B97F4A7C15)) & (2**128 - 1))
         raw = bits.random_raw(self.inputs[0].size + extra)[extra:]
-        values: Array = np.ldexp((raw >> np.uint64(11)).astype(np.float64), -53)
+        raw >>= np.uint64(11)
+        values: Array = raw * 2.0**-53
         return values.reshape(shape)
 
 

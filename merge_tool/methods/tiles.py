@@ -45,7 +45,7 @@ def magnitudes(values: Array) -> Array:
         return np.abs(values).astype(np.float32)
 
 
-def weigh(coefficients: Sequence[float], arrays: Sequence[Array]) -> None:
+def weigh(coefficients: Sequence[float | Array], arrays: Sequence[Array]) -> None:
     """x_i becomes c_i x_i."""
     for c, x in zip(coefficients, arrays, strict=True):
         np.multiply(x, c, out=x)
@@ -73,7 +73,7 @@ def in_range(
     largest = max(map(abs, found), default=0.0)
     if not all(map(math.isfinite, found)):
         return (yield Sums(lambda tile: of(tile, 2.0**-600), size)), 2.0**-600
-    if 0 < largest < 1e-200:
+    if largest < 1e-200:
         return (yield Sums(lambda tile: of(tile, 2.0**500), size)), 2.0**500
     return found, 1.0
 
