@@ -100,6 +100,8 @@ def merge(
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_missing: str = "error",
+    vocab: str | None = None,
+    pad_vocab_to_multiple_of: int | None = None,
     report_path: str | Path | None = None,
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
@@ -123,8 +125,9 @@ def merge(
     started = time.monotonic()
     ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
     recipe = Recipe(
-        ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude, on_missing
-    )
+        ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude, on_missing,
+        vocab, pad_vocab_to_multiple_of,
+    )  # fmt: skip
     report_path = None if report_path is None else Path(report_path)
     try:
         prepared = prepare(
@@ -351,6 +354,8 @@ def _command(plan: MergePlan, t: float) -> str:
         ("--files-from", recipe.files_from, "base"),
         ("--on-mismatch", recipe.on_mismatch, "error"),
         ("--on-missing", recipe.on_missing, "error"),
+        ("--vocab", recipe.vocab, None),
+        ("--pad-vocab-to-multiple-of", recipe.pad_vocab_to_multiple_of, None),
     ):
         if value != default:
             words += [option, str(value)]

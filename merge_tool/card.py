@@ -6,7 +6,7 @@ No template engine, no path of the user's; what is inherited from the base's car
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def card_text(
     inherited = _inherited(base_card)
     if is_transformers:
         inherited.setdefault("library_name", "transformers")
-    parents, tags = list(dict.fromkeys(plan.names)), ["merge", "slerp-merge"]
+    names = (part for name in plan.names for part in name.split("+"))  # MODEL+ADAPTER are two
+    parents, tags = list(dict.fromkeys(names)), ["merge", "slerp-merge"]
     data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **inherited)
     body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
@@ -48,7 +49,7 @@ def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, ha
     donor = plan.donor if plan.recipe.files_from == "base" else 1
     yield (
         f"{summary.num_tensors:,} tensors, {summary.num_parameters:,} parameters. Side files (configuration, "
-        f"tokenizer) are those of {names[donor]}."
+        f"tokenizer) are those of {names[donor]}.{_tokenizer(plan, names)}"
     )
     if has_code:
         yield "The folder holds Python code of that model, copied as it is and not run; read it before you trust it."
@@ -91,6 +92,16 @@ def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
         yield f"| `{_plain(kind)}` | {len(angles):,} | {median(angles):.3f}° | {max(angles):.3f}° |"
     if len(groups) > most:
         yield f"| {len(groups) - most:,} more kinds | | | |"
+
+
+def _tokenizer(plan: MergePlan, names: Sequence[str]) -> str:
+    """A sentence about a vocabulary that was chosen."""
+    chosen = {"base": f"tokens are those of {names[0]}", "ft": f"tokens are those of {names[-1]}"}
+    vocab = plan.recipe.vocab
+    if vocab is None:
+        return ""
+    both = f"tokens are those of {names[0]}, then those that only {names[-1]} has"
+    return f" Rows were matched by token; the {chosen.get(vocab, both)}."
 
 
 def _plain(name: str) -> str:

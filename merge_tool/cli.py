@@ -37,6 +37,7 @@ from merge_tool.recipe import (
     ON_MISMATCH,
     OUTPUT_DTYPES,
     SIDES,
+    VOCABS,
     Recipe,
     label_t,
 )
@@ -224,6 +225,17 @@ _RECIPE_OPTIONS = [
         default="error",
         help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
     ),
+    click.option(
+        "--vocab",
+        type=click.Choice(VOCABS),
+        help="Match the rows of embeddings and heads by token; the output has BASE's tokens, FT's, or both.",
+    ),
+    click.option(
+        "--pad-vocab-to-multiple-of",
+        type=int,
+        metavar="N",
+        help="With --vocab: add rows until their number is a multiple of N.",
+    ),
     click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1."),
 ]
 _MACHINE_OPTIONS = [
@@ -297,7 +309,8 @@ def slerp_merge(
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
     BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (fetched first,
-    also for --dry-run). OUT is a folder, or one file if it ends in .safetensors.
+    also for --dry-run); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to BASE.
+    OUT is a folder, or one file if it ends in .safetensors.
     A merge that was stopped continues with the same command.
     """
     if quiet:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint, open_checkpoint
+from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
+from merge_tool.lora import open_model
 from merge_tool.methods import TILE, measure
 
 
@@ -48,17 +49,18 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
     Raises CheckpointError when there is no checkpoint there.
     """
-    with open_checkpoint(path, mergeable=False, as_stored=True) as checkpoint:
+    with open_model(path, mergeable=False, as_stored=True) as checkpoint:
         counts: dict[str, int] = {}
         dtypes: dict[str, tuple[int, int]] = {}
         for info in checkpoint.tensors.values():
-            file_name = checkpoint.source(info.name).where
-            counts[file_name] = counts.get(file_name, 0) + 1
+            for file in checkpoint.source(info.name).files:
+                counts[file.name] = counts.get(file.name, 0) + 1
             tensors, parameters = dtypes.get(info.dtype, (0, 0))
             dtypes[info.dtype] = tensors + 1, parameters + info.numel
         shards = tuple(
             ShardInspection(file.file_name, counts.get(file.source.name, 0), file.source.size)
             for file in checkpoint.files
+            if not file.file_name.endswith(".json")  # an adapter's configuration
         )
         return Inspection(
             checkpoint.name,
@@ -97,7 +99,7 @@ def check_health(path: str | Path) -> list[TensorHealth]:
 
     Tensors of integers and of types below a byte are passed over. Raises CheckpointError.
     """
-    with open_checkpoint(path, mergeable=False) as checkpoint:
+    with open_model(path, mergeable=False) as checkpoint:
         names = sorted(n for n, info in checkpoint.tensors.items() if info.dtype in FLOAT_DTYPES)
         return [_tensor_health(checkpoint, name) for name in names]
 

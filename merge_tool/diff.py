@@ -21,8 +21,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from merge_tool.checkpoint.header import TensorInfo
-from merge_tool.checkpoint.reader import FLOAT_DTYPES, NUMPY_DTYPES, Checkpoint, open_checkpoint
+from merge_tool.checkpoint.reader import FLOAT_DTYPES, NUMPY_DTYPES, Checkpoint
 from merge_tool.errors import RecipeError
+from merge_tool.lora import open_models
 from merge_tool.matching import natural_key
 from merge_tool.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
 from merge_tool.methods import (
@@ -112,12 +113,13 @@ def diff_checkpoints(
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
-    models = [open_checkpoint(ref, max_header_bytes=most, mergeable=False) for ref in (base, ft)]
+    models = open_models((base, ft), max_header_bytes=most, mergeable=False)
     a, b = (model.tensors for model in models)
     shared = sorted(sorted(a.keys() & b.keys()), key=natural_key)
     unlike = [name for name in shared if not _comparable(a[name], b[name])]
     names = [name for name in shared if _comparable(a[name], b[name])]
-    found = list(_compare_all(models, names, _workers(budget, jobs or default_jobs())))
+    reading = max((model.source(name).extra_bytes(TILE) for model in models for name in names), default=0)
+    found = list(_compare_all(models, names, _workers(budget, jobs or default_jobs(), _WORKER_BYTES + reading)))
     return Diff(
         (models[0].name, models[1].name) if models[0].name != models[1].name else (str(base), str(ft)),
         tuple(tensor for tensor, _ in found),
@@ -136,12 +138,12 @@ def _comparable(a: TensorInfo, b: TensorInfo) -> bool:
     return a.dtype == b.dtype or {a.dtype, b.dtype} <= FLOAT_DTYPES
 
 
-def _workers(budget: int, jobs: int) -> int:
+def _workers(budget: int, jobs: int, each: int) -> int:
     room = budget - resident_bytes() - _RESERVE_BYTES
-    if room < _WORKER_BYTES:
-        needed = -(-(resident_bytes() + _RESERVE_BYTES + _WORKER_BYTES) // 1_000_000)
+    if room < each:
+        needed = -(-(resident_bytes() + _RESERVE_BYTES + each) // 1_000_000)
         raise RecipeError(f"This comparison needs more memory than {budget:,} bytes. Give --memory {needed}MB or more.")
-    return min(jobs, room // _WORKER_BYTES)
+    return min(jobs, room // each)
 
 
 # --------------------------------------------------------------------------------------------- tensors

@@ -121,6 +121,8 @@ def _check(recipe: Recipe, base: Checkpoint, ft: Checkpoint, found: _Differences
                 problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
         if found.shapes or found.kinds:
             ways.append("--on-mismatch base: such tensors are BASE's as they are.")
+        if any("vocabulary mismatch" in sides for _, sides in found.shapes):
+            ways.append("--vocab base, ft or union: rows are matched by token; the output has those tokens.")
     if problems:
         raise MismatchError(
             f"{base.name} and {ft.name} do not have the same tensors.\n  "

@@ -23,6 +23,7 @@ from merge_tool.errors import RecipeError, shown
 from merge_tool.matching import Matching, match_tensors, natural_key, no_match
 from merge_tool.methods.steps import Given, StepsMethod
 from merge_tool.recipe import OUTPUT_DTYPES, QUANTISE_LATER, Recipe, label_t
+from merge_tool.rows import rows_note
 from merge_tool.schedule import Schedule
 
 _PAIR = (0, 1)
@@ -233,7 +234,7 @@ def _job(
     if name in matching.kept:
         return TensorJob(number, out, (x,), (0,), False, ts, matching.kept[name])
     y = ft.source(matching.ft_names.get(name, name))
-    return TensorJob(number, out, (x, y), _PAIR, x.info.dtype not in FLOAT_DTYPES, ts)
+    return TensorJob(number, out, (x, y), _PAIR, x.info.dtype not in FLOAT_DTYPES, ts, rows_note(x))
 
 
 class _ScheduledTs:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.hub import local_path
-from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint, open_checkpoint
-from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, shown
+from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint
+from merge_tool.errors import CheckpointError, DataError, MismatchError, OutputError, RecipeError, listed, shown
+from merge_tool.lora import local_ref, open_models, parts
 from merge_tool.memory import (
     LEAST_BYTES,
     Layout,
@@ -45,6 +45,8 @@ from merge_tool.side_files import (
     SideFiles,
     plan_side_files,
 )
+from merge_tool.tokens import TOKENIZER
+from merge_tool.vocab import TOKENIZER_FILES, align, explain, has_other_rows, settings_warnings, side_files_of
 
 _SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
 
@@ -130,19 +132,23 @@ def prepare_plan(
     read_samples: bool,
 ) -> Prepared:
     """Open the models, plan by `plan_of` and check all that can be checked, as `prepare` does."""
-    check_target(target, [Path(ref) for ref in refs])
+    inputs = [part for ref in refs for part in parts(ref)]
+    check_target(target, inputs)
     if report_path is not None:
-        _check_report_path(report_path, recipe, target, [Path(ref) for ref in refs])
+        _check_report_path(report_path, recipe, target, inputs)
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
     budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
     if budget < LEAST_BYTES:
         raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
-    paths = [local_path(ref) for ref in refs]
-    check_target(target, paths)  # again: models of the Hub are elsewhere than their ids say
-    models = [open_checkpoint(path, max_header_bytes=most) for path in paths]
-    plan = plan_of(models)
+    paths = [local_ref(ref) for ref in refs]
+    check_target(target, [part for path in paths for part in parts(path)])  # again: models of the Hub are elsewhere
+    models = open_models(paths, max_header_bytes=most)
+    alignment = None
+    if recipe.vocab is not None:
+        *models, alignment = align(recipe, *models)
+    plan = _plan(plan_of, models)
     donor = models[recipe.files_from == "ft" if plan.is_pair else plan.donor]
     try:
         side_files = plan_side_files(
@@ -153,15 +159,36 @@ def prepare_plan(
     except OSError as e:
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
     side_files = replace(side_files, layers=plan.layers)
+    told: list[str] = []
+    if alignment is not None:
+        side_files = side_files_of(alignment, side_files)
+        told += settings_warnings(alignment, int(donor.folder is not models[0].folder), side_files.folder)
     first = models[plan.donor]
     base_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
-    warnings = (*plan.warnings, *_warnings(models, side_files))
+    warnings = (*plan.warnings, *_warnings(models, side_files, are_matched=alignment is not None), *told)
     samples = tuple(_sample(model) for model in models) if read_samples else ()
     del models, donor, first  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()
     layout = plan_layout(plan, budget, jobs or default_jobs(), held=held)
     return Prepared(plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples)
+
+
+def _plan(plan_of: Callable[[Sequence[Checkpoint]], MergePlan], models: Sequence[Checkpoint]) -> MergePlan:
+    """The plan; where the models do not fit because their vocabularies differ, with how far they do."""
+    try:
+        return plan_of(models)
+    except MismatchError as e:
+        base, *others = models
+        told = [f"\n{text}." for other in others if has_other_rows(base, other) and (text := _compared(base, other))]
+        raise MismatchError(f"{e}{''.join(told)}") from e
+
+
+def _compared(base: Checkpoint, ft: Checkpoint) -> str:
+    try:
+        return explain(base, ft)
+    except CheckpointError as e:
+        return f"The vocabularies cannot be compared: {str(e).rstrip('.')}"
 
 
 def _check_report_path(path: Path, recipe: Recipe, target: Target, inputs: Iterable[Path]) -> None:
@@ -207,26 +234,14 @@ _COMPARED_SETTINGS = (
     "tie_word_embeddings",
 )
 _ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta"})  # worth a word if only one says
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-)
 
 
-def _warnings(models: Sequence[Checkpoint], side_files: SideFiles) -> Iterable[str]:
+def _warnings(models: Sequence[Checkpoint], side_files: SideFiles, *, are_matched: bool) -> Iterable[str]:
     for model in models:
         yield from model.notices
     for other in models[1:]:
         yield from _differences(models[0], other)
+        yield from _tokenizer_differences(models[0], other, are_matched=are_matched)
     if side_files.unmerged:
         yield f"Copied without merging, as parts of the model: {listed(side_files.unmerged, 50)}."
     if side_files.skipped:
@@ -241,10 +256,20 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterable[str]:
         if (key in a and key in b) or key.split(".")[-1] in _ONE_SIDED:
             here, there = (shown(side.get(key, "nothing")) for side in (a, b))
             yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}. Are these related models?"
-    if base.folder and ft.folder:
-        for name in _TOKENIZER_FILES:
-            if base.folder.has(name) and ft.folder.has(name) and not _same_bytes(base.folder, ft.folder, name):
-                yield f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
+
+
+def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, *, are_matched: bool) -> Iterable[str]:
+    here, there = base.tokenizer_folder, ft.tokenizer_folder
+    if here is None or there is None:
+        return
+    for name in TOKENIZER_FILES:
+        if not (here.has(name) and there.has(name)) or _same_bytes(here, there, name):
+            continue
+        told = f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
+        if name != TOKENIZER:
+            yield told
+        elif not are_matched:
+            yield f"{told} {_compared(base, ft)}. With --vocab rows are matched by token."
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ QUANTISE_LATER = (
 _NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
 SIDES = ("base", "ft")
 ON_MISMATCH = ("error", "base")
+VOCABS = ("base", "ft", "union")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,9 @@ class Recipe:
     differ and to tensors of another shape or type, `on_missing` to those that only one side has. `t_for` gives some
     tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping from patterns to values;
     of those that match a tensor the first counts. Merged are the tensors that a pattern of `only` matches (all,
-    without one) and none of `exclude`; the rest is the base's. Raises RecipeError for values out of range.
+    without one) and none of `exclude`; the rest is the base's. With `vocab` rows of embeddings and heads are matched by
+    token, and the output has the tokens of that side, or of both; its rows are padded to a multiple, if one is asked.
+    Raises RecipeError for values out of range.
     """
 
     ts: tuple[float, ...] = (DEFAULT_T,)
@@ -47,6 +50,8 @@ class Recipe:
     only: Sequence[str] = ()
     exclude: Sequence[str] = ()
     on_missing: str = "error"
+    vocab: str | None = None
+    pad_vocab_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
@@ -57,6 +62,15 @@ class Recipe:
         _check_choice("files_from", self.files_from, SIDES)
         _check_choice("on_mismatch", self.on_mismatch, ON_MISMATCH)
         _check_choice("on_missing", self.on_missing, ON_MISMATCH)
+        if self.vocab is not None:
+            _check_choice("vocab", self.vocab, VOCABS)
+        if self.pad_vocab_to_multiple_of is not None:
+            if self.vocab is None:
+                raise RecipeError("--pad-vocab-to-multiple-of goes with --vocab, which is not given.")
+            if not 1 <= self.pad_vocab_to_multiple_of <= 1_000_000:
+                raise RecipeError(
+                    f"The vocabulary's multiple is {self.pad_vocab_to_multiple_of}, expected 1 to 1000000."
+                )
         if self.max_shard_bytes < 1:
             raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
         object.__setattr__(self, "ts", _check_ts(self.ts, self.extrapolate))
@@ -83,6 +97,8 @@ class Recipe:
             "only": list(self.only),
             "exclude": list(self.exclude),
             "on_missing": "" if self.on_missing == "error" else self.on_missing,
+            "vocab": self.vocab,
+            "pad_vocab_to_multiple_of": self.pad_vocab_to_multiple_of,
         }
         return {key: value for key, value in found.items() if value}
 

@@ -21,10 +21,9 @@ from merge_tool._version import __version__
 from merge_tool.api import card_of, report_of
 from merge_tool.buffers import WorkerMemory
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.hub import local_path
-from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, OutputError, listed, shown
+from merge_tool.lora import open_models
 from merge_tool.methods import METHODS, TILE, as_bytes, same_values
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.prepare import Prepared, prepare
@@ -102,6 +101,8 @@ def plan_again(
             only=options.get("only", ()),
             exclude=options.get("exclude", ()),
             on_missing=options.get("on_missing") or "error",
+            vocab=options.get("vocab"),
+            pad_vocab_to_multiple_of=options.get("pad_vocab_to_multiple_of"),
         )
     except (KeyError, TypeError, AttributeError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
@@ -116,7 +117,7 @@ def _check_patterns(recipe: Recipe, against: tuple[str | Path, str | Path]) -> N
     patterns = [text.removeprefix("re:") for text in patterns if text.startswith("re:")]
     if not patterns:
         return
-    names = {name for ref in against for name in open_checkpoint(local_path(ref)).tensors}
+    names = {name for model in open_models(against) for name in model.tensors}
     task = json.dumps([patterns, sorted(names)]).encode("utf-8", "surrogatepass")
     try:
         subprocess.run([sys.executable, "-I", "-c", _MATCH], input=task, timeout=_MATCH_SECONDS, check=False)

@@ -45,10 +45,10 @@ def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
     if lacking and extra:
         found.ft_names |= _without_wrappers(base, ft, lacking, extra)
     for head in sorted(lacking - found.ft_names.keys()):
-        if _core(head) in _HEADS and (embedding := _tied_embedding(ft, base.tensors[head].shape)):
+        if is_head(head) and (embedding := tied_embedding(ft, base.tensors[head].shape)):
             found.ft_names[head] = embedding
     for head in sorted(extra - set(found.ft_names.values())):
-        if _core(head) in _HEADS and (embedding := _tied_embedding(base, ft.tensors[head].shape)):
+        if is_head(head) and (embedding := tied_embedding(base, ft.tensors[head].shape)):
             found.copies[head] = embedding
     return found
 
@@ -67,6 +67,19 @@ def _core(name: str) -> str:
     return name
 
 
+class Names:
+    """A checkpoint's names, to look one up whatever wrappers it has."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        unique = _unique_cores(self.names)
+        self._by_core = {core: name for name in self.names if (core := _core(name)) in unique}
+
+    def find(self, name: str) -> str | None:
+        """The name itself, or the only one that differs in its wrappers at most."""
+        return name if name in self.names else self._by_core.get(_core(name))
+
+
 def _without_wrappers(
     base: Checkpoint, ft: Checkpoint, lacking: Collection[str], extra: Collection[str]
 ) -> dict[str, str]:
@@ -81,9 +94,14 @@ def _unique_cores(names: Iterable[str]) -> set[str]:
     return {core for core, count in Counter(map(_core, names)).items() if count == 1}
 
 
-def _tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
+def is_head(name: str) -> bool:
+    """Whether a tensor's name is that of an output head's weight."""
+    return _core(name) in _HEADS
+
+
+def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
     """The input embedding that is this model's output head, too; None if its config denies that or several might be."""
-    if _says_tied(model.config or {}) is False or any(_core(name) in _HEADS for name in model.tensors):
+    if _says_tied(model.config or {}) is False or any(map(is_head, model.tensors)):
         return None
     found = [n for n, info in model.tensors.items() if _EMBEDDING.search(n) and len(info.shape) == 2]
     if len(found) > 1:

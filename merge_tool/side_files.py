@@ -35,11 +35,16 @@ _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": 
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file to copy: where it is in the folder, what it is called in the output, and its size in bytes."""
+    """A file to copy: where it is in the folder, what it is called in the output, and its size in bytes.
+
+    Of another `folder` than the rest, perhaps; `insert` is a place in it, in bytes, and what is put in there.
+    """
 
     source: str
     target: str
     size: int
+    folder: Folder | None = None
+    insert: tuple[int, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +56,34 @@ class SideFiles:
     skipped: tuple[str, ...]
     unmerged: tuple[str, ...]
     layers: tuple[int, ...] = ()  # which of the model's layers each of the output's was, if that changes
+    vocab_sizes: tuple[frozenset[int], int] | None = None  # those that config.json may name, and what it says now
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.copied)
 
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
-        """What the output's copy of `file` holds: its bytes; of config.json with `dtype` and layers, if they change,
-        and without the quantization_config that the output's weights no longer have."""
-        assert self.folder is not None
-        path = self.folder.regular(file.source)
+        """What the output's copy of `file` holds: its bytes; of config.json with `dtype`, layers and vocabulary as they
+        are now, and without the quantization_config that the output's weights no longer have."""
+        folder = file.folder or self.folder
+        assert folder is not None
+        path = folder.regular(file.source)
         try:
             if file.source == "config.json" and file.size <= LARGEST_JSON:
                 config = _edit_config(path.read_bytes(), dtype)
+                config = edit_vocab_size(config, *self.vocab_sizes) if self.vocab_sizes else config
                 yield edit_config_layers(config, self.layers) if self.layers else config
                 return
             with path.open("rb") as content:
+                if file.insert is not None:
+                    place, text = file.insert
+                    yield content.read(place)
+                    yield text
                 while chunk := content.read(_COPY_BYTES):
                     yield chunk
         except OSError as e:
             raise CheckpointError(
-                f"{self.folder.name}/{shown(file.source)}: cannot be read ({e.strerror}). Mend that, then run the same "
+                f"{folder.name}/{shown(file.source)}: cannot be read ({e.strerror}). Mend that, then run the same "
                 "command: it continues where it stopped."
             ) from e
 
@@ -200,6 +212,15 @@ def edit_config_dtype(config: bytes, dtype: str) -> bytes:
         return before + (prefix or b"") + (name if is_ours else old) + quote
 
     return _CONFIG_DTYPE.sub(replace, config)
+
+
+def edit_vocab_size(config: bytes, before: frozenset[int], after: int) -> bytes:
+    """config.json with `after` wherever a vocab_size is one of those `before`; nothing else changes."""
+
+    def replace(match: re.Match[bytes]) -> bytes:
+        return match[1] + (str(after).encode() if int(match[2]) in before else match[2])
+
+    return re.sub(rb'("vocab_size"\s*:\s*)([0-9]{1,12})', replace, config)
 
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool.api import merge
-from merge_tool.checkpoint.hub import local_path
 from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
 from merge_tool.lock import FolderLock
+from merge_tool.lora import local_ref
 from merge_tool.prepare import prepare
 from merge_tool.recipe import Recipe, label_t
 
@@ -100,7 +100,7 @@ def sweep(
     if not command:
         raise RecipeError("The evaluation command is empty, expected a program and its arguments.")
     folder = Path(out)
-    base, ft = local_path(base), local_path(ft)  # once: the Hub's newest revision may move meanwhile
+    base, ft = local_ref(base), local_ref(ft)  # once: the Hub's newest revision may move meanwhile
     settings = {"memory_bytes": memory_bytes, "jobs": jobs}
     facts = _facts(base, ft, folder, recipe, command, settings)
     try:

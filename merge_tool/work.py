@@ -33,6 +33,7 @@ from merge_tool.methods import (
 from merge_tool.methods.passes import Running, start_pass
 from merge_tool.methods.steps import FLAT, Combine, Given, Pass, Steps, StepsMethod, Tile, tile_elements
 from merge_tool.plan import MergePlan, TensorJob
+from merge_tool.rows import alone_ranges
 
 Chunks = Callable[[], Iterable[tuple[int, Sequence[Array]]]]  # (first element, inputs) of every chunk once more
 
@@ -146,7 +147,8 @@ class _Pair:
             cut = slice(begin, begin + TILE)
             if self.equal and not same_values(x[cut], y[cut]):
                 self.equal = False
-            self.parts[(start + begin) // TILE] = sum_tile(x[cut], y[cut], 1.0, scratch)
+            parts = _shared_rows(self.job, start + begin, x[cut], y[cut])
+            self.parts[(start + begin) // TILE] = sum_tile(*parts, 1.0, scratch)
 
     def settle(self, chunks: Chunks, scratch: Scratch) -> None:
         self.needs_chunks = False
@@ -156,7 +158,7 @@ class _Pair:
             if not is_finite(sums):
                 _refuse_nonfinite(self.job, chunks)
             has_float64 = "F64" in {source.info.dtype for source in self.job.sources}
-            sums = sharpen(sums, lambda: _pair_tiles(chunks), has_float64=has_float64, scratch=scratch)
+            sums = sharpen(sums, lambda: _pair_tiles(self.job, chunks), has_float64=has_float64, scratch=scratch)
             self.weights = tuple(self.method.weights(sums, t) for t in self.job.ts)
         self.done = TensorDone(self.job.number, sums, self.equal)
 
@@ -165,10 +167,19 @@ class _Pair:
         return merge_chunk(self.job, self.job.ts[output], weights, start, (inputs[0], inputs[1], out), scratch)
 
 
-def _pair_tiles(chunks: Chunks) -> Iterable[tuple[Array, Array]]:
-    for _, (x, y) in chunks():
+def _pair_tiles(job: TensorJob, chunks: Chunks) -> Iterable[tuple[Array, Array]]:
+    for start, (x, y) in chunks():
         for begin in range(0, len(x), TILE):
-            yield x[begin : begin + TILE], y[begin : begin + TILE]
+            yield _shared_rows(job, start + begin, x[begin : begin + TILE], y[begin : begin + TILE])
+
+
+def _shared_rows(job: TensorJob, start: int, x: Array, y: Array) -> tuple[Array, Array]:
+    """A tile as it is summed: rows that one side alone has are zero in both."""
+    if ranges := list(alone_ranges(job.base, start, start + len(x))):
+        x, y = x.copy(), y.copy()
+        for begin, end in ranges:
+            x[begin:end], y[begin:end] = 0, 0
+    return x, y
 
 
 class _Steps:
@@ -257,8 +268,10 @@ def merge_chunk(
     x, y, out = arrays
     if weights is None or t in (0, 1):
         return _converted(job, start, y if t == 1 and weights is not None else x, out)
-    if not combine(x, y, weights, out, scratch):
+    if not combine(*_shared_rows(job, start, x, y), weights, out, scratch):
         raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
+    for begin, end in alone_ranges(job.base, start, start + len(x)):  # weights of a slerp do not add up to 1
+        out[begin:end] = _converted(job, start + begin, x[begin:end], out[begin:end])
     return out
 
 

@@ -104,6 +104,7 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "Both must be the same architecture, with one vocabulary. If you know better:\n"
         "  --on-missing base: what only BASE has is taken as it is, what only FT has is left out.\n"
         "  --on-mismatch base: such tensors are BASE's as they are.\n"
+        "  --vocab base, ft or union: rows are matched by token; the output has those tokens.\n"
         "  --exclude PATTERN: what it matches is not merged.\n"
     )
     assert not (tmp_path / "out").exists()
@@ -193,7 +194,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 OPTIONS = [
     "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs",
     "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only", "--overwrite",
-    "--quiet", "--report", "--t", "--t-for", "--version",
+    "--pad-vocab-to-multiple-of", "--quiet", "--report", "--t", "--t-for", "--version", "--vocab",
 ]  # fmt: skip
 
 

@@ -57,14 +57,15 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A TensorSource whose elements lie in a file as they are."""
+    """A TensorSource whose elements lie in a file as they are; `written_as` is the dtype of those that it replaces."""
 
     info: TensorInfo
     file: LocalFile
+    written_as: str | None = None
 
     @property
     def stored_dtype(self) -> str:
-        return self.info.dtype
+        return self.written_as or self.info.dtype
 
     @property
     def where(self) -> str:
@@ -103,7 +104,8 @@ class Checkpoint:
 
     `tensors` maps every name to its TensorInfo; `config` is config.json, or None; `metadata` the files'
     `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user. `made` are the
-    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read.
+    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read. The tokenizer
+    is in `tokenizer_folder`: an adapter may bring one.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Checkpoint:
         index_name: str | None = None,
         notices: tuple[str, ...] = (),
         made: Mapping[str, TensorSource] | None = None,
+        tokenizer_folder: Folder | None = None,
     ) -> None:
         self.name, self.folder, self.files = name, folder, files
         self.tensors: Mapping[str, TensorInfo] = tensors
@@ -125,6 +128,7 @@ class Checkpoint:
         self.index_name = index_name
         self._file_of = file_of  # empty when there is one file
         self._made = made or {}
+        self.tokenizer_folder = tokenizer_folder or folder
 
     @property
     def weight_files(self) -> frozenset[str]:
@@ -141,6 +145,22 @@ class Checkpoint:
         """The dtype in which a merge writes tensor `name` unless told otherwise."""
         made = self._made.get(name)
         return made.stored_dtype if made is not None else self.tensors[name].dtype
+
+    def with_made(
+        self,
+        name: str,
+        files: tuple[CheckpointFile, ...],
+        made: Mapping[str, TensorSource],
+        notices: tuple[str, ...],
+        tokenizer_folder: Folder | None = None,
+    ) -> Checkpoint:
+        """This checkpoint with tensors of other sources in place of its own or beside them, read from `files`, too."""
+        tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
+        file_of = self._file_of
+        return Checkpoint(
+            name, self.folder, (*self.files, *files), tensors, file_of, self.metadata, self.config, self.index_name,
+            notices, {**self._made, **made}, tokenizer_folder or self.tokenizer_folder,
+        )  # fmt: skip
 
     def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
@@ -207,6 +227,13 @@ def open_checkpoint(
     if mergeable:
         check_mergeable(checkpoint)
     return checkpoint
+
+
+def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
+    """One safetensors file of a folder, whatever else that holds."""
+    source = LocalFile(folder.path(file_name), f"{folder.name}/{file_name}")
+    file, tensors, metadata = _read_header(source, file_name, max_header_bytes)
+    return Checkpoint(file.source.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
 
 
 def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
@@ -385,4 +412,12 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
         )
 
 
-__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "Checkpoint", "CheckpointFile", "FileTensor", "open_checkpoint"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "NUMPY_DTYPES",
+    "Checkpoint",
+    "CheckpointFile",
+    "FileTensor",
+    "open_checkpoint",
+    "open_one_file",
+]

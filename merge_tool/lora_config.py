@@ -1,0 +1,159 @@
+"""What an adapter's folder says of itself: adapter_config.json -> Settings. What is not W + scale * B A is refused by
+name: applied in part, it would be another model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.errors import CheckpointError, shown
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_MERGES = "Merge it with peft (merge_and_unload, then save_pretrained) and give that folder."
+
+_NOTHING_TO_MERGE = {  # trained inputs of the model, not changes of its weights
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+}  # fmt: skip
+_BY_INPUT = {"XLORA", "POLY"}
+_REFUSED = {  # settings of LoRA with another effect than W + scale * B A
+    "use_dora": "DoRA, which rescales whole columns",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA, which acts on some tokens only",
+    "arrow_config": "Arrow, which chooses among adapters by the input",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "LoRA on parameters that are no layers (target_parameters)",
+    "layer_replication": "layer replication",
+    "enable_lora": "merged linear layers of peft before 0.3",
+}
+_HARMLESS_INITS = {"True", "False", "true", "false", "None", "gaussian", "eva", "orthogonal"}
+_KNOWN = {
+    *_REFUSED, "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "lora_bias", "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save", "target_modules",
+    "exclude_modules", "lora_dropout", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version",
+    "layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What adapter_config.json says, as far as it counts."""
+
+    file: LocalFile
+    sha256: str
+    where: str
+    rank: int
+    alpha: float
+    root_scaled: bool
+    transposed: bool
+    base_name: str
+    ranks: Mapping[str, Any] = field(default_factory=dict)
+    alphas: Mapping[str, Any] = field(default_factory=dict)
+    saved_modules: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def rank_of(self, module: str) -> int:
+        return int(_number(self.where, "rank_pattern", _by_pattern(self.ranks, module, self.rank)))
+
+    def scale_of(self, module: str) -> float:
+        alpha = _number(self.where, "alpha_pattern", _by_pattern(self.alphas, module, self.alpha))
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.root_scaled else rank)
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the module's name or the end of it, from a dot on; as peft does."""
+    for pattern, value in patterns.items():
+        if module == pattern or module.endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module[:500]):
+            return value
+    return default
+
+
+def _number(where: str, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{where}: {key} is '{shown(value)}', expected a number.")
+    return value
+
+
+def read_settings(folder: Folder) -> Settings:
+    where = f"{folder.name}/{CONFIG}"
+    _check_files(folder)
+    config = folder.load_json(CONFIG)
+    _refuse(folder.name, config)
+    rank, alpha = (_number(where, key, config.get(key)) for key in ("r", "lora_alpha"))
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    for key, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        _check_patterns(where, key, patterns)
+    if rank != int(rank) or rank < 1 or any(value < 1 or value != int(value) for value in ranks.values()):
+        raise CheckpointError(f"{where}: a rank is not a whole number above 0.")
+    path = folder.regular(CONFIG)
+    saved = config.get("modules_to_save")
+    saved = tuple(map(str, saved)) if isinstance(saved, list) else ()
+    unknown = tuple(sorted(key for key, value in config.items() if key not in _KNOWN and value))
+    return Settings(
+        LocalFile(path, where), hashlib.sha256(path.read_bytes()).hexdigest(), where, int(rank), alpha,
+        bool(config.get("use_rslora")), bool(config.get("fan_in_fan_out")),
+        str(config.get("base_model_name_or_path") or ""), ranks, alphas, saved, unknown,
+    )  # fmt: skip
+
+
+def _check_files(folder: Folder) -> None:
+    if not folder.has(CONFIG):
+        raise CheckpointError(f"{folder.name}: has no {CONFIG}, so it is no adapter. Give a folder that peft saved.")
+    if folder.has(WEIGHTS):
+        return
+    pickles = sorted(e.name for e in folder.root.iterdir() if e.suffix in PICKLE_SUFFIXES)
+    if f"{WEIGHTS.removesuffix('.safetensors')}.bin" in pickles:
+        raise CheckpointError(
+            f"{folder.name}: its weights are pickled (adapter_model.bin), which can run code when opened. Convert them "
+            f"first: load the adapter with peft, then save_pretrained(FOLDER) writes {WEIGHTS}."
+        )
+    raise CheckpointError(f"{folder.name}: has {CONFIG} but no {WEIGHTS}. Finish the download, or save it again.")
+
+
+def _check_patterns(where: str, key: str, patterns: Any) -> None:
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{where}: {key} is '{shown(patterns)}', expected names with their values.")
+    for pattern, value in patterns.items():
+        _number(where, key, value)
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:  # may take for ever to match
+            raise CheckpointError(
+                f"{where}: {key}: '{shown(pattern)}' repeats too much. Write the layers' names there."
+            )
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, RecursionError, OverflowError) as e:
+            raise CheckpointError(
+                f"{where}: {key}: '{shown(pattern)}' is not a regular expression ({shown(e)})."
+            ) from e
+
+
+def _refuse(name: str, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the adapter's effect is a sum of products with a scale."""
+    kind = str(config.get("peft_type"))
+    if kind in _NOTHING_TO_MERGE:
+        raise CheckpointError(f"{name}: is a {kind} adapter: it has inputs of its own and no weights to merge.")
+    if kind in _BY_INPUT:
+        raise CheckpointError(f"{name}: is a {kind} adapter, which weighs its parts by the input: it has no merge.")
+    if kind != "LORA":
+        raise CheckpointError(f"{name}: is a {shown(kind)} adapter; only LORA is read. {_PEFT_MERGES}")
+    for key, what in _REFUSED.items():
+        if config.get(key):
+            raise CheckpointError(f"{name}: uses {what}, which is not W + scale * B A. {_PEFT_MERGES}")
+    init = str(config.get("init_lora_weights", True))
+    if init not in _HARMLESS_INITS:
+        raise CheckpointError(
+            f"{name}: was initialised by '{shown(init)}', which changes BASE's weights as well, or may do so: "
+            "applied to BASE as it is, it would be another model. Convert it to plain LoRA when saving it "
+            "(path_initial_model_for_weight_conversion), or merge it with peft onto the base that it was trained with."
+        )

@@ -1,0 +1,131 @@
+"""Adapters against peft itself: what merge_and_unload makes of a model is what we read, element by element."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints import load_folder
+from merge_tool.lora import open_model
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+
+def llama(**settings: Any) -> Any:
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads, **settings))
+
+
+def tied_llama() -> Any:
+    return llama(tie_word_embeddings=True)
+
+
+def gpt2() -> Any:
+    """Its layers are Conv1D, whose weights are [in, out]; its head is tied."""
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=32, **ends)
+    )
+
+
+PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 8},
+    "alpha_pattern": {"v_proj": 5, r".*\.1\.self_attn\.q_proj": 3},
+}
+ATTENTION = ["q_proj", "v_proj"]
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "plain": (llama, {"target_modules": [*ATTENTION, "up_proj", "down_proj"]}),
+    "rank-stabilised": (llama, {"target_modules": "all-linear", "use_rslora": True, "r": 6}),
+    "patterns": (llama, {"target_modules": ATTENTION, **PATTERNS}),
+    "modules to save": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "fan in, fan out": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "embedding and head": (llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "tied embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding of GPT-2": (gpt2, {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}),
+    "all biases": (llama, {"target_modules": ["q_proj"], "bias": "all"}),
+    "biases of layers": (llama, {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "LoRA's own biases": (llama, {"target_modules": ["q_proj"], "lora_bias": True}),
+    "eva": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "eva"}),
+    "orthogonal": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., tuple[Path, Path, Path]]:
+    """The folders of a model, of an adapter with random weights, and of what peft merges them to."""
+
+    def make(model: Callable[[], Any], settings: dict[str, Any]) -> tuple[Path, Path, Path]:
+        torch.manual_seed(0)
+        folders = tmp_path / "base", tmp_path / "lora", tmp_path / "merged"
+        plain = model()
+        for parameter in plain.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        plain.save_pretrained(folders[0])
+        load = type(plain).from_pretrained
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, of what we ask it to do on purpose
+            asked = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 16, **settings})
+            adapted = peft.get_peft_model(load(folders[0]), asked)
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    torch.nn.init.normal_(parameter, std=0.05)
+            adapted.save_pretrained(folders[1])
+            peft.PeftModel.from_pretrained(load(folders[0]), folders[1]).merge_and_unload().save_pretrained(folders[2])
+        return folders
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_elements_are_those_of_merge_and_unload(case: str, made: Callable[..., tuple[Path, Path, Path]]) -> None:
+    """Within what float32 rounds: peft sums the product in float32, in an order of its own."""
+    base, adapter, merged = made(*CASES[case])
+    model, expected, before = open_model(f"{base}+{adapter}"), load_folder(merged), load_folder(base)
+    assert model.tensors.keys() == expected.keys()
+    changed = 0
+    for name, info in model.tensors.items():
+        found = model.read_new(name, 0, info.numel).reshape(info.shape)
+        assert np.abs(found - expected[name]).max() <= np.spacing(np.abs(expected[name]).max()), name
+        changed += found.tobytes() != before[name].tobytes()
+    assert changed >= 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+)
+def test_what_peft_merges_otherwise_is_refused(
+    settings: dict[str, Any], made: Callable[..., tuple[Path, Path, Path]]
+) -> None:
+    base, adapter, _ = made(llama, {"target_modules": ["q_proj"], **settings})
+    with pytest.raises(Exception, match=r"lora: (uses DoRA|was initialised by)"):
+        open_model(f"{base}+{adapter}")
+
+
+def test_a_converted_pissa_adapter_is_plain_lora(tmp_path: Path) -> None:
+    """What peft saves with path_initial_model_for_weight_conversion belongs to the untouched base."""
+    torch.manual_seed(0)
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        asked = peft.LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION, init_lora_weights="pissa")
+        adapted = peft.get_peft_model(type(base).from_pretrained(tmp_path / "base"), asked)
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(tmp_path / "initial")
+        adapted.peft_config["default"].init_lora_weights = "pissa"
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        adapted.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    model, expected = open_model(f"{tmp_path}/base+{tmp_path}/lora"), load_folder(tmp_path / "merged")
+    for name, info in model.tensors.items():
+        np.testing.assert_allclose(model.read_new(name, 0, info.numel).reshape(info.shape), expected[name], atol=1e-6)
