@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         RecipeError,
     )
     from merge_tool.memory import Layout, plan_layout
+    from merge_tool.models import merge_models
     from merge_tool.plan import MergePlan, plan_merge
     from merge_tool.recipe import Recipe
     from merge_tool.run import run_plan
@@ -46,6 +47,7 @@ _HOMES = {
     "RecipeError": "merge_tool.errors",
     "Layout": "merge_tool.memory",
     "plan_layout": "merge_tool.memory",
+    "merge_models": "merge_tool.models",
     "MergePlan": "merge_tool.plan",
     "plan_merge": "merge_tool.plan",
     "Recipe": "merge_tool.recipe",
@@ -79,6 +81,7 @@ __all__ = [
     "RecipeError",
     "__version__",
     "merge",
+    "merge_models",
     "open_checkpoint",
     "plan_layout",
     "plan_merge",

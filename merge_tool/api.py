@@ -72,6 +72,7 @@ class MergeReport:
     peak_bytes: int
     already_complete: bool = False
     num_scheduled: int = 0  # tensors with a t of their own
+    models: tuple[str, ...] = ()  # of a recipe of any number of models, which has no one t
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -400,6 +401,7 @@ def _report(prepared: Prepared, summary: Summary, started: float, *, already_com
         peak_bytes(),
         already_complete,
         plan.num_scheduled,
+        () if plan.is_pair else plan.names,
     )
 
 

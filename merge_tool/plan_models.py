@@ -14,9 +14,10 @@ from merge_tool._version import __version__
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
-from merge_tool.errors import MismatchError, shown
+from merge_tool.errors import MismatchError, RecipeError, shown
 from merge_tool.expand import Ask, unused_filters
 from merge_tool.matching import natural_key
+from merge_tool.methods.passes import check_given
 from merge_tool.methods.steps import Given, StepsMethod, seed_key
 from merge_tool.models_recipe import ModelsRecipe
 from merge_tool.plan import MergePlan, TensorJob, input_facts, lay_out, output_dtype, output_stem
@@ -129,11 +130,25 @@ class _Givens:
 
     def __init__(self, method: StepsMethod | None, seed: int) -> None:
         self.method, self.seed = method, seed
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}  # keeps what _checked knows by its id
+        self._checked: set[tuple[int, int, bool]] = set()
 
     def __call__(self, ask: Ask, shape: tuple[int, ...]) -> Given:
         shared, each = (self._kept.setdefault(repr(sorted(m.items())), m) for m in (ask.shared, ask.each))
-        return Given(shape, len(ask.inputs), ask.base is not None, shared, each, seed_key(self.seed, ask.name))
+        found = Given(shape, len(ask.inputs), ask.base is not None, shared, each, seed_key(self.seed, ask.name))
+        self._check(ask.name, found)
+        return found
+
+    def _check(self, name: str, given: Given) -> None:
+        """Raise RecipeError for parameters that the method cannot work with, before anything is read."""
+        key = id(given.shared), id(given.each), given.has_base
+        if self.method is None or key in self._checked:
+            return
+        self._checked.add(key)
+        try:
+            check_given(self.method, given)
+        except ValueError as e:
+            raise RecipeError(f"{shown(name)}: {e}") from e
 
 
 def _job(number: int, out: TensorInfo, ask: Ask, models: Sequence[Checkpoint], given: _Givens) -> TensorJob:

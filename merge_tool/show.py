@@ -146,7 +146,7 @@ def report_json(report: MergeReport) -> dict[str, Any]:
     return {
         "outputs": [str(path) for path in report.outputs],
         "method": report.method,
-        "t": list(report.ts),
+        **({"models": list(report.models)} if report.models else {"t": list(report.ts)}),
         "num_tensors": summary.num_tensors,
         "num_parameters": summary.num_parameters,
         "num_equal": summary.num_equal,
@@ -170,6 +170,8 @@ def report_lines(report: MergeReport) -> Iterator[str]:
         return
     moved = report.input_bytes + report.output_bytes
     what = f"{report.method} at t = {ts_text(report.ts)}"
+    if report.models:
+        what = f"{report.method} of {len(report.models):,} models"
     if report.num_scheduled:
         what += f" ({report.num_scheduled:,} tensors at a t of their own)"
     yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"

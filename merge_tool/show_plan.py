@@ -95,7 +95,7 @@ def _settings_rows(plan: MergePlan) -> list[dict[str, Any]]:
     for job in plan.jobs():
         place, settings = _place(job), _settings(job)
         models = sorted({plan.names[side] for side in job.sides})
-        row = {"layer": place, "settings": settings, "models": models, "num_tensors": 0}
+        row = {"layer": place, "settings": settings, "models": models, "num_tensors": 0, "first": job.out.name}
         rows.setdefault((place, f"{settings}{models}"), row)["num_tensors"] += 1
     return sorted(rows.values(), key=lambda row: _order(row["layer"]))
 
@@ -110,13 +110,19 @@ def _settings_table(plan: MergePlan) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             shown(row["layer"], 60),
-            f"{row['num_tensors']:,}",
+            _tensors(row),
             ", ".join(f"{name} {_value(value)}" for name, value in row["settings"].items()) or "as they are",
             "all" if len(row["models"]) == len(set(plan.names)) else shown(", ".join(row["models"]), 80),
         ]
         for row in _settings_rows(plan)
     ]
     return ["layer", "tensors", "parameters", "models"], rows
+
+
+def _tensors(row: dict[str, Any]) -> str:
+    """The first tensor of a line, by what follows its layer, and how many more there are."""
+    more = f" + {row['num_tensors'] - 1:,}" if row["num_tensors"] > 1 else ""
+    return shown(row["first"].removeprefix(f"{row['layer']}."), 60) + more
 
 
 def _value(value: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARROWS: dict[str, set[str]] = {
-    "__init__": {"_version", "api", "checkpoint.reader", "errors", "memory", "plan", "recipe", "run"},
+    "__init__": {"_version", "api", "checkpoint.reader", "errors", "memory", "models", "plan", "recipe", "run"},
     "__main__": {"cli"},
     "_version": set(),
     "errors": set(),
@@ -119,7 +119,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "plan_models": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "expand", "matching",
-        "methods.steps", "models_recipe", "plan", "recipe", "schedule",
+        "methods.passes", "methods.steps", "models_recipe", "plan", "recipe", "schedule",
     },
     "show_plan": {"errors", "matching", "plan", "recipe", "schedule"},
 }  # fmt: skip
