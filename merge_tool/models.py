@@ -21,6 +21,7 @@ from merge_tool.plan import MergePlan
 from merge_tool.plan_models import plan_models
 from merge_tool.prepare import Prepared, prepare_plan
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
+from merge_tool.renaming import find_renaming
 
 _LARGEST_RECIPE = 1_000_000  # bytes
 Methods = Mapping[str, StepsMethod]
@@ -134,7 +135,9 @@ def _plan(
     target: Target,
 ) -> MergePlan:
     _check_tokenizers(asked, models)
-    asks = expand(asked, [model.tensors.keys() for model in models], methods)
+    donor = models[asked.donor]
+    renamings = {k: find_renaming(donor, model) for k, model in enumerate(models) if model is not donor}
+    asks = expand(asked, [model.tensors.keys() for model in models], methods, renamings)
     method = None if asked.method in PAIRS else methods[asked.method]
     return plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
 

@@ -10,10 +10,13 @@ from merge_tool.schedule import split_layer
 
 _FEWEST_TENSORS = 3  # in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` is none
 
-# What stands after the layers: final norms and output heads, by the words that libraries use for them.
-_LAST = re.compile(
-    r"(?:.*_)?head|embed_out|output|score|classifier|qa_outputs|cls|pooler|(?!pre).*norm(?:_f|_out)?|ln(?:_f|_out|_post)?"
+# What stands after the layers, by the words that libraries use: output heads, and final norms.
+_HEAD = re.compile(
+    r"(?:.*_)?head|embed_out|output|proj(?:ect)?_out|score|(?:pre_)?classifier|qa_outputs|cls|pooler"
+    r"|(?:text|visual)_projection|final_logits_bias"
 )
+_NORM = re.compile(r"(?!pre).*norm(?:_f|_out)?|ln(?:_f|_out|_post)?")
+_INPUT = re.compile(r"embed|conv|proj")  # a norm beside one of these is not the final one
 
 
 def comes_last(name: str) -> bool:
@@ -23,9 +26,9 @@ def comes_last(name: str) -> bool:
     [False, True, True, False]
     """
     parts = name.lower().split(".")
-    if any("embed" in part and part != "embed_out" for part in parts):
-        return False
-    return any(_LAST.fullmatch(part) for part in parts)
+    if any(map(_HEAD.fullmatch, parts)):
+        return True
+    return any(map(_NORM.fullmatch, parts)) and not any(map(_INPUT.search, parts))
 
 
 class Stacks:

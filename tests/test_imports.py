@@ -109,7 +109,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "models": {
         "api", "checkpoint.reader", "checkpoint.source", "errors", "expand", "mergekit", "methods.many",
-        "methods.steps", "models_recipe", "output", "plan", "plan_models", "prepare", "recipe",
+        "methods.steps", "models_recipe", "output", "plan", "plan_models", "prepare", "recipe", "renaming",
     },
     "plan_models": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "expand", "matching",

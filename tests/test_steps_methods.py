@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 from merge_tool.methods import TILE, Scratch, combine, pair_angle, slerp_weights
 from merge_tool.methods.geometric import arc_weights
 from merge_tool.methods.many import STEPS_METHODS
-from merge_tool.methods.passes import cut_tile, drive, run_steps
+from merge_tool.methods.passes import check_given, cut_tile, drive, run_steps
 from merge_tool.methods.rowwise import divergence, mean_ranks
 from merge_tool.methods.steps import REQUIRED, Given, Tile, seed_key, tile_elements
 from oracle import Array, exact_angle, exact_weights
@@ -310,7 +310,12 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "bad", "words"), REFUSED)
 def test_a_parameter_that_means_nothing_is_refused_before_any_pass(name: str, bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        next(STEPS_METHODS[name].steps(asked(name, (4, 4), **bad)))
+        check_given(STEPS_METHODS[name], asked(name, (4, 4), **bad))
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_good_parameters_pass_the_check(name: str, variant: dict[str, Any]) -> None:
+    check_given(STEPS_METHODS[name], asked(name, (4, 4), **variant))
 
 
 # ------------------------------------------------------------------------------ the geometric methods
@@ -630,7 +635,7 @@ def test_the_method_of_the_docs_is_a_method() -> None:
     wanted = 1.5 * np.mean([np.linalg.norm(x) for x in inputs])
     np.testing.assert_allclose(found, average * wanted / np.linalg.norm(average), rtol=1e-12, atol=1e-15)
     with pytest.raises(ValueError, match="strength"):
-        next(method.steps(Given((2,), 3, False, {"strength": -1})))
+        check_given(method, Given((2,), 3, False, {"strength": -1}))
     assert len(blocks[0][blocks[0].index("def ") :].split("\n\n\n")[0].splitlines()) <= 20
 
 

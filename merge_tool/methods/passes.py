@@ -133,6 +133,13 @@ def start_pass(asked: Pass, given: Given, num_tiles: int) -> Running:
     raise TypeError(f"a method yields Sums, OrderStatistics or ColumnSums, not {type(asked).__name__}")
 
 
+def check_given(method: StepsMethod, given: Given) -> None:
+    """Raise the ValueError by which a method refuses its parameters; no tensor is needed."""
+    steps = method.steps(given)
+    next(steps, None)
+    steps.close()
+
+
 def run_steps(method: StepsMethod, given: Given, base: Array | None, inputs: Sequence[Array]) -> Array:
     """Merge arrays in memory, float64: what the streaming loop does from disk."""
     granularity = method.granularity(given)

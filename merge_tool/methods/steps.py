@@ -136,6 +136,7 @@ class StepsMethod:
     `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none). `inputs` are the fewest and
     the most models beside the base. `base` is "none" (ignored), "optional" or "required". Where `copies_equal`, the
     result of inputs (and base) that hold the same bytes is those bytes. A method of `ROWS` sees whole rows.
+    What `steps` cannot do with its parameters it says by a ValueError before its first pass.
     """
 
     steps: Callable[[Given], Steps]
