@@ -31,10 +31,12 @@ from merge_tool.checkpoint.header import DTYPE_BITS, TensorInfo, build_header
 from merge_tool.checkpoint.reader import _load_weight_map, _quantised
 from merge_tool.errors import HeaderError, MergeToolError
 from merge_tool.journal import Journal
+from merge_tool.lora_config import read_settings
 from merge_tool.older import read_sums
 from merge_tool.prepare import _settings
 from merge_tool.report import from_record, read_identity, stream_report
-from merge_tool.side_files import _module_folders, edit_config_dtype
+from merge_tool.side_files import _module_folders, edit_config_dtype, edit_vocab_size
+from merge_tool.tokens import _compared, _Tokenizer
 
 # What the library accepts and we refuse, by our message; argued in docs/reliability.md.
 DIFFERENCES = {
@@ -169,6 +171,7 @@ def read_config(folder: Folder) -> None:
     for value in _settings(config).values():
         str(value)
     edit_config_dtype((folder.root / "config.json").read_bytes(), "BF16")
+    edit_vocab_size((folder.root / "config.json").read_bytes(), frozenset({8}), 9)
 
 
 def read_report(folder: Folder) -> None:
@@ -187,6 +190,34 @@ def read_card(folder: Folder) -> None:
     _inherited(folder.root / "README.md")
 
 
+def read_adapter(folder: Folder) -> None:
+    (folder.root / "adapter_model.safetensors").touch()
+    settings = read_settings(folder)
+    for module in ("layers.1.q", "layers.11.q", "v"):
+        settings.scale_of(module)
+
+
+def read_tokenizer(folder: Folder) -> None:
+    path = folder.root / "tokenizer.json"
+    found, other = _Tokenizer(path, "t"), _Tokenizer(path, "t")
+    other.ids["only here"] = other.size
+    other.size += 1
+    *_, insert = _compared(found, other).split(b"}\n", 1)
+    place, raw = found.place, path.read_bytes()
+    end = insert[4 * (found.size + other.size) :]
+    if json.loads(raw[:place] + end + raw[place:])["added_tokens"][-1]["content"] != "only here":
+        raise Wrong("a token is put in somewhere else")
+
+
+ADAPTER = json.dumps(
+    {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q": 4}, "alpha_pattern": {r"^.*\.1\.q$": 2.5}}
+).encode()
+TOKENIZER = json.dumps(
+    {
+        "added_tokens": [{"id": 2, "content": "<s>", "special": True}],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}},
+    }
+).encode()
 CONFIG = json.dumps(
     {
         "architectures": ["A"],
@@ -221,6 +252,8 @@ TARGETS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[], Callable
     "header": (valid_header, lambda: check_header),
     "index": (lambda c: INDEX, lambda: in_folder("i.index.json", lambda f: _load_weight_map(f, "i.index.json"))),
     "config": (lambda c: CONFIG, lambda: in_folder("config.json", read_config)),
+    "adapter": (lambda c: ADAPTER, lambda: in_folder("adapter_config.json", read_adapter)),
+    "tokenizer": (lambda c: TOKENIZER, lambda: in_folder("tokenizer.json", read_tokenizer)),
     "report": (lambda c: REPORT, lambda: in_folder("merge_report.json", read_report)),
     "card": (lambda c: CARD, lambda: in_folder("README.md", read_card)),
     "sums": (lambda c: SUMS, lambda: in_folder("SHA256SUMS", lambda f: read_sums(f.root))),

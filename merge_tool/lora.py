@@ -230,6 +230,11 @@ class _Matcher:
             old = self.base.tensors[target]
             if old.dtype != info.dtype and not {old.dtype, info.dtype} <= FLOAT_DTYPES:
                 self.unfit.append(f"{shown(info.name)}: is {info.dtype}, {shown(target)} is {old.dtype}")
+            if old.shape != info.shape:
+                self.notices.append(
+                    f"{self.name}: {shown(target)} is {list(info.shape)} there, {list(old.shape)} in {self.base.name}. "
+                    "Side files are that model's: what config.json says of it (vocab_size) holds no longer."
+                )
             written_as = self.base.stored_dtype(target)
             self.made[target] = FileTensor(replace(info, name=target), self.weights.files[0].source, written_as)
 

@@ -162,6 +162,8 @@ def prepare_plan(
     told: list[str] = []
     if alignment is not None:
         side_files = side_files_of(alignment, side_files)
+        if target.is_file:
+            told.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
         told += settings_warnings(alignment, int(donor.folder is not models[0].folder), side_files.folder)
     first = models[plan.donor]
     base_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None

@@ -1,7 +1,7 @@
 """Two tokenizer.json -> which token of the one is which of the other, and what the first would be with both.
 
-Parsed in a process of its own: two of 128,000 tokens took 260 MB, which the merge's memory budget keeps for itself.
-Tokens are the same if their strings are, as the files spell them.
+Parsed in a process of its own: two of 128,000 tokens took 260 MB, which the merge's memory budget keeps for
+itself. Tokens are the same if their strings are, as the files spell them.
 """
 
 from __future__ import annotations
@@ -144,17 +144,18 @@ class _Tokenizer:
 
     def _members(self, text: str) -> Iterator[tuple[str, Any]]:
         """The members of the object that `text` is, and where the list of added tokens ends, in bytes."""
-        decoder, at = json.JSONDecoder(), text.index("{") + 1
-        while text[at := _skip(text, at)] != "}":
-            key, at = scanstring(text, at + 1)
-            at = _skip(text, at)
-            value, end = decoder.raw_decode(text, _skip(text, at + 1))
+        decoder, at, sign = json.JSONDecoder(), _after(text, 0, "{"), ","
+        while sign == ",":
+            key, at = scanstring(text, _after(text, at, '"', skip=False))
+            value, end = decoder.raw_decode(text, _after(text, at, ":"))
             if key == "added_tokens" and isinstance(value, list):
                 last = len(text[: end - 1].rstrip())
                 self.place, self.is_empty = len(text[:last].encode()), not value
             yield key, value
             at = _skip(text, end)
-            at += text[at] == ","
+            sign, at = text[at], at + 1
+        if sign != "}" or text[at:].strip():
+            raise ValueError(f"it is not one object of JSON, at character {at:,}")
 
     def numbered(self) -> list[str | None]:
         found: list[str | None] = [None] * self.size
@@ -167,6 +168,14 @@ def _skip(text: str, at: int) -> int:
     while text[at] in " \t\r\n":
         at += 1
     return at
+
+
+def _after(text: str, at: int, sign: str, *, skip: bool = True) -> int:
+    """The place after `sign`, which must come next."""
+    at = _skip(text, at)
+    if text[at] != sign:
+        raise ValueError(f"expected {sign} at character {at:,}")
+    return _skip(text, at + 1) if skip else at + 1
 
 
 def _model_ids(model: Mapping[str, Any]) -> tuple[dict[str, int], str]:

@@ -48,7 +48,7 @@ class Alignment:
     choice: str
     vocabularies: Vocabularies
     folders: tuple[Folder, Folder]
-    rows_before: tuple[int, int]
+    sizes_before: frozenset[int]  # rows of either, and what their configurations say
     rows: int
 
     @property
@@ -104,13 +104,21 @@ def align(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> tuple[Checkpoint,
     plan = _RowPlan(recipe, found, before)
     aligner = _Aligner(base, ft, before, plan)
     sides = aligner.made()
-    alignment = Alignment(recipe.vocab, found, folders, before, plan.size)  # type: ignore[arg-type]
+    sizes = frozenset({*before, *_config_sizes(base), *_config_sizes(ft)})
+    alignment = Alignment(recipe.vocab, found, folders, sizes, plan.size)  # type: ignore[arg-type]
     told = (*_notices(recipe.vocab, base, ft, found, plan), *aligner.notices)
     models = [
         model.with_made(model.name, (_tokenizer_file(model),), made, (*model.notices, *notices))
         for model, made, notices in ((base, sides[0], told), (ft, sides[1], ()))
     ]
     return models[0], models[1], alignment
+
+
+def _config_sizes(model: Checkpoint) -> Iterator[int]:
+    config = model.config or {}
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
+            yield part["vocab_size"]
 
 
 def _tokenizer_file(model: Checkpoint) -> CheckpointFile:
@@ -161,8 +169,8 @@ def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
             replace(file, size=file.size + len(insert[1]), insert=insert) if file.source == TOKENIZER else file
             for file in copied
         ]
-    sizes = frozenset(alignment.rows_before), alignment.rows
-    return replace(found, copied=tuple(copied), vocab_sizes=sizes if sizes[0] != {sizes[1]} else None)
+    before, rows = alignment.sizes_before, alignment.rows
+    return replace(found, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
 
 
 def settings_warnings(alignment: Alignment, side: int, folder: Folder | None) -> Iterator[str]:

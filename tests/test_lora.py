@@ -250,6 +250,18 @@ def test_the_commands_take_a_model_with_its_adapter(adapted: tuple[Path, Path, P
     assert run("inspect", f"{base}+{adapter}", "--health").exit_code == 0
 
 
+def test_recipes_take_a_model_with_its_adapter(adapted: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = adapted
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in (f"{base}", f"{base}+{adapter}")]
+    recipe = {"merge_method": "linear", "models": models, "dtype": "float32"}
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    assert run("run", tmp_path / "recipe.yml", tmp_path / "out").exit_code == 0
+    merge(base, adapter, tmp_path / "expected", method="linear", dtype="float32")
+    found, expected = load_folder(tmp_path / "out"), load_folder(tmp_path / "expected")
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-9)
+
+
 def test_a_changed_adapter_configuration_is_another_merge(adapted: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Its numbers decide the weights as the tensors do."""
     base, adapter, _ = adapted

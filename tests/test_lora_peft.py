@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import load_folder
+from checkpoints import load_folder, save_model
 from merge_tool.lora import open_model
 
 torch = pytest.importorskip("torch")
@@ -107,6 +107,31 @@ def test_what_peft_merges_otherwise_is_refused(
     base, adapter, _ = made(llama, {"target_modules": ["q_proj"], **settings})
     with pytest.raises(Exception, match=r"lora: (uses DoRA|was initialised by)"):
         open_model(f"{base}+{adapter}")
+
+
+def test_convolutions_are_those_of_merge_and_unload(tmp_path: Path) -> None:
+    """Of one and two dimensions, 1x1 and larger, with strides and paddings of their own."""
+    torch.manual_seed(0)
+    nn = torch.nn
+    layers = {
+        "one": nn.Conv2d(6, 10, 1), "three": nn.Conv2d(6, 10, 3, stride=2, padding=1), "line": nn.Conv1d(6, 10, 5),
+        "linear": nn.Linear(6, 6),
+    }  # fmt: skip
+    model = nn.ModuleDict(layers)
+    save_model(tmp_path / "base", {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(layers)))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.05)
+        adapted.save_pretrained(tmp_path / "lora")
+        expected = {name: tensor.numpy() for name, tensor in adapted.merge_and_unload().state_dict().items()}
+    found = open_model(f"{tmp_path}/base+{tmp_path}/lora")
+    assert found.tensors.keys() == expected.keys()
+    for name, info in found.tensors.items():
+        values = found.read_new(name, 0, info.numel).reshape(info.shape)
+        assert np.abs(values - expected[name]).max() <= np.spacing(np.abs(expected[name]).max()), name
 
 
 def test_a_converted_pissa_adapter_is_plain_lora(tmp_path: Path) -> None:

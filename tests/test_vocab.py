@@ -351,10 +351,25 @@ def test_a_vocabulary_that_an_adapter_brings(tmp_path: Path) -> None:
         "5 tokens are in both, 0 of them with another id, 0 only in base and 1 only in base+lora (<|im|>)"
         in failed.stderr
     )
-    merge(base, adapter, tmp_path / "out", vocab="union")
-    found = load_folder(tmp_path / "out")["model.embed_tokens.weight"]
+    for number, models in enumerate([(base, adapter), (f"{base}+{adapter}", base)]):
+        report = merge(*models, tmp_path / f"{number}", vocab="base" if number else "union")
+        rows = 10 if number else 8
+        assert json.loads((tmp_path / f"{number}/config.json").read_text())["vocab_size"] == rows
+        assert len(load_folder(tmp_path / f"{number}")["lm_head.weight"]) == rows
+        assert any("lora: lm_head.weight is [10, 8] there, [8, 8] in base." in told for told in report.warnings)
+        assert "<|im|>" in (tmp_path / f"{number}/tokenizer.json").read_text()
+    found = load_folder(tmp_path / "0")["model.embed_tokens.weight"]
     assert found.shape == (8, HIDDEN)
     assert found[5].tobytes() == tensors["model.embed_tokens.weight"][5].astype(BF16).tobytes()
+
+
+def test_a_one_file_output_has_the_rows_and_says_that_it_lacks_the_tokenizer(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    report = merge(*pair, tmp_path / "out.safetensors", vocab="union")
+    merge(*pair, tmp_path / "out", vocab="union")
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    assert any("is one file: the tokenizer that goes with its rows is not written" in told for told in report.warnings)
 
 
 # -------------------------------------------------------------------------------- errors and warnings
