@@ -27,15 +27,18 @@ from safetensors import SafetensorError, deserialize
 from merge_tool.card import _front_matter, _inherited
 from merge_tool.checkpoint import header as header_module
 from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.fp8 import find_scaled, without_quantization
 from merge_tool.checkpoint.header import DTYPE_BITS, TensorInfo, build_header
-from merge_tool.checkpoint.reader import _load_weight_map, _quantised
+from merge_tool.checkpoint.quantised import why_quantised
+from merge_tool.checkpoint.reader import FileTensor, _load_weight_map
+from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import HeaderError, MergeToolError
 from merge_tool.journal import Journal
 from merge_tool.lora_config import read_settings
 from merge_tool.older import read_sums
 from merge_tool.prepare import _settings
 from merge_tool.report import from_record, read_identity, stream_report
-from merge_tool.side_files import _module_folders, edit_config_dtype, edit_vocab_size
+from merge_tool.side_files import _module_folders, edit_config_dtype, edit_vocab_size, without_quantization_config
 from merge_tool.tokens import _compared, _Tokenizer
 
 # What the library accepts and we refuse, by our message; argued in docs/reliability.md.
@@ -167,11 +170,17 @@ def in_folder(name: str, read: Callable[[Folder], object]) -> Callable[[bytes], 
 
 def read_config(folder: Folder) -> None:
     config = folder.load_json("config.json")
-    _quantised(config, {})
+    file = LocalFile(folder.root / "config.json", "config.json")
+    codes = FileTensor(TensorInfo("a", "F8_E4M3", (40, 40), 0), file)
+    scales = FileTensor(TensorInfo("a_scale", "F32", (3, 3), 0), file)
+    found = find_scaled(folder.name, config, {"a": codes, "a_scale": scales})
+    why_quantised(config if found is None else without_quantization(config), {"a": codes.info})
     for value in _settings(config).values():
         str(value)
-    edit_config_dtype((folder.root / "config.json").read_bytes(), "BF16")
-    edit_vocab_size((folder.root / "config.json").read_bytes(), frozenset({8}), 9)
+    raw = (folder.root / "config.json").read_bytes()
+    edit_config_dtype(raw, "BF16")
+    edit_vocab_size(raw, frozenset({8}), 9)
+    json.loads(without_quantization_config(raw))
 
 
 def read_report(folder: Folder) -> None:
@@ -222,7 +231,12 @@ CONFIG = json.dumps(
     {
         "architectures": ["A"],
         "dtype": "bfloat16",
-        "text_config": {"torch_dtype": "float32", "rope_theta": 1e4},
+        "text_config": {"torch_dtype": "float32", "rope_theta": 1e4, "quantization_config": {"quant_method": "x"}},
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": {"weights": {"block_structure": [16, 16]}}},
+        },
         "x": [1, None],
     }
 ).encode()

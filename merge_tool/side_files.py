@@ -156,10 +156,10 @@ def _edit_config(config: bytes, dtype: str | None) -> bytes:
 
 def without_quantization_config(config: bytes) -> bytes:
     """config.json without its quantization_config, and without those of its sub-configs; else byte for byte."""
-    text = config.decode("utf-8")
+    text = config.decode("utf-8", "surrogatepass")
     for begin, end in reversed(list(_quantization_spans(text, text.index("{")))):
         text = text[:begin] + text[end:]
-    return text.encode("utf-8")
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _quantization_spans(text: str, place: int) -> Iterator[tuple[int, int]]:

@@ -204,14 +204,21 @@ def _may_scale(weight: TensorInfo, scales: TensorInfo) -> bool:
 
 def _block_of(name: str, settings: Mapping[str, Any] | None) -> tuple[int, int]:
     given = (settings or {}).get("weight_block_size")
-    for group in ((settings or {}).get("config_groups") or {}).values():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        given = given or (weights or {}).get("block_structure")
+    for weights in _weight_settings(settings or {}):
+        given = given or weights.get("block_structure")
     if given is None:
         return _USUAL_BLOCK
-    if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int and n > 0 for n in given):
+    if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in given):
         raise CheckpointError(f"{name}/config.json: its weight_block_size is {shown(given)}, expected two sizes.")
     return given[0], given[1]
+
+
+def _weight_settings(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What compressed-tensors says of weights, for each group of layers."""
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict):
+            yield group["weights"]
 
 
 def _grid(name: str, weight: TensorInfo, scales: TensorInfo, block: tuple[int, int]) -> Grid:
