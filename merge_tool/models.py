@@ -11,16 +11,16 @@ from merge_tool.api import MergeReport, carry_out
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import sha256_of
 from merge_tool.errors import CheckpointError, RecipeError, listed, shown
-from merge_tool.expand import expand
-from merge_tool.mergekit import parse_recipe
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.steps import StepsMethod
-from merge_tool.models_recipe import PAIRS, ModelsRecipe
 from merge_tool.output import Target
 from merge_tool.plan import MergePlan
 from merge_tool.plan_models import plan_models
 from merge_tool.prepare import Prepared, prepare_plan
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
+from merge_tool.recipes.expand import expand
+from merge_tool.recipes.mergekit import parse_recipe
+from merge_tool.recipes.models_recipe import PAIRS, ModelsRecipe
 from merge_tool.renaming import find_renaming
 
 _LARGEST_RECIPE = 1_000_000  # bytes

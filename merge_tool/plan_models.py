@@ -15,13 +15,13 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import MismatchError, RecipeError, shown
-from merge_tool.expand import Ask, unused_filters
 from merge_tool.matching import natural_key
 from merge_tool.methods.passes import check_given
 from merge_tool.methods.steps import Given, StepsMethod, seed_key
-from merge_tool.models_recipe import ModelsRecipe
 from merge_tool.plan import MergePlan, TensorJob, input_facts, lay_out, output_dtype, output_stem
 from merge_tool.recipe import Recipe
+from merge_tool.recipes.expand import Ask, unused_filters
+from merge_tool.recipes.models_recipe import ModelsRecipe
 from merge_tool.schedule import split_layer
 
 _MOST = 5  # mismatches that are named

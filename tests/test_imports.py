@@ -45,28 +45,34 @@ ARROWS: dict[str, set[str]] = {
     "low_rank": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
     "lora_config": {"checkpoint.folder", "checkpoint.source", "errors"},
     "lora": {
-        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.reader", "checkpoint.source", "errors",
-        "lora_config", "low_rank", "renaming",
+        "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.reader", "checkpoint.source",
+        "errors", "lora_config", "low_rank", "renaming",
     },
-    "settings": set(),
-    "model_ref": {"errors"},
-    "yaml_text": {"errors"},
-    "models_recipe": {"methods.steps", "model_ref", "settings"},
-    "parameters": {"errors", "methods.steps", "models_recipe", "settings", "yaml_text"},
-    "named_models": {"errors", "model_ref", "yaml_text"},
-    "tokenizer_ask": {"errors", "models_recipe", "named_models", "yaml_text"},
-    "mergekit": {
-        "errors", "methods.steps", "model_ref", "models_recipe", "named_models", "parameters", "settings",
-        "tokenizer_ask", "yaml_text",
+    "recipes.settings": set(),
+    "recipes.model_ref": {"errors"},
+    "recipes.yaml_text": {"errors"},
+    "recipes.models_recipe": {"methods.steps", "recipes.model_ref", "recipes.settings"},
+    "recipes.parameters": {
+        "errors", "methods.steps", "recipes.models_recipe", "recipes.settings", "recipes.yaml_text",
     },
-    "stacks": {"errors", "schedule"},
-    "expand": {"errors", "methods.steps", "models_recipe", "renaming", "schedule", "settings", "stacks"},
+    "recipes.named_models": {"errors", "recipes.model_ref", "recipes.yaml_text"},
+    "recipes.tokenizer_ask": {"errors", "recipes.models_recipe", "recipes.named_models", "recipes.yaml_text"},
+    "recipes.mergekit": {
+        "errors", "methods.steps", "recipes.model_ref", "recipes.models_recipe", "recipes.named_models",
+        "recipes.parameters", "recipes.settings", "recipes.tokenizer_ask", "recipes.yaml_text",
+    },
+    "recipes.stacks": {"errors", "schedule"},
+    "recipes.expand": {
+        "errors", "methods.steps", "recipes.models_recipe", "recipes.settings", "recipes.stacks", "renaming",
+        "schedule",
+    },
     "tokens": {"checkpoint.folder", "errors"},
     "rows": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
     "vocab": {
         "checkpoint.folder", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "methods",
         "recipe", "renaming", "rows", "side_files", "tokens",
     },
+    "recipes.__init__": set(),
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
         "_version", "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.reader",
@@ -93,18 +99,15 @@ ARROWS: dict[str, set[str]] = {
         "run", "schedule", "side_files",
     },
     "remerge": {
-        "_version", "api", "buffers", "checkpoint.folder", "lora",
-        "checkpoint.source", "errors", "methods", "plan", "prepare", "recipe", "report", "run", "side_files",
-        "work",
+        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "lora", "methods", "plan",
+        "prepare", "recipe", "report", "run", "side_files", "work",
     },
     "verify": {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
         "side_files",
     },
     "sweep": {"api", "errors", "lock", "lora", "prepare", "recipe"},
-    "diff": {
-        "checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report",
-    },
+    "diff": {"checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report"},
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
         "api", "compare", "diff", "errors", "plan", "prepare", "recipe", "report", "show_plan", "sweep", "verify",
@@ -114,19 +117,20 @@ ARROWS: dict[str, set[str]] = {
         "show", "sweep", "verify",
     },
     "models": {
-        "api", "checkpoint.reader", "checkpoint.source", "errors", "expand", "mergekit", "methods.many",
-        "methods.steps", "models_recipe", "output", "plan", "plan_models", "prepare", "recipe", "renaming",
+        "api", "checkpoint.reader", "checkpoint.source", "errors", "methods.many", "methods.steps", "output",
+        "plan", "plan_models", "prepare", "recipe", "recipes.expand", "recipes.mergekit", "recipes.models_recipe",
+        "renaming",
     },
     "plan_models": {
-        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "expand", "matching",
-        "methods.passes", "methods.steps", "models_recipe", "plan", "recipe", "schedule",
+        "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
+        "methods.passes", "methods.steps", "plan", "recipe", "recipes.expand", "recipes.models_recipe", "schedule",
     },
     "show_plan": {"errors", "matching", "plan", "recipe", "schedule"},
 }  # fmt: skip
 OUTSIDE = {
     "click": {"cli"},
     "tqdm": {"cli"},
-    "yaml": {"card", "models", "yaml_text"},
+    "yaml": {"card", "models", "recipes.yaml_text"},
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",

@@ -175,3 +175,6 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         finetune(load_config(argument))
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # on a busy machine one of gloo's threads was seen to abort the interpreter's own way out

@@ -1,8 +1,7 @@
 """mergekit's YAML -> `ModelsRecipe`: whatever the text alone can get wrong is found here, with its line.
 
 Written from the format's rules, which docs/mergekit.md states. Where mergekit ignores what it does not know, an
-unknown key is an error here, and a known one without effect a warning. Opens no checkpoint; merge_tool.expand goes on
-from here.
+unknown key is an error here, and a known one without effect a warning. Opens no checkpoint; `expand` goes on from here.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from typing import Any
 
 from merge_tool.errors import shown
 from merge_tool.methods.steps import REQUIRED
-from merge_tool.model_ref import ModelRef
-from merge_tool.models_recipe import (
+from merge_tool.recipes.model_ref import ModelRef
+from merge_tool.recipes.models_recipe import (
     PAIRS,
     ModelsRecipe,
     Module,
@@ -22,11 +21,11 @@ from merge_tool.models_recipe import (
     Terms,
     all_terms,
 )
-from merge_tool.named_models import NamedModels
-from merge_tool.parameters import INERT, Parameters
-from merge_tool.settings import Settings
-from merge_tool.tokenizer_ask import parse_tokenizer
-from merge_tool.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
+from merge_tool.recipes.named_models import NamedModels
+from merge_tool.recipes.parameters import INERT, Parameters
+from merge_tool.recipes.settings import Settings
+from merge_tool.recipes.tokenizer_ask import parse_tokenizer
+from merge_tool.recipes.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TOP = (

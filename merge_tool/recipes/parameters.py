@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_tool.errors import shown
-from merge_tool.models_recipe import PAIRS, Terms
-from merge_tool.settings import Choice, Setting, Settings
-from merge_tool.yaml_text import Text, Value, kind
+from merge_tool.recipes.models_recipe import PAIRS, Terms
+from merge_tool.recipes.settings import Choice, Setting, Settings
+from merge_tool.recipes.yaml_text import Text, Value, kind
 
 # Keys that mergekit knows, knew or is often given, and that change nothing.
 INERT = {

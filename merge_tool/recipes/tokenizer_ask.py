@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from merge_tool.errors import shown
-from merge_tool.models_recipe import TokenizerAsk, TokenRow
-from merge_tool.named_models import NamedModels
-from merge_tool.yaml_text import Fields, Text, Value, kind
+from merge_tool.recipes.models_recipe import TokenizerAsk, TokenRow
+from merge_tool.recipes.named_models import NamedModels
+from merge_tool.recipes.yaml_text import Fields, Text, Value, kind
 
 
 def parse_tokenizer(text: Text, models: NamedModels, fields: Fields, *, has_base: bool) -> TokenizerAsk | None:

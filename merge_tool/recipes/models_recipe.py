@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from merge_tool.methods.steps import REQUIRED
-from merge_tool.model_ref import ModelRef
-from merge_tool.settings import Settings
+from merge_tool.recipes.model_ref import ModelRef
+from merge_tool.recipes.settings import Settings
 
 PAIRS = frozenset({"slerp"})  # the base is the first of two inputs, not what the inputs are compared with
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from merge_tool.errors import RecipeError
-from merge_tool.model_ref import ModelRef, parse_ref, split_revision
-from merge_tool.yaml_text import Fields, Text, Value
+from merge_tool.recipes.model_ref import ModelRef, parse_ref, split_revision
+from merge_tool.recipes.yaml_text import Fields, Text, Value
 
 
 class NamedModels:
