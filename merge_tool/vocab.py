@@ -7,7 +7,7 @@ other tokens after them. Both checkpoints are given rows of that order here; wha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,36 +224,29 @@ class _RowPlan:
 
     def __init__(self, recipe: Recipe, found: Vocabularies, before: tuple[int, int]) -> None:
         self.before = before
-        base_map, ft_map = (_usable(ids, rows, other) for ids, rows, other in (
-            (found.ft_of_base, before[0], before[1]), (found.base_of_ft, before[1], before[0]),
-        ))  # fmt: skip
-        if recipe.vocab == "ft":
-            self.ft = np.arange(before[1])
-            self.base = ft_map
-            num_tokens = len(found.base_of_ft)
-        else:
-            self.base, self.ft = np.arange(before[0]), base_map
-            num_tokens = len(found.ft_of_base)
+        self.side = int(recipe.vocab == "ft")  # whose ids the output has
+        ids = np.asarray(found.base_of_ft if self.side else found.ft_of_base, np.int64)
+        rows, other_rows = before[self.side], before[1 - self.side]
+        size = max(rows, len(ids)) if recipe.vocab == "union" else rows
+        own, other = np.where(np.arange(size) < rows, np.arange(size), -1), _usable(ids, size, other_rows)
+        self.base, self.ft = (other, own) if self.side else (own, other)
+        self.num_tokens = min(len(ids), size)
         if recipe.vocab == "union":
-            num_tokens = self._append(np.flatnonzero(np.asarray(found.base_of_ft) == ALONE), num_tokens)
-        self.num_tokens = num_tokens
-        kept = len(self.base)
-        multiple = recipe.pad_vocab_to_multiple_of or 1
-        self.size = -(-max(kept, num_tokens) // multiple) * multiple
-        self.base, self.ft = (_extended(rows, self.size) for rows in (self.base, self.ft))
+            self._append(np.flatnonzero(np.asarray(found.base_of_ft) == ALONE))
+        kept, multiple = len(self.base), recipe.pad_vocab_to_multiple_of or 1
+        self.size = -(-kept // multiple) * multiple
         self.num_new = self.size - kept
-        self.averaged_side = int(recipe.vocab == "ft")
-        num_ids = len(found.base_of_ft if self.averaged_side else found.ft_of_base)
+        self.base, self.ft = (_extended(part, self.size) for part in (self.base, self.ft))
         needs_mean = ((self.base < 0) & (self.ft < 0)).any()
-        self.num_averaged = min(before[self.averaged_side], num_ids) if needs_mean else 0
+        self.num_averaged = min(rows, len(ids)) if needs_mean else 0
 
-    def _append(self, ids: Array, start: int) -> int:
-        """FT's own tokens from id `start` on, over BASE's rows of padding first."""
-        stop = start + len(ids)
+    def _append(self, ids: Array) -> None:
+        """FT's other tokens after BASE's, over its rows of padding first."""
+        start, stop = self.num_tokens, self.num_tokens + len(ids)
         self.base, self.ft = (_extended(rows, max(len(rows), stop)) for rows in (self.base, self.ft))
         self.base[start:stop] = -1
         self.ft[start:stop] = np.where(ids < self.before[1], ids, -1)
-        return stop
+        self.num_tokens = stop
 
     @property
     def told(self) -> str:
@@ -266,10 +259,10 @@ class _RowPlan:
         return np.where(own >= 0, own, np.where(other >= 0, FIRST_OTHER - other, MEAN)).astype(np.int32)
 
 
-def _usable(ids: Iterable[int], rows: int, other_rows: int) -> Array:
-    """For each of a side's rows the other side's row of the same token; -1 where there is none."""
-    found = np.full(rows, -1, np.int64)
-    given = np.asarray(ids, np.int64)[:rows]
+def _usable(ids: Array, size: int, other_rows: int) -> Array:
+    """For each of a side's ids the other side's row of the same token; -1 where there is none."""
+    found = np.full(size, -1, np.int64)
+    given = ids[:size]
     found[: len(given)] = np.where((given >= 0) & (given < other_rows), given, -1)
     return found
 
@@ -319,7 +312,7 @@ class _Aligner:
     def _pair(self, name: str, other: str, ft_name: str) -> tuple[TensorSource, TensorSource]:
         x, y = self.base.source(name), self.ft.source(other)
         dtype = _common(x.info.dtype, y.info.dtype)
-        averaged = x if self.plan.averaged_side == 0 else y
+        averaged = x if self.plan.side == 0 else y
         shape = _with_rows(x.info.shape, self.before[0], self.plan.size)
         return (
             RowTensor(TensorInfo(name, dtype, shape, 0), x, y, averaged, self.rows[0]),
