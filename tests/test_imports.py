@@ -57,9 +57,13 @@ ARROWS: dict[str, set[str]] = {
     "expand": {"errors", "methods.steps", "models_recipe", "renaming", "schedule", "settings", "stacks"},
     "tokens": {"checkpoint.folder", "errors"},
     "rows": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
+    "vocab_rows": {
+        "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "methods", "recipe", "renaming",
+        "rows", "tokens",
+    },
     "vocab": {
-        "checkpoint.folder", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "methods",
-        "recipe", "renaming", "rows", "side_files", "tokens",
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "side_files", "tokens",
+        "vocab_rows",
     },
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
@@ -124,7 +128,8 @@ OUTSIDE = {
     "huggingface_hub": {"card", "checkpoint.hub"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
-        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "low_rank", "prepare", "rows", "vocab", "work",
+        "methods.tiles", "checkpoint.reader", "run", "buffers", "diff", "low_rank", "prepare", "rows",
+        "vocab_rows", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader"},
     "safetensors": {"output", "verify"},
