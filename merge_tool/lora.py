@@ -134,6 +134,8 @@ def apply_adapter(
         weights = open_one_file(folder, WEIGHTS, max_header_bytes=max_header_bytes)
     except OSError as e:
         raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
+    if not weights.tensors:
+        raise CheckpointError(f"{folder.name}/{WEIGHTS}: holds no tensors.")
     matched = _Matcher(base, folder.name, settings, weights)
     matched.match()
     place = "adapter"

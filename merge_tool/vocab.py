@@ -7,37 +7,24 @@ other tokens after them. Both checkpoints are given rows of that order here; wha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.header import TensorInfo
-from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint, CheckpointFile
-from merge_tool.checkpoint.source import LocalFile, TensorSource, sha256_of
-from merge_tool.errors import CheckpointError, MismatchError, listed, shown
-from merge_tool.methods import Array
+from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile
+from merge_tool.checkpoint.source import LocalFile, sha256_of
+from merge_tool.errors import CheckpointError, listed, shown
 from merge_tool.recipe import Recipe
-from merge_tool.renaming import find_renaming, is_head
-from merge_tool.rows import FIRST_OTHER, MEAN, Rows, RowTensor
 from merge_tool.side_files import SideFile, SideFiles
 from merge_tool.tokens import ALONE, TOKENIZER, Vocabularies, compare_tokenizers
+from merge_tool.vocab_rows import Aligner, RowPlan, known_rows, rows_of
 
 TOKENIZER_FILES = (
     TOKENIZER, "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json",
     "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
-_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens\w*|wte|word_embeddings?|embed_in|tok_embeddings|shared|token_embedding|embeddings|emb)\.weight"
-)
-_HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|embed_out|head|output|output_projection|proj_out|vocab_projector|predictions)(?:\.decoder)?"
-    r"\.(?:weight|bias)$|(?:^|\.)final_logits_bias$"
-)
-_LAYER = re.compile(r"(?:^|\.)[0-9]+\.")
 _IDS = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos|image|audio)_token_id")
 
 
@@ -80,14 +67,14 @@ def explain(base: Checkpoint, ft: Checkpoint) -> str:
     padding = [
         f"{rows - len(ids):,} in {model.name}"
         for model, ids in ((base, found.ft_of_base), (ft, found.base_of_ft))
-        if (rows := _rows(model)) is not None
+        if (rows := rows_of(model)) is not None
     ]
     return text + (f"; rows beyond the tokenizer (padding): {', '.join(padding)}" if padding else "")
 
 
 def has_other_rows(base: Checkpoint, ft: Checkpoint) -> bool:
     """Whether the embeddings differ in how many rows they have."""
-    rows = _rows(base), _rows(ft)
+    rows = rows_of(base), rows_of(ft)
     return None not in rows and rows[0] != rows[1]
 
 
@@ -100,9 +87,9 @@ def align(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> tuple[Checkpoint,
             raise CheckpointError(f"{model.name}: is a single file without a tokenizer, which --vocab needs.")
     folders = base.tokenizer_folder, ft.tokenizer_folder
     found = compare_tokenizers(folders[0], folders[1])  # type: ignore[arg-type]  # neither is None
-    before = _known_rows(base), _known_rows(ft)
-    plan = _RowPlan(recipe, found, before)
-    aligner = _Aligner(base, ft, before, plan)
+    before = known_rows(base), known_rows(ft)
+    plan = RowPlan(recipe, found, before)
+    aligner = Aligner(base, ft, before, plan)
     sides = aligner.made()
     sizes = frozenset({*before, *_config_sizes(base), *_config_sizes(ft)})
     alignment = Alignment(recipe.vocab, found, folders, sizes, plan.size)  # type: ignore[arg-type]
@@ -129,7 +116,7 @@ def _tokenizer_file(model: Checkpoint) -> CheckpointFile:
     return CheckpointFile(f"tokenizer/{TOKENIZER}", file, sha256_of(path))
 
 
-def _notices(choice: str, base: Checkpoint, ft: Checkpoint, found: Vocabularies, plan: _RowPlan) -> Iterator[str]:
+def _notices(choice: str, base: Checkpoint, ft: Checkpoint, found: Vocabularies, plan: RowPlan) -> Iterator[str]:
     yield f"Rows were matched by token (--vocab {choice}): {found.figures((base.name, ft.name))}. {plan.told}"
     dropped = {"base": (found.num_only[1], ft, 1), "ft": (found.num_only[0], base, 0)}.get(choice)
     if dropped and dropped[0]:
@@ -192,160 +179,3 @@ def _moved(alignment: Alignment, side: int, what: str, value: Any) -> Iterator[s
             if new != number:
                 told = "does not have" if new is None else f"has as {new:,}"
                 yield f"{what} is {number:,}, a token that the output's tokenizer {told}. Mend that file of the output."
-
-
-# -------------------------------------------------------------------------------------------------- rows
-
-
-def _embeddings(model: Checkpoint) -> dict[str, TensorInfo]:
-    return {
-        name: info
-        for name, info in model.tensors.items()
-        if len(info.shape) == 2 and _EMBEDDING.search(name) and info.dtype in FLOAT_DTYPES
-    }
-
-
-def _rows(model: Checkpoint) -> int | None:
-    """How many rows the embedding has; None if there is none, or if several differ."""
-    found = {info.shape[0] for info in _embeddings(model).values()}
-    return found.pop() if len(found) == 1 else None
-
-
-def _known_rows(model: Checkpoint) -> int:
-    if (rows := _rows(model)) is None:
-        found = [f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model).items())]
-        what = f"has embeddings of different sizes ({', '.join(found)})" if found else "has no embedding that is known"
-        raise MismatchError(f"{model.name}: {what}, so --vocab cannot tell which rows are tokens.")
-    return rows
-
-
-class _RowPlan:
-    """Which rows of both the output's rows are made of: -1 where a side has none."""
-
-    def __init__(self, recipe: Recipe, found: Vocabularies, before: tuple[int, int]) -> None:
-        self.before = before
-        base_map, ft_map = (_usable(ids, rows, other) for ids, rows, other in (
-            (found.ft_of_base, before[0], before[1]), (found.base_of_ft, before[1], before[0]),
-        ))  # fmt: skip
-        if recipe.vocab == "ft":
-            self.ft = np.arange(before[1])
-            self.base = ft_map
-            num_tokens = len(found.base_of_ft)
-        else:
-            self.base, self.ft = np.arange(before[0]), base_map
-            num_tokens = len(found.ft_of_base)
-        if recipe.vocab == "union":
-            num_tokens = self._append(np.flatnonzero(np.asarray(found.base_of_ft) == ALONE), num_tokens)
-        self.num_tokens = num_tokens
-        kept = len(self.base)
-        multiple = recipe.pad_vocab_to_multiple_of or 1
-        self.size = -(-max(kept, num_tokens) // multiple) * multiple
-        self.base, self.ft = (_extended(rows, self.size) for rows in (self.base, self.ft))
-        self.num_new = self.size - kept
-        self.averaged_side = int(recipe.vocab == "ft")
-        num_ids = len(found.base_of_ft if self.averaged_side else found.ft_of_base)
-        needs_mean = ((self.base < 0) & (self.ft < 0)).any()
-        self.num_averaged = min(before[self.averaged_side], num_ids) if needs_mean else 0
-
-    def _append(self, ids: Array, start: int) -> int:
-        """FT's own tokens from id `start` on, over BASE's rows of padding first."""
-        stop = start + len(ids)
-        self.base, self.ft = (_extended(rows, max(len(rows), stop)) for rows in (self.base, self.ft))
-        self.base[start:stop] = -1
-        self.ft[start:stop] = np.where(ids < self.before[1], ids, -1)
-        return stop
-
-    @property
-    def told(self) -> str:
-        padding = max(0, self.size - self.num_tokens)
-        made = f", {self.num_new:,} of them new: the mean of the rows with tokens" if self.num_new else ""
-        return f"The output has {self.size:,} rows, {padding:,} of them without a token{made if padding else ''}."
-
-    def codes(self, own: Array, other: Array) -> Array:
-        """For one side: its own rows, the other's where it has none, the mean where neither has one."""
-        return np.where(own >= 0, own, np.where(other >= 0, FIRST_OTHER - other, MEAN)).astype(np.int32)
-
-
-def _usable(ids: Iterable[int], rows: int, other_rows: int) -> Array:
-    """For each of a side's rows the other side's row of the same token; -1 where there is none."""
-    found = np.full(rows, -1, np.int64)
-    given = np.asarray(ids, np.int64)[:rows]
-    found[: len(given)] = np.where((given >= 0) & (given < other_rows), given, -1)
-    return found
-
-
-def _extended(rows: Array, size: int) -> Array:
-    return np.concatenate([rows, np.full(size - len(rows), -1, np.int64)])
-
-
-class _Aligner:
-    """Every tensor that has a row for each token, of both sides."""
-
-    def __init__(self, base: Checkpoint, ft: Checkpoint, before: tuple[int, int], plan: _RowPlan) -> None:
-        self.base, self.ft, self.before, self.plan = base, ft, before, plan
-        alone = (plan.base < 0) | (plan.ft < 0)
-        self.notices: list[str] = []
-        self.rows = tuple(
-            Rows(plan.codes(own, other), alone, plan.num_averaged)
-            for own, other in ((plan.base, plan.ft), (plan.ft, plan.base))
-        )
-
-    def made(self) -> tuple[dict[str, TensorSource], dict[str, TensorSource]]:
-        ft_names = find_renaming(self.base, self.ft).ft_names
-        base_made: dict[str, TensorSource] = {}
-        ft_made: dict[str, TensorSource] = {}
-        unfit = []
-        for name in sorted(_row_tensors(self.base, self.before[0])):
-            other = ft_names.get(name, name)
-            if other not in self.ft.tensors:
-                unfit.append(f"{shown(name)}: is not in {self.ft.name}")
-                continue
-            a, b = self.base.tensors[name], self.ft.tensors[other]
-            if _columns(a, self.before[0]) != _columns(b, self.before[1]) or not {a.dtype, b.dtype} <= FLOAT_DTYPES:
-                unfit.append(
-                    f"{shown(name)}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} have other columns"
-                )
-                continue
-            if tied := is_head(name) and not is_head(other):
-                self.notices.append(
-                    f"{shown(name)} is not in {self.ft.name}, whose head is tied: merged with its input embedding "
-                    f"{shown(other)}. The output has a head of its own, as {self.base.name}."
-                )
-            base_made[name], ft_made[name if tied else other] = self._pair(name, other, name if tied else other)
-        if unfit:
-            raise MismatchError("--vocab cannot match the rows of\n  " + "\n  ".join(unfit))
-        return base_made, ft_made
-
-    def _pair(self, name: str, other: str, ft_name: str) -> tuple[TensorSource, TensorSource]:
-        x, y = self.base.source(name), self.ft.source(other)
-        dtype = _common(x.info.dtype, y.info.dtype)
-        averaged = x if self.plan.averaged_side == 0 else y
-        shape = _with_rows(x.info.shape, self.before[0], self.plan.size)
-        return (
-            RowTensor(TensorInfo(name, dtype, shape, 0), x, y, averaged, self.rows[0]),
-            RowTensor(TensorInfo(ft_name, dtype, shape, 0), y, x, averaged, self.rows[1]),
-        )
-
-
-def _row_tensors(model: Checkpoint, rows: int) -> Iterator[str]:
-    """Embeddings, heads and their biases: what has a row for each token, by its name or by where it stands."""
-    widths = {info.shape[1] for info in _embeddings(model).values()}
-    for name, info in model.tensors.items():
-        has_rows = info.shape[:1] == (rows,) or (info.shape == (1, rows) and "bias" in name)
-        is_inside = _LAYER.search(name) is not None
-        by_name = _EMBEDDING.search(name) or _HEAD.search(name)
-        if has_rows and (by_name or (not is_inside and rows not in widths)):
-            yield name
-
-
-def _columns(info: TensorInfo, rows: int) -> int:
-    return info.numel // rows if info.numel % rows == 0 else -1
-
-
-def _with_rows(shape: tuple[int, ...], before: int, after: int) -> tuple[int, ...]:
-    return (after, *shape[1:]) if shape[0] == before else (1, after)
-
-
-def _common(a: str, b: str) -> str:
-    """A dtype that holds the values of both."""
-    return a if a == b else "F64" if "F64" in (a, b) else "F32"

@@ -68,9 +68,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "tokens": {"checkpoint.folder", "errors"},
     "rows": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
+    "vocab_rows": {
+        "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "methods", "recipe", "renaming",
+        "rows", "tokens",
+    },
     "vocab": {
-        "checkpoint.folder", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "methods",
-        "recipe", "renaming", "rows", "side_files", "tokens",
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "side_files", "tokens",
+        "vocab_rows",
     },
     "recipes.__init__": set(),
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
@@ -135,7 +139,7 @@ OUTSIDE = {
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
         "methods.tiles", "checkpoint.fp8", "checkpoint.reader", "checkpoint.strided", "run", "buffers", "diff",
-        "low_rank", "prepare", "rows", "vocab", "work",
+        "low_rank", "prepare", "rows", "vocab_rows", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader", "checkpoint.fp8"},
     "safetensors": {"output", "verify"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,18 @@ def test_it_resumes_is_recognised_and_verified(pair: tuple[Path, Path], tmp_path
     assert "not the result of this merge" in run(*command).stderr
 
 
+def test_a_sweep_matches_by_token(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("import sys\nprint('rows', open(sys.argv[1] + '/config.json').read().count('8'))\n")
+    command = ("sweep", *pair, tmp_path / "out", "--t", "0,1", "--vocab", "union", "--keep")
+    result = run(*command, "--eval", f"{sys.executable} {judge}")
+    assert result.exit_code == 0, result.output
+    merge(*pair, tmp_path / "expected", 1, vocab="union")
+    assert load_folder(tmp_path / "out/t-1")["lm_head.weight"].tobytes() == (
+        load_folder(tmp_path / "expected")["lm_head.weight"].tobytes()
+    )
+
+
 # ----------------------------------------------------------------------------------------------- files
 
 
@@ -426,6 +439,18 @@ def test_tokens_beyond_the_rows_are_told_and_have_no_row(tmp_path: Path) -> None
     assert any("ft: 1 ids of its tokenizer are beyond its embedding's 6 rows" in told for told in report.warnings)
     found, x = load_folder(tmp_path / "out")["lm_head.weight"], load_folder(base)["lm_head.weight"]
     assert found[7].tobytes() == x[:5].astype(np.float64).mean(axis=0).astype(BF16).tobytes()
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [("base", 4), ("union", 8)])
+def test_a_token_without_a_row_has_the_other_sides_in_a_union(tmp_path: Path, vocab: str, rows: int) -> None:
+    """Otherwise rows stay as many as there were."""
+    base = model(tmp_path / "base", 4, tokenizer(BASE_TOKENS))
+    ft = model(tmp_path / "ft", 7, tokenizer(FT_TOKENS, FT_ADDED))
+    merge(base, ft, tmp_path / "out", vocab=vocab)
+    found, y = load_folder(tmp_path / "out")["lm_head.weight"], load_folder(ft)["lm_head.weight"]
+    assert len(found) == rows
+    if vocab == "union":
+        assert [row.tobytes() for row in found[4:]] == [y[n].tobytes() for n in (4, 3, 5, 6)]
 
 
 @pytest.mark.parametrize(
