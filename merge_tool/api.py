@@ -392,7 +392,7 @@ def _report(prepared: Prepared, summary: Summary, started: float, *, already_com
     return MergeReport(
         tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
         plan.ts,
-        plan.recipe.method,
+        plan.method,
         summary,
         (*prepared.warnings, *alarms(summary)),
         plan.input_bytes,

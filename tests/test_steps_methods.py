@@ -18,12 +18,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from merge_tool.methods import TILE, Scratch, combine, pair_angle, slerp_weights
+from merge_tool.methods import Scratch, combine, pair_angle, slerp_weights
 from merge_tool.methods.geometric import arc_weights
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.passes import check_given, cut_tile, drive, run_steps
 from merge_tool.methods.rowwise import divergence, mean_ranks
-from merge_tool.methods.steps import REQUIRED, Given, Tile, seed_key, tile_elements
+from merge_tool.methods.steps import REQUIRED, TILE, Given, Tile, seed_key, tile_elements
 from oracle import Array, exact_angle, exact_weights
 from steps_oracle import ORACLES, uniform
 from test_methods import pair_at_angle, sums_of

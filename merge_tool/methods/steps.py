@@ -21,8 +21,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from merge_tool.methods.pair import TILE, Array
+from merge_tool.methods.pair import TILE as PAIR_TILE
+from merge_tool.methods.pair import Array
 
+TILE = PAIR_TILE // 2  # elements; a method holds many tiles at a time, in float64
 FLAT, ROWS = "flat", "rows"  # what a tile is: TILE elements of the flat tensor, or whole rows
 
 
