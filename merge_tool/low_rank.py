@@ -1,7 +1,7 @@
 """A tensor plus a product of two thin matrices, W + scale * (L^T R), by range: never whole, on disk or in memory.
 
-Sums run over the rank in its order, one product of a column with a row at a time, in float64 and without BLAS: an
-element has the same bits whatever range it is read with. Products of float32 and narrower factors are exact.
+Sums run over the rank in its order, sixteen at a time, in float64 and without BLAS: an element has the same bits
+whatever range it is read with. Products of float32 and narrower factors are exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from merge_tool.checkpoint.source import LocalFile, TensorSource
 from merge_tool.methods import Array, decode, encode
 
 _MOST = 65_536  # elements that are made at a time
-_BLOCK = 32_768  # elements for which one product is formed: half of that or double was slower
+_WIDEST = 32_768  # rows or columns of those at a time
+_RANKS = 16  # that are summed before the sum is added to the total
+_BLOCK = 32_768  # elements to which the tensor itself is added at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +127,18 @@ class LowRankTensor:
     def _product(self, rows: tuple[int, int], columns: tuple[int, int]) -> Array:
         """left^T right of these rows and columns, in float64."""
         n, m = rows[1] - rows[0], columns[1] - columns[0]
-        total, product = np.zeros((n, m)), np.empty(min(_BLOCK, n * m))
-        step = max(1, _MOST // max(n, m))
+        total: Array = np.zeros((n, m))
+        step = _RANKS * max(1, _MOST // (_RANKS * max(n, m)))
         for k in range(0, self.left.rank, step):
             ranks = k, min(k + step, self.left.rank)
-            _add_product(total, self.left.load(ranks, rows), self.right.load(ranks, columns), product)
+            left, right = self.left.load(ranks, rows), self.right.load(ranks, columns)
+            for group in range(0, len(left), _RANKS):
+                total += sum_products(left[group : group + _RANKS], right[group : group + _RANKS], exact=self._is_exact)
         return total
+
+    @property
+    def _is_exact(self) -> bool:
+        return all(source.info.dtype != "F64" for source in self._factors)
 
     def _add_base(self, start: int, product: Array, values: Array) -> None:
         """`values` become base + scale * product, rounded once."""
@@ -144,36 +152,38 @@ class LowRankTensor:
 
     def extra_bytes(self, count: int) -> int:
         elements = min(count, _MOST)
-        n = min(self.left.length, elements // self.right.length + 1)
-        m = min(self.right.length, elements)
-        factors = 8 * min(self.left.rank * (n + m), 2 * _MOST)
+        n = min(self.left.length, elements // self.right.length + 1, _WIDEST)
+        m = min(self.right.length, elements, _WIDEST)
+        factors = 8 * min(self.left.rank * (n + m), 2 * max(_MOST, _RANKS * max(n, m)))
         loading = max(self.left.extra_bytes, self.right.extra_bytes)
         adding = (8 + 8) * _BLOCK + self.base.extra_bytes(_BLOCK)
-        return 8 * elements + 8 * _BLOCK + max(factors + loading, adding)
+        return 8 * elements + max(factors + loading + 8 * elements, adding)
 
 
 def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """Elements [start, stop) of a matrix as (rows, columns): whole rows, or part of one; at most _MOST elements."""
     while start < stop:
         row, column = divmod(start, columns)
-        if column or stop - start < columns or columns > _MOST:
-            count = min(columns - column, stop - start, _MOST)
+        if column or stop - start < columns or columns > _WIDEST:
+            count = min(columns - column, stop - start, _WIDEST)
             yield (row, row + 1), (column, column + count)
         else:
-            rows = min(stop - start, _MOST) // columns
+            rows = min(min(stop - start, _MOST) // columns, _WIDEST)
             count = rows * columns
             yield (row, row + rows), (0, columns)
         start += count
 
 
-def _add_product(total: Array, left: Array, right: Array, room: Array) -> None:
-    """total += left^T right, one rank at a time; `room` holds one product for a block of `total`."""
-    n, m = total.shape
-    rows = max(1, len(room) // m)
-    for i in range(0, n, rows):
-        for j in range(0, m, len(room)):
-            block = total[i : i + rows, j : j + len(room)]
-            product = room[: block.size].reshape(block.shape)
-            for column, row in zip(left[:, i : i + rows, None], right[:, j : j + len(room)], strict=True):
-                np.multiply(column, row, out=product)
-                np.add(block, product, out=block)
+def sum_products(left: Array, right: Array, *, exact: bool) -> Array:
+    """left^T right of few ranks, [n, rows] and [n, columns], summed rank by rank for every element.
+
+    einsum does that, with rank in its outermost loop, where there are several rows and columns; for one it would sum
+    along the rank, in another order. Where products are not `exact`, fused operations may differ from separate ones.
+    """
+    if exact and left.shape[1] > 1 and right.shape[1] > 1:
+        summed: Array = np.einsum("ki,kj->ij", left, right)
+        return summed
+    total = np.zeros((left.shape[1], right.shape[1]))
+    for column, row in zip(left[:, :, None], right, strict=True):
+        total += column * row
+    return total

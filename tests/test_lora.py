@@ -21,6 +21,7 @@ from merge_tool import CheckpointError, MismatchError, merge
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.cli import merge_tool
 from merge_tool.lora import local_parts, open_model, parts
+from merge_tool.low_rank import sum_products
 from test_memory import linux_only, measured, write_model
 
 Array = Any
@@ -138,7 +139,9 @@ def test_whole_tensors_biases_and_resized_layers_take_the_place_of_the_models(tm
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(300, 500, 7), (3, 70_000, 2), (70_000, 1, 3), (40, 30, 700)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(300, 500, 7), (3, 70_000, 2), (70_000, 1, 33), (40, 30, 700), (1000, 2, 17)]
+)
 def test_an_element_has_the_same_bits_in_whatever_range_it_is_read(
     tmp_path: Path, rows: int, columns: int, rank: int, transposed: bool
 ) -> None:
@@ -158,6 +161,20 @@ def test_an_element_has_the_same_bits_in_whatever_range_it_is_read(
     assert np.concatenate(pieces).tobytes() == everything.tobytes()
     for place in RNG.integers(0, size, 20):
         assert model.read_new("q.weight", place, place + 1)[0] == everything[place]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 17, 300])
+@pytest.mark.parametrize("columns", [2, 3, 64, 1001])
+def test_both_ways_to_sum_products_give_the_same_bits(rows: int, columns: int) -> None:
+    """So that a row read apart, which goes the other way, is the row of the whole."""
+    for rank in (1, 2, 7, 16):
+        left, right = (normal(rank, n, scale=3.0).astype(np.float64) for n in (rows, columns))
+        together = sum_products(left, right, exact=True)
+        assert together.tobytes() == sum_products(left, right, exact=False).tobytes()
+        for row in range(rows):
+            assert sum_products(left[:, row : row + 1], right, exact=True).tobytes() == together[row].tobytes()
+        last = sum_products(left, right[:, -1:], exact=True)
+        assert last.tobytes() == together[:, -1:].copy().tobytes()
 
 
 @pytest.fixture
