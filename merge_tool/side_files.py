@@ -107,6 +107,8 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
             in_module = len(path.parts) > 1 and path.parts[0] in modules
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
+            # beside a model's weights, loaders would look for the adapter that it speaks of
+            unwanted |= relative == "adapter_config.json" and "adapter_model.safetensors" not in merged
             unwanted |= relative in {REPORT, SUMS, RECIPE} or (relative == card and folder.has(CARD))
         if unwanted and relative not in merged:
             skipped.append(f"{relative}/" if is_folder else relative)

@@ -461,6 +461,20 @@ def test_an_adapter_in_the_models_place(adapted: tuple[Path, Path, Path], tmp_pa
     assert "Warning: lora and lora are adapters: their factors are merged one by one" in both.stderr
 
 
+def test_an_adapter_beside_a_models_weights_does_not_get_into_the_output(
+    adapted: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Its configuration alone would break the loading; with two adapters merged as they are it is needed."""
+    base, adapter, folded = adapted
+    for name, content in contents(adapter).items():
+        (base / name).write_bytes(content)
+    report = merge(base, folded, tmp_path / "out")
+    assert not (tmp_path / "out/adapter_config.json").exists()
+    assert "Not copied: adapter_config.json, adapter_model.safetensors." in report.warnings
+    merge(adapter, adapter, tmp_path / "adapters")
+    assert (tmp_path / "adapters/adapter_config.json").exists()
+
+
 def test_another_base_than_the_adapter_names_and_unknown_settings_are_warned_of(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", {"q.weight": normal(40, 24)})
     factors = {n: normal(*s) for n, s in LINEAR.items()}
