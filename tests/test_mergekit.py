@@ -814,8 +814,8 @@ def test_the_examples_are_short_recipes_without_warnings(path: Path) -> None:
     assert list(unused_filters(recipe, found)) == []
 
 
-def test_there_are_five_examples() -> None:
-    assert len(EXAMPLES) == 5
+def test_there_are_six_examples() -> None:
+    assert len(EXAMPLES) == 6
 
 
 def test_the_docs_name_every_method_and_every_key() -> None:
