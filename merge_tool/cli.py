@@ -457,6 +457,12 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
     help="Also merge elements of these parents again, and compare them bit for bit.",
 )
 @click.option(
+    "--recipe",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE",
+    help="Of an output of `run`: also merge everything by this recipe again, and compare it bit for bit.",
+)
+@click.option(
     "--sample",
     default="1%",
     callback=parse_share,
@@ -478,7 +484,9 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
 
     The exit code is 1 if anything is wrong. Nothing is written.
     """
-    if options["full"] and against is None:
+    if against is not None and options["recipe"] is not None:
+        raise click.UsageError("Give either --against BASE FT or --recipe RECIPE.")
+    if options["full"] and against is None and options["recipe"] is None:
         raise click.UsageError("--full compares with the parents: give --against BASE FT.")
     found = verify(out, against, **options)
     if as_json:

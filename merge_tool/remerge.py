@@ -30,7 +30,7 @@ from merge_tool.prepare import Prepared, prepare
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
 from merge_tool.report import Finding, Findings, from_record, stream_report, summarise, tensor_text
 from merge_tool.run import ShardDone, run_plan
-from merge_tool.side_files import CARD, REPORT
+from merge_tool.side_files import CARD, RECIPE, REPORT
 from merge_tool.work import merge_chunk
 
 _PIECE = 1 << 20
@@ -88,6 +88,8 @@ def plan_again(
 ) -> Prepared:
     """The merge's own plan, from its parents' headers and the options in the report."""
     head, options = report.head, report.head["options"]
+    if head["t"] is None:
+        raise OutputError(f"{REPORT}: is that of a recipe's output. Give --recipe RECIPE.yaml instead of --against.")
     try:
         recipe = Recipe(
             (float(head["t"]),),
@@ -108,6 +110,33 @@ def plan_again(
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
     _check_patterns(recipe, against)
     return prepare(*against, out, recipe, memory_bytes=memory_bytes, jobs=jobs, read_samples=True)
+
+
+def plan_recipe_again(
+    out: Path, report: StoredReport, recipe: str | Path, memory_bytes: int | None, jobs: int | None
+) -> Prepared:
+    """The plan of a recipe's merge, from the recipe, its models' headers and the options in the report."""
+    from merge_tool.models import prepare_models  # YAML and the methods, which no other merge needs
+
+    options = report.head["options"]
+    if report.head["t"] is not None:
+        raise OutputError(f"{REPORT}: is that of a pair. Give --against BASE FT instead of --recipe.")
+    try:
+        seed, on_mismatch = int(options["seed"]), str(options["on_mismatch"])
+        max_shard_bytes = int(options["max_shard_bytes"] or DEFAULT_MAX_SHARD_BYTES)
+    except (KeyError, TypeError, ValueError) as e:
+        raise OutputError(f"{REPORT}: its options are not those of a recipe's merge ({shown(e)}).") from e
+    return prepare_models(
+        recipe,
+        out,
+        seed=seed,
+        max_shard_bytes=max_shard_bytes,
+        on_mismatch=on_mismatch,
+        extrapolate=True,
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        read_samples=True,
+    )
 
 
 def _check_patterns(recipe: Recipe, against: tuple[str | Path, str | Path]) -> None:
@@ -162,11 +191,12 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
     """Whether the report is of a merge of these very parents; folders may have been renamed since."""
     head, plan = report.head, prepared.plan
     before = len(checks.problems)
-    for side, argument in (("base", "BASE"), ("ft", "FT")):
+    arguments = ("BASE", "FT") if plan.is_pair else plan.names
+    for side, argument in zip(plan.sides, arguments, strict=True):
         told = head["inputs"].get(side)
         if not isinstance(told, dict) or told.get("files") != plan.facts[side]["files"]:
             checks.add(f"{argument}: its files are not those that the report names; no element was compared.")
-    for argument, told, sampled in zip(("BASE", "FT"), head["samples_sha256"], prepared.samples, strict=False):
+    for argument, told, sampled in zip(arguments, head["samples_sha256"], prepared.samples, strict=False):
         if told != sampled:
             checks.add(f"{argument}: its weights are not those that were merged; no element was compared.")
     shards = {shard.file_name: shard.size for shard in plan.shards}
@@ -205,7 +235,7 @@ def _difference(text: str, expected: str) -> str:
 
 def _is_told_alike(report: StoredReport, plan: MergePlan) -> bool:
     """Whether the report is of this version, and its parents' folders still have their names: it holds both."""
-    names = [report.head["inputs"][side].get("name") for side in ("base", "ft")]
+    names = [report.head["inputs"][side].get("name") for side in plan.sides]
     return report.head.get("tool") == f"slerp-merge {__version__}" and names == list(plan.names)
 
 
@@ -240,6 +270,8 @@ def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> Non
     ]
     if (index := plan.index()) is not None:
         contents.append((plan.index_name, [index]))
+    if plan.text:
+        contents.append((RECIPE, [plan.text.encode()]))
     for name, pieces in contents:
         try:
             with folder.regular(name).open("rb") as file:

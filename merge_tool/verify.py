@@ -19,7 +19,7 @@ from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.checkpoint.source import sha256_of
 from merge_tool.errors import CheckpointError, MergeToolError, OutputError, shown
 from merge_tool.older import read_sums, strangers
-from merge_tool.remerge import Checks, StoredReport, check_parents, plan_again
+from merge_tool.remerge import Checks, StoredReport, check_parents, plan_again, plan_recipe_again
 from merge_tool.report import FORMAT, stream_report, sums_text
 from merge_tool.side_files import CARD, REPORT, SUMS, WORK
 
@@ -56,6 +56,7 @@ def verify(
     sample: float = 0.01,
     full: bool = False,
     report_path: str | Path | None = None,
+    recipe: str | Path | None = None,
     memory_bytes: int | None = None,
     jobs: int | None = None,
 ) -> tuple[Verification, ...]:
@@ -63,14 +64,18 @@ def verify(
 
     `against` are BASE and FT: a `sample` of the elements (0 to 1, whole tiles, at least one of every tensor,
     others in every run) is merged again with the sums of the report and compared bit for bit; with `full` all
-    elements, and the sums, and every line of the report. A one-file output needs its `report_path`.
+    elements, and the sums, and every line of the report. For the output of a `recipe` of any number of models it is
+    always all. A one-file output needs its `report_path`.
 
     Raises MergeToolError where `out` is no output, or a parent cannot be read.
     """
     path = Path(out)
     if not 0 < sample <= 1:
         raise OutputError(f"The sample is {sample:g}, expected a share above 0 and at most 1 (or 100%).")
-    check = partial(_verify, against=against, sample=sample, full=full, memory_bytes=memory_bytes, jobs=jobs)
+    full = full or recipe is not None
+    check = partial(
+        _verify, against=against, recipe=recipe, sample=sample, full=full, memory_bytes=memory_bytes, jobs=jobs
+    )
     if path.suffix == ".safetensors":
         return (check(path.parent, path.name, None if report_path is None else Path(report_path)),)
     if report_path is not None:
@@ -96,6 +101,7 @@ def _verify(
     report_path: Path | None,
     *,
     against: tuple[str | Path, str | Path] | None,
+    recipe: str | Path | None,
     sample: float,
     full: bool,
     memory_bytes: int | None,
@@ -112,12 +118,17 @@ def _verify(
     except (MergeToolError, ValueError, OSError, RecursionError) as e:
         checks.add(f"{REPORT if report is None else 'the weights'}: {shown(e, 600)}")
         report, weights = None, (0, 0)
-    if against is not None and file_name is not None and report_path is None:
+    if (against or recipe) and file_name is not None and report_path is None:
         raise OutputError(
             f"{shown(file_name)}: a one-file output carries no report. Give the one of its merge: --report."
         )
-    if against is not None and report is not None:
-        prepared = plan_again(root if file_name is None else root / file_name, report, against, memory_bytes, jobs)
+    if (against or recipe) and report is not None:
+        out = root if file_name is None else root / file_name
+        if recipe is not None:
+            prepared = plan_recipe_again(out, report, recipe, memory_bytes, jobs)
+        else:
+            assert against is not None
+            prepared = plan_again(out, report, against, memory_bytes, jobs)
         check_parents(checks, folder, report, prepared, sample=sample, full=full)
     if checks.more:
         checks.problems.append(f"and {checks.more:,} more")

@@ -103,8 +103,8 @@ ARROWS: dict[str, set[str]] = {
         "run", "schedule", "side_files",
     },
     "remerge": {
-        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "lora", "methods", "plan",
-        "prepare", "recipe", "report", "run", "side_files", "work",
+        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "lora", "methods",
+        "models", "plan", "prepare", "recipe", "report", "run", "side_files", "work",
     },
     "verify": {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",

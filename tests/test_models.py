@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from checkpoints import CONFIG, Array, contents, language_model, load_folder, save_model
-from merge_tool import DataError, MismatchError, RecipeError
+from merge_tool import DataError, MismatchError, OutputError, RecipeError
 from merge_tool.cli import merge_tool
 from merge_tool.memory import resident_bytes
 from merge_tool.methods import encode
@@ -217,6 +217,8 @@ def test_the_output_tells_its_recipe_and_no_path(models: list[Path], tmp_path: P
     assert line["settings"]["density"] == [0.4, 0.4, 0.4]
     (done,) = verify(tmp_path / "out")
     assert not done.problems
+    with pytest.raises(OutputError, match="--recipe"):
+        verify(tmp_path / "out", (models[0], models[1]))
     weights = tmp_path / "out/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
     assert verify(tmp_path / "out")[0].problems
@@ -330,3 +332,23 @@ def test_the_example_recipes_run(path: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     merge_models(tmp_path / "recipe.yaml", tmp_path / "out")
     assert load_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "passthrough"])
+def test_an_output_is_verified_by_its_recipe(method: str, models: list[Path], tmp_path: Path) -> None:
+    """Merged again and compared bit for bit; another recipe, another model and a changed element are found."""
+    asked = recipe(method, models)
+    path = write(tmp_path, asked)
+    merge_models(path, tmp_path / "out", max_shard_bytes=20_000, seed=3)
+    (done,) = verify(tmp_path / "out", recipe=path)
+    assert (done.problems, done.num_compared) == ((), done.num_elements)
+    before = contents(tmp_path / "out")
+    shard = sorted((tmp_path / "out").glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
+    found = verify(tmp_path / "out", recipe=path)[0].problems
+    assert any("is not the merge of these parents" in problem for problem in found)
+    shard.write_bytes(before[shard.name])
+    asked["models"][0]["parameters"] = {**EACH[method], "scale" if method == "passthrough" else "weight": 0.75}
+    assert verify(tmp_path / "out", recipe=write(tmp_path, asked))[0].problems
+    save_model(models[1], language_model(77, layers=LAYERS), shards=2)
+    assert verify(tmp_path / "out", recipe=path)[0].problems
