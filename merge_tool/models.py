@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
 from merge_tool.recipes.expand import expand
 from merge_tool.recipes.mergekit import parse_recipe
 from merge_tool.recipes.models_recipe import PAIRS, ModelsRecipe
-from merge_tool.renaming import find_renaming
+from merge_tool.renaming import find_renaming, renaming_warnings
 
 _LARGEST_RECIPE = 1_000_000  # bytes
 Methods = Mapping[str, StepsMethod]
@@ -139,7 +140,10 @@ def _plan(
     renamings = {k: find_renaming(donor, model) for k, model in enumerate(models) if model is not donor}
     asks = expand(asked, [model.tensors.keys() for model in models], methods, renamings)
     method = None if asked.method in PAIRS else methods[asked.method]
-    return plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
+    plan = plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
+    merged = ((models[k], renaming) for k, renaming in renamings.items() if k in asked.sources)
+    told = (text for model, renaming in merged for text in renaming_warnings(donor, model, renaming, ()))
+    return replace(plan, warnings=(*plan.warnings, *dict.fromkeys(told)))
 
 
 def _check_tokenizers(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> None:

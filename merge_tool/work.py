@@ -306,5 +306,8 @@ def _unequal_message(plan: MergePlan, job: TensorJob) -> str:
 
 
 def _overflow_message(job: TensorJob, place: int) -> str:
-    wider = "--dtype float32" if job.out.dtype == "BF16" else "--dtype base, bfloat16 or float32"
-    return f"{shown(job.out.name)}: element {place:,} is finite but too large for {job.out.dtype}. Choose {wider}."
+    wider = "float32" if job.out.dtype == "BF16" else "bfloat16 or float32"
+    return (
+        f"{shown(job.out.name)}: element {place:,} is finite but too large for {job.out.dtype}. Choose {wider} as the "
+        "output's dtype."
+    )

@@ -280,6 +280,16 @@ def test_nan_codes_are_refused_like_any_nan(tmp_path: Path) -> None:
         merge(base, plain_model(tmp_path / "f", {"w": normal(1, 40, 40)}), tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("error")
+def test_scales_that_overflow_are_refused_like_any_infinity(tmp_path: Path) -> None:
+    codes, scales = quantise(normal(0, 40, 40), (16, 16))
+    config = {"quantization_config": {**DEEPSEEK, "weight_block_size": [16, 16]}}
+    tensors = {"w": codes, "w_scale_inv": np.full_like(scales, 3e38)}
+    base = save_model(tmp_path / "b", tensors, config=config)
+    with pytest.raises(DataError, match=r"w in b/model\.safetensors: element \d+ is -?inf"):
+        merge(base, plain_model(tmp_path / "f", {"w": normal(1, 40, 40)}), tmp_path / "out")
+
+
 # ---------------------------------------------------------------------------------------- the configuration
 
 REMOVED = {

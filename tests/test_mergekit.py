@@ -662,6 +662,7 @@ def test_a_clean_recipe_has_no_warnings() -> None:
         (CLASSIC.replace("[0, 5]", "[0, 5, 6]", 1), "line 4: layer_range is [0, 5, 6], expected [first, end]"),
         (CLASSIC.replace("[0, 5]", "[3, 2]", 1), "layer_range is [3, 2]"),
         (CLASSIC.replace("[0, 5]", "[-1, 2]", 1), "layer_range is [-1, 2]"),
+        (CLASSIC.replace("[0, 5]", "[0, 0]"), "line 3: the slices have no layers at all, expected one layer or more"),
         (CLASSIC.replace("[0, 5]", "0-5", 1), "layer_range is '0-5'"),
         (CLASSIC.replace(", layer_range: [0, 5]", "", 1), "an entry of sources has no layer_range"),
         (CLASSIC.replace("[0, 5]", "[0, 4]", 1), "line 3: the sources of a slice have layers [0, 4], [0, 5], expe"),

@@ -185,6 +185,21 @@ def test_slerp_by_a_recipe_is_slerp_by_the_command(models: list[Path], tmp_path:
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
+@pytest.mark.parametrize("tied", [0, 1])
+def test_heads_that_are_tied_or_left_out_are_told(models: list[Path], tmp_path: Path, tied: int) -> None:
+    """As for pairs: a head that only one model has is merged with an embedding, or left out, and never in silence."""
+    tensors = load_folder(models[tied])
+    del tensors["lm_head.weight"]
+    config = json.loads((models[tied] / "config.json").read_text()) | {"tie_word_embeddings": True}
+    given = list(models[:2])
+    given[tied] = save_model(tmp_path / "tied", tensors, config=config)
+    told: list[str] = []
+    parts = [{"model": str(path), "parameters": {"weight": 1}} for path in given]
+    merge_models({"merge_method": "linear", "models": parts}, tmp_path / "out", on_warning=told.append)
+    expected = "lm_head.weight is not in tied, whose head is tied" if tied else "tied ties its head to"
+    assert any(text.startswith(expected) for text in told)
+
+
 def test_stacked_layers_are_renumbered_and_the_configuration_follows(models: list[Path], tmp_path: Path) -> None:
     """Layers 0-1 of one and 1-2 of another make four; config.json says four, its lists per layer follow."""
     base, one = map(str, models[:2])

@@ -91,7 +91,8 @@ class ScaledTensor:
             scales = self._read_scales(int(of_row[0]), int(of_row[-1]) + 1)
             if grid.scale_columns > 1:
                 scales = np.repeat(scales, grid.block[1], axis=1)[:, left:right]
-            part *= scales[of_row - of_row[0]]
+            with np.errstate(over="ignore"):  # what becomes infinite is refused by name, as any infinity
+                part *= scales[of_row - of_row[0]]
 
     def _scale_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
         matrix, inside = np.divmod(row, self.grid.rows)

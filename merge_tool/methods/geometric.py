@@ -189,13 +189,16 @@ def quadratic(c: Sequence[float], table: Array) -> float:
     return max(0.0, math.fsum(terms))
 
 
+_MOST_STEPS = 10_000  # of karcher: some 0.1 s a tensor; with a `tol` of 0 it takes them all
+
+
 def karcher(given: Given) -> Steps:
     """The point of the sphere with the least sum of squared arcs to the inputs' directions, at their mean length.
 
     Gradient descent from the normalised average, until a step is shorter than `tol` or `max_iter` were made.
     H. Karcher, "Riemannian center of mass and mollifier smoothing", 1977. Tensors of norm 0 have no direction.
     """
-    max_iter, tol, n = int(number(given, "max_iter", 0)), number(given, "tol", 0.0), given.num_inputs
+    max_iter, tol, n = int(number(given, "max_iter", 0, _MOST_STEPS)), number(given, "tol", 0.0), given.num_inputs
     table, _ = yield from gram(lambda tile: tile.inputs, n)
     norms = [math.sqrt(table[i, i]) for i in range(n)]
     known = [i for i in range(n) if norms[i] > 0]

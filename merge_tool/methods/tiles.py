@@ -156,15 +156,18 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
         raise ValueError(f"{name} is {value!r}; it must be a finite number.")
     found = float(value)
     if not low <= found <= high:
-        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:.15g} and {high:.15g}"
         raise ValueError(f"{name} is {found}; it must be {bounds}.")
     return found
 
 
 def weight_sum(weights: Sequence[float], remedy: str) -> float:
-    """What to divide by for weights that add up to 1. Raises ValueError where they add up to 0."""
-    found = math.fsum(weights)
-    if abs(found) <= _BALANCED * math.fsum(map(abs, weights)):
-        listed = ", ".join(f"{w:g}" for w in weights)
+    """What to divide by for weights that add up to 1. Raises ValueError where they add up to 0, or beyond float64."""
+    listed = ", ".join(f"{w:g}" for w in weights)
+    try:
+        found, size = math.fsum(weights), math.fsum(map(abs, weights))
+    except OverflowError as e:
+        raise ValueError(f"the values of weight ({listed}) are too large to be added; change weight.") from e
+    if abs(found) <= _BALANCED * size:
         raise ValueError(f"the values of weight ({listed}) add up to 0 and cannot be normalized; {remedy}.")
     return found

@@ -151,7 +151,10 @@ class _Parser:
         if "models" in fields and fields["models"].plain is not None:
             return Module(name, (self._all_layers(fields["models"], base, scopes),), own)
         slices = self._text.items(fields["slices"], "slices")
-        return Module(name, tuple(self._slice(value, base, scopes) for value in slices), own)
+        module = Module(name, tuple(self._slice(value, base, scopes) for value in slices), own)
+        if module.num_layers == 0:
+            raise self._text.error(slices[0].line, "the slices have no layers at all, expected one layer or more.")
+        return module
 
     # Slices and their sources
 
