@@ -310,6 +310,8 @@ def array_bytes(value: Any) -> int:
 REFUSED = [
     ("linear", {"weight": (1.0, -1.0, 0.0)}, "weight .1, -1, 0. add up to 0"),
     ("linear", {"weight": (1e308, 1e308, 0.0)}, "weight .1e.308, 1e.308, 0. are too large to be added"),
+    ("ties", {"weight": (1e308, 1e308, 0.0)}, "weight .1e.308, 1e.308, 0. are too large to be added"),
+    ("della", {"weight": (1e308, 1e308, 0.0)}, "weight .1e.308, 1e.308, 0. are too large to be added"),
     ("karcher", {"max_iter": 10**12}, "max_iter is .*; it must be between 0 and 10000"),
     ("linear", {"weight": (0.1, 0.2, -0.3)}, "weight"),
     ("linear", {"weight": 0.0}, "weight"),

@@ -141,8 +141,12 @@ def _why(error: Exception) -> str:
         return f"holds more than weights: {shown(found[1])}, which torch's weights_only refuses to make. {_SAVED_ALONE}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     inner = next((line for line in lines if "WeightsUnpickler error:" in line), None)
-    said = inner.split("error:")[-1].strip() if inner else next(iter(lines), type(error).__name__)
-    return f"torch cannot load it with weights_only ({shown(said)}). It may be damaged, or no file of torch.save."
+    said = inner.split("error:")[-1].strip() if inner else next(iter(lines), "")
+    said = said or type(error).__name__
+    return (
+        f"torch cannot load it with weights_only ({shown(said)}). It may be damaged, no file of torch.save, or made to "
+        "run code when opened; none was run."
+    )
 
 
 class _SkippingFile:

@@ -14,7 +14,18 @@ import numpy as np
 
 from merge_tool.methods.pair import Array
 from merge_tool.methods.steps import Combine, Given, OrderStatistics, Pass, Steps, Sums, Tile
-from merge_tool.methods.tiles import dot, in_range, magnitudes, mix, number, numbers, of_elements, weigh, weight_sum
+from merge_tool.methods.tiles import (
+    check_size,
+    dot,
+    in_range,
+    magnitudes,
+    mix,
+    number,
+    numbers,
+    of_elements,
+    weigh,
+    weight_sum,
+)
 
 Mask: TypeAlias = Callable[[Tile, int, Array], object]  # (tile, i, d): drops elements of input i's difference, in d
 
@@ -30,6 +41,7 @@ def merge_masked(given: Given, mask: Mask, *, consensus: bool) -> Combine:
     """The combine of the whole family. Raises ValueError for weights that cannot be normalized."""
     weights, scale, normalize = numbers(given, "weight"), number(given, "lambda"), bool(given["normalize"])
     divisor = 1.0
+    check_size(weights)
     if normalize and not consensus and any(weights):
         divisor = weight_sum(weights, "change weight, or set normalize to false")
 

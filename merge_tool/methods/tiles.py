@@ -161,13 +161,18 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     return found
 
 
+def check_size(weights: Sequence[float]) -> None:
+    """Raise ValueError for weights whose magnitudes add up to more than float64 holds."""
+    if not math.isfinite(sum(map(abs, weights))):
+        listed = ", ".join(f"{w:g}" for w in weights)
+        raise ValueError(f"the values of weight ({listed}) are too large to be added; change weight.")
+
+
 def weight_sum(weights: Sequence[float], remedy: str) -> float:
     """What to divide by for weights that add up to 1. Raises ValueError where they add up to 0, or beyond float64."""
+    check_size(weights)
+    found, size = math.fsum(weights), math.fsum(map(abs, weights))
     listed = ", ".join(f"{w:g}" for w in weights)
-    try:
-        found, size = math.fsum(weights), math.fsum(map(abs, weights))
-    except OverflowError as e:
-        raise ValueError(f"the values of weight ({listed}) are too large to be added; change weight.") from e
     if abs(found) <= _BALANCED * size:
         raise ValueError(f"the values of weight ({listed}) add up to 0 and cannot be normalized; {remedy}.")
     return found
