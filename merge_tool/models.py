@@ -72,13 +72,10 @@ def merge_models(
         report_path=report_path,
         read_samples=True,
     )
-    warn = on_warning or (lambda message: None)
-    for message in prepared.warnings:
-        warn(message)
     return carry_out(
         prepared,
         started,
-        warn,
+        on_warning,
         on_start,
         on_progress,
         overwrite=overwrite,
@@ -153,16 +150,12 @@ def _check_tokenizers(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> None
     where = f"tokenizer_source: {asked.tokenizer.source}"
     if asked.tokenizer.tokens or asked.tokenizer.pad_to_multiple_of:
         raise RecipeError(f"{where}: tokens and pad_to_multiple_of are not read. Take them out of the recipe.")
-    digests = {name: _tokenizer_digest(model) for name, model in _by_name(models).items()}
-    if len(set(digests.values())) > 1:
+    if len({_tokenizer_digest(model) for model in models}) > 1:
+        names = listed(sorted({model.name for model in models}))
         raise RecipeError(
-            f"{where}: the models have different tokenizers ({listed(sorted(digests))}), and a recipe cannot bring "
-            "their rows together. Make them alike first, two by two: slerp-merge with --vocab."
+            f"{where}: the models have different tokenizers ({names}), and a recipe cannot bring their rows together. "
+            "Make them alike first, two by two: slerp-merge with --vocab."
         )
-
-
-def _by_name(models: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
-    return {model.name: model for model in models}
 
 
 def _tokenizer_digest(model: Checkpoint) -> str | None:

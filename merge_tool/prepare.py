@@ -354,8 +354,8 @@ def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
 def _changed_since(prepared: Prepared, output: Path) -> list[str]:
     """Input files modified after the report was written, and side files that the output has otherwise."""
     written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
-    files = {file.name: file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
-    changed = [name for name, file in files.items() if file.mtime_ns > written]
+    files = {id(file): file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
+    changed = [file.name for file in files.values() if file.mtime_ns > written]
     for file in prepared.side_files.copied:
         digest = hashlib.sha256()
         for chunk in prepared.side_files.read(file, prepared.plan.config_dtype):

@@ -367,3 +367,13 @@ def test_an_output_is_verified_by_its_recipe(method: str, models: list[Path], tm
     assert verify(tmp_path / "out", recipe=write(tmp_path, asked))[0].problems
     save_model(models[1], language_model(77, layers=LAYERS), shards=2)
     assert verify(tmp_path / "out", recipe=path)[0].problems
+
+
+def test_tokenizers_are_told_apart_in_folders_of_one_name(tmp_path: Path) -> None:
+    """What training leaves is called `final`, whatever was trained."""
+    folders = [save_model(tmp_path / run / "final", language_model(k)) for k, run in enumerate("abc")]
+    for folder, text in zip(folders, ("{}", '{"a": 1}', "{}"), strict=True):
+        (folder / "tokenizer.json").write_text(text)
+    asked = {**recipe("linear", [folders[0], *folders]), "tokenizer_source": "union"}
+    with pytest.raises(RecipeError, match="different tokenizers"):
+        merge_models(asked, tmp_path / "out")

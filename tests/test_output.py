@@ -589,3 +589,14 @@ def test_nothing_is_written_outside_out(tmp_path: Path, pair: tuple[Path, Path])
     assert {p.name for p in tmp_path.iterdir()} == {"base", "ft", "sub", "sub2"}
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["out"]
     assert [p.name for p in (tmp_path / "sub2").iterdir()] == ["one.safetensors"]
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_change_is_seen_in_either_of_two_folders_of_one_name(tmp_path: Path, changed: int) -> None:
+    """What training leaves is called `final` on both sides."""
+    sides = [save_model(tmp_path / run / "final", language_model(k)) for k, run in enumerate("ab")]
+    merge(*sides, tmp_path / "out")
+    later = (tmp_path / "out/merge_report.json").stat().st_mtime_ns + 10**9
+    os.utime(sides[changed] / "model.safetensors", ns=(later, later))
+    with pytest.raises(OutputError, match=r"final/model.safetensors changed since"):
+        merge(*sides, tmp_path / "out")
