@@ -9,7 +9,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,10 +136,13 @@ def merge(
         )
     except OSError as e:
         raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+    warn = on_warning or (lambda message: None)
+    for message in prepared.warnings:
+        warn(message)
     return carry_out(
         prepared,
         started,
-        on_warning,
+        warn,
         on_start,
         on_progress,
         overwrite=overwrite,
@@ -152,7 +154,7 @@ def merge(
 def carry_out(
     prepared: Prepared,
     started: float,
-    on_warning: Callable[[str], None] | None,
+    warn: Callable[[str], None],
     on_start: Callable[[int], None] | None,
     on_progress: Callable[[int, str], None] | None,
     *,
@@ -161,57 +163,58 @@ def carry_out(
     report_path: Path | None,
 ) -> MergeReport:
     """What `merge` does once it is planned, be it a pair or a recipe of many models. Raises a MergeToolError."""
-    warn = on_warning or (lambda message: None)
-    for message in prepared.warnings:
-        warn(message)
-    with _output_errors(prepared.target.path):
-        if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
+    try:
+        return _carry_out(
+            prepared,
+            started,
+            warn,
+            on_start,
+            on_progress,
+            overwrite=overwrite,
+            check_resumed=check_resumed,
+            report_path=report_path,
+        )
+    except OSError as e:  # of the many looks at OUT that have no message of their own
+        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else prepared.target.path, e) from e
+
+
+def _carry_out(
+    prepared: Prepared,
+    started: float,
+    warn: Callable[[str], None],
+    on_start: Callable[[int], None] | None,
+    on_progress: Callable[[int, str], None] | None,
+    *,
+    overwrite: bool,
+    check_resumed: bool,
+    report_path: Path | None,
+) -> MergeReport:
+    if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
+        return _complete(prepared, report_path, started)
+    check_room(prepared, overwrite=overwrite)
+    check_exact_tensors(prepared.plan)
+    flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
+    with Work(
+        prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=check_resumed
+    ) as work:
+        if _finds_it_complete(prepared, work, overwrite=overwrite):
             return _complete(prepared, report_path, started)
-        check_room(prepared, overwrite=overwrite)
-        check_exact_tensors(prepared.plan)
-        flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
-        with Work(
-            prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=check_resumed
-        ) as work:
-            if _finds_it_complete(prepared, work, overwrite=overwrite):
-                return _complete(prepared, report_path, started)
-            summary = _merge_into(prepared, work, on_start, on_progress, report_path)
-            strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
+        try:
+            _run(prepared, work, on_start, on_progress)
+        except DataError:
+            work.discard()
+            raise
+        findings = _findings(work)
+        summary = summarise(prepared.plan, findings)
+        _write_side_files(prepared, work, findings, summary)
+        if report_path is not None:
+            _write_report(report_path, report_of(prepared, findings, prepared.plan.ts[0]))
+        strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     if strangers:
         warn(f"{shown(prepared.target.path)} also holds what was there before: {listed(strangers, 50)}.")
     for message in alarms(summary):
         warn(message)
     return _report(prepared, summary, started)
-
-
-@contextmanager
-def _output_errors(out: Path) -> Iterator[None]:
-    """The system's errors of the many looks at OUT that have no message of their own."""
-    try:
-        yield
-    except OSError as e:
-        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else out, e) from e
-
-
-def _merge_into(
-    prepared: Prepared,
-    work: Work,
-    on_start: Callable[[int], None] | None,
-    on_progress: Callable[[int, str], None] | None,
-    report_path: Path | None,
-) -> Summary:
-    """All that is to be published, in the work folder; the report that was asked for beside it."""
-    try:
-        _run(prepared, work, on_start, on_progress)
-    except DataError:
-        work.discard()
-        raise
-    findings = _findings(work)
-    summary = summarise(prepared.plan, findings)
-    _write_side_files(prepared, work, findings, summary)
-    if report_path is not None:
-        _write_report(report_path, report_of(prepared, findings, prepared.plan.ts[0]))
-    return summary
 
 
 def _finds_it_complete(prepared: Prepared, work: Work, *, overwrite: bool) -> bool:

@@ -72,10 +72,13 @@ def merge_models(
         report_path=report_path,
         read_samples=True,
     )
+    warn = on_warning or (lambda message: None)
+    for message in prepared.warnings:
+        warn(message)
     return carry_out(
         prepared,
         started,
-        on_warning,
+        warn,
         on_start,
         on_progress,
         overwrite=overwrite,
