@@ -39,7 +39,8 @@ from merge_tool.older import read_sums
 from merge_tool.prepare import _settings
 from merge_tool.report import from_record, read_identity, stream_report
 from merge_tool.side_files import _module_folders, edit_config_dtype, edit_vocab_size, without_quantization_config
-from merge_tool.tokens import _compared, _Tokenizer
+from merge_tool.tokenizer_json import TokenizerJson
+from merge_tool.tokens import compared
 
 # What the library accepts and we refuse, by our message; argued in docs/reliability.md.
 DIFFERENCES = {
@@ -208,12 +209,12 @@ def read_adapter(folder: Folder) -> None:
 
 def read_tokenizer(folder: Folder) -> None:
     path = folder.root / "tokenizer.json"
-    found, other = _Tokenizer(path, "t"), _Tokenizer(path, "t")
+    found, other = TokenizerJson(path, "t"), TokenizerJson(path, "t")
     other.ids["only here"] = other.size
     other.size += 1
-    *_, insert = _compared(found, other).split(b"}\n", 1)
+    _, rest = compared(found, other)
     place, raw = found.place, path.read_bytes()
-    end = insert[4 * (found.size + other.size) :]
+    end = rest[4 * (found.size + other.size) :]
     if json.loads(raw[:place] + end + raw[place:])["added_tokens"][-1]["content"] != "only here":
         raise Wrong("a token is put in somewhere else")
 

@@ -1,7 +1,7 @@
-"""A tensor whose rows are another's in another order, some of them from a third: vocabularies matched token by token.
+"""A tensor whose rows are those of others in another order: vocabularies matched token by token.
 
-A row that one side alone has is `alone`: both sides' sources give it the same values, sums leave it out, and the merge
-hands it on as it is. So the rows that both have are merged as if there were no others.
+A row that is the same one for all models (only one of them has it) is `alone`: sums of a pair leave it out, and the
+merge hands it on as it is. So the rows that both have are merged as if there were no others.
 """
 
 from __future__ import annotations
@@ -18,22 +18,34 @@ from merge_tool.checkpoint.reader import NUMPY_DTYPES
 from merge_tool.checkpoint.source import LocalFile, TensorSource
 from merge_tool.methods import Array, decode, encode
 
-MEAN, FIRST_OTHER = -1, -2  # instead of a row: the mean of the rows of `averaged`; row r of the other side is -2 - r
+# Instead of a row: the mean of all rows that hold a token; zeros; the mean of rows, those of `averages[-3 - code]`.
+MEAN, ZERO, FIRST_AVERAGE = -1, -2, -3
+_SOURCE = 1 << 32
 _MOST = 65_536  # elements that are converted at a time
+
+
+def code(source: int, rows: Array) -> Array:
+    """What stands for these rows of a source, by its number."""
+    return source * _SOURCE + rows.astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which row stands where: of the tensor itself (0 and above), of the other side's, or MEAN; and which are alone."""
+    """What each row is: the `code` of a source's row, MEAN, ZERO or an average; and which rows are `alone`.
+
+    `averages` is [sets, sources]: a row of each source, -1 where it has none. So many rows hold a token in the source
+    that means are taken of: `num_averaged`.
+    """
 
     codes: Array
     alone: Array
-    num_averaged: int = 0  # so many rows of `averaged` hold a token
+    num_averaged: int = 0
+    averages: Array = field(default_factory=lambda: np.empty((0, 0), np.int32))
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Rows [start, stop) as (first, number of rows, code of the first) of neighbours that follow each other."""
-        codes = self.codes[start:stop].astype(np.int64)
-        steps = np.where(codes[:-1] >= 0, 1, np.where(codes[:-1] < MEAN, -1, 0))
+        codes = self.codes[start:stop]
+        steps = np.where(codes[:-1] >= 0, 1, np.where(codes[:-1] > FIRST_AVERAGE, 0, -1))
         breaks = np.flatnonzero(codes[1:] - codes[:-1] != steps) + 1
         for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(codes)], strict=True):
             yield start + begin, end - begin, int(codes[begin])
@@ -44,24 +56,24 @@ class RowTensor:
     """A TensorSource of the rows that `rows` names, in the dtype of `info`, which holds all of theirs exactly."""
 
     info: TensorInfo
-    own: TensorSource
-    other: TensorSource
-    averaged: TensorSource
+    sources: tuple[TensorSource, ...]
+    own: int  # which of the sources is the model's own tensor
+    averaged: int  # which of them MEAN is the mean of
     rows: Rows
     _mean: list[Array] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def stored_dtype(self) -> str:
-        return self.own.stored_dtype
+        return self.sources[self.own].stored_dtype
 
     @property
     def where(self) -> str:
-        return f"{self.own.where} (rows by token)"
+        return f"{self.sources[self.own].where} (rows by token)"
 
     @property
     def files(self) -> tuple[LocalFile, ...]:
-        return tuple(dict.fromkeys([*self.own.files, *self.other.files, *self.averaged.files]))
+        return tuple(dict.fromkeys(file for source in self.sources for file in source.files))
 
     @property
     def columns(self) -> int:
@@ -69,13 +81,13 @@ class RowTensor:
 
     def acquire(self) -> None:
         with ExitStack() as opened:
-            for source in (self.own, self.other, self.averaged):
+            for source in self.sources:
                 source.acquire()
                 opened.callback(source.release)
             opened.pop_all()
 
     def release(self) -> None:
-        for source in (self.own, self.other, self.averaged):
+        for source in self.sources:
             source.release()
 
     def prefetch(self, start: int, stop: int) -> None:
@@ -89,24 +101,43 @@ class RowTensor:
     def read_into(self, start: int, values: Array) -> None:
         for source, begin, count, place in self._pieces(start, start + len(values)):
             _read_as(source, begin, values[place : place + count])
-        self._fill_means(start, values)
+        self._fill_made(start, values)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[TensorSource, int, int, int]]:
-        """Elements [start, stop) as (source, its first element, how many, where they go); without means."""
+        """Elements [start, stop) as (source, its first element, how many, where they go); without what is made."""
         columns = self.columns
         for row, count, code in self.rows.runs(start // columns, -(-stop // columns)):
-            if code == MEAN:
+            if code < 0:
                 continue
-            source, first = (self.own, code) if code >= 0 else (self.other, FIRST_OTHER - code)
+            number, first = divmod(code, _SOURCE)
             begin, end = max(start, row * columns), min(stop, (row + count) * columns)
-            yield source, first * columns + begin - row * columns, end - begin, begin - start
+            yield self.sources[number], first * columns + begin - row * columns, end - begin, begin - start
 
-    def _fill_means(self, start: int, values: Array) -> None:
+    def _fill_made(self, start: int, values: Array) -> None:
+        """The rows that no source has as they are."""
         columns, stop = self.columns, start + len(values)
         first = start // columns
-        for row in np.flatnonzero(self.rows.codes[first : -(-stop // columns)] == MEAN) + first:
+        codes = self.rows.codes[first : -(-stop // columns)]
+        for place in np.flatnonzero(codes < 0).tolist():
+            row = first + place
             begin, end = max(start, row * columns), min(stop, (row + 1) * columns)
-            encode(self._mean_row()[begin - row * columns : end - row * columns], values[begin - start : end - start])
+            made = self._made(int(codes[place]), begin - row * columns, end - row * columns)
+            encode(made, values[begin - start : end - start])
+
+    def _made(self, code: int, start: int, stop: int) -> Array:
+        """Columns [start, stop) of a row that is made, as float64."""
+        if code == ZERO:
+            return np.zeros(stop - start)
+        if code == MEAN:
+            return self._mean_row()[start:stop]
+        rows = self.rows.averages[FIRST_AVERAGE - code].tolist()
+        total, part = np.zeros(stop - start), np.empty(stop - start)
+        for source, row in zip(self.sources, rows, strict=True):
+            if row >= 0:
+                _read_as(source, row * self.columns + start, part)
+                total += part
+        total /= sum(row >= 0 for row in rows)
+        return total
 
     def _mean_row(self) -> Array:
         """The mean of all rows that hold a token: what a head says of it is below what it says of the best of them."""
@@ -116,17 +147,18 @@ class RowTensor:
                 step = max(1, _MOST // columns)
                 for row in range(0, self.rows.num_averaged, step):
                     some: Array = np.empty(min(step, self.rows.num_averaged - row) * columns)
-                    _read_as(self.averaged, row * columns, some)
+                    _read_as(self.sources[self.averaged], row * columns, some)
                     for values in some.reshape(-1, columns):  # one after the other: the same sum for any step
                         total += values
                 self._mean.append(total / self.rows.num_averaged)
             return self._mean[0]
 
     def extra_bytes(self, count: int) -> int:
-        reading = max(source.extra_bytes(count) for source in (self.own, self.other, self.averaged))
+        reading = max(source.extra_bytes(count) for source in self.sources)
+        makes_means = self.rows.num_averaged or len(self.rows.averages)
         averaging = 8 * (3 * self.columns + max(_MOST, self.columns))
         rows = 40 * (count // self.columns + 2)  # codes, and the runs of a permutation
-        reading += 8 * min(count, _MOST) + (averaging if self.rows.num_averaged else 0) + rows
+        reading += 8 * min(count, _MOST) + (averaging if makes_means else 0) + rows
         return max(reading, 2 * NUMPY_DTYPES[self.info.dtype].itemsize * count)  # work's copies, without rows alone
 
 

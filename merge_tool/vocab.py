@@ -7,8 +7,9 @@ other tokens after them. Both checkpoints are given rows of that order here; wha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
@@ -16,9 +17,11 @@ from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile
 from merge_tool.checkpoint.source import LocalFile, sha256_of
 from merge_tool.errors import CheckpointError, listed, shown
 from merge_tool.recipe import Recipe
+from merge_tool.row_tensors import align_rows, known_rows, rows_of
 from merge_tool.side_files import SideFile, SideFiles
-from merge_tool.tokens import ALONE, TOKENIZER, Vocabularies, compare_tokenizers
-from merge_tool.vocab_rows import Aligner, RowPlan, known_rows, rows_of
+from merge_tool.tokenizer_json import TOKENIZER
+from merge_tool.tokens import ALONE, Vocabularies, compare_tokenizers
+from merge_tool.vocab_rows import RowPlan
 
 TOKENIZER_FILES = (
     TOKENIZER, "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json",
@@ -30,31 +33,18 @@ _IDS = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|for
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the output's vocabulary came about: what its files and settings must say."""
+    """How the output's vocabulary came about: what its files and settings must say.
 
-    choice: str
-    vocabularies: Vocabularies
-    folders: tuple[Folder, Folder]
-    sizes_before: frozenset[int]  # rows of either, and what their configurations say
+    `tokenizer` is whose tokenizer the output has; `insert` are the bytes that are put into its tokenizer.json, and
+    where. `sizes_before` are the numbers of rows that models have, or say that they have, `rows` is the output's.
+    `new_id(model, number)` is the output's id of the token that has this one in a model; None if it lacks that.
+    """
+
+    tokenizer: Folder
+    insert: tuple[int, bytes] | None
+    sizes_before: frozenset[int]
     rows: int
-
-    @property
-    def tokenizer(self) -> Folder:
-        """Whose tokenizer the output has, or (a union) extends."""
-        return self.folders[self.choice == "ft"]
-
-    def new_id(self, side: int, number: int) -> int | None:
-        """The output's id of the token that has this one on a side; None if it lacks that."""
-        if side == (self.choice == "ft"):
-            return number
-        ids = self.vocabularies.base_of_ft if side else self.vocabularies.ft_of_base
-        if number >= len(ids):
-            return None
-        if ids[number] >= 0:
-            return ids[number]
-        if self.choice != "union" or ids[number] != ALONE:
-            return None
-        return len(self.vocabularies.ft_of_base) + ids[:number].count(ALONE)
+    new_id: Callable[[int, int], int | None]
 
 
 def explain(base: Checkpoint, ft: Checkpoint) -> str:
@@ -78,42 +68,64 @@ def has_other_rows(base: Checkpoint, ft: Checkpoint) -> bool:
     return None not in rows and rows[0] != rows[1]
 
 
-def align(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> tuple[Checkpoint, Checkpoint, Alignment]:
-    """Both models with the rows of the vocabulary that `recipe.vocab` chooses. Raises CheckpointError for tokenizers
-    that cannot be read, MismatchError where rows cannot be matched."""
-    assert recipe.vocab is not None
-    for model in (base, ft):
-        if model.tokenizer_folder is None:
-            raise CheckpointError(f"{model.name}: is a single file without a tokenizer, which --vocab needs.")
-    folders = base.tokenizer_folder, ft.tokenizer_folder
-    found = compare_tokenizers(folders[0], folders[1])  # type: ignore[arg-type]  # neither is None
+def align(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> tuple[list[Checkpoint], Alignment | None]:
+    """Both models with the rows of the vocabulary that `recipe.vocab` chooses, if it chooses one.
+
+    Raises CheckpointError for tokenizers that cannot be read, MismatchError where rows cannot be matched.
+    """
+    if recipe.vocab is None:
+        return [base, ft], None
+    folders = _tokenizer_of(base), _tokenizer_of(ft)
+    found = compare_tokenizers(*folders)
     before = known_rows(base), known_rows(ft)
     plan = RowPlan(recipe, found, before)
-    aligner = Aligner(base, ft, before, plan)
-    sides = aligner.made()
-    sizes = frozenset({*before, *_config_sizes(base), *_config_sizes(ft)})
-    alignment = Alignment(recipe.vocab, found, folders, sizes, plan.size)  # type: ignore[arg-type]
-    told = (*_notices(recipe.vocab, base, ft, found, plan), *aligner.notices)
+    made, told = align_rows((base, ft), 0, before, plan.rows(), plan.side)
+    alignment = Alignment(
+        folders[plan.side],
+        found.insert if recipe.vocab == "union" else None,
+        frozenset({*before, *config_sizes(base), *config_sizes(ft)}),
+        plan.size,
+        partial(_new_id, recipe.vocab, found),
+    )
+    notices = (*_notices(recipe.vocab, base, ft, found, plan), *told)
     models = [
-        model.with_made(model.name, (_tokenizer_file(model),), made, (*model.notices, *notices))
-        for model, made, notices in ((base, sides[0], told), (ft, sides[1], ()))
+        model.with_made(model.name, (tokenizer_file(folders[side]),), made[side], (*model.notices, *more))
+        for side, (model, more) in enumerate(((base, notices), (ft, ())))
     ]
-    return models[0], models[1], alignment
+    return models, alignment
 
 
-def _config_sizes(model: Checkpoint) -> Iterator[int]:
+def _tokenizer_of(model: Checkpoint) -> Folder:
+    if model.tokenizer_folder is None:
+        raise CheckpointError(f"{model.name}: is a single file without a tokenizer, which --vocab needs.")
+    return model.tokenizer_folder
+
+
+def _new_id(choice: str, found: Vocabularies, side: int, number: int) -> int | None:
+    """The output's id of the token that has this one on a side; None if the output lacks it."""
+    if side == (choice == "ft"):
+        return number
+    ids = found.base_of_ft if side else found.ft_of_base
+    if number >= len(ids):
+        return None
+    if ids[number] >= 0:
+        return ids[number]
+    if choice != "union" or ids[number] != ALONE:
+        return None
+    return len(found.ft_of_base) + ids[:number].count(ALONE)
+
+
+def config_sizes(model: Checkpoint) -> Iterator[int]:
     config = model.config or {}
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
             yield part["vocab_size"]
 
 
-def _tokenizer_file(model: Checkpoint) -> CheckpointFile:
+def tokenizer_file(folder: Folder) -> CheckpointFile:
     """What decided the rows, as an input by its digest."""
-    assert model.tokenizer_folder is not None
-    path = model.tokenizer_folder.regular(TOKENIZER)
-    file = LocalFile(path, f"{model.tokenizer_folder.name}/{TOKENIZER}")
-    return CheckpointFile(f"tokenizer/{TOKENIZER}", file, sha256_of(path))
+    path = folder.regular(TOKENIZER)
+    return CheckpointFile(f"tokenizer/{TOKENIZER}", LocalFile(path, f"{folder.name}/{TOKENIZER}"), sha256_of(path))
 
 
 def _notices(choice: str, base: Checkpoint, ft: Checkpoint, found: Vocabularies, plan: RowPlan) -> Iterator[str]:
@@ -150,8 +162,7 @@ def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
             for name in TOKENIZER_FILES
             if folder.has(name)
         ]
-    if alignment.choice == "union":
-        insert = alignment.vocabularies.insert
+    if (insert := alignment.insert) is not None:
         copied = [
             replace(file, size=file.size + len(insert[1]), insert=insert) if file.source == TOKENIZER else file
             for file in copied
@@ -160,8 +171,8 @@ def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
     return replace(found, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
 
 
-def settings_warnings(alignment: Alignment, side: int, folder: Folder | None) -> Iterator[str]:
-    """What the copied settings of that side (0 is BASE) say of tokens that the output numbers otherwise."""
+def settings_warnings(alignment: Alignment, model: int, folder: Folder | None) -> Iterator[str]:
+    """What the copied settings of a model, by its number, say of tokens that the output numbers otherwise."""
     if folder is None:
         return
     for name in ("config.json", "generation_config.json"):
@@ -169,13 +180,13 @@ def settings_warnings(alignment: Alignment, side: int, folder: Folder | None) ->
         for part in (config, config.get("text_config")):
             for key, value in part.items() if isinstance(part, dict) else ():
                 if _IDS.fullmatch(key):
-                    yield from _moved(alignment, side, f"{folder.name}/{name}: {shown(key)}", value)
+                    yield from _moved(alignment, model, f"{folder.name}/{name}: {shown(key)}", value)
 
 
-def _moved(alignment: Alignment, side: int, what: str, value: Any) -> Iterator[str]:
+def _moved(alignment: Alignment, model: int, what: str, value: Any) -> Iterator[str]:
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
-            new = alignment.new_id(side, number)
+            new = alignment.new_id(model, number)
             if new != number:
                 told = "does not have" if new is None else f"has as {new:,}"
                 yield f"{what} is {number:,}, a token that the output's tokenizer {told}. Mend that file of the output."

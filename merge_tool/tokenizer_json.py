@@ -1,0 +1,159 @@
+"""One tokenizer.json: its tokens and their ids, and where more can be put in.
+
+Parsed in a process of its own: two of 128,000 tokens took 260 MB, which the merge's memory budget keeps for itself.
+Tokens are the same if their strings are, as the files spell them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from json.decoder import scanstring  # type: ignore[attr-defined]  # public in CPython since 2.6, not in its stubs
+from pathlib import Path
+from typing import Any
+
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.errors import CheckpointError, listed, shown
+
+TOKENIZER = "tokenizer.json"
+_SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+_MOST_BYTES = 200_000_000
+_MOST_ROWS = 1 << 22  # ids beyond that are no vocabulary's, and their map would take the memory of one
+_START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
+    "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); from {module} import main; main()"
+)
+_REFUSED = 3  # exit code: the message is on stdout
+
+
+def tokenizer_path(folder: Folder) -> Path:
+    """Its tokenizer.json. Raises CheckpointError where there is none, or one too large."""
+    if not folder.has(TOKENIZER):
+        slow = [name for name in _SLOW if folder.has(name)]
+        found = f"only {listed(slow)}: a slow tokenizer" if slow else "no tokenizer"
+        raise CheckpointError(
+            f"{folder.name}: has no {TOKENIZER} ({found}). Convert it first: "
+            "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
+        )
+    path = folder.regular(TOKENIZER)
+    if path.stat().st_size > _MOST_BYTES:
+        raise CheckpointError(f"{folder.name}/{TOKENIZER}: has more than {_MOST_BYTES:,} bytes; that is no tokenizer.")
+    return path
+
+
+def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> tuple[Any, bytes]:
+    """What `main` of a module says of the folders' tokenizers, in a process of its own: a value, and bytes.
+
+    Raises CheckpointError where a folder has no tokenizer.json, or one that cannot be read.
+    """
+    names = [f"{folder.name}/{TOKENIZER}" for folder in folders]
+    asked = json.dumps([[str(tokenizer_path(folder)) for folder in folders], names, question])
+    command = [sys.executable, "-c", _START.format(module=module), os.pathsep.join(sys.path)]
+    done = subprocess.run(command, input=asked.encode(), stdout=subprocess.PIPE, check=False)
+    if done.returncode == _REFUSED:
+        raise CheckpointError(done.stdout.decode())
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise CheckpointError(f"{' and '.join(names)}: reading them ended with code {done.returncode}.")
+    head, _, rest = done.stdout.partition(b"\n")
+    return json.loads(head), rest
+
+
+# ------------------------------------------------------------------------------------ in its own process
+
+
+def answer_apart(answer: Callable[[list[TokenizerJson], Any], tuple[Any, bytes]]) -> None:
+    """Read the question that `ask_apart` put, and write what `answer` says: a line of JSON, then bytes."""
+    try:
+        paths, names, question = json.loads(sys.stdin.buffer.read())
+        told, rest = answer([TokenizerJson(Path(p), n) for p, n in zip(paths, names, strict=True)], question)
+        sys.stdout.buffer.write(json.dumps(told).encode() + b"\n" + rest)
+    except CheckpointError as e:
+        sys.stdout.write(str(e))
+        sys.exit(_REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class TokenizerJson:
+    """`ids` of every token; those that were added to its model, as they stand there; where more may be put in."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name, self.place, self.is_empty = name, -1, True
+        try:
+            text = path.read_bytes().decode()
+            members = dict(self._members(text))
+            self.ids, self.kind = _model_ids(members["model"])
+            self.added = {entry["content"]: entry for entry in members.get("added_tokens") or []}
+            for content, entry in self.added.items():
+                self.ids.setdefault(content, entry["id"])
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
+            raise CheckpointError(
+                f"{name}: is not a tokenizer that can be read ({shown(e) or type(e).__name__})."
+            ) from e
+        except OSError as e:
+            raise CheckpointError(f"{name}: cannot be read ({e.strerror}).") from e
+        for token, number in self.ids.items():
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < _MOST_ROWS:
+                raise CheckpointError(f"{name}: the token '{shown(token)}' has the id '{shown(number)}'.")
+        self.size = max(self.ids.values(), default=-1) + 1
+
+    def _members(self, text: str) -> Iterator[tuple[str, Any]]:
+        """The members of the object that `text` is, and where the list of added tokens ends, in bytes."""
+        decoder, at, sign = json.JSONDecoder(), _after(text, 0, "{"), ","
+        while sign == ",":
+            key, at = scanstring(text, _after(text, at, '"', skip=False))
+            value, end = decoder.raw_decode(text, _after(text, at, ":"))
+            if key == "added_tokens" and isinstance(value, list):
+                last = len(text[: end - 1].rstrip())
+                self.place, self.is_empty = len(text[:last].encode()), not value
+            yield key, value
+            at = _skip(text, end)
+            sign, at = text[at], at + 1
+        if sign != "}" or text[at:].strip():
+            raise ValueError(f"it is not one object of JSON, at character {at:,}")
+
+    def numbered(self) -> list[str | None]:
+        """The token of each id, None where there is none."""
+        found: list[str | None] = [None] * self.size
+        for token, number in self.ids.items():
+            found[number] = token
+        return found
+
+    def insertion(self, entries: Sequence[Mapping[str, Any]]) -> bytes:
+        """What adds tokens, put in at `place`. Raises CheckpointError where it has no place for any."""
+        if self.place < 0:
+            raise CheckpointError(f"{self.name}: has no list added_tokens. Save it again with transformers.")
+        text = ",".join(f"\n    {json.dumps(entry)}" for entry in entries)
+        return (("," if entries and not self.is_empty else "") + text).encode()
+
+
+def added_entry(token: str, number: int, added: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A token as an entry of added_tokens, with the settings that it has elsewhere."""
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    return {"id": number, "content": token, **usual, **{k: v for k, v in (added or {}).items() if k in usual}}
+
+
+def _skip(text: str, at: int) -> int:
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _after(text: str, at: int, sign: str, *, skip: bool = True) -> int:
+    """The place after `sign`, which must come next."""
+    at = _skip(text, at)
+    if text[at] != sign:
+        raise ValueError(f"expected {sign} at character {at:,}")
+    return _skip(text, at + 1) if skip else at + 1
+
+
+def _model_ids(model: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+    """The tokens of the model itself: a map (BPE, WordPiece, WordLevel), or a list in the order of ids (Unigram)."""
+    vocab, kind = model["vocab"], str(model.get("type") or "BPE")
+    if isinstance(vocab, list):
+        return {token: number for number, (token, _) in enumerate(vocab)}, kind
+    return dict(vocab), kind
