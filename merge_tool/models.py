@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from merge_tool.api import MergeReport, carry_out
+from merge_tool.chat_template import choose_template
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.checkpoint.source import sha256_of
-from merge_tool.errors import CheckpointError, RecipeError, listed, shown
+from merge_tool.errors import CheckpointError, RecipeError, shown
+from merge_tool.joined_rows import join_vocabularies
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.steps import StepsMethod
 from merge_tool.output import Target
@@ -117,6 +119,7 @@ def prepare_models(
             [str(ref) for ref in asked.models],
             target,
             options,
+            partial(join_vocabularies, asked),
             plan,
             memory_bytes=memory_bytes,
             jobs=jobs,
@@ -135,7 +138,6 @@ def _plan(
     seed: int,
     target: Target,
 ) -> MergePlan:
-    _check_tokenizers(asked, models)
     donor = models[asked.donor]
     renamings = {k: find_renaming(donor, model) for k, model in enumerate(models) if model is not donor}
     asks = expand(asked, [model.tensors.keys() for model in models], methods, renamings)
@@ -143,29 +145,14 @@ def _plan(
     plan = plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
     merged = ((models[k], renaming) for k, renaming in renamings.items() if k in asked.sources)
     told = (text for model, renaming in merged for text in renaming_warnings(donor, model, renaming, ()))
-    return replace(plan, warnings=(*plan.warnings, *dict.fromkeys(told)))
+    return replace(plan, chat_template=_template(asked, models), warnings=(*plan.warnings, *dict.fromkeys(told)))
 
 
-def _check_tokenizers(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> None:
-    """Raise RecipeError where the recipe asks for a vocabulary that is not, token by token, that of all models."""
-    if asked.tokenizer is None:
-        return
-    where = f"tokenizer_source: {asked.tokenizer.source}"
-    if asked.tokenizer.tokens or asked.tokenizer.pad_to_multiple_of:
-        raise RecipeError(f"{where}: tokens and pad_to_multiple_of are not read. Take them out of the recipe.")
-    if len({_tokenizer_digest(model) for model in models}) > 1:
-        names = listed(sorted({model.name for model in models}))
-        raise RecipeError(
-            f"{where}: the models have different tokenizers ({names}), and a recipe cannot bring their rows together. "
-            "Make them alike first, two by two: slerp-merge with --vocab."
-        )
-
-
-def _tokenizer_digest(model: Checkpoint) -> str | None:
-    """SHA-256 of tokenizer.json; None if there is none."""
-    if model.folder is None or not model.folder.has("tokenizer.json"):
-        return None
-    return sha256_of(model.folder.regular("tokenizer.json"))
+def _template(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> str:
+    """The chat template to write; nothing if the one that is copied stays."""
+    if asked.chat_template is None:
+        return ""
+    return choose_template(asked.chat_template, models, asked.donor) or ""
 
 
 def _recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:

@@ -98,6 +98,7 @@ class MergePlan:
     donor: int = 0  # the model whose side files are copied
     layers: tuple[int, ...] = ()  # which of the donor's layers each of the output's was, if they are not the same
     seed: int = 0
+    chat_template: str = ""  # what the output's tokenizer has instead of its own
 
     @property
     def ts(self) -> tuple[float, ...]:

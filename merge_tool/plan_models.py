@@ -74,7 +74,7 @@ def plan_models(
         shards,
         stem,
         facts,
-        (*asked.warnings, *_warnings(asked, asks)),
+        (*asked.warnings, *unused_filters(asked, asks)),
         sides,
         method,
         method_name=asked.method,
@@ -83,12 +83,6 @@ def plan_models(
         layers=_layers(asks, donor),
         seed=seed,
     )
-
-
-def _warnings(asked: ModelsRecipe, asks: Sequence[Ask]) -> Iterator[str]:
-    yield from unused_filters(asked, asks)
-    if asked.chat_template is not None:
-        yield "chat_template is not applied: the template of the model whose tokenizer is copied stays."
 
 
 def _layers(asks: Sequence[Ask], donor: Checkpoint) -> tuple[int, ...]:
@@ -177,7 +171,9 @@ def _check_fit(asks: Sequence[Ask], models: Sequence[Checkpoint]) -> None:
         raise MismatchError(
             f"{len(problems):,} tensors of the recipe's models do not fit together:\n  "
             + "\n  ".join(problems[:_MOST] + more)
-            + "\nAll models must be the same architecture, with one vocabulary."
+            + "\nAll models must be the same architecture, with one vocabulary. Vocabularies that differ are brought "
+            "together by `tokenizer_source: union` (or base, or a model) in the recipe; --on-mismatch base keeps such "
+            "tensors of the base as they are."
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from merge_tool.chat_template import template_warnings, with_template
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from merge_tool.errors import CheckpointError, DataError, MismatchError, OutputError, RecipeError, listed, shown
@@ -45,8 +46,16 @@ from merge_tool.side_files import (
     SideFiles,
     plan_side_files,
 )
-from merge_tool.tokens import TOKENIZER
-from merge_tool.vocab import TOKENIZER_FILES, align, explain, has_other_rows, settings_warnings, side_files_of
+from merge_tool.tokenizer_json import TOKENIZER
+from merge_tool.vocab import (
+    TOKENIZER_FILES,
+    Alignment,
+    align,
+    explain,
+    has_other_rows,
+    settings_warnings,
+    side_files_of,
+)
 
 _SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
 
@@ -112,6 +121,7 @@ def prepare(
         (str(base), str(ft)),
         target,
         recipe,
+        lambda models: align(recipe, *models),
         lambda models: plan_merge(recipe, models, single_file=target.single_file),
         memory_bytes=memory_bytes,
         jobs=jobs,
@@ -124,6 +134,7 @@ def prepare_plan(
     refs: Sequence[str],
     target: Target,
     recipe: Recipe,
+    align_rows: Callable[[Sequence[Checkpoint]], tuple[list[Checkpoint], Alignment | None]],
     plan_of: Callable[[Sequence[Checkpoint]], MergePlan],
     *,
     memory_bytes: int | None,
@@ -131,7 +142,8 @@ def prepare_plan(
     report_path: Path | None,
     read_samples: bool,
 ) -> Prepared:
-    """Open the models, plan by `plan_of` and check all that can be checked, as `prepare` does."""
+    """Open the models, bring their vocabularies together by `align_rows`, plan by `plan_of`, and check all that can be
+    checked, as `prepare` does."""
     inputs = [part for ref in refs for part in parts(ref)]
     check_target(target, inputs)
     if report_path is not None:
@@ -144,10 +156,7 @@ def prepare_plan(
     most = max(4_000_000, (budget - resident_bytes()) // 3)
     paths = [local_ref(ref) for ref in refs]
     check_target(target, [part for path in paths for part in parts(path)])  # again: models of the Hub are elsewhere
-    models = open_models(paths, max_header_bytes=most)
-    alignment = None
-    if recipe.vocab is not None:
-        *models, alignment = align(recipe, *models)
+    models, alignment = align_rows(open_models(paths, max_header_bytes=most))
     plan = _plan(plan_of, models)
     donor = models[recipe.files_from == "ft" if plan.is_pair else plan.donor]
     try:
@@ -164,11 +173,19 @@ def prepare_plan(
         side_files = side_files_of(alignment, side_files)
         if target.is_file:
             told.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
-        told += settings_warnings(alignment, int(donor.folder is not models[0].folder), side_files.folder)
+        of = next(k for k, model in enumerate(models) if model.folder is donor.folder)
+        told += settings_warnings(alignment, of, side_files.folder)
+    if plan.chat_template and side_files.folder is not None:
+        side_files = with_template(side_files, plan.chat_template)
+        told += template_warnings(plan.chat_template, side_files)
     first = models[plan.donor]
     base_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
-    warnings = (*plan.warnings, *_warnings(models, side_files, are_matched=alignment is not None), *told)
+    warnings = (
+        *plan.warnings,
+        *_warnings(models, side_files, are_matched=alignment is not None, is_pair=plan.is_pair),
+        *told,
+    )
     samples = tuple(_sample(model) for model in models) if read_samples else ()
     del models, donor, first  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()
@@ -238,12 +255,15 @@ _COMPARED_SETTINGS = (
 _ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta"})  # worth a word if only one says
 
 
-def _warnings(models: Sequence[Checkpoint], side_files: SideFiles, *, are_matched: bool) -> Iterable[str]:
+def _warnings(
+    models: Sequence[Checkpoint], side_files: SideFiles, *, are_matched: bool, is_pair: bool
+) -> Iterable[str]:
+    way = "" if are_matched else "--vocab" if is_pair else "tokenizer_source"
     for model in models:
         yield from model.notices
     for other in models[1:]:
         yield from _differences(models[0], other)
-        yield from _tokenizer_differences(models[0], other, are_matched=are_matched)
+        yield from _tokenizer_differences(models[0], other, way)
     if side_files.unmerged:
         yield f"Copied without merging, as parts of the model: {listed(side_files.unmerged, 50)}."
     if side_files.skipped:
@@ -262,7 +282,8 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterable[str]:
             yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}. Are these related models?"
 
 
-def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, *, are_matched: bool) -> Iterable[str]:
+def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, way: str) -> Iterable[str]:
+    """`way` is how rows can be matched by token; nothing if they are."""
     here, there = base.tokenizer_folder, ft.tokenizer_folder
     if here is None or there is None:
         return
@@ -272,8 +293,8 @@ def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, *, are_matched: boo
         told = f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
         if name != TOKENIZER:
             yield told
-        elif not are_matched:
-            yield f"{told} {_compared(base, ft)}. With --vocab rows are matched by token."
+        elif way:
+            yield f"{told} {_compared(base, ft)}. With {way} rows are matched by token."
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,8 @@ _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": 
 class SideFile:
     """A file to copy: where it is in the folder, what it is called in the output, and its size in bytes.
 
-    Of another `folder` than the rest, perhaps; `insert` is a place in it, in bytes, and what is put in there.
+    Of another `folder` than the rest, perhaps; `insert` is a place in it, in bytes, and what is put in there. With
+    `content` it is that, whatever the folder has.
     """
 
     source: str
@@ -45,6 +46,7 @@ class SideFile:
     size: int
     folder: Folder | None = None
     insert: tuple[int, bytes] | None = None
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,9 @@ class SideFiles:
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
         """What the output's copy of `file` holds: its bytes; of config.json with `dtype`, layers and vocabulary as they
         are now, and without the quantization_config that the output's weights no longer have."""
+        if file.content is not None:
+            yield file.content
+            return
         folder = file.folder or self.folder
         assert folder is not None
         path = folder.regular(file.source)
@@ -178,6 +183,15 @@ def _quantization_spans(text: str, place: int) -> Iterator[tuple[int, int]]:
             yield from _quantization_spans(text, value)
     if gone is not None:
         yield gone if previous is None else previous, members[-1][3]
+
+
+def with_member(content: bytes, key: str, value: Any) -> bytes:
+    """A JSON object with another value for a key that it has; else byte for byte."""
+    text = content.decode("utf-8", "surrogatepass")
+    for found, _, start, stop in reversed(list(_members(text, text.index("{")))):
+        if found == key:
+            text = text[:start] + json.dumps(value, ensure_ascii=False) + text[stop:]
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _members(text: str, place: int) -> Iterator[tuple[str, int, int, int]]:

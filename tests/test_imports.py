@@ -59,23 +59,31 @@ ARROWS: dict[str, set[str]] = {
     "recipes.tokenizer_ask": {"errors", "recipes.models_recipe", "recipes.named_models", "recipes.yaml_text"},
     "recipes.mergekit": {
         "errors", "methods.steps", "recipes.model_ref", "recipes.models_recipe", "recipes.named_models",
-        "recipes.parameters", "recipes.settings", "recipes.tokenizer_ask", "recipes.yaml_text",
+        "recipes.parameters", "recipes.settings", "recipes.templates", "recipes.tokenizer_ask", "recipes.yaml_text",
     },
     "recipes.stacks": {"errors", "schedule"},
     "recipes.expand": {
         "errors", "methods.steps", "recipes.models_recipe", "recipes.settings", "recipes.stacks", "renaming",
         "schedule",
     },
-    "tokens": {"checkpoint.folder", "errors"},
+    "tokenizer_json": {"checkpoint.folder", "errors"},
+    "tokens": {"checkpoint.folder", "errors", "tokenizer_json"},
+    "joined_tokens": {"checkpoint.folder", "tokenizer_json"},
     "rows": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
-    "vocab_rows": {
-        "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "methods", "recipe", "renaming",
-        "rows", "tokens",
+    "row_tensors": {
+        "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "renaming", "rows",
     },
+    "vocab_rows": {"methods", "recipe", "rows", "tokens"},
     "vocab": {
-        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "side_files", "tokens",
-        "vocab_rows",
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "row_tensors", "side_files",
+        "tokenizer_json", "tokens", "vocab_rows",
     },
+    "joined_rows": {
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "joined_tokens", "methods",
+        "recipes.models_recipe", "row_tensors", "rows", "tokenizer_json", "vocab",
+    },
+    "chat_template": {"checkpoint.folder", "checkpoint.reader", "errors", "recipes.templates", "side_files"},
+    "recipes.templates": set(),
     "recipes.__init__": set(),
     "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
     "plan": {
@@ -95,8 +103,8 @@ ARROWS: dict[str, set[str]] = {
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader", "lora", "methods"},
     "prepare": {
-        "checkpoint.folder", "checkpoint.reader", "errors", "lora", "memory", "methods", "older", "output", "plan",
-        "recipe", "report", "side_files", "tokens", "vocab",
+        "chat_template", "checkpoint.folder", "checkpoint.reader", "errors", "lora", "memory", "methods", "older",
+        "output", "plan", "recipe", "report", "side_files", "tokenizer_json", "vocab",
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
@@ -121,9 +129,9 @@ ARROWS: dict[str, set[str]] = {
         "show", "sweep", "verify",
     },
     "models": {
-        "api", "checkpoint.reader", "checkpoint.source", "errors", "methods.many", "methods.steps", "output",
-        "plan", "plan_models", "prepare", "recipe", "recipes.expand", "recipes.mergekit", "recipes.models_recipe",
-        "renaming",
+        "api", "chat_template", "checkpoint.reader", "errors", "joined_rows", "methods.many", "methods.steps",
+        "output", "plan", "plan_models", "prepare", "recipe", "recipes.expand", "recipes.mergekit",
+        "recipes.models_recipe", "renaming",
     },
     "plan_models": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
@@ -139,7 +147,7 @@ OUTSIDE = {
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
         "methods.tiles", "checkpoint.fp8", "checkpoint.reader", "checkpoint.strided", "run", "buffers", "diff",
-        "low_rank", "prepare", "rows", "vocab_rows", "work",
+        "joined_rows", "low_rank", "prepare", "rows", "vocab_rows", "work",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader", "checkpoint.fp8"},
     "safetensors": {"output", "verify"},

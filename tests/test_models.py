@@ -322,20 +322,6 @@ def test_an_error_of_the_method_names_the_tensor(models: list[Path], tmp_path: P
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_a_recipe_says_what_it_does_about_tokenizers(models: list[Path], tmp_path: Path) -> None:
-    """The same tokenizer everywhere is the output's; different ones are an error that names them."""
-    for folder in models:
-        (folder / "tokenizer.json").write_text("{}")
-    asked = {**recipe("linear", models), "tokenizer_source": "union", "chat_template": "auto"}
-    warnings: list[str] = []
-    merge_models(asked, tmp_path / "out", on_warning=warnings.append)
-    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
-    assert [w for w in warnings if "chat_template" in w]
-    (models[2] / "tokenizer.json").write_text('{"a": 1}')
-    with pytest.raises(RecipeError, match=r"different tokenizers \(one, three, two\)"):
-        merge_models(asked, tmp_path / "other")
-
-
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("merge_*.yaml")))
 def test_the_example_recipes_run(path: Path, tmp_path: Path) -> None:
     """Each example, with tiny models of 32 layers in place of its own, makes a model; and has fewer than 25 lines."""
@@ -367,13 +353,3 @@ def test_an_output_is_verified_by_its_recipe(method: str, models: list[Path], tm
     assert verify(tmp_path / "out", recipe=write(tmp_path, asked))[0].problems
     save_model(models[1], language_model(77, layers=LAYERS), shards=2)
     assert verify(tmp_path / "out", recipe=path)[0].problems
-
-
-def test_tokenizers_are_told_apart_in_folders_of_one_name(tmp_path: Path) -> None:
-    """What training leaves is called `final`, whatever was trained."""
-    folders = [save_model(tmp_path / run / "final", language_model(k)) for k, run in enumerate("abc")]
-    for folder, text in zip(folders, ("{}", '{"a": 1}', "{}"), strict=True):
-        (folder / "tokenizer.json").write_text(text)
-    asked = {**recipe("linear", [folders[0], *folders]), "tokenizer_source": "union"}
-    with pytest.raises(RecipeError, match="different tokenizers"):
-        merge_models(asked, tmp_path / "out")

@@ -486,11 +486,11 @@ def test_what_cannot_be_matched_is_refused(pair: tuple[Path, Path], tmp_path: Pa
     side = {"tokenizer.json": tokenizer(FT_TOKENS, FT_ADDED)}
     other = save_model(tmp_path / "wider", wider, side_files=side)
     with pytest.raises(
-        MismatchError, match=r"--vocab cannot match the rows of\n  lm_head.weight: BF16 \[8, 8\] and BF16"
+        MismatchError, match=r"Rows cannot be matched by token in\n  lm_head.weight: BF16 \[8, 8\] and BF16"
     ):
         merge(pair[0], other, tmp_path / "out", vocab="base")
     nothing = save_model(tmp_path / "nothing", {"x": normal(3)}, side_files=side)
-    with pytest.raises(MismatchError, match="nothing: has no embedding that is known, so --vocab cannot tell"):
+    with pytest.raises(MismatchError, match="nothing: has no embedding that is known, so it cannot be told"):
         merge(pair[0], nothing, tmp_path / "out", vocab="base")
     with pytest.raises(CheckpointError, match="is a single file without a tokenizer, which --vocab needs"):
         merge(pair[0], pair[1] / "model.safetensors", tmp_path / "out", vocab="base")

@@ -24,6 +24,7 @@ from merge_tool.recipes.models_recipe import (
 from merge_tool.recipes.named_models import NamedModels
 from merge_tool.recipes.parameters import INERT, Parameters
 from merge_tool.recipes.settings import Settings
+from merge_tool.recipes.templates import TEMPLATES
 from merge_tool.recipes.tokenizer_ask import parse_tokenizer
 from merge_tool.recipes.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
 
@@ -92,7 +93,7 @@ class _Parser:
             dtype=self._dtype(fields, "dtype"),
             out_dtype=self._dtype(fields, "out_dtype"),
             tokenizer=tokenizer,
-            chat_template=self._text.optional_string(fields, "chat_template"),
+            chat_template=self._chat_template(fields),
             models=self._models.refs,  # complete only now
             text=text,
             warnings=tuple(self._text.warnings),
@@ -284,6 +285,16 @@ class _Parser:
                 fields[key].line, f"{key} is '{shown(given)}'{close}, expected one of: {', '.join(DTYPES)}."
             )
         return name
+
+    def _chat_template(self, fields: Fields) -> str | None:
+        given = self._text.optional_string(fields, "chat_template")
+        if given is None or given in ("auto", *TEMPLATES) or "{" in given:
+            return given
+        raise self._text.error(
+            fields["chat_template"].line,
+            f"chat_template is '{shown(given)}'{nearest(given, TEMPLATES.keys())}, expected auto, one of "
+            f"{', '.join(TEMPLATES)}, or a template in Jinja.",
+        )
 
 
 def _list_text(value: Value) -> Any:
