@@ -188,14 +188,13 @@ _MISMATCH_OPTION = click.option(
     default="error",
     help="What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
 )
-_RECIPE_OPTIONS = [
-    click.option(
-        "--t-for",
-        multiple=True,
-        metavar="PATTERN=T[,T...]",
-        help="Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
-        "layers. Several: the first that matches counts.",
-    ),
+_MISSING_OPTION = click.option(
+    "--on-missing",
+    type=click.Choice(ON_MISMATCH),
+    default="error",
+    help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
+)
+_CHOICE_OPTIONS = [
     click.option(
         "--only",
         multiple=True,
@@ -205,6 +204,16 @@ _RECIPE_OPTIONS = [
     click.option(
         "--exclude", multiple=True, metavar="PATTERN", help="Do not merge tensors whose names match. Several add up."
     ),
+]
+_RECIPE_OPTIONS = [
+    click.option(
+        "--t-for",
+        multiple=True,
+        metavar="PATTERN=T[,T...]",
+        help="Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
+        "layers. Several: the first that matches counts.",
+    ),
+    *_CHOICE_OPTIONS,
     click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
     click.option(
         "--dtype",
@@ -219,12 +228,7 @@ _RECIPE_OPTIONS = [
         help="Whose configuration and tokenizer files the output gets.",
     ),
     _MISMATCH_OPTION,
-    click.option(
-        "--on-missing",
-        type=click.Choice(ON_MISMATCH),
-        default="error",
-        help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
-    ),
+    _MISSING_OPTION,
     click.option(
         "--vocab",
         type=click.Choice(VOCABS),
@@ -394,7 +398,7 @@ merge_tool.add_command(slerp_merge, "merge")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", type=int, default=0, help="Decides the random bits of dare and della.")
 @click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")
-@_with([_SHARD_OPTION, _MISMATCH_OPTION])
+@_with([*_CHOICE_OPTIONS, _SHARD_OPTION, _MISMATCH_OPTION, _MISSING_OPTION])
 @_with(_MACHINE_OPTIONS)
 @_with(_OUTPUT_OPTIONS)
 @_print_errors(_CONTINUES)
@@ -411,8 +415,8 @@ def run_command(
 ) -> None:
     """Merge the models that RECIPE, a YAML file as mergekit reads it, names into OUT.
 
-    Any number of models, by any of the methods in docs/methods.md. A merge that was stopped continues with the same
-    command.
+    Any number of models, by any of the methods in docs/methods.md. BASE is base_model, or else the first one listed.
+    A merge that was stopped continues with the same command.
     """
     from merge_tool.models import merge_models, prepare_models
 

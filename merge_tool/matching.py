@@ -16,6 +16,9 @@ from merge_tool.schedule import Pattern
 NOT_CHOSEN = "not chosen: base kept"
 MISSING = "not in the finetune: base kept"
 UNLIKE = "another shape or type in the finetune: base kept"
+NOT_IN_ALL = "not in all models: base kept"
+UNLIKE_IN_SOME = "another shape or type in some model: base kept"
+NOTHING_CHOSEN = "--only and --exclude leave no tensor to merge."
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,13 @@ class Matching:
 def match_tensors(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> Matching:
     """Find each tensor's fate. Raises MismatchError with all that does not fit, unless the recipe says what to do then;
     RecipeError for a pattern that matches nothing, and where nothing is left to merge."""
-    unchosen = _unchosen(recipe, base.tensors.keys() | ft.tensors.keys())
+    unchosen = find_unchosen(recipe, base.tensors.keys() | ft.tensors.keys())
     renaming = find_renaming(base, ft)
     differences = _differences(base, ft, renaming, unchosen)
     _check(recipe, base, ft, differences)
     kept = dict.fromkeys((name for name in base.tensors if name in unchosen), NOT_CHOSEN)
     if len(kept) == len(base.tensors):
-        raise RecipeError("--only and --exclude leave no tensor to merge.")
+        raise RecipeError(NOTHING_CHOSEN)
     kept |= dict.fromkeys(differences.lacking, MISSING)
     kept |= dict.fromkeys((name for name, _ in (*differences.shapes, *differences.kinds)), UNLIKE)
     if len(kept) == len(base.tensors):
@@ -47,8 +50,8 @@ def match_tensors(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> Matching:
     return Matching(kept, renaming.ft_names, told)
 
 
-def _unchosen(recipe: Recipe, names: Iterable[str]) -> frozenset[str]:
-    """The names, of either side, that --only and --exclude leave out."""
+def find_unchosen(recipe: Recipe, names: Iterable[str]) -> frozenset[str]:
+    """The names that --only and --exclude leave out. Raises RecipeError for a pattern that matches none."""
     only, exclude = ([Pattern(text) for text in texts] for texts in (recipe.only, recipe.exclude))
     if not (only or exclude):
         return frozenset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 from merge_tool.api import MergeReport, carry_out
 from merge_tool.chat_template import choose_template
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, RecipeError, shown
+from merge_tool.errors import CheckpointError, RecipeError, listed, shown
 from merge_tool.joined_rows import join_vocabularies
+from merge_tool.matching import NOT_CHOSEN, NOT_IN_ALL, NOTHING_CHOSEN, find_unchosen
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.steps import StepsMethod
 from merge_tool.output import Target
@@ -21,7 +22,7 @@ from merge_tool.plan import MergePlan
 from merge_tool.plan_models import plan_models
 from merge_tool.prepare import Prepared, prepare_plan
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
-from merge_tool.recipes.expand import expand
+from merge_tool.recipes.expand import Ask, Keeping, expand_keeping
 from merge_tool.recipes.mergekit import parse_recipe
 from merge_tool.recipes.models_recipe import PAIRS, ModelsRecipe
 from merge_tool.renaming import find_renaming, renaming_warnings
@@ -38,6 +39,9 @@ def merge_models(
     seed: int = 0,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     on_mismatch: str = "error",
+    on_missing: str = "error",
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     extrapolate: bool = False,
     memory_bytes: int | None = None,
     jobs: int | None = None,
@@ -68,6 +72,9 @@ def merge_models(
         seed=seed,
         max_shard_bytes=max_shard_bytes,
         on_mismatch=on_mismatch,
+        on_missing=on_missing,
+        only=only,
+        exclude=exclude,
         extrapolate=extrapolate,
         memory_bytes=memory_bytes,
         jobs=jobs,
@@ -97,6 +104,9 @@ def prepare_models(
     seed: int = 0,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     on_mismatch: str = "error",
+    on_missing: str = "error",
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     extrapolate: bool = False,
     memory_bytes: int | None = None,
     jobs: int | None = None,
@@ -108,7 +118,14 @@ def prepare_models(
     text, where = _recipe_text(recipe)
     asked = parse_recipe(text, where, known, extrapolate=extrapolate)
     dtype = asked.out_dtype or asked.dtype
-    options = Recipe(dtype=dtype, max_shard_bytes=max_shard_bytes, on_mismatch=on_mismatch)
+    options = Recipe(
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        on_mismatch=on_mismatch,
+        on_missing=on_missing,
+        only=only,
+        exclude=exclude,
+    )
     target = Target(Path(out))
 
     def plan(models: Sequence[Checkpoint]) -> MergePlan:
@@ -140,12 +157,27 @@ def _plan(
 ) -> MergePlan:
     donor = models[asked.donor]
     renamings = {k: find_renaming(donor, model) for k, model in enumerate(models) if model is not donor}
-    asks = expand(asked, [model.tensors.keys() for model in models], methods, renamings)
+    keeping = Keeping(partial(find_unchosen, options), NOT_CHOSEN, NOT_IN_ALL if options.on_missing == "base" else "")
+    names = [model.tensors.keys() for model in models]
+    asks, left_out = expand_keeping(asked, names, methods, renamings, keeping)
+    if all(ask.kept for ask in asks):
+        raise RecipeError(NOTHING_CHOSEN)
     method = None if asked.method in PAIRS else methods[asked.method]
     plan = plan_models(options, asked, asks, models, method, seed=seed, single_file=target.single_file)
     merged = ((models[k], renaming) for k, renaming in renamings.items() if k in asked.sources)
-    told = (text for model, renaming in merged for text in renaming_warnings(donor, model, renaming, ()))
+    told = [text for model, renaming in merged for text in renaming_warnings(donor, model, renaming, ())]
+    told += _missing_warnings(asks, left_out)
     return replace(plan, chat_template=_template(asked, models), warnings=(*plan.warnings, *dict.fromkeys(told)))
+
+
+def _missing_warnings(asks: Sequence[Ask], left_out: Sequence[str]) -> Iterator[str]:
+    """What is kept and left out although nobody chose it tensor by tensor."""
+    for names, what in (
+        ([ask.name for ask in asks if ask.kept == NOT_IN_ALL], "are not in all models; the base's are kept"),
+        (left_out, "are not in the base; they are left out"),
+    ):
+        if names:
+            yield f"{len(names):,} tensors {what}: {listed(names, 50)}."
 
 
 def _template(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> str:

@@ -14,14 +14,15 @@ from merge_tool._version import __version__
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
-from merge_tool.errors import MismatchError, RecipeError, shown
-from merge_tool.matching import natural_key
+from merge_tool.errors import MismatchError, RecipeError, listed, shown
+from merge_tool.matching import UNLIKE_IN_SOME, natural_key
 from merge_tool.methods.passes import check_given
 from merge_tool.methods.steps import Given, StepsMethod, seed_key
 from merge_tool.plan import MergePlan, TensorJob, input_facts, lay_out, output_dtype, output_stem
 from merge_tool.recipe import Recipe
 from merge_tool.recipes.expand import Ask, unused_filters
 from merge_tool.recipes.models_recipe import ModelsRecipe
+from merge_tool.rows import rows_note
 from merge_tool.schedule import split_layer
 
 _MOST = 5  # mismatches that are named
@@ -40,9 +41,9 @@ def plan_models(
 ) -> MergePlan:
     """Plan the merge of `models`, one output tensor for each of `asks`. `method` is None for SLERP of pairs.
 
-    Raises MismatchError with all tensors whose shapes or types do not fit.
+    Raises MismatchError with all tensors whose shapes or types do not fit, unless the base's are to be kept then.
     """
-    _check_fit(asks, models)
+    asks, told = _fitting(recipe, asked, asks, models)
     by_name = {ask.name: ask for ask in sorted(sorted(asks, key=lambda a: a.name), key=lambda a: natural_key(a.name))}
     infos = [_output_info(recipe, ask, models) for ask in by_name.values()]
     donor = models[asked.donor]
@@ -65,6 +66,7 @@ def plan_models(
         "on_mismatch": recipe.on_mismatch,
         "one_file": single_file is not None,
         "stem": stem,
+        **recipe.selection,
         **{f"model-{k + 1}": input_facts(model) for k, model in enumerate(models)},
     }
     sides = tuple(f"model-{k + 1}" for k in range(len(models)))
@@ -74,7 +76,7 @@ def plan_models(
         shards,
         stem,
         facts,
-        (*asked.warnings, *unused_filters(asked, asks)),
+        (*asked.warnings, *unused_filters(asked, asks), *told),
         sides,
         method,
         method_name=asked.method,
@@ -116,7 +118,8 @@ def _output_info(recipe: Recipe, ask: Ask, models: Sequence[Checkpoint]) -> Tens
     """The output tensor: shape and dtype of the base's, or the first input's, but for a dtype that is asked for."""
     number, name = ask.base or ask.inputs[0]
     info: TensorInfo = models[number].tensors[name]
-    return replace(info, name=ask.name, dtype=output_dtype(recipe, models[number].stored_dtype(name)))
+    stored = models[number].stored_dtype(name)
+    return replace(info, name=ask.name, dtype=stored if ask.kept else output_dtype(recipe, stored))
 
 
 class _Givens:
@@ -150,12 +153,14 @@ def _job(number: int, out: TensorInfo, ask: Ask, models: Sequence[Checkpoint], g
     sources: tuple[TensorSource, ...] = tuple(models[k].source(name) for k, name in places)
     sides = tuple(k for k, _ in places)
     exact = sources[0].info.dtype not in FLOAT_DTYPES
+    if ask.kept:
+        return TensorJob(number, out, sources, sides, False, _NO_T, ask.kept)
     if out.numel == 0:
         return TensorJob(number, out, sources[:1], sides[:1], False, _NO_T, "empty: copied")
     if len(sources) == 1 and (exact or given.method is None or _is_plain_copy(ask)):
         return TensorJob(number, out, sources, sides, False, _NO_T, "only one model has it: copied")
     if given.method is None:
-        return TensorJob(number, out, sources, sides, exact, (float(ask.shared["t"]),))
+        return TensorJob(number, out, sources, sides, exact, (float(ask.shared["t"]),), rows_note(sources[0]))
     return TensorJob(number, out, sources, sides, exact, _NO_T, given=given(ask, out.shape))
 
 
@@ -164,17 +169,33 @@ def _is_plain_copy(ask: Ask) -> bool:
     return set(ask.each) <= {"scale"} and all(scale in (None, 1, 1.0) for scale in ask.each.get("scale", ()))
 
 
-def _check_fit(asks: Sequence[Ask], models: Sequence[Checkpoint]) -> None:
-    problems = [problem for ask in asks for problem in _misfits(ask, models)]
-    if problems:
-        more = [f"and {len(problems) - _MOST:,} more"] if len(problems) > _MOST else []
+def _fitting(
+    recipe: Recipe, asked: ModelsRecipe, asks: Sequence[Ask], models: Sequence[Checkpoint]
+) -> tuple[Sequence[Ask], list[str]]:
+    """The asks with tensors that do not fit each other taken from the base, if that is asked; and what to tell."""
+    misfits = {ask.name: problem for ask in asks for problem in _misfits(ask, models)}
+    if not misfits:
+        return asks, []
+    if recipe.on_mismatch == "error":
+        more = [f"and {len(misfits) - _MOST:,} more"] if len(misfits) > _MOST else []
         raise MismatchError(
-            f"{len(problems):,} tensors of the recipe's models do not fit together:\n  "
-            + "\n  ".join(problems[:_MOST] + more)
+            f"{len(misfits):,} tensors of the recipe's models do not fit together:\n  "
+            + "\n  ".join([*list(misfits.values())[:_MOST], *more])
             + "\nAll models must be the same architecture, with one vocabulary. Vocabularies that differ are brought "
             "together by `tokenizer_source: union` (or base, or a model) in the recipe; --on-mismatch base keeps such "
             "tensors of the base as they are."
         )
+    told = f"{len(misfits):,} tensors have other shapes or types in some models; the base's are kept: "
+    found = [_kept(asked, ask) if ask.name in misfits else ask for ask in asks]
+    return found, [f"{told}{listed(misfits, 50)}."]
+
+
+def _kept(asked: ModelsRecipe, ask: Ask) -> Ask:
+    """The tensor of the base, or of the donor, or of the first model, as it is."""
+    of_donor = (place for place in ask.inputs if place[0] == asked.donor)
+    return replace(
+        ask, base=None, inputs=(ask.base or next(of_donor, ask.inputs[0]),), shared={}, each={}, kept=UNLIKE_IN_SOME
+    )
 
 
 def _misfits(ask: Ask, models: Sequence[Checkpoint]) -> Iterator[str]:

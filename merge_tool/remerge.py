@@ -13,6 +13,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def plan_again(
         )
     except (KeyError, TypeError, AttributeError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
-    _check_patterns(recipe, against)
+    texts = [rule.pattern.text for rule in recipe.rules] + [*recipe.only, *recipe.exclude]
+    if _regular_expressions(texts):
+        _check_patterns(texts, {name for model in open_models(against) for name in model.tensors})
     return prepare(*against, out, recipe, memory_bytes=memory_bytes, jobs=jobs, read_samples=True)
 
 
@@ -124,29 +127,28 @@ def plan_recipe_again(
     try:
         seed, on_mismatch = int(options["seed"]), str(options["on_mismatch"])
         max_shard_bytes = int(options["max_shard_bytes"] or DEFAULT_MAX_SHARD_BYTES)
+        only, exclude = ([str(text) for text in options.get(key, ())] for key in ("only", "exclude"))
     except (KeyError, TypeError, ValueError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a recipe's merge ({shown(e)}).") from e
-    return prepare_models(
-        recipe,
-        out,
-        seed=seed,
-        max_shard_bytes=max_shard_bytes,
-        on_mismatch=on_mismatch,
-        extrapolate=True,
-        memory_bytes=memory_bytes,
-        jobs=jobs,
-        read_samples=True,
-    )
+    plan_it = partial(
+        prepare_models, recipe, out, seed=seed, max_shard_bytes=max_shard_bytes, extrapolate=True,
+        memory_bytes=memory_bytes, jobs=jobs,
+    )  # fmt: skip
+    if _regular_expressions([*only, *exclude]):
+        whole = plan_it(on_mismatch="base", on_missing="base")
+        _check_patterns([*only, *exclude], {job.out.name for job in whole.plan.jobs()})
+    on_missing = str(options.get("on_missing") or "error")
+    return plan_it(on_mismatch=on_mismatch, on_missing=on_missing, only=only, exclude=exclude, read_samples=True)
 
 
-def _check_patterns(recipe: Recipe, against: tuple[str | Path, str | Path]) -> None:
+def _regular_expressions(patterns: Iterable[str]) -> list[str]:
+    return [text.removeprefix("re:") for text in patterns if text.startswith("re:")]
+
+
+def _check_patterns(texts: Iterable[str], names: Iterable[str]) -> None:
     """Raise OutputError for a stranger's regular expression that does not come to an end on the parents' names: nothing
     interrupts one, so another process tries them first."""
-    patterns = [rule.pattern.text for rule in recipe.rules] + [*recipe.only, *recipe.exclude]
-    patterns = [text.removeprefix("re:") for text in patterns if text.startswith("re:")]
-    if not patterns:
-        return
-    names = {name for model in open_models(against) for name in model.tensors}
+    patterns = _regular_expressions(texts)
     task = json.dumps([patterns, sorted(names)]).encode("utf-8", "surrogatepass")
     try:
         subprocess.run([sys.executable, "-I", "-c", _MATCH], input=task, timeout=_MATCH_SECONDS, check=False)

@@ -3,7 +3,7 @@ which parameters. Names and numbers only; no table of architectures, every layer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,25 @@ from merge_tool.schedule import split_layer
 class Ask:
     """One tensor of the output. `base` and `inputs` are (model's number, the tensor's name there), the inputs in the
     recipe's order; for slerp they are the two models, the one at t = 0 first, and `base` is None. `shared` holds the
-    method's parameters, `each` those with a value per input; defaults are filled in."""
+    method's parameters, `each` those with a value per input; defaults are filled in. A tensor that is not merged has
+    one input, the base's, and `kept` says why."""
 
     name: str
     base: tuple[int, str] | None
     inputs: tuple[tuple[int, str], ...]
     shared: Mapping[str, Any]
     each: Mapping[str, tuple[Any, ...]]
+    kept: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Which tensors are the base's as they are: of the output's names those that `unchosen` picks, for the reason
+    `not_chosen`; with `missing`, for that reason, those that some model lacks. What the base lacks then is left out."""
+
+    unchosen: Callable[[Sequence[str]], Collection[str]] = lambda names: ()
+    not_chosen: str = ""
+    missing: str = ""
 
 
 def expand(
@@ -35,18 +47,42 @@ def expand(
     methods: Mapping[str, Terms],
     renamings: Mapping[int, Renaming] | None = None,
 ) -> list[Ask]:
-    """What is asked for every tensor of the output, with `names` of each model's tensors; the donor's order first.
+    """As `expand_keeping`, with every tensor merged."""
+    return expand_keeping(recipe, names, methods, renamings or {}, Keeping())[0]
+
+
+def expand_keeping(
+    recipe: ModelsRecipe,
+    names: Sequence[Collection[str]],
+    methods: Mapping[str, Terms],
+    renamings: Mapping[int, Renaming],
+    keeping: Keeping,
+) -> tuple[list[Ask], list[str]]:
+    """What is asked for every tensor of the output, with `names` of each model's tensors, the donor's order first; and
+    the names that are left out.
 
     `renamings` say, by model, what it calls the tensors of `recipe.donor`, and which of its own have no place there.
     Raises MismatchError, all at once, for tensors that some of the models lack and layers that they do not have;
     RecipeError for stacks that cannot be told apart and for parameters that some tensors are left without.
     """
-    tensors = _Tensors(recipe, names, renamings or {})
+    tensors = _Tensors(recipe, names, renamings)
     values = _Values(recipe, all_terms(methods)[recipe.method], tensors.known)
-    asks = [values.ask(place) for place in tensors.places()]
+    places = list(tensors.places())
+    unchosen = frozenset(keeping.unchosen([place.name for place in places]))
+    asks, left_out = [], []
+    for place in places:
+        why = keeping.not_chosen if place.name in unchosen else keeping.missing if tensors.lacks(place) else ""
+        kept = tensors.base_of(place) if why else None
+        if not why:
+            tensors.note_lacking(place)
+            asks.append(values.ask(place))
+        elif kept is not None:
+            asks.append(Ask(place.name, None, (kept,), {}, {}, why))
+        elif place.name not in unchosen:
+            left_out.append(place.name)
     tensors.check()
     values.check()
-    return asks
+    return asks, left_out
 
 
 def unused_filters(recipe: ModelsRecipe, asks: Iterable[Ask]) -> Iterator[str]:
@@ -117,11 +153,24 @@ class _Tensors:
 
     def places(self) -> Iterator[_Place]:
         for module in self._recipe.modules:
-            for place in self._module(module) if module.num_layers is None else self._sliced(module):
-                for source, name in zip(place.part.sources, place.names, strict=True):
-                    if name not in self.known[source.model]:
-                        self._lacking.setdefault(source.model, {})[name] = None
-                yield place
+            yield from self._module(module) if module.num_layers is None else self._sliced(module)
+
+    def lacks(self, place: _Place) -> bool:
+        """Whether some of its models have no such tensor."""
+        return any(name not in self.known[s.model] for s, name in zip(place.part.sources, place.names, strict=True))
+
+    def note_lacking(self, place: _Place) -> None:
+        for source, name in zip(place.part.sources, place.names, strict=True):
+            if name not in self.known[source.model]:
+                self._lacking.setdefault(source.model, {})[name] = None
+
+    def base_of(self, place: _Place) -> tuple[int, str] | None:
+        """The tensor of the slice's base, else of the donor, else of the first source; None if that lacks it."""
+        sources = place.part.sources
+        of_donor = (k for k, source in enumerate(sources) if source.model == self._recipe.donor)
+        number = place.part.base if place.part.base is not None else next(of_donor, 0)
+        model, name = sources[number].model, place.names[number]
+        return (model, self.known[model].own(name)) if name in self.known[model] else None
 
     def check(self) -> None:
         """Raise MismatchError for all that does not fit."""
@@ -134,7 +183,8 @@ class _Tensors:
                 "The models do not fit together as the recipe says.\n  "
                 + "\n  ".join(problems)
                 + (f"\n(Layers: {layers}.)" if layers else "")
-                + "\nAll models must be of one architecture; give `slices` where their numbers of layers differ."
+                + "\nAll models must be of one architecture; give `slices` where their numbers of layers differ. With "
+                "--on-missing base, what some model lacks is the base's, and what the base lacks is left out."
             )
 
     def _module(self, module: Module) -> Iterator[_Place]:
