@@ -10,6 +10,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
 from merge_tool.recipe import Recipe
+from merge_tool.recipes.stacks import Stacks
 from merge_tool.renaming import Renaming, find_renaming, renaming_warnings
 from merge_tool.schedule import Pattern
 
@@ -130,9 +131,15 @@ def _check(recipe: Recipe, base: Checkpoint, ft: Checkpoint, found: _Differences
         raise MismatchError(
             f"{base.name} and {ft.name} do not have the same tensors.\n  "
             + "\n  ".join(problems)
+            + f"\n{_sizes(base)}; {_sizes(ft)}."
             + "\nBoth must be the same architecture, with one vocabulary. If you know better:\n  "
             + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
         )
+
+
+def _sizes(model: Checkpoint) -> str:
+    layers, count = Stacks(model.tensors).told, sum(info.numel for info in model.tensors.values())
+    return f"{model.name} has {count:,} parameters{f' and {layers}' if layers else ''}"
 
 
 def _warnings(base: Checkpoint, ft: Checkpoint, found: _Differences) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""One model's names in two checkpoints: prefixes that a wrapper adds, output heads that are tied. Only what is
-unambiguous is resolved; names, shapes and config.json are all there is to see."""
+"""One model's names in two checkpoints: prefixes of wrappers, names that libraries changed, heads and embeddings that
+are tied. Only what is unambiguous is resolved; names, shapes and config.json are all there is to see."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ _WRAPPERS = frozenset({
     "roberta", "distilbert", "deberta", "electra", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
 })  # fmt: skip
 _MOST_WRAPPERS = 8
-_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
+_HEADS = frozenset({
+    "lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight",
+    "vocab_projector.weight", "generator_lm_head.weight",
+})  # fmt: skip
+# What checkpoints of one library call otherwise: those made from TensorFlow's, and torch's older weight norm.
+_ALIASES = {
+    "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
+    "weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1",
+}  # fmt: skip
+_ALIAS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(map(re.escape, _ALIASES))})$")
+_COPIES = {  # what some checkpoints hold beside the tensor that it is one with
+    "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
+    "lm_head.decoder.bias": "lm_head.bias", "cls.predictions.decoder.bias": "cls.predictions.bias",
+}  # fmt: skip
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight")
 
 
 @dataclass(slots=True)
 class Renaming:
-    """`ft_names`: what some of BASE's tensors are called in FT. `copies`: FT's heads that BASE has no place for, tied
-    as it is, and the embedding that BASE uses."""
+    """`ft_names`: what some of BASE's tensors are called in FT. `copies`: FT's heads and other copies that BASE has no
+    place for, tied as it is, and the tensor that BASE uses."""
 
     ft_names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
@@ -50,11 +63,25 @@ def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
     for head in sorted(extra - set(found.ft_names.values())):
         if is_head(head) and (embedding := tied_embedding(base, ft.tensors[head].shape)):
             found.copies[head] = embedding
+    found.ft_names |= _copies(base, ft, lacking - found.ft_names.keys())
+    found.copies |= _copies(ft, base, extra - found.explained)
+    return found
+
+
+def _copies(here: Checkpoint, there: Checkpoint, lacking: Iterable[str]) -> dict[str, str]:
+    """For what only `here` has: the tensor there that it is one with, if that is here, too, and of its shape."""
+    own, other = Names(here.tensors), Names(there.tensors)
+    found = {}
+    for name in sorted(lacking):
+        one_with = _COPIES.get(_core(name), "")
+        place, twin = other.find(one_with), own.find(one_with)
+        if place and twin and here.tensors[name].shape == here.tensors[twin].shape:
+            found[name] = place
     return found
 
 
 def _core(name: str) -> str:
-    """A tensor's own name, without wrappers.
+    """A tensor's own name, without wrappers, as libraries have it now.
 
     >>> _core("base_model.model.model.layers.0.mlp.up_proj.weight"), _core("model")
     ('layers.0.mlp.up_proj.weight', 'model')
@@ -64,7 +91,7 @@ def _core(name: str) -> str:
         if not dot or first not in _WRAPPERS:
             break
         name = rest
-    return name
+    return _ALIAS.sub(lambda found: _ALIASES[found[0]], name)
 
 
 class Names:
@@ -106,6 +133,8 @@ def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
     found = [n for n, info in model.tensors.items() if _EMBEDDING.search(n) and len(info.shape) == 2]
     if len(found) > 1:
         found = [name for name in found if model.tensors[name].shape == shape]
+    if len(found) > 1:  # what the others are copies of
+        found = [name for name in found if _core(name) not in _COPIES]
     return found[0] if len(found) == 1 else None
 
 
@@ -119,15 +148,15 @@ def _says_tied(config: Mapping[str, Any]) -> bool | None:
 def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchosen: Collection[str]) -> Iterator[str]:
     """What was resolved, said aloud."""
     prefixes: dict[tuple[str, str], list[str]] = {}
+    otherwise: list[str] = []
     for name, other in found.ft_names.items():
         core = _core(name)
         if name in unchosen:
             continue
         if core != _core(other):
-            yield (
-                f"{shown(name)} is not in {ft.name}, whose head is tied: merged with its input embedding "
-                f"{shown(other)}. The output has a head of its own, as {base.name}."
-            )
+            yield f"{shown(name)} is not in {ft.name}, {_in_place(name, other)} of its own, as {base.name}."
+        elif not (name.endswith(core) and other.endswith(core)):
+            otherwise.append(name)
         else:
             prefixes.setdefault((other.removesuffix(core), name.removesuffix(core)), []).append(name)
     for (theirs, ours), names in prefixes.items():
@@ -135,10 +164,22 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
             f"{len(names):,} tensors have the prefix '{shown(theirs)}' in {ft.name}, '{shown(ours)}' in {base.name}: "
             f"{shown(found.ft_names[names[0]])} is merged with {shown(names[0])}, and so on."
         )
-    for head, embedding in found.copies.items():
-        if head not in unchosen:
-            own = "a copy, says its config" if _says_tied(ft.config or {}) else "what it learned apart is lost"
-            yield (
-                f"{base.name} ties its head to {shown(embedding)}, and so does the output: {shown(head)} of {ft.name} "
-                f"is left out ({own})."
-            )
+    if otherwise:
+        yield (
+            f"{len(otherwise):,} tensors have older or newer names in {ft.name}: {shown(found.ft_names[otherwise[0]])} "
+            f"is merged with {shown(otherwise[0])}, and so on."
+        )
+    for copy, tensor in found.copies.items():
+        if copy in unchosen:
+            continue
+        what, why = f"has {shown(tensor)} in its place", "one with it in such models"
+        if is_head(copy):
+            what = f"ties its head to {shown(tensor)}"
+            why = "a copy, says its config" if _says_tied(ft.config or {}) else "what it learned apart is lost"
+        yield f"{base.name} {what}, and so does the output: {shown(copy)} of {ft.name} is left out ({why})."
+
+
+def _in_place(name: str, other: str) -> str:
+    if is_head(name):
+        return f"whose head is tied: merged with its input embedding {shown(other)}. The output has a head"
+    return f"which has {shown(other)} in its place: merged with that. The output has a tensor"

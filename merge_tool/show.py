@@ -14,6 +14,7 @@ from merge_tool.errors import listed, shown
 from merge_tool.plan import MergePlan
 from merge_tool.prepare import Prepared
 from merge_tool.recipe import label_t
+from merge_tool.recipes.stacks import Stacks
 from merge_tool.report import remarks
 from merge_tool.show_plan import asked_json, effective_lines, first_line, table_lines, ts_text
 from merge_tool.sweep import SweepPoint, SweepReport
@@ -114,7 +115,8 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     plan, layout = prepared.plan, prepared.layout
     many = len(plan.ts) > 1
     yield first_line(plan)
-    yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters)"
+    layers = Stacks(job.out.name for job in plan.jobs()).told
+    yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters{f', {layers}' if layers else ''})"
     if plan.num_kept:
         yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are {_whose(plan)} as they are"
     again = " (tensors that do not fit the memory twice)" if prepared.read_bytes > plan.input_bytes else ""

@@ -12,6 +12,9 @@ from merge_tool.recipe import label_t
 from merge_tool.schedule import Schedule, split_layer
 
 _MOST = 500  # lines of a table
+_AVERAGES = frozenset({
+    "linear", "nuslerp", "multislerp", "task_arithmetic", "dare_linear", "breadcrumbs", "della_linear",
+})  # fmt: skip
 
 
 def first_line(plan: MergePlan) -> str:
@@ -111,7 +114,7 @@ def _settings_table(plan: MergePlan) -> tuple[list[str], list[list[str]]]:
         [
             shown(row["layer"], 60),
             _tensors(row),
-            ", ".join(f"{name} {_value(value)}" for name, value in row["settings"].items()) or "as they are",
+            _settings_text(plan.method, row["settings"]),
             "all" if len(row["models"]) == len(set(plan.names)) else shown(", ".join(row["models"]), 80),
         ]
         for row in _settings_rows(plan)
@@ -119,10 +122,24 @@ def _settings_table(plan: MergePlan) -> tuple[list[str], list[list[str]]]:
     return ["layer", "tensors", "parameters", "models"], rows
 
 
+def _settings_text(method: str, settings: dict[str, Any]) -> str:
+    told = ", ".join(f"{name} {_value(value)}" for name, value in settings.items())
+    return told + _shares(method, settings) or "as they are"
+
+
 def _tensors(row: dict[str, Any]) -> str:
     """The first tensor of a line, by what follows its layer, and how many more there are."""
     more = f" + {row['num_tensors'] - 1:,}" if row["num_tensors"] > 1 else ""
     return shown(row["first"].removeprefix(f"{row['layer']}."), 60) + more
+
+
+def _shares(method: str, settings: dict[str, Any]) -> str:
+    """What weights come to that are divided by their sum, where that is one sum for all elements."""
+    weights, total = settings.get("weight", ()), sum(settings.get("weight", ()))
+    is_divided = method == "nuslerp" or True in (settings.get("normalize"), settings.get("normalize_weights"))
+    if method not in _AVERAGES or not is_divided or not total or abs(total - 1) < 1e-9:
+        return ""
+    return f" (shares {_value([weight / total for weight in weights])})"
 
 
 def _value(value: Any) -> str:

@@ -101,6 +101,7 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "  2 shapes differ:\n"
         "    lm_head.weight: [100, 32] in base, [104, 32] in ft (a vocabulary mismatch: 100 and 104 tokens)\n"
         "    model.norm.bias: [32] in base, [5] in ft\n"
+        "base has 28,174 parameters and 3 layers; ft has 28,263 parameters and 3 layers.\n"
         "Both must be the same architecture, with one vocabulary. If you know better:\n"
         "  --on-missing base: what only BASE has is taken as it is, what only FT has is left out.\n"
         "  --on-mismatch base: such tensors are BASE's as they are.\n"

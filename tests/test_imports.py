@@ -85,7 +85,9 @@ ARROWS: dict[str, set[str]] = {
     "chat_template": {"checkpoint.folder", "checkpoint.reader", "errors", "recipes.templates", "side_files"},
     "recipes.templates": set(),
     "recipes.__init__": set(),
-    "matching": {"checkpoint.header", "checkpoint.reader", "errors", "recipe", "renaming", "schedule"},
+    "matching": {
+        "checkpoint.header", "checkpoint.reader", "errors", "recipe", "recipes.stacks", "renaming", "schedule",
+    },
     "plan": {
         "_version", "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.reader",
         "checkpoint.source", "errors", "matching", "methods.steps", "recipe", "rows", "schedule",
@@ -122,7 +124,8 @@ ARROWS: dict[str, set[str]] = {
     "diff": {"checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report"},
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
-        "api", "compare", "diff", "errors", "plan", "prepare", "recipe", "report", "show_plan", "sweep", "verify",
+        "api", "compare", "diff", "errors", "plan", "prepare", "recipe", "recipes.stacks", "report", "show_plan",
+        "sweep", "verify",
     },
     "cli": {
         "_version", "api", "compare", "diff", "errors", "memory", "methods", "models", "plot", "prepare", "recipe",
@@ -130,12 +133,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "models": {
         "api", "chat_template", "checkpoint.reader", "errors", "joined_rows", "methods.many", "methods.steps",
-        "output", "plan", "plan_models", "prepare", "recipe", "recipes.expand", "recipes.mergekit",
+        "matching", "output", "plan", "plan_models", "prepare", "recipe", "recipes.expand", "recipes.mergekit",
         "recipes.models_recipe", "renaming",
     },
     "plan_models": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",
-        "methods.passes", "methods.steps", "plan", "recipe", "recipes.expand", "recipes.models_recipe", "schedule",
+        "methods.passes", "methods.steps", "plan", "recipe", "recipes.expand", "recipes.models_recipe", "rows",
+        "schedule",
     },
     "show_plan": {"errors", "matching", "plan", "recipe", "schedule"},
 }  # fmt: skip

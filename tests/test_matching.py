@@ -438,3 +438,51 @@ def test_transformers_loads_what_was_resolved(tmp_path: Path, tied: str) -> None
         np.testing.assert_allclose(
             merged[name], float64_merge(x[name].numpy(), other.numpy(), 0.3), rtol=1e-5, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("old", ["base", "ft"])
+def test_names_that_libraries_changed_are_the_same_tensors(tmp_path: Path, old: str) -> None:
+    """BERT's gamma and beta, torch's weight_g and weight_v; told; any other `gamma` is a tensor of its own."""
+    pairs = {
+        "bert.embeddings.LayerNorm.gamma": "bert.embeddings.LayerNorm.weight",
+        "bert.embeddings.LayerNorm.beta": "bert.embeddings.LayerNorm.bias",
+        "encoder.conv.weight_g": "encoder.conv.parametrizations.weight.original0",
+        "encoder.conv.weight_v": "encoder.conv.parametrizations.weight.original1",
+        "encoder.layer_scale.gamma": "encoder.layer_scale.gamma",
+    }
+    sides = {}
+    for k, side in enumerate(("base", "ft")):
+        names = pairs if side == old else pairs.values()
+        sides[side] = {name: np.full(4, 10 * k + n, np.float32) for n, name in enumerate(names)}
+    base, ft = (save_model(tmp_path / side, tensors) for side, tensors in sides.items())
+    found = merge(base, ft, tmp_path / "out", 1)
+    assert load_folder(tmp_path / "out").keys() == load_folder(base).keys()
+    values = {pairs.get(n, n): v.tobytes() for n, v in load_folder(tmp_path / "out").items()}
+    assert values == {pairs.get(n, n): v.tobytes() for n, v in load_folder(ft).items()}
+    assert any(text.startswith("4 tensors have older or newer names in ft: ") for text in found.warnings)
+
+
+def test_embeddings_and_biases_that_are_one_with_another_tensor(tmp_path: Path) -> None:
+    """T5's and BART's shared embedding, BERT's two biases of one head: stored once or more often, on either side."""
+    once = {"model.shared.weight": np.ones((6, 3), np.float32), "cls.predictions.bias": np.ones(6, np.float32)}
+    more = {
+        "model.encoder.embed_tokens.weight": once["model.shared.weight"],
+        "model.decoder.embed_tokens.weight": once["model.shared.weight"],
+        "cls.predictions.decoder.bias": once["cls.predictions.bias"],
+        "lm_head.weight": once["model.shared.weight"],
+    }
+    other = {name: values + 1 for name, values in once.items()}
+    full = save_model(tmp_path / "full", once | more)
+    plain = save_model(tmp_path / "plain", other, config=config_of(True))
+    done = merge(full, plain, tmp_path / "a", 1)
+    found = load_folder(tmp_path / "a")
+    assert found.keys() == (once | more).keys()
+    for name, values in found.items():
+        assert values.tobytes() == other["cls.predictions.bias" if "bias" in name else "model.shared.weight"].tobytes()
+    assert any("which has model.shared.weight in its place" in text for text in done.warnings)
+    done = merge(plain, full, tmp_path / "b", 1)
+    assert {n: v.tobytes() for n, v in load_folder(tmp_path / "b").items()} == {n: v.tobytes() for n, v in once.items()}
+    told = (
+        "plain has model.shared.weight in its place, and so does the output: model.decoder.embed_tokens.weight of full"
+    )
+    assert any(text.startswith(told) for text in done.warnings)

@@ -246,7 +246,7 @@ def test_a_dry_run_shows_what_gradients_come_to(models: list[Path], tmp_path: Pa
     result = CliRunner().invoke(merge_tool, ["run", str(path), str(tmp_path / "out"), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "model.layers.1" in result.output
-    assert "weight [0.5, 0.5, 0.5]" in result.output
+    assert "weight [0.5, 0.5, 0.5] (shares [0.3333, 0.3333, 0.3333])" in result.output
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(merge_tool, ["run", str(path), str(tmp_path / "out"), "--dry-run", "--json"])
     rows = json.loads(result.stdout)["settings"]
