@@ -21,18 +21,35 @@ import time
 from collections import Counter
 from itertools import count
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
-from checkpoints import contents, language_model, save_model
+from checkpoints import CONFIG, contents, language_model, save_model
+from test_lora import normal, save_adapter
+from test_vocab import tokenizer
 
-COMMAND = [sys.executable, "-m", "merge_tool", "merge"]
-VARIANTS: list[list[str]] = [
-    ["--t", "0.5", "--max-shard-size", "400kB", "--jobs", "2"],
-    ["--t", "0.3,0.6", "--max-shard-size", "300kB", "--jobs", "3"],
-    ["--t", "0.5", "--jobs", "1"],
-    ["--t", "0.2,0.4,0.8", "--jobs", "4", "--overwrite"],
-    ["--t", "0.5", "--max-shard-size", "200kB", "--jobs", "2", "--overwrite"],
+COMMAND = [sys.executable, "-m", "merge_tool"]
+# Words in braces are inputs; a kind of merge whose inputs are not there is left out.
+VARIANTS = [
+    "merge {base} {ft} {out} --t 0.5 --max-shard-size 400kB --jobs 2",
+    "merge {base} {ft} {out} --t 0.3,0.6 --max-shard-size 300kB --jobs 3",
+    "merge {base} {ft} {out} --t 0.5 --jobs 1",
+    "merge {base} {ft} {out} --t 0.2,0.4,0.8 --jobs 4 --overwrite",
+    "merge {base} {ft} {out} --t 0.5 --max-shard-size 200kB --jobs 2 --overwrite",
+    "run {recipe} {out} --max-shard-size 300kB --seed 3 --only self_attn --only embed --jobs 2",
+    "merge {base} {other} {out} --vocab union --pad-vocab-to-multiple-of 64 --max-shard-size 400kB",
+    "merge {base} {adapter} {out} --t 1 --max-shard-size 400kB --overwrite",
 ]
+RECIPE = """
+merge_method: dare_ties
+base_model: {base}
+models:
+  - {{model: {ft}, parameters: {{weight: 0.5, density: 0.6}}}}
+  - {{model: {other}, parameters: {{weight: 0.5, density: 0.3}}}}
+tokenizer_source: union
+chat_template: chatml
+"""
+Inputs = dict[str, Path]
 
 
 def outputs(out: Path) -> list[Path]:
@@ -63,8 +80,18 @@ def looks_finished(folder: Path, *, transformers: bool) -> bool:
     return bool(names)
 
 
-def old_output(out: Path, pair: list[str]) -> dict[str, bytes]:
-    subprocess.run([*COMMAND, *pair, str(out), "--t", "0.9", "--quiet"], check=True, capture_output=True)
+def variants(inputs: Inputs) -> list[str]:
+    there = {"out", *inputs}
+    return [text for text in VARIANTS if {name for _, name, _, _ in Formatter().parse(text) if name} <= there]
+
+
+def command_of(variant: str, inputs: Inputs, out: Path) -> list[str]:
+    return [*COMMAND, *(word.format(out=out, **inputs) for word in variant.split())]
+
+
+def old_output(inputs: Inputs, out: Path) -> dict[str, bytes]:
+    command = command_of("merge {base} {ft} {out} --t 0.9 --quiet", inputs, out)
+    subprocess.run(command, check=True, capture_output=True)
     return contents(out)
 
 
@@ -87,32 +114,30 @@ def killed(command: list[str], out: Path, chance: random.Random, seconds: float,
     return "before or after the journal"
 
 
-def run(moments: int, seed: int, pair: tuple[Path, Path], root: Path, *, transformers: bool) -> Counter[str]:
+def run(moments: int, seed: int, inputs: Inputs, root: Path, *, transformers: bool) -> Counter[str]:
     """Kill `moments` merges; raises AssertionError at the first that loses something."""
-    chance, found = random.Random(seed), Counter[str]()
-    words = [str(path) for path in pair]
-    whole: dict[int, dict[str, bytes]] = {}
-    taken: dict[int, float] = {}
-    for number, variant in enumerate(VARIANTS):
+    chance, found, kinds = random.Random(seed), Counter[str](), variants(inputs)
+    whole: dict[str, dict[str, bytes]] = {}
+    taken: dict[str, float] = {}
+    for variant in kinds:
         started = time.monotonic()
-        subprocess.run([*COMMAND, *words, str(root / "whole"), *variant], check=True, capture_output=True)
-        taken[number] = time.monotonic() - started
-        whole[number] = contents(root / "whole")
+        subprocess.run(command_of(variant, inputs, root / "whole"), check=True, capture_output=True)
+        taken[variant] = time.monotonic() - started
+        whole[variant] = contents(root / "whole")
         shutil.rmtree(root / "whole")
     for moment in count():
         if sum(n for where, n in found.items() if where != "finished") >= moments:
             break
-        number = moment % len(VARIANTS)
-        variant, out = VARIANTS[number], root / "place/out"
+        variant, out = kinds[moment % len(kinds)], root / "place/out"
         out.parent.mkdir()
-        old = old_output(out, words) if "--overwrite" in variant else {}
-        publishing = moment % 2 == 1
-        command = [*COMMAND, *words, str(out), *variant]
-        found[killed(command, out, chance, 0.012 if publishing else taken[number] / 2, publishing=publishing)] += 1
-        check_left(out, whole[number], old, f"moment {moment}", transformers=transformers)
+        old = old_output(inputs, out) if "--overwrite" in variant else {}
+        publishing = (moment + moment // len(kinds)) % 2 == 1  # of each kind every other one
+        command = command_of(variant, inputs, out)
+        found[killed(command, out, chance, 0.012 if publishing else taken[variant] / 2, publishing=publishing)] += 1
+        check_left(out, whole[variant], old, f"moment {moment}", transformers=transformers)
         again = subprocess.run(command, capture_output=True, text=True)
         assert again.returncode == 0, (moment, variant, again.stderr)
-        assert contents(out) == whole[number], (moment, variant)
+        assert contents(out) == whole[variant], (moment, variant)
         assert [p.name for p in out.parent.iterdir()] == ["out"], (moment, variant)
         shutil.rmtree(out.parent)
     return found
@@ -141,7 +166,7 @@ def signal_times(number: int, seed: int, root: Path) -> list[float]:
     base, ft = (str(write_model(root / f"{n}.safetensors", shapes, n)) for n in (1, 2))
     while len(taken) < number:
         out = root / "signalled"
-        command = [*COMMAND, base, ft, str(out), "--max-shard-size", chance.choice(["100MB", "5GB"])]
+        command = [*COMMAND, "merge", base, ft, str(out), "--max-shard-size", chance.choice(["100MB", "5GB"])]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not (out / ".slerp-merge/journal.jsonl").exists():
             time.sleep(0.001)
@@ -171,24 +196,34 @@ def main() -> None:
             taken = sorted(signal_times(options.signals, options.seed, root))
             print(f"{len(taken)} signals: median {taken[len(taken) // 2]:.2f} s, longest {taken[-1]:.2f} s")
             return
-        found = run(
-            options.moments,
-            options.seed,
-            make_pair(root, options.transformers),
-            root,
-            transformers=options.transformers,
-        )
+        inputs = make_inputs(root, transformers=options.transformers)
+        found = run(options.moments, options.seed, inputs, root, transformers=options.transformers)
     print(f"{options.moments} kills, all resumed to the same bytes: {dict(found)}")
 
 
-def make_pair(root: Path, transformers: bool) -> tuple[Path, Path]:
-    if not transformers:
-        side = {"tokenizer.json": "{}", "sub/chat.jinja": "{{ x }}"}
-        sizes: dict[str, Any] = {"layers": 6, "hidden": 96, "vocab": 800}
-        return (
-            save_model(root / "base", language_model(0, **sizes), shards=2, side_files=side),
-            save_model(root / "ft", language_model(1, **sizes), shards=3, side_files=side),
-        )
+def make_inputs(root: Path, *, transformers: bool) -> Inputs:
+    """Models, an adapter and a recipe; for transformers a pair of models that it made."""
+    return _transformers_pair(root) if transformers else _tiny_inputs(root)
+
+
+def _tiny_inputs(root: Path) -> Inputs:
+    sizes: dict[str, Any] = {"layers": 6, "hidden": 96}
+    words = [f"w{n}" for n in range(800)]
+    found = {}
+    for k, (name, tokens) in enumerate((("base", words), ("ft", words), ("other", [*words[:700], "new", "newer"]))):
+        side = {"tokenizer.json": tokenizer(tokens), "sub/chat.jinja": "{{ x }}"}
+        tensors = language_model(k, vocab=len(tokens), **sizes)
+        config = CONFIG | {"vocab_size": len(tokens)}
+        found[name] = save_model(root / name, tensors, shards=k + 1, side_files=side, config=config)
+    factors = {f"model.layers.{n}.mlp.up_proj.lora_{part}.weight": normal(*shape) for n in range(6)
+               for part, shape in (("A", (4, 96)), ("B", (288, 4)))}  # fmt: skip
+    found["adapter"] = save_adapter(root / "adapter", factors, r=4, target_modules=["up_proj"])
+    found["recipe"] = root / "recipe.yaml"
+    found["recipe"].write_text(RECIPE.format(**found))
+    return found
+
+
+def _transformers_pair(root: Path) -> Inputs:
     import torch
     from transformers import StableLmConfig, StableLmForCausalLM
 
@@ -203,7 +238,7 @@ def make_pair(root: Path, transformers: bool) -> tuple[Path, Path]:
     for seed, name in enumerate(("base", "ft")):
         torch.manual_seed(seed)
         StableLmForCausalLM(config).save_pretrained(root / name)
-    return root / "base", root / "ft"
+    return {name: root / name for name in ("base", "ft")}
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kill_harness import VARIANTS, make_pair, run
+from kill_harness import VARIANTS, make_inputs, run
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 
 def test_merges_killed_at_random_moments_continue_to_the_same_bytes(tmp_path: Path) -> None:
-    """Five moments, in the work and in the publishing; never half a model, nothing beside OUT."""
-    found = run(len(VARIANTS), 1, make_pair(tmp_path, False), tmp_path, transformers=False)
+    """A moment of each kind of merge, in the work and in the publishing; never half a model, nothing beside OUT."""
+    found = run(len(VARIANTS), 1, make_inputs(tmp_path, transformers=False), tmp_path, transformers=False)
     assert sum(found.values()) >= len(VARIANTS)
 
 
@@ -22,7 +22,7 @@ def test_merges_killed_at_random_moments_continue_to_the_same_bytes(tmp_path: Pa
 @pytest.mark.parametrize("transformers", [False, True])
 def test_two_hundred_kills(tmp_path: Path, transformers: bool) -> None:
     """The second time transformers itself is asked whether what was left is a model."""
-    found = run(200, 2, make_pair(tmp_path, transformers), tmp_path, transformers=transformers)
+    found = run(200, 2, make_inputs(tmp_path, transformers=transformers), tmp_path, transformers=transformers)
     print("kills:", dict(found))
     assert found["publishing"] >= 20
     assert found["merging"] >= 20
