@@ -20,8 +20,8 @@ class Joined:
     `sizes` are the models' own numbers of ids (the largest and one). `lacking[k]` are those of model k's tokens that
     are not in it: how many, and some. `added` are its tokens behind the lead's: how many, and how many of them are
     pieces of another tokenizer's model. `insert` is what makes the lead's tokenizer.json that of all: bytes, and where
-    they are put in. `found` are the ids asked for (-1 for a token that is not there): those of the vocabulary, by
-    token, and those of models.
+    they are put in. `named` are the vocabulary's ids of the tokens asked for, `wanted` those of models, -1 where there
+    is no such token.
     """
 
     ids: tuple[array[int], ...]
@@ -29,7 +29,8 @@ class Joined:
     lacking: tuple[tuple[int, tuple[str, ...]], ...]
     added: tuple[int, int]
     insert: tuple[int, bytes]
-    found: tuple[Mapping[str, int], tuple[int, ...]]
+    named: Mapping[str, int]
+    wanted: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -59,7 +60,8 @@ def join_tokenizers(
         tuple((number, tuple(some)) for number, some in told["lacking"]),
         (told["added"], told["pieces"]),
         (told["place"], rest[4 * len(ids) :]),
-        (told["named"], tuple(told["wanted"])),
+        told["named"],
+        tuple(told["wanted"]),
     )
 
 

@@ -13,7 +13,7 @@ from merge_tool.api import MergeReport, carry_out
 from merge_tool.chat_template import choose_template
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import CheckpointError, RecipeError, listed, shown
-from merge_tool.joined_rows import join_vocabularies
+from merge_tool.joined_vocab import join_vocabularies
 from merge_tool.matching import NOT_CHOSEN, NOT_IN_ALL, NOTHING_CHOSEN, find_unchosen
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.steps import StepsMethod

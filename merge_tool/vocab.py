@@ -135,17 +135,20 @@ def _notices(choice: str, base: Checkpoint, ft: Checkpoint, found: Vocabularies,
         count, model, side = dropped
         yield f"{count:,} tokens of {model.name} are not in the output's vocabulary: {listed(found.examples[side])}."
     if choice == "union" and found.pieces:
-        yield (
-            f"{found.pieces:,} tokens of {ft.name} are pieces of its tokenizer's model; in {TOKENIZER} they are added "
-            "tokens, spelled as there. Its merges and scores cannot be taken over: text is not split into such pieces "
-            "as it was."
-        )
+        yield pieces_told(f"{found.pieces:,} tokens of {ft.name}", "its")
     if found.kinds[0] != found.kinds[1]:
         kinds = " and ".join(map(shown, found.kinds))
         yield f"The tokenizers are of two kinds ({kinds}), which may spell the same token in two ways."
     for model, ids, rows in ((base, found.ft_of_base, plan.before[0]), (ft, found.base_of_ft, plan.before[1])):
         if len(ids) > rows:
             yield f"{model.name}: {len(ids) - rows:,} ids of its tokenizer are beyond its embedding's {rows:,} rows."
+
+
+def pieces_told(which: str, whose: str) -> str:
+    return (
+        f"{which} are pieces of {whose} tokenizer's model; in {TOKENIZER} they are added tokens, spelled as there. Its "
+        "merges and scores cannot be taken over: text is not split into such pieces as it was."
+    )
 
 
 # -------------------------------------------------------------------------------------------------- files

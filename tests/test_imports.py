@@ -78,9 +78,10 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "row_tensors", "side_files",
         "tokenizer_json", "tokens", "vocab_rows",
     },
-    "joined_rows": {
-        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "joined_tokens", "methods",
-        "recipes.models_recipe", "row_tensors", "rows", "tokenizer_json", "vocab",
+    "joined_rows": {"errors", "joined_tokens", "methods", "recipes.models_recipe", "rows"},
+    "joined_vocab": {
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "joined_rows", "joined_tokens",
+        "recipes.models_recipe", "row_tensors", "tokenizer_json", "vocab",
     },
     "chat_template": {"checkpoint.folder", "checkpoint.reader", "errors", "recipes.templates", "side_files"},
     "recipes.templates": set(),
@@ -132,7 +133,7 @@ ARROWS: dict[str, set[str]] = {
         "show", "sweep", "verify",
     },
     "models": {
-        "api", "chat_template", "checkpoint.reader", "errors", "joined_rows", "methods.many", "methods.steps",
+        "api", "chat_template", "checkpoint.reader", "errors", "joined_vocab", "methods.many", "methods.steps",
         "matching", "output", "plan", "plan_models", "prepare", "recipe", "recipes.expand", "recipes.mergekit",
         "recipes.models_recipe", "renaming",
     },

@@ -241,10 +241,10 @@ def test_a_model_without_a_tokenizer_has_the_donors_if_its_rows_do(models: list[
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        ({"only b": {"source": "a"}}, "the token 'only b' is to have the row of a, which has no such token"),
+        ({"only b": {"source": "a"}}, "the token 'only b' is to have a row of a, which has no such token"),
         (
             {"x": {"source": {"kind": "model_token", "model": "b", "token": "none"}}},
-            "the token 'x' is to have the row of 'none', a token that b has not",
+            "the token 'x' is to have a row of b, which has no token 'none'",
         ),
         (
             {"x": {"source": {"kind": "model_token", "model": "b", "token_id": 5}}},
