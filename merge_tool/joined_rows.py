@@ -15,7 +15,7 @@ from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.joined_tokens import Joined
 from merge_tool.methods import Array
 from merge_tool.recipes.models_recipe import TokenizerAsk, TokenRow
-from merge_tool.rows import FIRST_AVERAGE, MEAN, ZERO, Rows, code
+from merge_tool.rows import FIRST_AVERAGE, MEAN, ZERO, Rows, code, kept
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ class JoinedRows:
             for place in self.merged
         }
         first, *others = codes.values()
-        alone = np.logical_and.reduce([first == other for other in others] or [np.zeros(self.size, bool)])
+        alone = kept(np.logical_and.reduce([first == other for other in others] or [np.zeros(self.size, bool)]))
         source = self.sides[self.averaged]
         num_averaged = min(source.rows, self.joined.sizes[source.tokenizer])
         has_mean = any((found == MEAN).any() for found in codes.values())
-        made = {place: Rows(found, alone, num_averaged * has_mean, averages) for place, found in codes.items()}
+        means = num_averaged * has_mean, kept(averages)
+        made = {place: Rows(kept(found), alone, *means) for place, found in codes.items()}
         return [made.get(place) for place in range(len(self.sides))]
 
     @property

@@ -6,6 +6,7 @@ merge hands it on as it is. So the rows that both have are merged as if there we
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,6 +23,15 @@ from merge_tool.methods import Array, decode, encode
 MEAN, ZERO, FIRST_AVERAGE = -1, -2, -3
 _SOURCE = 1 << 32
 _MOST = 65_536  # elements that are converted at a time
+
+
+def kept(values: Array) -> Array:
+    """A copy in memory of its own. What stays on the heap keeps the system from getting back what lies below it, that
+    is all that was needed on the way here: 7 MB for three vocabularies of 100,000 tokens."""
+    memory = mmap.mmap(-1, max(values.nbytes, 1))
+    copy: Array = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
+    copy[...] = values
+    return copy
 
 
 def code(source: int, rows: Array) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 
 from merge_tool.methods import Array
 from merge_tool.recipe import Recipe
-from merge_tool.rows import MEAN, Rows, code
+from merge_tool.rows import MEAN, Rows, code, kept
 from merge_tool.tokens import ALONE, Vocabularies
 
 
@@ -47,13 +47,13 @@ class RowPlan:
 
     def rows(self) -> list[Rows]:
         """Of each side: its own rows, the other's where it has none, the mean where neither has one."""
-        alone = (self.base < 0) | (self.ft < 0)
+        alone = kept((self.base < 0) | (self.ft < 0))
         base, ft = code(0, self.base), code(1, self.ft)
         own_first = (
             np.where(self.base >= 0, base, np.where(self.ft >= 0, ft, MEAN)),
             np.where(self.ft >= 0, ft, np.where(self.base >= 0, base, MEAN)),
         )
-        return [Rows(codes, alone, self.num_averaged) for codes in own_first]
+        return [Rows(kept(codes), alone, self.num_averaged) for codes in own_first]
 
 
 def _usable(ids: Array, size: int, other_rows: int) -> Array:

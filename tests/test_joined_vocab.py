@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from merge_tool.cli import merge_tool
 from merge_tool.models import merge_models
 from oracle import float64_merge
 from test_lora import normal
+from test_memory import linux_only, write_model
 from test_vocab import HIDDEN, ROW_TENSORS, model, tokenizer
 
 # a: the base, with two rows of padding; b and c share what a lacks; the ids of common tokens differ everywhere.
@@ -272,3 +275,19 @@ def test_other_columns_are_refused_and_other_rows_name_the_way(models: list[Path
         merge_models(recipe([*models, wide], "union"), tmp_path / "out")
     with pytest.raises(MismatchError, match=r"(?s)one vocabulary.*tokenizer_source: union.*only in"):
         merge_models(recipe(models, None), tmp_path / "out")
+
+
+@linux_only
+def test_the_budget_holds_with_three_vocabularies_of_ordinary_size(tmp_path: Path) -> None:
+    """Tokenizers of 100,000 tokens, a thousand of them averaged, in the budget of any recipe."""
+    words = [f"token number {n}" for n in range(100_000)]
+    folders = []
+    for k in range(3):
+        tokens = [*words[k * 700 :], *(f"new {n}" for n in range(1_000 * (k > 0)))]
+        folder = save_model(tmp_path / f"m{k}", {}, side_files={"tokenizer.json": tokenizer(tokens)})
+        write_model(folder / "model.safetensors", {"embed_tokens.weight": (len(tokens), 200)}, k)
+        folders.append(folder)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(folders, "union")))
+    words = [sys.executable, "-m", "merge_tool", "run", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")]
+    done = subprocess.run([*words, "--memory", "68MB", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["peak_bytes"] < 68_000_000
