@@ -15,7 +15,7 @@ import numpy as np
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
-from merge_tool.checkpoint.source import LocalFile, TensorSource
+from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.methods import Array, decode, encode
 
 MEAN, FIRST_OTHER = -1, -2  # instead of a row: the mean of the rows of `averaged`; row r of the other side is -2 - r
@@ -60,7 +60,7 @@ class RowTensor:
         return f"{self.own.where} (rows by token)"
 
     @property
-    def files(self) -> tuple[LocalFile, ...]:
+    def files(self) -> tuple[ByteSource, ...]:
         return tuple(dict.fromkeys([*self.own.files, *self.other.files, *self.averaged.files]))
 
     @property
