@@ -19,7 +19,9 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint.header": {"errors"},
     "checkpoint.source": {"checkpoint.header", "errors"},
     "checkpoint.folder": {"errors"},
-    "checkpoint.hub": {"checkpoint.folder", "errors"},
+    "checkpoint.ranges": {"checkpoint.header", "errors"},
+    "checkpoint.fetching": {"checkpoint.folder", "checkpoint.hub", "checkpoint.ranges", "errors"},
+    "checkpoint.hub": {"checkpoint.folder", "checkpoint.source", "errors"},
     "checkpoint.unpickle": {"errors"},
     "checkpoint.strided": {"checkpoint.header", "checkpoint.source"},
     "checkpoint.pickle": {"checkpoint.header", "checkpoint.source", "checkpoint.strided", "errors"},
@@ -93,10 +95,10 @@ ARROWS: dict[str, set[str]] = {
     "output": {"checkpoint.source", "checkpoint.writer", "errors", "journal", "lock", "older", "plan", "side_files"},
     "report": {"_version", "errors", "methods", "plan"},
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
-    "compare": {"checkpoint.reader", "lora", "methods"},
+    "compare": {"checkpoint.reader", "inputs", "lora", "methods"},
     "prepare": {
-        "checkpoint.folder", "checkpoint.reader", "errors", "lora", "memory", "methods", "older", "output", "plan",
-        "recipe", "report", "side_files", "tokens", "vocab",
+        "checkpoint.folder", "checkpoint.reader", "errors", "inputs", "lora", "memory", "methods", "older", "output",
+        "plan", "recipe", "report", "side_files", "tokens", "vocab",
     },
     "api": {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
@@ -110,11 +112,12 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
         "side_files",
     },
-    "sweep": {"api", "errors", "lock", "lora", "prepare", "recipe"},
+    "sweep": {"api", "errors", "lock", "prepare", "recipe"},
     "diff": {"checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report"},
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
-        "api", "compare", "diff", "errors", "plan", "prepare", "recipe", "report", "show_plan", "sweep", "verify",
+        "api", "compare", "diff", "errors", "inputs", "plan", "prepare", "recipe", "report", "show_plan", "sweep",
+        "verify",
     },
     "cli": {
         "_version", "api", "compare", "diff", "errors", "memory", "methods", "models", "plot", "prepare", "recipe",
@@ -135,7 +138,7 @@ OUTSIDE = {
     "click": {"cli"},
     "tqdm": {"cli"},
     "yaml": {"card", "models", "recipes.yaml_text"},
-    "huggingface_hub": {"card", "checkpoint.hub"},
+    "huggingface_hub": {"card", "checkpoint.fetching", "checkpoint.ranges"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
         "methods.tiles", "checkpoint.fp8", "checkpoint.reader", "checkpoint.strided", "run", "buffers", "diff",
