@@ -50,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.reader", "checkpoint.source",
         "errors", "lora_config", "low_rank", "renaming",
     },
+    "inputs": {"checkpoint.hub", "errors", "lora"},
     "recipes.settings": set(),
     "recipes.model_ref": {"errors"},
     "recipes.yaml_text": {"errors"},
