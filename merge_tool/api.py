@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from merge_tool.plan import MergePlan, ShardPlan
 from merge_tool.prepare import (
     Prepared,
     check_exact_tensors,
+    check_output,
     check_room,
     final_names,
     is_complete,
@@ -132,7 +133,15 @@ def merge(
     report_path = None if report_path is None else Path(report_path)
     try:
         prepared = prepare(
-            base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs, report_path=report_path, read_samples=True
+            base,
+            ft,
+            out,
+            recipe,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+            report_path=report_path,
+            read_samples=True,
+            before_fetch=partial(check_output, overwrite=overwrite),
         )
     except OSError as e:
         raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e

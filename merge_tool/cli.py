@@ -265,7 +265,11 @@ _OUTPUT_OPTIONS = [
         type=click.Path(path_type=Path, dir_okay=False),
         help="Also write merge_report.json here (a one-file OUT has none of its own).",
     ),
-    click.option("--dry-run", is_flag=True, help="Show what would be done, from the headers alone; write nothing."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Show what would be done, and downloaded, from the headers alone; write nothing.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print the plan or the summary as JSON."),
     click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary; warnings and errors only."),
 ]
@@ -312,9 +316,9 @@ def slerp_merge(
 ) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
-    BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (fetched first,
-    also for --dry-run); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to BASE.
-    OUT is a folder, or one file if it ends in .safetensors.
+    BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
+    their headers, then fetched); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to
+    BASE. OUT is a folder, or one file if it ends in .safetensors.
     A merge that was stopped continues with the same command.
     """
     if quiet:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
+from merge_tool.inputs import Inputs
 from merge_tool.lora import open_model
 from merge_tool.methods import TILE, measure
 
@@ -45,11 +46,15 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are welcome.
+    """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are welcome. Of a
+    model of the Hub no more than these are fetched.
 
     Raises CheckpointError when there is no checkpoint there.
     """
-    with open_model(path, mergeable=False, as_stored=True) as checkpoint:
+    with (
+        Inputs([path]) as inputs,
+        open_model(inputs.refs[0], coming=inputs.coming, mergeable=False, as_stored=True) as checkpoint,
+    ):
         counts: dict[str, int] = {}
         dtypes: dict[str, tuple[int, int]] = {}
         for info in checkpoint.tensors.values():

@@ -21,14 +21,17 @@ from merge_tool.checkpoint.reader import (
     Checkpoint,
     CheckpointFile,
     FileTensor,
-    open_checkpoint,
+    open_found,
     open_one_file,
 )
-from merge_tool.checkpoint.source import TensorSource
+from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.errors import CheckpointError, MismatchError, listed, shown
 from merge_tool.lora_config import CONFIG, WEIGHTS, Settings, read_settings
 from merge_tool.low_rank import Factor, LowRankTensor
 from merge_tool.renaming import Names, is_head, tied_embedding
+
+Coming = Mapping[Path, Mapping[str, ByteSource]]  # of folders, the weights that are not there yet
+NOTHING: Coming = {}
 
 _PREFIX = "base_model.model."
 _AND_SAVE = "(merge_and_unload, then save_pretrained)"
@@ -55,50 +58,61 @@ def _may_exist(ref: str | Path) -> bool:
     return str(ref) != "" and (os.path.lexists(ref) or hub_id(ref) is not None)
 
 
-def local_parts(ref: str | Path) -> tuple[Path, ...]:
-    """As `parts`, with models and adapters of the Hub fetched. Raises FetchError."""
+def known_parts(ref: str | Path) -> tuple[Path, ...]:
+    """As `parts`. Raises CheckpointError for what has a + and may be neither one nor several."""
     found = parts(ref)
     if len(found) == 1 and "+" in str(ref) and not _may_exist(ref):
         raise CheckpointError(
             f"{shown(ref)}: no such file or folder, nor a model and an adapter with a + between. Check the spelling."
         )
-    return tuple(local_path(part) for part in found)
+    return found
 
 
-def local_ref(ref: str | Path) -> Path:
-    """`ref` by local paths."""
-    return Path("+".join(map(str, local_parts(ref))))
+def local_parts(ref: str | Path) -> tuple[Path, ...]:
+    """As `parts`, with models and adapters of the Hub fetched. Raises FetchError."""
+    return tuple(local_path(part) for part in known_parts(ref))
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter(path: Path, coming: Coming = NOTHING) -> bool:
     """Whether a folder holds an adapter and no model."""
     names = ("model.safetensors", "model.safetensors.index.json")
-    return (path / CONFIG).is_file() and not any(os.path.lexists(path / name) for name in names)
+    have = coming.get(path, {})
+    return (path / CONFIG).is_file() and not any(name in have or os.path.lexists(path / name) for name in names)
 
 
 # ---------------------------------------------------------------------------------------------- opening
 
 
 def open_model(
-    ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True, as_stored: bool = False
+    ref: str | Path,
+    *,
+    coming: Coming = NOTHING,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    mergeable: bool = True,
+    as_stored: bool = False,
 ) -> Checkpoint:
-    """As open_checkpoint, for `MODEL+ADAPTER`, too."""
+    """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has weights that folders do not hold yet, by names."""
     model, *adapters = local_parts(ref)
-    if adapters and is_adapter(model):
+    if adapters and is_adapter(model, coming):
         raise CheckpointError(f"{shown(model.name)}: is an adapter, expected a model before the +: MODEL+ADAPTER.")
     as_stored = as_stored and not adapters
-    found = open_checkpoint(model, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
+    have = coming.get(model, {})
+    found = open_found(model, have, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
     for adapter in adapters:
         found = apply_adapter(found, adapter, max_header_bytes=max_header_bytes)
     return found
 
 
 def open_models(
-    refs: Sequence[str | Path], *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True
+    refs: Sequence[str | Path],
+    *,
+    coming: Coming = NOTHING,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    mergeable: bool = True,
 ) -> list[Checkpoint]:
     """BASE and the others; an adapter folder alone is applied to BASE. If all are such, they are taken as they are."""
     paths = [local_parts(ref) for ref in refs]
-    alone = [len(path) == 1 and is_adapter(path[0]) for path in paths]
+    alone = [len(path) == 1 and is_adapter(path[0], coming) for path in paths]
     if alone[0] and not all(alone):
         other = shown(paths[alone.index(False)][0].name)
         raise CheckpointError(
@@ -110,7 +124,7 @@ def open_models(
             base = found[0]
             found.append(apply_adapter(base, path[0], max_header_bytes=max_header_bytes, known=base.notices))
         else:
-            found.append(open_model(ref, max_header_bytes=max_header_bytes, mergeable=mergeable))
+            found.append(open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable))
     if alone[0]:
         told = (
             f"{' and '.join(model.name for model in found)} are adapters: their factors are merged one by one, which "

@@ -14,7 +14,7 @@ import numpy as np
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
-from merge_tool.checkpoint.source import LocalFile, TensorSource
+from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.methods import Array, decode, encode
 
 _MOST = 65_536  # elements that are made at a time
@@ -76,7 +76,7 @@ class LowRankTensor:
     left: Factor
     right: Factor
     scale: float
-    also_read: tuple[LocalFile, ...] = ()  # what the scale comes from
+    also_read: tuple[ByteSource, ...] = ()  # what the scale comes from
 
     @property
     def stored_dtype(self) -> str:
@@ -87,7 +87,7 @@ class LowRankTensor:
         return f"{self.base.where} + {self._factors[0].where}"
 
     @property
-    def files(self) -> tuple[LocalFile, ...]:
+    def files(self) -> tuple[ByteSource, ...]:
         found = [*self.base.files, *(file for factor in self._factors for file in factor.files), *self.also_read]
         return tuple(dict.fromkeys(found))
 

@@ -20,7 +20,7 @@ from merge_tool.methods.steps import StepsMethod
 from merge_tool.output import Target
 from merge_tool.plan import MergePlan
 from merge_tool.plan_models import plan_models
-from merge_tool.prepare import Prepared, prepare_plan
+from merge_tool.prepare import Prepared, check_output, prepare_plan
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
 from merge_tool.recipes.expand import Ask, Keeping, expand_keeping
 from merge_tool.recipes.mergekit import parse_recipe
@@ -80,6 +80,7 @@ def merge_models(
         jobs=jobs,
         report_path=report_path,
         read_samples=True,
+        before_fetch=partial(check_output, overwrite=overwrite),
     )
     warn = on_warning or (lambda message: None)
     for message in prepared.warnings:
@@ -112,6 +113,7 @@ def prepare_models(
     jobs: int | None = None,
     report_path: Path | None = None,
     read_samples: bool = False,
+    before_fetch: Callable[[Prepared], None] = lambda planned: None,
 ) -> Prepared:
     """Read the recipe, open its models, plan the merge and check all that can be checked; writes nothing."""
     known = {**STEPS_METHODS, **(methods or {})}
@@ -142,6 +144,7 @@ def prepare_models(
             jobs=jobs,
             report_path=report_path,
             read_samples=read_samples,
+            before_fetch=before_fetch,
         )
     except OSError as e:
         raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e

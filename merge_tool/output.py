@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from merge_tool.checkpoint.source import LocalFile, sha256_of
+from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter, part_path, rename_synced, sync_folder
 from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.journal import Journal
@@ -195,8 +195,8 @@ class Work:
             "overwrite": overwrite,
         }
 
-    def _inputs(self) -> dict[str, list[LocalFile]]:
-        sides: dict[str, dict[int, LocalFile]] = {side: {} for side in self.plan.sides}
+    def _inputs(self) -> dict[str, list[ByteSource]]:
+        sides: dict[str, dict[int, ByteSource]] = {side: {} for side in self.plan.sides}
         for job in self.plan.jobs():
             for side, source in zip(job.sides, job.sources, strict=True):
                 for file in source.files:

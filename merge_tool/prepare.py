@@ -6,6 +6,7 @@ Reads headers, side files, and a few bytes of many tensors; writes nothing.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from merge_tool.chat_template import template_warnings, with_template
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from merge_tool.errors import CheckpointError, DataError, MismatchError, OutputError, RecipeError, listed, shown
-from merge_tool.lora import local_ref, open_models, parts
+from merge_tool.inputs import Download, Inputs
+from merge_tool.lora import open_models, parts
 from merge_tool.memory import (
     LEAST_BYTES,
     Layout,
@@ -30,7 +32,7 @@ from merge_tool.memory import (
     resident_bytes,
 )
 from merge_tool.methods import TILE, as_bytes, same_values
-from merge_tool.older import read_sums
+from merge_tool.older import check_conflicts, read_sums
 from merge_tool.output import Target, check_target
 from merge_tool.plan import MergePlan, TensorJob, plan_merge
 from merge_tool.recipe import Recipe, label_t
@@ -65,7 +67,8 @@ class Prepared:
     """A merge that headers say will work: what `--dry-run` shows and `merge` carries out.
 
     `samples` are digests of a few bytes of many tensors of either input (none after a dry run, which reads no
-    weights): what tells two finetunes of one layout apart.
+    weights): what tells two finetunes of one layout apart. `refs` are the models by local paths; `download` is what of
+    them was still to be fetched, after a dry run.
     """
 
     plan: MergePlan
@@ -78,6 +81,8 @@ class Prepared:
     target: Target
     warnings: tuple[str, ...]
     samples: tuple[str, ...]
+    refs: tuple[Path, ...]
+    download: Download
 
     @property
     def disk_bytes(self) -> int:
@@ -109,10 +114,13 @@ def prepare(
     jobs: int | None = None,
     report_path: Path | None = None,
     read_samples: bool = False,
+    before_fetch: Callable[[Prepared], None] = lambda planned: None,
 ) -> Prepared:
     """Open both checkpoints, plan the merge and check all that can be checked; writes nothing.
 
-    With `read_samples` a few hundred kilobytes of weights are read, too, to know the inputs again later.
+    With `read_samples` a few hundred kilobytes of weights are read, too, to know the inputs again later. Weights of
+    models of the Hub are then fetched, once the plan of their headers stands and `before_fetch` has not refused it;
+    otherwise none are.
     """
     target = Target(Path(out))
     if target.is_file and len(recipe.ts) > 1:
@@ -127,6 +135,7 @@ def prepare(
         jobs=jobs,
         report_path=report_path,
         read_samples=read_samples,
+        before_fetch=before_fetch,
     )
 
 
@@ -141,6 +150,7 @@ def prepare_plan(
     jobs: int | None,
     report_path: Path | None,
     read_samples: bool,
+    before_fetch: Callable[[Prepared], None],
 ) -> Prepared:
     """Open the models, bring their vocabularies together by `align_rows`, plan by `plan_of`, and check all that can be
     checked, as `prepare` does."""
@@ -154,9 +164,31 @@ def prepare_plan(
     if budget < LEAST_BYTES:
         raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
     most = max(4_000_000, (budget - resident_bytes()) // 3)
-    paths = [local_ref(ref) for ref in refs]
-    check_target(target, [part for path in paths for part in parts(path)])  # again: models of the Hub are elsewhere
-    models, alignment = align_rows(open_models(paths, max_header_bytes=most))
+    with Inputs(refs) as found:
+        check_target(target, found.paths)  # again: models of the Hub are elsewhere
+        asked = target, recipe, align_rows, plan_of, budget, jobs or default_jobs()
+        if read_samples and found.coming:
+            planned = _prepare(found, *asked, most, read_samples=False)
+            found.download.check_room()
+            before_fetch(planned)
+            del planned
+            found.fetch()
+        return _prepare(found, *asked, most, read_samples=read_samples)
+
+
+def _prepare(
+    found: Inputs,
+    target: Target,
+    recipe: Recipe,
+    align_rows: Callable[[Sequence[Checkpoint]], tuple[list[Checkpoint], Alignment | None]],
+    plan_of: Callable[[Sequence[Checkpoint]], MergePlan],
+    budget: int,
+    jobs: int,
+    most: int,
+    *,
+    read_samples: bool,
+) -> Prepared:
+    models, alignment = align_rows(open_models(found.refs, coming=found.coming, max_header_bytes=most))
     plan = _plan(plan_of, models)
     donor = models[recipe.files_from == "ft" if plan.is_pair else plan.donor]
     try:
@@ -189,8 +221,9 @@ def prepare_plan(
     samples = tuple(_sample(model) for model in models) if read_samples else ()
     del models, donor, first  # for 10,000 tensors 2 MB that the plan does not need
     held = resident_bytes()
-    layout = plan_layout(plan, budget, jobs or default_jobs(), held=held)
-    return Prepared(plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples)
+    layout = plan_layout(plan, budget, jobs, held=held)
+    facts = plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples
+    return Prepared(*facts, found.refs, found.download)
 
 
 def _plan(plan_of: Callable[[Sequence[Checkpoint]], MergePlan], models: Sequence[Checkpoint]) -> MergePlan:
@@ -392,17 +425,35 @@ def single_facts(plan: MergePlan, t: float) -> tuple[str, dict[str, Any]]:
     return replace(plan, facts=facts).digest, facts
 
 
+def check_output(prepared: Prepared, *, overwrite: bool) -> None:
+    """What a merge checks of OUT, for before its inputs are fetched. Raises OutputError, FetchError."""
+    if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
+        return
+    check_room(prepared, overwrite=overwrite)
+    if not prepared.target.is_file:
+        for label in prepared.plan.labels:
+            check_conflicts(prepared.target.path / label, final_names(prepared))
+
+
 def check_room(prepared: Prepared, *, overwrite: bool) -> None:
-    """Raise OutputError unless the disk can take the outputs beside what is there, less what a resumed run has."""
+    """Raise OutputError unless the disk can take the outputs beside what is there, less what a resumed run has; on the
+    disk of the Hub's cache beside what is still to be fetched. FetchError where that alone does not fit."""
+    prepared.download.check_room()
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
     need = prepared.disk_bytes + _SPARE_DISK_BYTES - have
+    coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
     free = prepared.free_disk_bytes
-    if need > free:
+    if need + coming > free:
+        besides = f" and what is fetched into the Hub's cache {coming:,}" if coming else ""
         beside = " The old output stays until the new one is complete." if overwrite else ""
         raise OutputError(
-            f"{shown(prepared.target.path)}: the output takes {need:,} bytes, the disk has {free:,} free.{beside} "
-            "Free some space or choose another disk."
+            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, the disk has {free:,} free."
+            f"{beside} Free some space or choose another disk."
         )
+
+
+def _is_on_the_disk_of(target: Target, cache: Path | None) -> bool:
+    return cache is not None and cache.stat().st_dev == _existing(target.path).stat().st_dev
 
 
 def check_exact_tensors(plan: MergePlan) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
-from merge_tool.checkpoint.source import LocalFile, TensorSource
+from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.methods import Array, decode, encode
 
 # Instead of a row: the mean of all rows that hold a token; zeros; the mean of rows, those of `averages[-3 - code]`.
@@ -82,7 +82,7 @@ class RowTensor:
         return f"{self.sources[self.own].where} (rows by token)"
 
     @property
-    def files(self) -> tuple[LocalFile, ...]:
+    def files(self) -> tuple[ByteSource, ...]:
         return tuple(dict.fromkeys(file for source in self.sources for file in source.files))
 
     @property

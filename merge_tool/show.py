@@ -11,6 +11,7 @@ from merge_tool.api import MergeReport
 from merge_tool.compare import Inspection, TensorHealth
 from merge_tool.diff import Diff, GroupDiff, TensorDiff
 from merge_tool.errors import listed, shown
+from merge_tool.inputs import Download
 from merge_tool.plan import MergePlan
 from merge_tool.prepare import Prepared
 from merge_tool.recipe import label_t
@@ -100,6 +101,8 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
         "input_bytes": plan.input_bytes,
         "write_bytes": prepared.disk_bytes,
         "free_disk_bytes": prepared.free_disk_bytes,
+        "download_bytes": prepared.download.nbytes,
+        "cached_bytes": prepared.download.cached_bytes,
         "shards": [{"name": s.file_name, "bytes": s.size, "num_tensors": len(s.jobs)} for s in plan.shards],
         "jobs": layout.jobs,
         "memory_budget_bytes": prepared.budget,
@@ -125,6 +128,8 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
         f" ({len(plan.ts)} outputs)" if many else ""
     )
     yield f"  disk      {_size(prepared.free_disk_bytes)} free"
+    if told := _download(prepared.download):
+        yield f"  download  {told}"
     peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
     yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
     yield f"  shards    {len(plan.shards):,}"
@@ -137,6 +142,14 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     yield (
         "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
     )
+
+
+def _download(download: Download) -> str:
+    """What is to be fetched from the Hub, and what of its models need not be; nothing where there are none."""
+    cached = f"{_size(download.cached_bytes)} {'more ' * (download.nbytes > 0)}are in its cache"
+    if not download.nbytes:
+        return f"nothing from the Hub ({cached})" if download.cached_bytes else ""
+    return f"{_size(download.nbytes)} from the Hub" + (f" ({cached})" if download.cached_bytes else "")
 
 
 def _whose(plan: MergePlan) -> str:

@@ -22,8 +22,7 @@ from typing import Any
 from merge_tool.api import merge
 from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
 from merge_tool.lock import FolderLock
-from merge_tool.lora import local_ref
-from merge_tool.prepare import prepare
+from merge_tool.prepare import Prepared, prepare
 from merge_tool.recipe import Recipe, label_t
 
 JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
@@ -100,9 +99,11 @@ def sweep(
     if not command:
         raise RecipeError("The evaluation command is empty, expected a program and its arguments.")
     folder = Path(out)
-    base, ft = local_ref(base), local_ref(ft)  # once: the Hub's newest revision may move meanwhile
-    settings = {"memory_bytes": memory_bytes, "jobs": jobs}
-    facts = _facts(base, ft, folder, recipe, command, settings)
+    settings: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
+    prepared = prepare(base, ft, folder / _name(recipe.ts[0]), recipe, read_samples=True, **settings)
+    base, ft = prepared.refs  # from here on the same: the Hub's newest revision may move meanwhile
+    facts = _facts(prepared, command)
+    del prepared
     try:
         folder.mkdir(parents=True, exist_ok=True)
         journal = _Journal(folder, facts, overwrite=overwrite)
@@ -130,11 +131,8 @@ def sweep(
         journal.close()
 
 
-def _facts(
-    base: str | Path, ft: str | Path, folder: Path, recipe: Recipe, command: Sequence[str], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What makes two sweeps one: the inputs, the merge's options, the command. Checks that the merge will work."""
-    prepared = prepare(base, ft, folder / _name(recipe.ts[0]), recipe, read_samples=True, **settings)
+def _facts(prepared: Prepared, command: Sequence[str]) -> dict[str, Any]:
+    """What makes two sweeps one: the inputs, the merge's options, the command."""
     merged = {key: value for key, value in prepared.plan.facts.items() if key not in ("t", "version")}
     return {**merged, "samples": list(prepared.samples), "command": list(command)}
 

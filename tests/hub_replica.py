@@ -2,21 +2,26 @@
 
 Repositories are folders: `root/models/ORG/NAME` and `root/datasets/ORG/NAME`. Each has one commit (the digest of its
 files) under `main` and the tags given. Gated and private ones answer 401 without the token. Every request is kept.
+Large files are, as on the Hub, behind a redirect to another host, which asks for no token and wants none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 TOKEN = "hf_thetokenofthetests"
 LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".parquet", ".gguf", ".h5"})
@@ -24,7 +29,8 @@ LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".parquet", ".gguf", ".h5"})
 
 @dataclass
 class Replica:
-    """A running replica: `url` is the HF_ENDPOINT to use, `asked` every request so far, `fails_after` breaks bodies."""
+    """A running replica: `url` is the HF_ENDPOINT to use, `asked` every request so far, `served` the bytes of bodies by
+    REPO/FILE, `has_leaked` whether the other host was given a token. The rest misbehaves, by files' names."""
 
     root: Path
     url: str = ""
@@ -32,14 +38,29 @@ class Replica:
     private: set[str] = field(default_factory=set)
     tags: dict[str, set[str]] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
-    fails_after: dict[str, int] = field(default_factory=dict)  # file name -> bytes sent before the line breaks
+    served: Counter[str] = field(default_factory=Counter)
+    has_leaked: bool = False
+    fails_after: dict[str, int] = field(default_factory=dict)  # -> bytes sent before the line breaks
+    fails_again: bool = False  # ... every time
+    claims: dict[str, str] = field(default_factory=dict)  # -> what Content-Range says
+    ignores_ranges: bool = False
+    hides_sizes: bool = False  # of whole files, as a proxy does that passes pieces on
+    stalls: set[str] = field(default_factory=set)  # not answered before the end
+    stalled: threading.Event = field(default_factory=threading.Event)  # somebody waits for one of them
+    over: threading.Event = field(default_factory=threading.Event)
 
     def fetched(self) -> set[str]:
         """The files whose bodies were asked for, as REPO/FILE."""
         found = (
-            re.fullmatch(r"/(?:datasets/)?(.+?)/resolve/[^/]+/(.+)", path) for verb, path in self.asked if verb == "GET"
+            re.fullmatch(r"(?:/cdn)?/(?:datasets/)?(.+?)/resolve/[^/]+/(.+)", path)
+            for verb, path in self.asked
+            if verb == "GET"
         )
         return {f"{match[1]}/{match[2]}" for match in found if match}
+
+    def weights(self) -> Counter[str]:
+        """The bytes served of files of safetensors."""
+        return Counter({name: count for name, count in self.served.items() if name.endswith(".safetensors")})
 
     def files(self, folder: Path) -> list[Path]:
         return sorted(path for path in folder.rglob("*") if path.is_file())
@@ -59,9 +80,30 @@ class Replica:
             "HF_DATASETS_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             **more,
         }
+
+
+def run(
+    hub: Replica, tmp_path: Path, *arguments: str, cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """merge-tool in an empty folder (or `cwd`), with a cache of its own."""
+    (tmp_path / "cwd").mkdir(exist_ok=True)
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), **more}
+    return subprocess.run(
+        [sys.executable, "-m", "merge_tool", *arguments],
+        cwd=cwd or tmp_path / "cwd", env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def refusal(hub: Replica, tmp_path: Path, *arguments: str, **more: str) -> str:
+    """The one line that says why the command did nothing."""
+    done = run(hub, tmp_path, *arguments, **more)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
 
 
 @contextmanager
@@ -76,6 +118,7 @@ def serve(root: Path) -> Iterator[Replica]:
     try:
         yield replica
     finally:
+        replica.over.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -112,6 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if path.startswith("/api/"):
                 self._api(path.removeprefix("/api/"), parse_qs(url.query), body)
+            elif path.startswith("/cdn/"):
+                self.replica.has_leaked |= "Authorization" in self.headers
+                self._resolve(path.removeprefix("/cdn"), is_signed=True)
             else:
                 self._resolve(path)
         except _Refused as e:
@@ -157,12 +203,13 @@ class _Handler(BaseHTTPRequestHandler):
             found.append(entry)
         return found
 
-    def _resolve(self, path: str) -> None:
+    def _resolve(self, path: str, *, is_signed: bool = False) -> None:
         match = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if match is None:
             raise _Refused(404, "EntryNotFound", "Entry not found")
         kind, repo, revision, name = match.groups()
-        folder = self._repo("datasets" if kind else "models", repo, revision)
+        root = "datasets" if kind else "models"
+        folder = self.replica.root / root / repo if is_signed else self._repo(root, repo, revision)
         file = folder / name
         if not file.is_file():
             raise _Refused(404, "EntryNotFound", "Entry not found")
@@ -172,12 +219,20 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.replica.commit(folder), "Accept-Ranges": "bytes"}
         if is_large:
             headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{etag}"'}
+        if is_large and not is_signed:
+            port = urlsplit(self.replica.url).port
+            headers["Location"] = f"http://localhost:{port}/cdn{quote(path)}"
+            return self._send(302, b"", headers)
+        if name in self.replica.stalls:
+            self.replica.stalled.set()
+            self.replica.over.wait(60)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None:
-            return self._send(200, data, headers, name)
+        if asked is None or self.replica.ignores_ranges:
+            return self._send(200, data, headers, f"{repo}/{name}")
         start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else len(data)
-        headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
-        return self._send(206, data[start:stop], headers, name)
+        whole = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
+        headers["Content-Range"] = self.replica.claims.get(name, whole)
+        return self._send(206, data[start:stop], headers, f"{repo}/{name}")
 
     def _repo(self, kind: str, repo: str, revision: str | None) -> Path:
         """The folder of a repository; refuses as the Hub does."""
@@ -200,12 +255,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, data: bytes, headers: dict[str, str], name: str = "") -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+        is_hidden = self.replica.hides_sizes and self.command == "GET" and status == 200 and name
+        length = {"Connection": "close"} if is_hidden else {"Content-Length": str(len(data))}
+        for key, value in {**headers, **length}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        limit = self.replica.fails_after.pop(name, None)
-        self.wfile.write(data[:limit])
-        if limit is not None:
+        file = name.rpartition("/")[2]
+        limit = min(len(data), self.replica.fails_after.get(file, len(data)))
+        for start in range(0, limit, 65_536):
+            piece = data[start : min(start + 65_536, limit)]
+            self.wfile.write(piece)
+            self.replica.served[name] += len(piece)
+        if limit < len(data):
             self.close_connection = True
+            if not self.replica.fails_again:
+                del self.replica.fails_after[file]

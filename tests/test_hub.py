@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 
 from checkpoints import contents, language_model, load_folder, save_model, save_pickles
-from hub_replica import TOKEN, Replica, serve
+from hub_replica import TOKEN, Replica, refusal, run, serve
 from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.errors import FetchError
 
@@ -29,24 +27,6 @@ def hub(tmp_path: Path) -> Iterator[Replica]:
     save_model(models / "ft", language_model(1), side_files=SIDE)
     with serve(tmp_path / "hub") as replica:
         yield replica
-
-
-def run(hub: Replica, tmp_path: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """`slerp-merge` (or merge-tool with its first argument) in an empty folder, with a cache of its own."""
-    (tmp_path / "cwd").mkdir(exist_ok=True)
-    environment = {**os.environ, **hub.environment(tmp_path / "home"), **more}
-    return subprocess.run(
-        [sys.executable, "-m", "merge_tool", *arguments],
-        cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
-def refusal(hub: Replica, tmp_path: Path, ref: str, **more: str) -> str:
-    done = run(hub, tmp_path, "inspect", ref, **more)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Error: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
 
 
 def test_what_is_a_hub_id_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,25 +81,25 @@ def test_a_revision_is_the_one_that_was_asked_for(hub: Replica, tmp_path: Path) 
 
 def test_what_cannot_be_had_says_what_to_do(hub: Replica, tmp_path: Path) -> None:
     """Missing, gated, private, no such revision, offline, unreachable: one line each."""
-    assert "no such model" in refusal(hub, tmp_path, "org/nothing")
-    missing = refusal(hub, tmp_path, "org/ft@v9")
+    assert "no such model" in refusal(hub, tmp_path, "inspect", "org/nothing")
+    missing = refusal(hub, tmp_path, "inspect", "org/ft@v9")
     assert "no revision v9" in missing
     assert f"{hub.url}/org/ft/tree/main" in missing
     hub.gated, hub.private = {"org/base"}, {"org/ft"}
-    gated = refusal(hub, tmp_path, "org/base")
+    gated = refusal(hub, tmp_path, "inspect", "org/base")
     assert "gated" in gated
     assert f"{hub.url}/org/base" in gated
     assert "HF_TOKEN" in gated
-    assert "if it is private" in refusal(hub, tmp_path, "org/ft")
-    assert "HF_HUB_OFFLINE" in refusal(hub, tmp_path, "org/ft", HF_HUB_OFFLINE="1")
-    assert "cannot be reached" in refusal(hub, tmp_path, "org/ft", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "if it is private" in refusal(hub, tmp_path, "inspect", "org/ft")
+    assert "HF_HUB_OFFLINE" in refusal(hub, tmp_path, "inspect", "org/ft", HF_HUB_OFFLINE="1")
+    assert "cannot be reached" in refusal(hub, tmp_path, "inspect", "org/ft", HF_ENDPOINT="http://127.0.0.1:9")
     assert run(hub, tmp_path, "inspect", "org/base", HF_TOKEN=TOKEN).returncode == 0
     assert run(hub, tmp_path, "inspect", "org/ft", HF_TOKEN=TOKEN).returncode == 0
 
 
 def test_a_repository_of_other_formats_is_refused_unfetched(hub: Replica, tmp_path: Path) -> None:
     (hub.root / "models/org/ft/model.safetensors").rename(hub.root / "models/org/ft/tf_model.h5")
-    assert "formats that are not read (tf_model.h5)" in refusal(hub, tmp_path, "org/ft")
+    assert "formats that are not read (tf_model.h5)" in refusal(hub, tmp_path, "inspect", "org/ft")
     assert not any(name.endswith(".h5") for name in hub.fetched())
 
 
@@ -141,13 +121,14 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(hub: Replica, tmp
 
 def test_a_broken_download_continues(hub: Replica, tmp_path: Path) -> None:
     """A line that breaks in the middle of a file: in the end the file is right, whoever tries again."""
-    hub.fails_after = {"model.safetensors": 1000}
-    done = run(hub, tmp_path, "inspect", "org/ft")
+    hub.fails_after = {"model.safetensors": 20_000}
+    done = run(hub, tmp_path, "inspect", "org/ft", "--health")
     if done.returncode:
-        done = run(hub, tmp_path, "inspect", "org/ft")
+        done = run(hub, tmp_path, "inspect", "org/ft", "--health")
     assert done.returncode == 0, done.stderr
     (cached,) = (tmp_path / "home").glob("hub/models--org--ft/snapshots/*")
     expected = load_folder(hub.root / "models/org/ft")
+    assert load_folder(cached).keys() == expected.keys()
     assert all(np.array_equal(value, expected[name]) for name, value in load_folder(cached).items())
 
 
@@ -181,7 +162,7 @@ def test_a_cache_without_links_does(hub: Replica, tmp_path: Path) -> None:
 def test_a_dry_run_fetches_and_writes_nothing_here(hub: Replica, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "merge", "org/base", "org/ft", "merged", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "25 (28,160 parameters)" in done.stdout
+    assert "25 (28,160 parameters, 3 layers)" in done.stdout
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
@@ -194,11 +175,11 @@ def test_a_sweep_takes_hub_ids(hub: Replica, tmp_path: Path) -> None:
 
 def test_an_incomplete_cache_offline_is_not_half_a_model(hub: Replica, tmp_path: Path) -> None:
     """A shard missing from the cache: refused offline, fetched again online."""
-    assert run(hub, tmp_path, "inspect", "org/base").returncode == 0
+    assert run(hub, tmp_path, "inspect", "org/base", "--health").returncode == 0
     (shard,) = (tmp_path / "home").rglob("snapshots/*/model-00001-of-00002.safetensors")
     shard.unlink()
-    assert "does not hold all of it" in refusal(hub, tmp_path, "org/base", HF_HUB_OFFLINE="1")
-    assert run(hub, tmp_path, "inspect", "org/base").returncode == 0
+    assert "does not hold all of it" in refusal(hub, tmp_path, "inspect", "org/base", "--health", HF_HUB_OFFLINE="1")
+    assert run(hub, tmp_path, "inspect", "org/base", "--health").returncode == 0
 
 
 def test_a_diff_takes_hub_ids(hub: Replica, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_tool.checkpoint.header import TensorInfo
-from merge_tool.checkpoint.source import LocalFile, TensorSource
+from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.checkpoint.strided import boxes
 from merge_tool.errors import CheckpointError, listed, shown
 
@@ -69,7 +69,7 @@ class ScaledTensor:
         return self.codes.where
 
     @property
-    def files(self) -> Sequence[LocalFile]:
+    def files(self) -> Sequence[ByteSource]:
         return (*self.codes.files, *(file for file in self.scales.files if file not in self.codes.files))
 
     def read_into(self, start: int, values: npt.NDArray[Any]) -> None:

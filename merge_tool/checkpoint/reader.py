@@ -7,7 +7,7 @@ cannot merge value by value (quantised codes, sub-byte types) is refused here, b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_hea
 from merge_tool.checkpoint.hub import local_path
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
-from merge_tool.checkpoint.source import LocalFile, TensorSource
+from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
 from merge_tool.errors import CheckpointError, HeaderError, listed, shown
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -51,7 +51,7 @@ class CheckpointFile:
     """One file of a checkpoint: its bytes, and the SHA-256 of its header, or of what a pickle says of its tensors."""
 
     file_name: str
-    source: LocalFile
+    source: ByteSource
     header_sha256: str
 
 
@@ -60,7 +60,7 @@ class FileTensor:
     """A TensorSource whose elements lie in a file as they are; `written_as` is the dtype of those that it replaces."""
 
     info: TensorInfo
-    file: LocalFile
+    file: ByteSource
     written_as: str | None = None
 
     @property
@@ -72,7 +72,7 @@ class FileTensor:
         return self.file.name
 
     @property
-    def files(self) -> tuple[LocalFile]:
+    def files(self) -> tuple[ByteSource]:
         return (self.file,)
 
     def read_into(self, start: int, values: npt.NDArray[Any]) -> None:
@@ -209,9 +209,21 @@ def open_checkpoint(
     it is to be `mergeable`, one that cannot be merged (quantised, odd dtypes); HeaderError when a file is damaged.
     """
     path = local_path(ref)
+    return open_found(path, {}, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
+
+
+def open_found(
+    path: Path,
+    coming: Mapping[str, ByteSource],
+    *,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    mergeable: bool = True,
+    as_stored: bool = False,
+) -> Checkpoint:
+    """As open_checkpoint, for a path; `coming` are weights that the folder does not hold yet, by their names."""
     try:
         if path.is_dir():
-            checkpoint = _open_folder(Folder(path), max_header_bytes)
+            checkpoint = _open_folder(Folder(path), coming, max_header_bytes)
         elif path.is_file():
             checkpoint = _open_file(path, max_header_bytes)
         elif path.exists():
@@ -247,15 +259,15 @@ def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
     return Checkpoint(path.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
 
 
-def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
-    listing = sorted(entry.name for entry in folder.root.iterdir())
+def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_bytes: int) -> Checkpoint:
+    listing = sorted({*(entry.name for entry in folder.root.iterdir()), *coming})
     notices: list[str] = []
     weight_map: dict[str, str] = {}
     single, index = find_weights(folder.name, listing)
     if index:
         weight_map = _load_weight_map(folder, index)
     shards = [single] if single else sorted(set(weight_map.values()))
-    if missing := [shard for shard in shards if not folder.has(shard)]:
+    if missing := [shard for shard in shards if shard not in coming and not folder.has(shard)]:
         raise CheckpointError(
             f"{folder.name}/{index}: names {len(missing)} shards that are missing: {listed(missing)}. "
             "Finish the download, or save the model again."
@@ -263,7 +275,7 @@ def _open_folder(folder: Folder, max_header_bytes: int) -> Checkpoint:
     if single and f"{single}.index.json" in listing:
         notices.append(f"{folder.name} has both {single} and an index: {single} is used, as transformers does.")
     made: dict[str, TensorSource] = {}
-    sources = [LocalFile(folder.path(shard), f"{folder.name}/{shard}") for shard in shards]
+    sources = [coming.get(shard) or LocalFile(folder.path(shard), f"{folder.name}/{shard}") for shard in shards]
     parsed = _read_files(shards, sources, max_header_bytes, made, notices)
     tensors, file_of = _collect(folder, shards, parsed, weight_map, notices)
     metadata: dict[str, str] = {}
@@ -287,11 +299,12 @@ _Parsed = tuple[CheckpointFile, list[TensorInfo], dict[str, str]]
 
 
 def _read_files(
-    names: list[str], sources: list[LocalFile], max_bytes: int, made: dict[str, TensorSource], notices: list[str]
+    names: list[str], sources: Sequence[ByteSource], max_bytes: int, made: dict[str, TensorSource], notices: list[str]
 ) -> list[_Parsed]:
     """What every file holds: safetensors, or pickles, which are all opened in one go. `made` gets the tensors of
     pickles that are views."""
-    pickles = [source for name, source in zip(names, sources, strict=True) if is_pickle(name)]
+    both = zip(names, sources, strict=True)
+    pickles = [source for name, source in both if is_pickle(name) and isinstance(source, LocalFile)]
     pickled = iter(read_pickles(pickles, max_bytes) if pickles else ())
     parsed = []
     for name, source in zip(names, sources, strict=True):
@@ -305,7 +318,7 @@ def _read_files(
     return parsed
 
 
-def _read_header(source: LocalFile, file_name: str, max_header_bytes: int) -> _Parsed:
+def _read_header(source: ByteSource, file_name: str, max_header_bytes: int) -> _Parsed:
     where = shown(source.name)
     if source.size < 8:
         raise HeaderError(f"{where}: has {source.size} bytes, too few for a safetensors file; fetch it again.")
@@ -419,5 +432,6 @@ __all__ = [
     "CheckpointFile",
     "FileTensor",
     "open_checkpoint",
+    "open_found",
     "open_one_file",
 ]

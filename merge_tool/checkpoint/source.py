@@ -1,7 +1,8 @@
 """Where bytes come from: a ByteSource is a name, a size and `read_into`. Knows no format.
 
 Local files are read by position into the caller's buffer (no mmap: a mapped file stays resident, and a
-truncated one kills the process). A file that is no longer the one that was opened first is an error.
+truncated one kills the process). A file that is no longer the one that was opened first is an error. Of a file that is
+still to be fetched the header can be read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import hashlib
 import os
 import stat
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.errors import CheckpointError, shown
@@ -27,6 +29,10 @@ class ByteSource(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def mtime_ns(self) -> int:
+        """When it last changed, in nanoseconds."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` on; raises CheckpointError if it cannot be filled."""
@@ -60,7 +66,7 @@ class TensorSource(Protocol):
     def where(self) -> str: ...
 
     @property
-    def files(self) -> Sequence[LocalFile]: ...
+    def files(self) -> Sequence[ByteSource]: ...
 
     def read_into(self, start: int, values: Any) -> None:
         """Fill a flat array of dtype `info.dtype` with the elements from `start` on. Safe from several threads."""
@@ -177,6 +183,37 @@ class LocalFile:
     def _advise(self, offset: int, length: int, advice: str) -> None:
         if hasattr(os, "posix_fadvise") and self._fd >= 0 and length > 0:
             os.posix_fadvise(self._fd, offset, length, getattr(os, advice))
+
+
+class ComingFile:
+    """A file that is still to be fetched: its size is known, and its first `length` bytes are in `held`, at `place`.
+
+    A ByteSource that a plan can be made with; reading more than that is an error. Not for several threads.
+    """
+
+    def __init__(self, name: str, size: int, held: IO[bytes], place: int, length: int) -> None:
+        self.name, self.size = name, size
+        self.mtime_ns = time.time_ns()  # newer than any output: none was made of it
+        self._held, self._place, self._length = held, place, length
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        count = len(buffer.cast("B"))
+        if offset + count > self._length or self._held.closed:
+            raise CheckpointError(f"{shown(self.name)}: is not fetched yet, only its header is.")
+        self._held.seek(self._place + offset)
+        buffer.cast("B")[:] = self._held.read(count)
+
+    def acquire(self) -> None:
+        """Nothing is opened."""
+
+    def release(self) -> None:
+        """Nothing was opened."""
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Nothing can be."""
+
+    def forget(self, offset: int, length: int) -> None:
+        """Nothing is kept."""
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,232 @@
+"""In a process of its own: a model of the Hub -> its folder in the Hub's cache, or why it cannot be had.
+
+huggingface_hub does the work: cache, token, endpoint, offline mode, progress bars, continuing a broken download. Only
+what a merge reads or copies is fetched: no pickled weights where there are safetensors, and none are looked at.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES, find_weights, weight_map_files
+from merge_tool.checkpoint.hub import REFUSED
+from merge_tool.checkpoint.ranges import can_ask, fetch_headers
+from merge_tool.errors import CheckpointError, FetchError, shown
+
+# Never part of a merge, and often larger than the model: other formats, checkpoints of its training, originals.
+_UNWANTED = [
+    *(f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)),
+    *("original/*", "*checkpoint-*/*", "*optimizer.*", "*scheduler.*", "*rng_state*", "*trainer_state.json"),
+    *("*.bin.index.json", "*.tfevents.*", ".git*"),
+]
+_MODEL = frozenset({"model.safetensors", "model.safetensors.index.json"})
+
+
+def main() -> None:
+    """Carry out the request in the arguments; print the answer, or what was wrong, as a line of JSON, and after it the
+    bytes of headers. Whatever else would print goes to standard error."""
+    verb, *what = json.loads(sys.argv[1])
+    answer: Any
+    try:
+        with redirect_stdout(sys.stderr):
+            answer, headers = look_ahead(*what) if verb == "look" else (fetch(*what), [])
+        code = 0
+    except CheckpointError as e:
+        answer, headers, code = str(e), [], REFUSED
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + b"".join(headers))
+    sys.exit(code)
+
+
+def fetch(repo: str, revision: str | None = None, commit: str | None = None) -> str:
+    """The snapshot folder of `repo`, with all a merge needs: the small files, then the weights that these name.
+
+    `commit` is what `revision` stood for when it was looked at. Raises FetchError.
+    """
+    with _explaining(repo, revision):
+        folder, _, wanted = _fetch_small(repo, commit or revision)
+        return _download(repo, folder.name, wanted)
+
+
+def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], list[bytes]]:
+    """As `fetch`, of safetensors that are not in the cache the headers alone: what a Snapshot has, and the headers."""
+    with _explaining(repo, revision):
+        folder, listing, wanted = _fetch_small(repo, revision)
+        lacking = [name for name in _lacking(folder, wanted) if name in listing]
+        may_wait = can_ask() and not _is_adapter(listing)
+        coming = [name for name in lacking if may_wait and _can_wait(name)]
+        if len(coming) < len(lacking):
+            _download(repo, folder.name, sorted({*lacking} - {*coming}))
+        found = fetch_headers(repo, folder.name, coming)
+    answer = {
+        "folder": str(folder),
+        "coming": [(name, size, len(start)) for name, (size, start) in zip(coming, found, strict=True)],
+        "cached_bytes": sum((folder / name).stat().st_size for name in wanted if (folder / name).is_file()),
+        "begun_bytes": _begun_bytes(folder) if coming else 0,
+    }
+    return answer, [start for _, start in found]
+
+
+@contextmanager
+def _explaining(repo: str, revision: str | None) -> Iterator[None]:
+    """Whatever goes wrong inside as a FetchError; no progress bars where nobody looks."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:  # of several libraries, which differ between versions; all mean: it cannot be had
+        raise FetchError(_explained(e, repo, revision)) from e
+
+
+def _fetch_small(repo: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
+    """The snapshot folder with all but the weights, the files of the repository, and the weights that are needed."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=_UNWANTED))
+    listing, error = _listing(repo, folder.name, folder)
+    wanted = _weights(repo, folder, listing, folder.name)
+    if error is not None and _lacking(folder, wanted):
+        raise error  # at once: the library would try to fetch them for half a minute
+    return folder, listing, wanted
+
+
+def _lacking(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (folder / name).exists()]
+
+
+def _download(repo: str, commit: str, names: Sequence[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in names])
+
+
+def _can_wait(name: str) -> bool:
+    """Whether a plan needs no more than the header: not of pickles, nor of what is copied from sub-folders."""
+    return name.endswith(".safetensors") and "/" not in name
+
+
+def _is_adapter(listing: Sequence[str]) -> bool:
+    return "adapter_config.json" in listing and not _MODEL & {*listing}
+
+
+def _begun_bytes(folder: Path) -> int:
+    """What older versions of the library have kept of broken downloads, to continue them; newer ones start anew, and
+    have another part in the name."""
+    blobs = folder.parent.parent / "blobs"
+    return sum(p.stat().st_size for p in blobs.glob("*.incomplete") if p.name.count(".") == 1)
+
+
+def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception | None]:
+    """The files of the repository; where the Hub cannot be reached, those that were fetched before, and why."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        # list_repo_files would do, but tries for half a minute when nobody answers.
+        return sorted(file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings or []), None
+    except Exception as e:
+        if isinstance(e, HfHubHTTPError):
+            raise
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), e
+
+
+def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> list[str]:
+    """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
+    single, index = find_weights(repo, [name for name in listing if "/" not in name])
+    found = [single] if single else []
+    if index:
+        found = _indexed_files(repo, folder, index, commit)
+    if "modules.json" in listing:
+        found += _module_weights(listing)
+    return found
+
+
+def _indexed_files(repo: str, folder: Path, index: str, commit: str) -> list[str]:
+    from huggingface_hub import snapshot_download
+
+    if not (folder / index).exists():  # of pickles: not fetched until it is needed
+        snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(index)])
+    try:
+        return weight_map_files(json.loads((folder / index).read_bytes()))
+    except (ValueError, OSError) as e:
+        raise FetchError(f"{repo}/{index}: is not an index of weights ({shown(e)}).") from e
+
+
+def _module_weights(listing: Sequence[str]) -> list[str]:
+    """The weights in sub-folders, pickled ones only where a folder has no others."""
+    safetensors = [name for name in listing if "/" in name and name.endswith(".safetensors")]
+    have = {PurePosixPath(name).parent for name in safetensors}
+    pickles = [name for name in listing if "/" in name and PurePosixPath(name).name == "pytorch_model.bin"]
+    return safetensors + [name for name in pickles if PurePosixPath(name).parent not in have]
+
+
+# ------------------------------------------------------------------------------------------ what went wrong
+
+
+def _explained(error: Exception, repo: str, revision: str | None) -> str:
+    """One sentence about what happened and one about what to do."""
+    from huggingface_hub import constants
+
+    kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
+    name = repo if revision is None else f"{repo}@{shown(revision)}"
+    local = f"Nothing here is called {name}, and"
+    page = f"{constants.ENDPOINT}/{repo}"
+    login = "`hf auth login` or HF_TOKEN"
+    if "GatedRepoError" in kinds:
+        return f"{name}: is gated on the Hub. Ask for access at {page}, then give your token by {login}."
+    if "RevisionNotFoundError" in kinds:
+        return f"{name}: the Hub has {repo}, but no revision {shown(revision)} of it. {page}/tree/main lists them."
+    if "RepositoryNotFoundError" in kinds:
+        return (
+            f"{local} the Hub has no such model that you may see. Check the spelling; if it is private, "
+            f"give your token by {login}."
+        )
+    if "HFValidationError" in kinds:
+        return f"{local} it cannot be a model's id on the Hub ({_first_line(error)})."
+    if _is_offline():
+        return (
+            f"{local} the Hub's cache does not hold all of it, while HF_HUB_OFFLINE forbids to fetch it. "
+            "Unset HF_HUB_OFFLINE, or give a local folder."
+        )
+    if "LocalEntryNotFoundError" in kinds or kinds & {"ConnectError", "ConnectionError", "TimeoutException"}:
+        return (
+            f"{local} {constants.ENDPOINT} cannot be reached to fetch it ({_root(error)}). Check the connection "
+            "and run the same command again, or give a local folder."
+        )
+    return f"{name}: cannot be fetched ({_root(error)}). Mend that, then run the same command: it continues."
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    offline: bool = constants.is_offline_mode() if hasattr(constants, "is_offline_mode") else constants.HF_HUB_OFFLINE
+    return offline
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__ or error
+    return found
+
+
+def _root(error: Exception) -> str:
+    """What the deepest cause that says something says."""
+    texts = [_first_line(e) for e in _chain(error) if str(e).strip()]
+    return texts[-1] if texts else type(error).__name__
+
+
+def _first_line(error: Any) -> str:
+    return shown(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
