@@ -12,7 +12,7 @@ from merge_tool.checkpoint.reader import STORED_DTYPES
 from merge_tool.errors import RecipeError
 from merge_tool.methods import TILE, Scratch
 from merge_tool.plan import MergePlan, TensorJob
-from merge_tool.quantise import EXTRA_BYTES
+from merge_tool.quantise import extra_bytes
 from merge_tool.work import work_tile
 
 LEAST_BYTES = 64_000_000
@@ -98,10 +98,10 @@ def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
     slot = temporary = finishing = 0
     for job in plan.jobs():
         infos = (*(source.info for source in job.sources), job.out)
-        slot = max(slot, sum(aligned(chunk * STORED_DTYPES[info.dtype].itemsize) for info in infos))
+        slot = max(slot, sum(aligned(min(chunk, i.numel) * STORED_DTYPES[i.dtype].itemsize) for i in infos))
         reading = max(source.extra_bytes(min(chunk, source.info.numel)) for source in job.sources)
         merging = 0 if job.given is None else 8 * (len(job.sources) + _STEPS_ROWS) * work_tile(plan, job)
-        temporary = max(temporary, reading, merging if job.scaling is None else EXTRA_BYTES)
+        temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
         finishing = max(finishing, _scales_bytes(plan, job))  # of a tensor whose last chunk the job may be writing
     return slot, temporary + finishing
 

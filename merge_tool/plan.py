@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -28,6 +28,7 @@ from merge_tool.schedule import Schedule
 
 _PAIR = (0, 1)
 _PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # the same name in both formats
+_SCALES = "scales of the merged values"
 _CALIBRATED = "scale of activations: the base's"
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
@@ -67,7 +68,7 @@ class TensorJob:
     @property
     def is_scales(self) -> bool:
         """Whether the output has the scales of what its inputs have the values of."""
-        return self.scaling is not None and self.scaling.is_scales
+        return self.scaling is not None and self.out.name != self.base.info.name
 
     @property
     def has_passes(self) -> bool:
@@ -78,6 +79,11 @@ class TensorJob:
     def numel(self) -> int:
         """How many elements each input has: as many as the output, but for scales."""
         return self.base.info.numel
+
+    def handed_on(self, output: int, *, equal: bool) -> TensorSource | None:
+        """Of 8 bits: the codes or the scales that are taken byte for byte, if any are."""
+        side = None if self.scaling is None else self.scaling.handed_on(self.ts[output], equal=equal)
+        return None if side is None else side.scales if self.is_scales else side.codes
 
     @property
     def input_nbytes(self) -> int:
@@ -257,6 +263,7 @@ class _Jobs:
     matching: Matching
     schedule: _ScheduledTs
     scaled: ScaledPlan | None
+    shared: dict[str, tuple[tuple[TensorSource, TensorSource], Scaling]] = field(default_factory=dict)
 
     def __call__(self, number: int, out: TensorInfo) -> TensorJob:
         if self.scaled is not None:
@@ -278,9 +285,12 @@ class _Jobs:
         ts = self.schedule(weight)
         if (note := self.matching.kept.get(weight)) is not None:
             return TensorJob(number, out, (scaled.kept(out.name),), (0,), False, ts, note)
-        sources = self.models[0].source(weight), self._ft(weight)
-        scaling = scaled.scaling(out.name, sources[1])
-        return TensorJob(number, out, sources, _PAIR, False, ts, scaling.note, scaling=scaling)
+        if weight not in self.shared:
+            x, y = self.models[0].source(weight), self._ft(weight)
+            self.shared[weight] = (x, y), scaled.scaling(weight, y)
+        sources, scaling = self.shared[weight]
+        note = "" if out.name == weight else _SCALES
+        return TensorJob(number, out, sources, _PAIR, False, ts, note, scaling=scaling)
 
     def _ft(self, name: str) -> TensorSource:
         return self.models[1].source(self.matching.ft_names.get(name, name))

@@ -69,6 +69,7 @@ def encode_scaled(grid: Grid, start: int, values: Array, scales: Array, out: Arr
         encode(quotients, out[begin : begin + len(part)])
 
 
-# What `largest_of` or `encode_scaled` takes beside its arrays: the rows' places in the grid (where rows are short), the
-# scales spread to columns, then to elements, the quotients, and what rounding them to 8 bits takes.
-EXTRA_BYTES = (32 + 3 * 8 + 8 + 8 + 32) * _PIECE
+def extra_bytes(count: int) -> int:
+    """What `largest_of` and `encode_scaled` take beside `count` elements: the rows' places in the grid (where rows are
+    short), the scales spread to columns, then to elements, the quotients, and what rounding them to 8 bits takes."""
+    return (32 + 3 * 8 + 8 + 8 + 32) * min(count, _PIECE)

@@ -87,7 +87,7 @@ class ScaledSample:
 
     def _check_codes(self, job: TensorJob, how: _Merge) -> None:
         assert job.scaling is not None
-        stored = job.scaling.stored(how.t, equal=how.equal)
+        stored = job.handed_on(0, equal=how.equal)
         scales = None if stored else self._scales_there(job)
         for tile in self._chosen(-(-job.numel // TILE)):
             start, stop = tile * TILE, min((tile + 1) * TILE, job.numel)
@@ -128,7 +128,7 @@ class ScaledSample:
         assert job.scaling is not None
         columns = job.scaling.like.grid.scale_columns
         rows = self._chosen(job.out.numel // columns)
-        stored = job.scaling.stored(how.t, equal=how.equal)
+        stored = job.handed_on(0, equal=how.equal)
         found = self._stored(job, stored) if stored is not None else self._fresh(job, how, rows)
         for row in rows:
             if not self._compare(job, row * columns, found[row * columns : (row + 1) * columns]):
@@ -142,13 +142,13 @@ class ScaledSample:
     def _fresh(self, job: TensorJob, how: _Merge, rows: list[int]) -> Array:
         """All scales, of which those in `rows` are right."""
         assert job.scaling is not None
-        grid = job.scaling.like.grid
+        grid, codes = job.scaling.like.grid, self.places[job.base.info.name][0]
         largest = np.zeros(job.out.numel)
         whole = largest.reshape(-1, grid.scale_columns)
         for row in rows:
             begin, end = grid.elements(row)
             for start in range(begin, end, TILE):
-                inputs, _ = self._inputs(job, start, min(start + TILE, end))
+                inputs, _ = self._inputs(codes, start, min(start + TILE, end))
                 merged = self._merged(job, how, start, inputs)
                 for cut, values in largest_of(grid, start, np.abs(merged, out=merged)):
                     np.maximum(whole[cut], values, out=whole[cut])

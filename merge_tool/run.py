@@ -4,7 +4,7 @@ Sees a plan and never the recipe; parses nothing, prints nothing. The calling th
 queues tasks in file order; workers take them in that order, so whoever waits, waits for a task that has begun:
 
     tensor k+1: sum its chunks        (a tensor that fits the arena is read here once, and kept)
-    tensor k:   combine its chunks    (a larger one is read again)
+    tensor k:   combine its chunks    (a larger one is read again; some take more passes first)
 
 A chunk is a whole number of tiles, so nothing in the output depends on how memory is shared out.
 """

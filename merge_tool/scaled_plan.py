@@ -15,31 +15,22 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import STORED_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, listed, shown
-from merge_tool.recipe import QUANTISE_LATER, Recipe
+from merge_tool.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How a job writes a tensor in 8 bits, as `like`, which is BASE's: its codes, or (`is_scales`) their scales.
+    """How two jobs write a weight in 8 bits, its codes and their scales, as `like`, which is BASE's.
 
     `ft` is FT's, where it has the same grid and dtypes: a merge that is FT's may have its very bytes.
     """
 
     like: ScaledTensor
     ft: ScaledTensor | None
-    is_scales: bool
 
-    def stored(self, t: float, *, equal: bool) -> TensorSource | None:
-        """What is handed on byte for byte at this t; None where codes and scales are made anew."""
-        side = self.like if equal or t == 0 else self.ft if t == 1 else None
-        return None if side is None else self.of(side)
-
-    def of(self, side: ScaledTensor) -> TensorSource:
-        return side.scales if self.is_scales else side.codes
-
-    @property
-    def note(self) -> str:
-        return "scales of the merged values" if self.is_scales else ""
+    def handed_on(self, t: float, *, equal: bool) -> ScaledTensor | None:
+        """Whose codes and scales are taken byte for byte at this t; None where they are made anew."""
+        return self.like if equal or t == 0 else self.ft if t == 1 else None
 
     @property
     def num_scales(self) -> int:
@@ -65,16 +56,15 @@ class ScaledPlan:
             yield from (weight.codes.info, weight.scales.info)
         yield from (source.info for source in self.scaled.activations.values())
 
-    def scaling(self, name: str, ft: TensorSource) -> Scaling:
-        """How the codes or the scales called `name` are made of BASE's weight and FT's."""
-        weight = self.weights[name]
+    def scaling(self, weight: str, ft: TensorSource) -> Scaling:
+        """How codes and scales of BASE's `weight` and FT's are written."""
         like = self.scaled.made[weight]
-        return Scaling(like, ft if isinstance(ft, ScaledTensor) and _is_alike(like, ft) else None, name != weight)
+        return Scaling(like, ft if isinstance(ft, ScaledTensor) and _is_alike(like, ft) else None)
 
     def kept(self, name: str) -> TensorSource:
         """BASE's codes or scales called `name`."""
-        weight = self.weights[name]
-        return Scaling(self.scaled.made[weight], None, name != weight).of(self.scaled.made[weight])
+        weight = self.scaled.made[self.weights[name]]
+        return weight.codes if name == weight.info.name else weight.scales
 
     def warnings(self) -> Iterator[str]:
         if names := list(self.scaled.activations):
@@ -97,7 +87,8 @@ def plan_scaled(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> ScaledPlan 
     if changed:
         raise RecipeError(
             f"dtype is 'base', and {base.name} has {len(changed):,} tensors in 8 bits with something added to them: "
-            f"{listed(changed)}. {QUANTISE_LATER}"
+            f"{listed(changed)}. Only BASE's own codes are quantised again; write bfloat16 (the default), and quantise it "
+            "afterwards."
         )
     for source in scaled.activations.values():
         if source.info.dtype not in STORED_DTYPES:

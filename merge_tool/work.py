@@ -14,7 +14,6 @@ from typing import Protocol
 import numpy as np
 
 from merge_tool.checkpoint.reader import NUMPY_DTYPES, STORED_DTYPES
-from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import DataError, shown
 from merge_tool.methods import (
     METHODS,
@@ -232,16 +231,13 @@ class _Scaled:
             self.pair.settle(chunks, scratch)
             found = self.pair.done
             self.done = TensorDone(found.number, None, found.equal) if self.job.is_scales else found
-            self.fresh = [k for k in range(len(self.job.ts)) if self._handed_on(k) is None]
+            self.fresh = [k for k in range(len(self.job.ts)) if self.job.handed_on(k, equal=found.equal) is None]
             return
         for output in self.fresh:
             self.scales[output] = scales_of(self.job, self.largest.pop(output))
 
-    def _handed_on(self, output: int) -> TensorSource | None:
-        return self.scaling.stored(self.job.ts[output], equal=self.pair.equal)
-
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
-        if (source := self._handed_on(output)) is not None:
+        if (source := self.job.handed_on(output, equal=self.done.equal)) is not None:
             source.read_into(start, out)
             return out
         scales = self.scales[output]

@@ -24,6 +24,7 @@ from merge_tool.prepare import prepare
 from merge_tool.recipe import Recipe
 from merge_tool.verify import verify
 from oracle import float64_merge
+from test_vocab import tokenizer
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 DTYPES["F8_E8M0"] = E8M0  # what an output of ours may hold, and load_file is to read
@@ -274,6 +275,7 @@ def test_the_output_has_the_format_of_the_base(tmp_path: Path, fp8_pair: tuple[P
     """Its names, shapes, dtypes and config.json; it is inspected, compared and read as any model in 8 bits."""
     base, ft = fp8_pair
     merge(base, ft, tmp_path / "out", 0.3, dtype="base")
+    assert merge(base, ft, tmp_path / "out", 0.3, dtype="base").already_complete
     before, after = load_folder(base), load_folder(tmp_path / "out")
     assert {n: (a.dtype, a.shape) for n, a in before.items()} == {n: (a.dtype, a.shape) for n, a in after.items()}
     assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
@@ -394,6 +396,27 @@ def test_codes_with_something_added_to_them_are_refused(tmp_path: Path) -> None:
     assert {n for n in before if before[n].tobytes() != after[n].tobytes()} == {"m.0.weight", "m.0.weight_scale_inv"}
 
 
+def test_rows_by_token_go_with_weights_in_8_bits(tmp_path: Path) -> None:
+    """--vocab: embeddings have no scales in practice; a weight beside them is what it is without --vocab."""
+    pair, tokens = [], (["<s>", "a", "b"], ["<s>", "b", "a", "c"])
+    for seed, words in enumerate(tokens):
+        tensors = packed({"m.0.weight": normal(seed, 50, 40)}, (16, 16))
+        tensors["model.embed_tokens.weight"] = normal(seed, len(words), 40).astype(BF16)
+        config = config_of((16, 16), vocab_size=len(words), tie_word_embeddings=True)
+        side_files = {"tokenizer.json": tokenizer(words)}
+        pair.append(save_model(tmp_path / f"m{seed}", tensors, config=config, side_files=side_files))
+    merge(*pair, tmp_path / "out", 0.4, dtype="base", vocab="union")
+    merge(*pair, tmp_path / "plain", 0.4, dtype="base", exclude=["embed_tokens"])
+    out, plain = load_folder(tmp_path / "out"), load_folder(tmp_path / "plain")
+    assert out.pop("model.embed_tokens.weight").shape == (4, 40)
+    del plain["model.embed_tokens.weight"]
+    assert same_bytes(out, plain)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config == config_of((16, 16), vocab_size=4, tie_word_embeddings=True)
+    for full in (False, True):
+        assert [found.problems for found in verify(tmp_path / "out", (pair[0], pair[1]), full=full)] == [()]
+
+
 @pytest.mark.parametrize("shape", [(), (0, 4)])
 def test_scalars_and_empty_weights_with_a_scale_are_written(tmp_path: Path, shape: tuple[int, ...]) -> None:
     tensors = {"w": np.ones(shape, DTYPES["F8_E4M3"]), "w_scale": np.array(0.5, np.float32)}
@@ -508,6 +531,20 @@ def test_a_large_tensor_is_quantised_below_the_least_budget(
     assert abs(planned["expected_peak_bytes"] - done["peak_bytes"]) < 0.2 * done["peak_bytes"]
     for path in (tmp_path / "out").rglob("*.safetensors"):
         path.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
+def test_ten_thousand_tensors_in_8_bits_stay_below_the_least_budget(tmp_path: Path) -> None:
+    """5,000 weights and their scales."""
+    pair = []
+    for seed in (1, 2):
+        codes, scales = quantise(normal(seed, 8, 16).astype(np.float64), (128, 128), CODES["F8_E4M3"], SCALES["F32"])
+        names = [f"model.layers.{n // 100}.mlp.experts.{n % 100}.down_proj.weight" for n in range(5_000)]
+        tensors = {**dict.fromkeys(names, codes), **{f"{name}_scale_inv": scales for name in names}}
+        pair.append(save_model(tmp_path / f"m{seed}", tensors, config=config_of((128, 128))))
+    words = [*map(str, pair), str(tmp_path / "out"), "--dtype", "base", "--memory", "64MB", "--json"]
+    done = subprocess.run([sys.executable, "-m", "merge_tool", "merge", *words], capture_output=True, check=True)
+    assert json.loads(done.stdout)["peak_bytes"] < 64_000_000
 
 
 def test_a_layout_has_room_for_the_largest_of_every_group(tmp_path: Path) -> None:

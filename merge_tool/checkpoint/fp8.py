@@ -137,12 +137,13 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
     if not weights:
         return None
     block = _block_of(name, settings)
+    grids: dict[Grid, Grid] = {}  # thousands of weights have the same few
     made = {
         weight: ScaledTensor(
             replace(sources[weight].info, dtype="F32", offset=0),
             sources[weight],
             sources[scales],
-            _grid(name, sources[weight].info, sources[scales].info, block),
+            grids.setdefault(grid := _grid(name, sources[weight].info, sources[scales].info, block), grid),
         )
         for weight, scales in weights.items()
     }
