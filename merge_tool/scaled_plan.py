@@ -87,8 +87,8 @@ def plan_scaled(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> ScaledPlan 
     if changed:
         raise RecipeError(
             f"dtype is 'base', and {base.name} has {len(changed):,} tensors in 8 bits with something added to them: "
-            f"{listed(changed)}. Only BASE's own codes are quantised again; write bfloat16 (the default), and quantise it "
-            "afterwards."
+            f"{listed(changed)}. Only BASE's own codes are quantised again; write bfloat16 (the default), and quantise "
+            "it afterwards."
         )
     for source in scaled.activations.values():
         if source.info.dtype not in STORED_DTYPES:

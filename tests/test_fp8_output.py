@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints import BF16, DTYPES, Array, contents, load_file, load_folder, save_file, save_model
+from checkpoints import BF16, DTYPES, STORED, Array, contents, load_file, load_folder, save_file, save_model
 from merge_tool import DataError, MergeToolError, merge, open_checkpoint
 from merge_tool.checkpoint.header import TensorInfo, build_header
 from merge_tool.compare import inspect_checkpoint
@@ -26,8 +26,7 @@ from merge_tool.verify import verify
 from oracle import float64_merge
 from test_vocab import tokenizer
 
-E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-DTYPES["F8_E8M0"] = E8M0  # what an output of ours may hold, and load_file is to read
+E8M0 = STORED["F8_E8M0"]
 CODES = {name: DTYPES[name] for name in ("F8_E4M3", "F8_E5M2")}
 SCALES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16, "F8_E8M0": E8M0}
 DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
