@@ -194,6 +194,7 @@ def test_codes_and_scales_are_those_of_the_exact_merge(tmp_path_factory: Any, da
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[int, int], Block], Callable[[Array], Array]]] = {
+    "a block": ("_scale_inv", lambda rows, columns: (128, 128), lambda s: s),
     "a row": ("_scale", lambda rows, columns: (1, columns), lambda s: s),
     "a row, flat": ("_scale", lambda rows, columns: (1, columns), lambda s: s.ravel()),
     "the tensor, a scalar": ("_scale", lambda rows, columns: (rows, columns), lambda s: s.reshape(())),
@@ -203,7 +204,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[int, int], Block], Callable[[Array], Arr
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_grids_are_written_as_they_are_read(tmp_path: Path, layout: str) -> None:
-    """One scale a row or a tensor, whatever its shape; the same in a file without a configuration."""
+    """One scale a block, row or tensor, whatever its shape, of more elements than are in hand at a time; in a file
+    without a configuration."""
     suffix, block_of, reshape = LAYOUTS[layout]
     block = block_of(300, 700)
     codes, scales = quantise(normal(1, 300, 700).astype(np.float64), block, CODES["F8_E4M3"], SCALES["F32"])
