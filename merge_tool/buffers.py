@@ -6,7 +6,7 @@ import mmap
 
 import numpy as np
 
-from merge_tool.checkpoint.reader import NUMPY_DTYPES
+from merge_tool.checkpoint.reader import STORED_DTYPES
 from merge_tool.memory import Layout, aligned
 from merge_tool.methods import Array, Scratch
 from merge_tool.plan import TensorJob
@@ -54,7 +54,7 @@ class WorkerMemory:
         """Flat arrays of `length` elements for every input, and for the output."""
         found, start = [], 0
         for info in (*(source.info for source in job.sources), job.out):
-            dtype = NUMPY_DTYPES[info.dtype]
+            dtype = STORED_DTYPES[info.dtype]
             found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
             start += aligned(length * dtype.itemsize)
         return found[:-1], found[-1]

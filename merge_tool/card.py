@@ -51,6 +51,11 @@ def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, ha
         f"{summary.num_tensors:,} tensors, {summary.num_parameters:,} parameters. Side files (configuration, "
         f"tokenizer) are those of {names[donor]}.{_tokenizer(plan, names)}"
     )
+    if plan.num_quantised:
+        yield (
+            f"{plan.num_quantised:,} weights are 8-bit floats with scales, as in {names[0]}: merged in their real "
+            "values and quantised again."
+        )
     if has_code:
         yield "The folder holds Python code of that model, copied as it is and not run; read it before you trust it."
     if summary.groups or plan.is_pair:

@@ -218,7 +218,8 @@ _RECIPE_OPTIONS = [
     click.option(
         "--dtype",
         metavar=f"[{'|'.join(OUTPUT_DTYPES)}]",
-        help="Type of the output's floats.  [default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
+        help="Type of the output's floats; base: BASE's, with fresh scales where its floats have 8 bits and scales.  "
+        "[default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
     ),
     _SHARD_OPTION,
     click.option(

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_tool.checkpoint.reader import NUMPY_DTYPES
+from merge_tool.checkpoint.reader import STORED_DTYPES
 from merge_tool.errors import RecipeError
 from merge_tool.methods import TILE, Scratch
 from merge_tool.plan import MergePlan, TensorJob
+from merge_tool.quantise import extra_bytes
 from merge_tool.work import work_tile
 
 LEAST_BYTES = 64_000_000
@@ -73,7 +74,7 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
     room = budget - fixed
     unit = max((work_tile(plan, job) for job in plan.jobs()), default=TILE)
     unit = max(TILE, -(-unit // TILE) * TILE)
-    tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.out.numel // unit) for job in plan.jobs()), default=1) or 1)
+    tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.numel // unit) for job in plan.jobs()), default=1) or 1)
     jobs = max(1, min(jobs, plan.num_tensors * tiles))
     slot_bytes, temporary = _job_bytes(plan, tiles * unit)
     while jobs * (slot_bytes + temporary + Scratch.NBYTES) > room // 2 and (tiles > 1 or jobs > 1):
@@ -94,21 +95,30 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
 
 def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
     """The largest slot for a chunk of so many elements; the most that reading and merging one takes beside it."""
-    slot = temporary = 0
+    slot = temporary = finishing = 0
     for job in plan.jobs():
         infos = (*(source.info for source in job.sources), job.out)
-        slot = max(slot, sum(aligned(chunk * NUMPY_DTYPES[info.dtype].itemsize) for info in infos))
+        slot = max(slot, sum(aligned(min(chunk, i.numel) * STORED_DTYPES[i.dtype].itemsize) for i in infos))
         reading = max(source.extra_bytes(min(chunk, source.info.numel)) for source in job.sources)
         merging = 0 if job.given is None else 8 * (len(job.sources) + _STEPS_ROWS) * work_tile(plan, job)
-        temporary = max(temporary, reading, merging)
-    return slot, temporary
+        temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
+        finishing = max(finishing, _scales_bytes(plan, job))  # of a tensor whose last chunk the job may be writing
+    return slot, temporary + finishing
 
 
 def _state_bytes(plan: MergePlan) -> int:
-    """What a method's passes over the one tensor that they are at may hold."""
+    """What the passes over the one tensor that they are at may hold."""
     if plan.steps is None:
-        return 0
+        return max((_scales_bytes(plan, job) for job in plan.jobs()), default=0)
     return max((plan.steps.state_bytes(job.given) for job in plan.jobs() if job.given is not None), default=0)
+
+
+def _scales_bytes(plan: MergePlan, job: TensorJob) -> int:
+    """The largest of every group, in float64, and the scales that follow, in every output."""
+    if job.scaling is None:
+        return 0
+    itemsize = STORED_DTYPES[job.scaling.like.scales.info.dtype].itemsize
+    return len(plan.ts) * job.scaling.num_scales * (8 + itemsize)
 
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:

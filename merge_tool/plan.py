@@ -9,25 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.checkpoint.folder import is_pickle
-from merge_tool.checkpoint.fp8 import ScaledTensor
 from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, shown
 from merge_tool.matching import Matching, match_tensors, natural_key, no_match
 from merge_tool.methods.steps import Given, StepsMethod
-from merge_tool.recipe import OUTPUT_DTYPES, QUANTISE_LATER, Recipe, label_t
+from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
 from merge_tool.rows import rows_note
+from merge_tool.scaled_plan import ScaledPlan, Scaling, plan_scaled
 from merge_tool.schedule import Schedule
 
 _PAIR = (0, 1)
 _PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # the same name in both formats
+_SCALES = "scales of the merged values"
+_CALIBRATED = "scale of activations: the base's"
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
 
@@ -38,7 +40,7 @@ class TensorJob:
     `sides` are the numbers of the models that `sources` belong to, the base first if there is one. `exact` tensors
     (integers, booleans) have no values between two: they are copied when equal. `ts` has the t of each output. `given`
     is what a method of any number of models is told; without it a pair is merged, and a single source is copied, byte
-    for byte: `note` says why.
+    for byte: `note` says why. With `scaling` a pair is merged in real values and written as codes, or as their scales.
     """
 
     number: int
@@ -49,6 +51,7 @@ class TensorJob:
     ts: tuple[float, ...]
     note: str = ""
     given: Given | None = None
+    scaling: Scaling | None = None
 
     @property
     def base(self) -> TensorSource:
@@ -61,6 +64,26 @@ class TensorJob:
     @property
     def is_copied(self) -> bool:
         return self.given is None and len(self.sources) == 1
+
+    @property
+    def is_scales(self) -> bool:
+        """Whether the output has the scales of what its inputs have the values of."""
+        return self.scaling is not None and self.out.name != self.base.info.name
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether there may be more than one pass over its inputs before anything is merged."""
+        return self.given is not None or self.scaling is not None
+
+    @property
+    def numel(self) -> int:
+        """How many elements each input has: as many as the output, but for scales."""
+        return self.base.info.numel
+
+    def handed_on(self, output: int, *, equal: bool) -> TensorSource | None:
+        """Of 8 bits: the codes or the scales that are taken byte for byte, if any are."""
+        side = None if self.scaling is None else self.scaling.handed_on(self.ts[output], equal=equal)
+        return None if side is None else side.scales if self.is_scales else side.codes
 
     @property
     def input_nbytes(self) -> int:
@@ -99,6 +122,7 @@ class MergePlan:
     layers: tuple[int, ...] = ()  # which of the donor's layers each of the output's was, if they are not the same
     seed: int = 0
     chat_template: str = ""  # what the output's tokenizer has instead of its own
+    is_scaled: bool = False  # whether BASE has 8-bit floats with scales and the output has them, too
 
     @property
     def ts(self) -> tuple[float, ...]:
@@ -133,7 +157,14 @@ class MergePlan:
     @property
     def num_scheduled(self) -> int:
         """How many tensors have a t of their own."""
-        return sum(not job.is_copied and job.ts is not self.ts for job in self.jobs()) if self.recipe.rules else 0
+        if not self.recipe.rules:
+            return 0
+        return sum(not (job.is_copied or job.is_scales) and job.ts is not self.ts for job in self.jobs())
+
+    @property
+    def num_quantised(self) -> int:
+        """How many tensors are merged and written as codes of 8 bits with scales."""
+        return sum(job.scaling is not None and not job.is_scales for job in self.jobs())
 
     @property
     def num_kept(self) -> int:
@@ -157,7 +188,7 @@ class MergePlan:
     def config_dtype(self) -> str | None:
         """The dtype code that config.json should name now, if the merge changed it."""
         if self.recipe.dtype in (None, "base"):
-            changed = any(job.out.dtype != job.base.stored_dtype for job in self.jobs())
+            changed = any(job.scaling is None and job.out.dtype != job.base.stored_dtype for job in self.jobs())
             return "BF16" if changed else None
         return OUTPUT_DTYPES[self.recipe.dtype]
 
@@ -192,16 +223,15 @@ def plan_merge(recipe: Recipe, models: Sequence[Checkpoint], *, single_file: str
     if recipe.files_from == "ft" and ft.folder is None and base.folder is not None:
         raise RecipeError(f"--files-from ft: {ft.name} is a single file, it has no other files to copy.")
     stem = output_stem(base)
+    scaled = plan_scaled(recipe, base, ft)
     schedule = _ScheduledTs(recipe, base, matching)
-
-    def job(number: int, out: TensorInfo) -> TensorJob:
-        return _job(number, out, models, matching, schedule(out.name))
-
-    infos = _output_infos(recipe, base, matching)
-    shards = lay_out(infos, base, stem, None if single_file else recipe.max_shard_bytes, single_file, job)
+    jobs = _Jobs(models, matching, schedule, scaled)
+    infos = _output_infos(recipe, base, matching, scaled)
+    shards = lay_out(infos, base, stem, None if single_file else recipe.max_shard_bytes, single_file, jobs)
     facts = _facts(recipe, base, ft, stem, single_file)
-    warnings = (*matching.warnings, *schedule.check(base.tensors))
-    return MergePlan(recipe, (base.name, ft.name), shards, stem, facts, warnings)
+    told = scaled.warnings() if scaled else ()
+    warnings = (*matching.warnings, *told, *schedule.check(base.tensors))
+    return MergePlan(recipe, (base.name, ft.name), shards, stem, facts, warnings, is_scaled=scaled is not None)
 
 
 def lay_out(
@@ -226,16 +256,45 @@ def lay_out(
     return tuple(shards)
 
 
-def _job(
-    number: int, out: TensorInfo, models: Sequence[Checkpoint], matching: Matching, ts: tuple[float, ...]
-) -> TensorJob:
-    name = out.name
-    base, ft = models
-    x = base.source(name)
-    if name in matching.kept:
-        return TensorJob(number, out, (x,), (0,), False, ts, matching.kept[name])
-    y = ft.source(matching.ft_names.get(name, name))
-    return TensorJob(number, out, (x, y), _PAIR, x.info.dtype not in FLOAT_DTYPES, ts, rows_note(x))
+@dataclass(frozen=True, slots=True)
+class _Jobs:
+    """From an output tensor to its job: what it is made of."""
+
+    models: Sequence[Checkpoint]
+    matching: Matching
+    schedule: _ScheduledTs
+    scaled: ScaledPlan | None
+    shared: dict[str, tuple[tuple[TensorSource, TensorSource], Scaling]] = field(default_factory=dict)
+
+    def __call__(self, number: int, out: TensorInfo) -> TensorJob:
+        if self.scaled is not None:
+            if (source := self.scaled.scaled.activations.get(out.name)) is not None:
+                return TensorJob(number, out, (source,), (0,), False, self.schedule.base_ts, _CALIBRATED)
+            if (weight := self.scaled.weights.get(out.name)) is not None:
+                return self._in_8_bits(number, out, weight, self.scaled)
+        return self._plain(number, out)
+
+    def _plain(self, number: int, out: TensorInfo) -> TensorJob:
+        x, ts = self.models[0].source(out.name), self.schedule(out.name)
+        if (note := self.matching.kept.get(out.name)) is not None:
+            return TensorJob(number, out, (x,), (0,), False, ts, note)
+        exact = x.info.dtype not in FLOAT_DTYPES
+        return TensorJob(number, out, (x, self._ft(out.name)), _PAIR, exact, ts, rows_note(x))
+
+    def _in_8_bits(self, number: int, out: TensorInfo, weight: str, scaled: ScaledPlan) -> TensorJob:
+        """Codes and scales have the fate of the weight that they are of."""
+        ts = self.schedule(weight)
+        if (note := self.matching.kept.get(weight)) is not None:
+            return TensorJob(number, out, (scaled.kept(out.name),), (0,), False, ts, note)
+        if weight not in self.shared:
+            x, y = self.models[0].source(weight), self._ft(weight)
+            self.shared[weight] = (x, y), scaled.scaling(weight, y)
+        sources, scaling = self.shared[weight]
+        note = "" if out.name == weight else _SCALES
+        return TensorJob(number, out, sources, _PAIR, False, ts, note, scaling=scaling)
+
+    def _ft(self, name: str) -> TensorSource:
+        return self.models[1].source(self.matching.ft_names.get(name, name))
 
 
 class _ScheduledTs:
@@ -247,9 +306,14 @@ class _ScheduledTs:
         self.used: set[int | None] = set()
         self.shared: dict[float, tuple[float, ...]] = {}  # one tuple for all tensors of one t
 
+    @property
+    def base_ts(self) -> tuple[float, ...]:
+        """The t of what is the base's in all outputs."""
+        return self.shared.setdefault(0.0, (0.0,) * len(self.ts))
+
     def __call__(self, name: str) -> tuple[float, ...]:
         if name in self.kept:
-            return self.shared.setdefault(0.0, (0.0,) * len(self.ts))
+            return self.base_ts
         rule = self.schedule.find(name)
         self.used.add(rule)
         if rule is None:
@@ -271,17 +335,16 @@ class _ScheduledTs:
             )
 
 
-def _output_infos(recipe: Recipe, base: Checkpoint, matching: Matching) -> list[TensorInfo]:
+def _output_infos(recipe: Recipe, base: Checkpoint, matching: Matching, scaled: ScaledPlan | None) -> list[TensorInfo]:
     """The output's tensors in natural order (layer 2 before layer 10), in the dtypes they will have."""
-    infos = (base.tensors[name] for name in sorted(sorted(base.tensors), key=natural_key))
-    kept = matching.kept
+    kept, as_stored = matching.kept, {info.name: info for info in (scaled.infos() if scaled else ())}
     found = []
-    for info in infos:
-        stored = base.stored_dtype(info.name)
-        if recipe.dtype == "base" and isinstance(base.source(info.name), ScaledTensor):
-            raise RecipeError(f"dtype is 'base', and {base.name} has {shown(info.name)} in 8 bits: {QUANTISE_LATER}")
-        dtype = stored if info.name in kept else output_dtype(recipe, stored)
-        found.append(info if dtype == info.dtype else replace(info, dtype=dtype))
+    for name in sorted(sorted({**base.tensors, **as_stored}), key=natural_key):
+        if (info := as_stored.get(name)) is None:
+            info, stored = base.tensors[name], base.stored_dtype(name)
+            dtype = stored if name in kept else output_dtype(recipe, stored)
+            info = info if dtype == info.dtype else replace(info, dtype=dtype)
+        found.append(info)
     return found
 
 

@@ -91,9 +91,12 @@ class Prepared:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of weights to be read: once what fits the arena or is copied, twice the rest."""
-        sizes = ((job.input_nbytes, region_bytes(job)) for job in self.plan.jobs())
-        return sum(size if region <= self.layout.arena_bytes else 2 * size for size, region in sizes)
+        """Bytes of weights to be read: once what fits the arena or is copied, twice the rest, 8-bit codes thrice."""
+        arena = self.layout.arena_bytes
+        return sum(
+            job.input_nbytes * (1 if region_bytes(job) <= arena else 3 if job.scaling and not job.is_scales else 2)
+            for job in self.plan.jobs()
+        )
 
     @property
     def free_disk_bytes(self) -> int:
@@ -199,7 +202,7 @@ def _prepare(
         )
     except OSError as e:
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
-    side_files = replace(side_files, layers=plan.layers)
+    side_files = replace(side_files, layers=plan.layers, keeps_quantization=plan.is_scaled)
     told: list[str] = []
     if alignment is not None:
         side_files = side_files_of(alignment, side_files)

@@ -15,8 +15,8 @@ DEFAULT_T = 0.5
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 OUTPUT_DTYPES = {"base": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 QUANTISE_LATER = (
-    "8-bit floats with scales are read, but not written: the output is bfloat16 (the default). Quantise it afterwards, "
-    "with llm-compressor or the tool that made the inputs."
+    "8 bits are written only as BASE has them, by --dtype base. Otherwise write bfloat16 (the default) and quantise it "
+    "afterwards, with llm-compressor or the tool that made the inputs."
 )
 _NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
 SIDES = ("base", "ft")
@@ -29,7 +29,8 @@ class Recipe:
     """A merge as asked: nothing here depends on what the checkpoints hold.
 
     `ts` are the interpolation parameters, one output each: 0 is the base, 1 the finetune. `dtype` is a key of
-    OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats. `files_from` names the
+    OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats, which "base" writes as the
+    base has them, with scales where it has such. `files_from` names the
     side whose configuration and tokenizer are copied. `on_mismatch` says what happens to integer tensors that
     differ and to tensors of another shape or type, `on_missing` to those that only one side has. `t_for` gives some
     tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping from patterns to values;

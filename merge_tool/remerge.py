@@ -12,7 +12,7 @@ import subprocess
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -23,12 +23,14 @@ from merge_tool.api import card_of, report_of
 from merge_tool.buffers import WorkerMemory
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checks import Checks, check_bytes, first_difference
 from merge_tool.errors import CheckpointError, OutputError, listed, shown
 from merge_tool.lora import open_models
 from merge_tool.methods import METHODS, TILE, as_bytes, same_values
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.prepare import Prepared, prepare
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
+from merge_tool.remerge_scaled import ScaledSample
 from merge_tool.report import Finding, Findings, from_record, stream_report, summarise, tensor_text
 from merge_tool.run import ShardDone, run_plan
 from merge_tool.side_files import CARD, RECIPE, REPORT
@@ -43,24 +45,6 @@ for pattern in patterns:
     for name in names:
         re.search(pattern, name)
 """
-_MOST = 50  # problems that are named; the rest is counted
-
-
-@dataclass
-class Checks:
-    """What one output's check has found out so far."""
-
-    num_files: int = 0
-    nbytes: int = 0
-    num_compared: int = 0
-    problems: list[str] = field(default_factory=list)
-    more: int = 0
-
-    def add(self, problem: str) -> None:
-        if len(self.problems) < _MOST:
-            self.problems.append(problem)
-        else:
-            self.more += 1
 
 
 @dataclass(frozen=True)
@@ -293,10 +277,14 @@ def _check_sample(
 ) -> None:
     """Merge some tiles of every tensor again, with the sums of the report."""
     worker, chance = WorkerMemory(prepared.layout), random.Random()
+    scaled = ScaledSample(checks, files, prepared.plan, findings, share, worker)
     there = bytearray(max((TILE * 8), 1))
     for shard in prepared.plan.shards:
-        _check_bytes(checks, files[shard.number], 0, memoryview(shard.header()), "its header")
+        check_bytes(checks, files[shard.number], 0, memoryview(shard.header()), "its header")
         for job in shard.jobs:
+            if job.scaling is not None:
+                scaled.check(job)
+                continue
             tiles = -(-job.out.numel // TILE)
             most = max(1, round(share * tiles))
             for tile in sorted(chance.sample(range(tiles), min(tiles, most))):
@@ -334,35 +322,7 @@ def _check_tile(
     merged = merge_chunk(job, t, weights, start, arrays, worker.scratch)
     data = as_bytes(merged)
     checks.num_compared += stop - start
-    return _check_bytes(checks, file, job.out.offset + start * merged.itemsize, data, job.out.name, there, job)
-
-
-def _check_bytes(
-    checks: Checks,
-    file: LocalFile,
-    offset: int,
-    expected: memoryview,
-    what: str,
-    room: bytearray | None = None,
-    job: TensorJob | None = None,
-) -> bool:
-    """Compare `expected` with the file's bytes from `offset` on."""
-    place = _first_difference(file, offset, expected, room if room is not None else bytearray(_PIECE))
-    if place is None:
-        return True
-    element = f"element {(place - job.out.offset) // (job.out.nbytes // job.out.numel):,}" if job else f"byte {place:,}"
-    checks.add(f"{shown(file.name)}: {shown(what)} is not the merge of these parents: {element} differs.")
-    return False
-
-
-def _first_difference(file: LocalFile, offset: int, expected: memoryview, room: bytearray) -> int | None:
-    for start in range(0, len(expected), len(room)):
-        piece = expected[start : start + len(room)]
-        view = memoryview(room)[: len(piece)]
-        file.read_into(offset + start, view)
-        if view != piece:
-            return offset + start + next(k for k, (a, b) in enumerate(zip(view, piece, strict=True)) if a != b)
-    return None
+    return check_bytes(checks, file, job.out.offset + start * merged.itemsize, data, job.out.name, there, job)
 
 
 class _Comparer:
@@ -372,7 +332,7 @@ class _Comparer:
         self.file, self.first, self.nbytes = file, -1, 0
 
     def write(self, offset: int, data: memoryview) -> None:
-        place = _first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
+        place = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
         if place is not None and (self.first < 0 or place < self.first):
             self.first = place
 

@@ -135,7 +135,9 @@ def _tensor_json(plan: MergePlan, job: TensorJob, finding: Finding, output: int)
     content: dict[str, Any] = {"name": job.out.name, "shape": list(job.out.shape), "dtype": job.out.dtype}
     content |= _pair_json(job, t) if plan.is_pair else _sources_json(plan, job, t)
     content["equal"] = finding.equal
-    if plan.is_pair and job.ft is not None and job.ft.info.name != job.out.name:
+    if job.is_scales:
+        content["scales_of"] = job.base.info.name
+    elif plan.is_pair and job.ft is not None and job.ft.info.name != job.out.name:
         content["name_ft"] = job.ft.info.name
     if note := found.note or job.note:
         content["note"] = note

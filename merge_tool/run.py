@@ -4,7 +4,7 @@ Sees a plan and never the recipe; parses nothing, prints nothing. The calling th
 queues tasks in file order; workers take them in that order, so whoever waits, waits for a task that has begun:
 
     tensor k+1: sum its chunks        (a tensor that fits the arena is read here once, and kept)
-    tensor k:   combine its chunks    (a larger one is read again)
+    tensor k:   combine its chunks    (a larger one is read again; some take more passes first)
 
 A chunk is a whole number of tiles, so nothing in the output depends on how memory is shared out.
 """
@@ -138,10 +138,17 @@ class _OpenTensor:
     is_ready: bool = False  # whether it can be merged
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """[start, stop) of its chunks; an empty tensor has one empty chunk."""
-        numel = self.job.out.numel
-        for start in range(0, max(numel, 1), self.chunk_elements):
-            yield start, min(start + self.chunk_elements, numel)
+        """[start, stop) of its inputs' chunks; an empty tensor has one empty chunk."""
+        return _cut(self.job.numel, self.chunk_elements)
+
+    def out_chunks(self) -> Iterator[tuple[int, int]]:
+        """The same of its output: other ones, where that has the scales of what the inputs hold."""
+        return _cut(self.job.out.numel, self.chunk_elements)
+
+
+def _cut(numel: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, max(numel, 1), size):
+        yield start, min(start + size, numel)
 
 
 _Task = Callable[[WorkerMemory], None]
@@ -280,7 +287,7 @@ class _Run:
         if not tensor.work.needs_chunks:
             return
         with self.changed:
-            tensor.adds_left, tensor.adds_turn = tensor.writes_left, 0
+            tensor.adds_left, tensor.adds_turn = sum(1 for _ in tensor.chunks()), 0
         for number, (start, stop) in enumerate(tensor.chunks()):
             if tensor.kept is None or not tensor.is_read:
                 self._prefetch(tensor.job, start, stop)
@@ -288,11 +295,11 @@ class _Run:
 
     def _queue_merge(self, tensor: _OpenTensor) -> None:
         """Queue its chunks to be merged; first, where one pass was not enough, the others."""
-        while tensor.job.given is not None and not tensor.is_ready:
+        while tensor.job.has_passes and not tensor.is_ready:
             self._await(lambda: tensor.adds_left == 0)
             self._queue_pass(tensor)
-        for start, stop in tensor.chunks():
-            if tensor.kept is None:
+        for start, stop in tensor.out_chunks():
+            if tensor.kept is None and not tensor.job.is_scales:
                 self._prefetch(tensor.job, start, stop)
             turn, tensor.shard.queued = tensor.shard.queued, tensor.shard.queued + 1
             self._queue(partial(self._write, tensor, turn, start, stop))
@@ -394,8 +401,8 @@ class _Run:
     def _write(self, tensor: _OpenTensor, turn: int, start: int, stop: int, worker: WorkerMemory) -> None:
         job, shard = tensor.job, tensor.shard
         self._block(lambda: tensor.is_ready)
-        inputs = self._inputs(worker, tensor, start, stop)
-        if tensor.kept is None or not tensor.is_read:
+        inputs = [] if job.is_scales else self._inputs(worker, tensor, start, stop)
+        if not job.is_scales and (tensor.kept is None or not tensor.is_read):
             for source in job.sources:
                 source.forget(start, stop)
         if not tensor.is_read:  # by a pass: here for the first time

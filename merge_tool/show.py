@@ -97,6 +97,7 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
         "num_kept": plan.num_kept,
+        "num_quantised": plan.num_quantised,
         "read_bytes": prepared.read_bytes,
         "input_bytes": plan.input_bytes,
         "write_bytes": prepared.disk_bytes,
@@ -122,7 +123,9 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters{f', {layers}' if layers else ''})"
     if plan.num_kept:
         yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are {_whose(plan)} as they are"
-    again = " (tensors that do not fit the memory twice)" if prepared.read_bytes > plan.input_bytes else ""
+    if plan.num_quantised:
+        yield f"  8 bits    {plan.num_quantised:,} weights, quantised again as in {shown(plan.names[0])}"
+    again = " (what does not fit the memory more than once)" if prepared.read_bytes > plan.input_bytes else ""
     yield f"  read      {_size(prepared.read_bytes)}{again}"
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
         f" ({len(plan.ts)} outputs)" if many else ""

@@ -68,7 +68,7 @@ def _schedule(plan: MergePlan) -> list[tuple[str, list[list[float]]]]:
     schedule = Schedule(plan.recipe.rules, [job.out.name for job in plan.jobs()])
     rows: dict[str, list[list[float]]] = {}
     for job in plan.jobs() if schedule.rules else ():
-        if job.is_copied:
+        if job.is_copied or job.is_scales:
             continue
         rule = schedule.find(job.out.name)
         columns = rows.setdefault(_place(job), [[] for _ in _columns(plan)])

@@ -59,6 +59,7 @@ class SideFiles:
     unmerged: tuple[str, ...]
     layers: tuple[int, ...] = ()  # which of the model's layers each of the output's was, if that changes
     vocab_sizes: tuple[frozenset[int], int] | None = None  # those that config.json may name, and what it says now
+    keeps_quantization: bool = False  # whether the output is quantised, as config.json says
 
     @property
     def size(self) -> int:
@@ -66,7 +67,7 @@ class SideFiles:
 
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
         """What the output's copy of `file` holds: its bytes; of config.json with `dtype`, layers and vocabulary as they
-        are now, and without the quantization_config that the output's weights no longer have."""
+        are now, and without a quantization_config that is none of the output's weights."""
         if file.content is not None:
             yield file.content
             return
@@ -75,7 +76,8 @@ class SideFiles:
         path = folder.regular(file.source)
         try:
             if file.source == "config.json" and file.size <= LARGEST_JSON:
-                config = _edit_config(path.read_bytes(), dtype)
+                config = path.read_bytes()
+                config = config if self.keeps_quantization else _edit_config(config, dtype)
                 config = edit_vocab_size(config, *self.vocab_sizes) if self.vocab_sizes else config
                 yield edit_config_layers(config, self.layers) if self.layers else config
                 return

@@ -17,9 +17,10 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.checkpoint.source import sha256_of
+from merge_tool.checks import Checks
 from merge_tool.errors import CheckpointError, MergeToolError, OutputError, shown
 from merge_tool.older import read_sums, strangers
-from merge_tool.remerge import Checks, StoredReport, check_parents, plan_again, plan_recipe_again
+from merge_tool.remerge import StoredReport, check_parents, plan_again, plan_recipe_again
 from merge_tool.report import FORMAT, stream_report, sums_text
 from merge_tool.side_files import CARD, REPORT, SUMS, WORK
 

@@ -6,12 +6,14 @@ Chunks are whole tiles, and their number and order change nothing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from merge_tool.checkpoint.reader import NUMPY_DTYPES, STORED_DTYPES
 from merge_tool.errors import DataError, shown
 from merge_tool.methods import (
     METHODS,
@@ -33,6 +35,7 @@ from merge_tool.methods import (
 from merge_tool.methods.passes import Running, start_pass
 from merge_tool.methods.steps import FLAT, Combine, Given, Pass, Steps, StepsMethod, Tile, tile_elements
 from merge_tool.plan import MergePlan, TensorJob
+from merge_tool.quantise import encode_scaled, fresh_scales, largest_of
 from merge_tool.rows import alone_ranges
 
 Chunks = Callable[[], Iterable[tuple[int, Sequence[Array]]]]  # (first element, inputs) of every chunk once more
@@ -68,7 +71,8 @@ class Work(Protocol):
         """All chunks were added: decide what comes next. Raises DataError for values that cannot be merged."""
 
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
-        """Elements of an output: `out`, filled, or an input as it is."""
+        """Elements of an output: `out`, filled, or an input as it is. Of scales, which are not where the inputs are,
+        without inputs."""
 
 
 def start_work(plan: MergePlan, job: TensorJob) -> Work:
@@ -76,6 +80,8 @@ def start_work(plan: MergePlan, job: TensorJob) -> Work:
         return _Copy(job)
     if job.exact:
         return _Exact(plan, job)
+    if job.scaling is not None:
+        return _Scaled(plan, job)
     if job.given is None:
         return _Pair(plan, job)
     assert plan.steps is not None
@@ -141,7 +147,7 @@ class _Pair:
 
     def __init__(self, plan: MergePlan, job: TensorJob) -> None:
         self.job, self.method, self.equal = job, METHODS[plan.method], True
-        self.parts = np.zeros((-(-job.out.numel // TILE), 3))
+        self.parts = np.zeros((-(-job.numel // TILE), 3))
         self.weights: tuple[Weights, ...] = ()
         self.done = TensorDone(job.number, None, equal=False)
 
@@ -184,6 +190,93 @@ def _shared_rows(job: TensorJob, start: int, x: Array, y: Array) -> tuple[Array,
         for begin, end in ranges:
             x[begin:end], y[begin:end] = 0, 0
     return x, y
+
+
+class _Scaled:
+    """A pair in BASE's 8 bits: the codes, or their scales. Where neither side's are handed on, a second pass merges
+    every element to find the largest of those that share a scale: the same for codes and scales, in any order."""
+
+    tile, in_order = TILE, False
+
+    def __init__(self, plan: MergePlan, job: TensorJob) -> None:
+        assert job.scaling is not None
+        self.job, self.scaling, self.pair = job, job.scaling, _Pair(plan, job)
+        self.fresh: list[int] = []  # the outputs with scales of their own
+        self.largest: dict[int, Array] = {}
+        self.scales: dict[int, Array] = {}
+        self.lock = threading.Lock()
+        self.done = self.pair.done
+
+    @property
+    def needs_chunks(self) -> bool:
+        return self.pair.needs_chunks or len(self.scales) < len(self.fresh)
+
+    def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
+        if self.pair.needs_chunks:
+            self.pair.add(start, inputs, scratch)
+            return
+        for begin in range(0, len(inputs[0]), TILE):
+            parts = [x[begin : begin + TILE] for x in inputs]
+            for output in self.fresh:
+                merged = self._merged(output, start + begin, parts, scratch)
+                magnitudes = np.abs(merged, out=scratch.f64[1, : len(merged)])
+                self._raise(output, largest_of(self.scaling.like.grid, start + begin, magnitudes))
+
+    def _raise(self, output: int, found: Iterable[tuple[tuple[slice, slice], Array]]) -> None:
+        for cut, values in found:
+            with self.lock:
+                if output not in self.largest:
+                    self.largest[output] = np.zeros(self.scaling.num_scales)
+                whole = self.largest[output].reshape(-1, self.scaling.like.grid.scale_columns)
+                np.maximum(whole[cut], values, out=whole[cut])
+
+    def settle(self, chunks: Chunks, scratch: Scratch) -> None:
+        if self.pair.needs_chunks:
+            self.pair.settle(chunks, scratch)
+            found = self.pair.done
+            self.done = TensorDone(found.number, None, found.equal) if self.job.is_scales else found
+            self.fresh = [k for k in range(len(self.job.ts)) if self.job.handed_on(k, equal=found.equal) is None]
+            return
+        for output in self.fresh:
+            self.scales[output] = scales_of(self.job, self.largest.pop(output))
+
+    def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
+        if (source := self.job.handed_on(output, equal=self.done.equal)) is not None:
+            source.read_into(start, out)
+            return out
+        scales = self.scales[output]
+        if self.job.is_scales:
+            return scales[start : start + len(out)]
+        for begin in range(0, len(out), TILE):
+            cut = slice(begin, begin + TILE)
+            merged = self._merged(output, start + begin, [x[cut] for x in inputs], scratch)
+            encode_scaled(self.scaling.like.grid, start + begin, merged, scales, out[cut])
+        return out
+
+    def _merged(self, output: int, start: int, inputs: Sequence[Array], scratch: Scratch) -> Array:
+        return merge_wide(self.job, self.job.ts[output], self.pair.weights[output], start, inputs, scratch)
+
+
+def merge_wide(
+    job: TensorJob, t: float, weights: Weights, start: int, inputs: Sequence[Array], scratch: Scratch
+) -> Array:
+    """At most a tile's elements in float64, in the first row of the scratch: where they are summed."""
+    x, y = inputs
+    out = scratch.f64[0, : len(x)]
+    return decode(y, out) if t == 1 else merge_chunk(job, t, weights, start, (x, y, out), scratch)
+
+
+def scales_of(job: TensorJob, largest: Array) -> Array:
+    """The scales of groups whose largest magnitudes these are. Raises DataError for values beyond 8 bits."""
+    assert job.scaling is not None
+    codes, scales = (side.info.dtype for side in (job.scaling.like.codes, job.scaling.like.scales))
+    found: Array = np.empty(len(largest), STORED_DTYPES[scales])
+    if not fresh_scales(largest, NUMPY_DTYPES[codes], found):
+        raise DataError(
+            f"{shown(job.base.info.name)}: merged values reach {largest.max():.3g}, too much for {codes} with scales "
+            f"in {scales}. Choose bfloat16 or float32 as the output's dtype."
+        )
+    return found
 
 
 class _Steps:

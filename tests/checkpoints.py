@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+STORED = {**DTYPES, "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}  # what an output may hold, too: scales
 CONFIG = {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "torch_dtype": "bfloat16"}
 
 
@@ -48,7 +49,7 @@ def load_file(path: Path) -> dict[str, Array]:
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
-        data = np.frombuffer(raw[8 + length + begin : 8 + length + end], DTYPES[entry["dtype"]])
+        data = np.frombuffer(raw[8 + length + begin : 8 + length + end], STORED[entry["dtype"]])
         found[name] = data.reshape(entry["shape"])
     with safe_open(str(path), framework="numpy") as opened:
         assert set(opened.keys()) == set(found)

@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint.unpickle": {"errors"},
     "checkpoint.strided": {"checkpoint.header", "checkpoint.source"},
     "checkpoint.pickle": {"checkpoint.header", "checkpoint.source", "checkpoint.strided", "errors"},
-    "checkpoint.fp8": {"checkpoint.header", "checkpoint.source", "checkpoint.strided", "errors"},
+    "checkpoint.grid": {"checkpoint.strided"},
+    "checkpoint.fp8": {"checkpoint.grid", "checkpoint.header", "checkpoint.source", "errors"},
     "checkpoint.quantised": {"checkpoint.header", "errors"},
     "checkpoint.reader": {
         "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.hub", "checkpoint.pickle",
@@ -92,12 +93,19 @@ ARROWS: dict[str, set[str]] = {
     "matching": {
         "checkpoint.header", "checkpoint.reader", "errors", "recipe", "recipes.stacks", "renaming", "schedule",
     },
-    "plan": {
-        "_version", "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.reader",
-        "checkpoint.source", "errors", "matching", "methods.steps", "recipe", "rows", "schedule",
+    "scaled_plan": {
+        "checkpoint.fp8", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe",
     },
-    "work": {"errors", "methods", "methods.passes", "methods.steps", "plan", "rows"},
-    "memory": {"checkpoint.reader", "errors", "methods", "plan", "work"},
+    "plan": {
+        "_version", "checkpoint.folder", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors",
+        "matching", "methods.steps", "recipe", "rows", "scaled_plan", "schedule",
+    },
+    "quantise": {"checkpoint.grid", "methods"},
+    "work": {
+        "checkpoint.reader", "checkpoint.source", "errors", "methods", "methods.passes", "methods.steps", "plan",
+        "quantise", "rows",
+    },
+    "memory": {"checkpoint.reader", "errors", "methods", "plan", "quantise", "work"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
     "run": {"buffers", "checkpoint.reader", "checkpoint.source", "memory", "methods", "plan", "work"},
     "side_files": {"checkpoint.folder", "errors"},
@@ -116,13 +124,18 @@ ARROWS: dict[str, set[str]] = {
         "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
         "run", "schedule", "side_files",
     },
+    "checks": {"checkpoint.source", "errors", "plan"},
+    "remerge_scaled": {
+        "buffers", "checkpoint.reader", "checkpoint.source", "checks", "errors", "methods", "plan", "quantise",
+        "report", "side_files", "work",
+    },
     "remerge": {
-        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "errors", "lora", "methods",
-        "models", "plan", "prepare", "recipe", "report", "run", "side_files", "work",
+        "_version", "api", "buffers", "checkpoint.folder", "checkpoint.source", "checks", "errors", "lora",
+        "methods", "models", "plan", "prepare", "recipe", "remerge_scaled", "report", "run", "side_files", "work",
     },
     "verify": {
-        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "older", "remerge", "report",
-        "side_files",
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "checks", "errors", "older", "remerge",
+        "report", "side_files",
     },
     "sweep": {"api", "errors", "lock", "prepare", "recipe"},
     "diff": {"checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report"},
@@ -154,10 +167,11 @@ OUTSIDE = {
     "huggingface_hub": {"card", "checkpoint.fetching", "checkpoint.ranges"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
-        "methods.tiles", "checkpoint.fp8", "checkpoint.reader", "checkpoint.strided", "run", "buffers", "diff",
-        "joined_rows", "low_rank", "prepare", "rows", "vocab_rows", "work",
+        "methods.tiles", "checkpoint.fp8", "checkpoint.grid", "checkpoint.reader", "checkpoint.strided", "run",
+        "buffers", "diff", "joined_rows", "low_rank", "prepare", "quantise", "remerge_scaled", "rows", "vocab_rows",
+        "work",
     },
-    "ml_dtypes": {"methods.pair", "checkpoint.reader", "checkpoint.fp8"},
+    "ml_dtypes": {"methods.pair", "checkpoint.reader", "checkpoint.fp8", "quantise"},
     "safetensors": {"output", "verify"},
     "matplotlib": {"plot"},
     "torch": {"checkpoint.unpickle"},

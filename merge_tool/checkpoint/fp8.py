@@ -15,15 +15,15 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from merge_tool.checkpoint.grid import Grid
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.source import ByteSource, TensorSource
-from merge_tool.checkpoint.strided import boxes
 from merge_tool.errors import CheckpointError, listed, shown
 
 SCALES = ("_scale_inv", "_scale")  # what the name of a weight's scales adds to the weight's own
 ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
 _CODES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
-_SCALE_DTYPES = {
+SCALE_DTYPES = {
     "F32": np.dtype("<f4"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
@@ -32,23 +32,6 @@ _SCALE_DTYPES = {
 _TABLES = {code: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for code, dtype in _CODES.items()}
 _USUAL_BLOCK = (128, 128)
 _PIECE = 65_536  # elements in hand at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Which scale an element has: matrices of `rows` and `columns` (experts lie behind each other), in blocks."""
-
-    rows: int
-    columns: int
-    block: tuple[int, int]
-
-    @property
-    def scale_rows(self) -> int:
-        return -(-self.rows // self.block[0])
-
-    @property
-    def scale_columns(self) -> int:
-        return -(-self.columns // self.block[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +65,15 @@ class ScaledTensor:
 
     def _scale(self, start: int, values: npt.NDArray[Any]) -> None:
         """Multiply the elements from `start` on with their scales."""
-        grid, done = self.grid, 0
-        rows = prod(self.info.shape) // grid.columns
-        for (top, bottom), (left, right) in boxes((rows, grid.columns), start, start + len(values)):
-            part = values[done : done + (bottom - top) * (right - left)].reshape(bottom - top, right - left)
-            done += part.size
-            of_row = self._scale_row(np.arange(top, bottom))
-            scales = self._read_scales(int(of_row[0]), int(of_row[-1]) + 1)
-            if grid.scale_columns > 1:
-                scales = np.repeat(scales, grid.block[1], axis=1)[:, left:right]
-            with np.errstate(over="ignore"):  # what becomes infinite is refused by name, as any infinity
-                part *= scales[of_row - of_row[0]]
-
-    def _scale_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        matrix, inside = np.divmod(row, self.grid.rows)
-        return matrix * self.grid.scale_rows + inside // self.grid.block[0]  # type: ignore[no-any-return]
+        for patch in self.grid.patches(start, start + len(values)):
+            part = values[patch.cut].reshape(patch.shape)
+            scales = self._read_scales(*patch.scale_rows)[:, patch.scales_cut[1]]
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are refused by name, as any
+                part *= patch.spread(scales)
 
     def _read_scales(self, first: int, last: int) -> npt.NDArray[Any]:
         columns = self.grid.scale_columns
-        raw = np.empty((last - first) * columns, _SCALE_DTYPES[self.scales.info.dtype])
+        raw = np.empty((last - first) * columns, SCALE_DTYPES[self.scales.info.dtype])
         self.scales.read_into(first * columns, raw)
         return raw.astype(np.float32).reshape(last - first, columns)
 
@@ -119,9 +92,10 @@ class ScaledTensor:
         self.codes.forget(start, stop)
 
     def extra_bytes(self, count: int) -> int:
-        """A piece's codes, their places in the table, its scales in float32, and those widened to all columns."""
+        """A piece's codes, their places in the table, its scales in float32, those widened to all columns, and which of
+        them each row has."""
         wide = 4 * self.grid.columns * (2 + _PIECE // self.grid.columns // self.grid.block[0])
-        return 13 * min(count, _PIECE) + 2 * wide
+        return 13 * min(count, _PIECE) + 2 * wide + 32 * (2 + min(count, _PIECE) // self.grid.columns)
 
 
 # ------------------------------------------------------------------------------------------ what has scales
@@ -129,11 +103,26 @@ class ScaledTensor:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """The weights that have scales, and the names that are then no tensors of the model."""
+    """The weights that have scales, and what then are no tensors of the model: the scales, and those of activations.
+
+    `settings` is what the model's configuration says of the format.
+    """
 
     made: Mapping[str, ScaledTensor]
-    left_out: frozenset[str]
-    notices: tuple[str, ...]
+    activations: Mapping[str, TensorSource]
+    settings: Mapping[str, Any] | None
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        return frozenset({*(weight.scales.info.name for weight in self.made.values()), *self.activations})
+
+    def notices(self, name: str) -> Iterator[str]:
+        yield f"{name}: {len(self.made):,} weights are 8-bit floats with scales; they are read as their real values."
+        if self.activations:
+            yield (
+                f"{name}: {len(self.activations):,} scales of activations are left out (an output in BASE's 8 bits has "
+                f"BASE's): {listed(self.activations)}."
+            )
 
 
 def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[str, TensorSource]) -> Scaled | None:
@@ -148,22 +137,19 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
     if not weights:
         return None
     block = _block_of(name, settings)
+    grids: dict[Grid, Grid] = {}  # thousands of weights have the same few
     made = {
         weight: ScaledTensor(
             replace(sources[weight].info, dtype="F32", offset=0),
             sources[weight],
             sources[scales],
-            _grid(name, sources[weight].info, sources[scales].info, block),
+            grids.setdefault(grid := _grid(name, sources[weight].info, sources[scales].info, block), grid),
         )
         for weight, scales in weights.items()
     }
     if settings is not None and (bare := [n for n, s in sources.items() if s.info.dtype in _CODES and n not in made]):
         raise CheckpointError(f"{name}: {len(bare):,} tensors of 8-bit floats have no scales: {listed(bare)}.")
-    activations = [n for n in sources if n.endswith(ACTIVATION_SCALES)]
-    notices = [f"{name}: {len(made):,} weights are 8-bit floats with scales; they are read as their real values."]
-    if activations:
-        notices.append(f"{name}: {len(activations):,} scales of activations are left out: {listed(activations)}.")
-    return Scaled(made, frozenset({*weights.values(), *activations}), tuple(notices))
+    return Scaled(made, {n: s for n, s in sources.items() if n.endswith(ACTIVATION_SCALES)}, settings)
 
 
 def quantization_of(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -200,7 +186,7 @@ def _pairs(sources: Mapping[str, TensorSource]) -> Iterator[tuple[str, str]]:
 
 
 def _may_scale(weight: TensorInfo, scales: TensorInfo) -> bool:
-    return weight.dtype in _CODES and scales.dtype in _SCALE_DTYPES
+    return weight.dtype in _CODES and scales.dtype in SCALE_DTYPES
 
 
 def _block_of(name: str, settings: Mapping[str, Any] | None) -> tuple[int, int]:
@@ -223,7 +209,7 @@ def _weight_settings(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]
 
 
 def _grid(name: str, weight: TensorInfo, scales: TensorInfo, block: tuple[int, int]) -> Grid:
-    lead, (rows, columns) = weight.shape[:-2], (1, *weight.shape)[-2:]
+    lead, (rows, columns) = weight.shape[:-2], (1, 1, *weight.shape)[-2:]
     if weight.numel == 0 or scales.numel == 1:
         rows = max(1, prod(lead) * rows)
         return Grid(rows, max(1, columns), (rows, max(1, columns)))

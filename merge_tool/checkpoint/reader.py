@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_tool.checkpoint.folder import Folder, find_weights, is_pickle, unread_format
-from merge_tool.checkpoint.fp8 import SCALES, find_scaled, without_quantization
+from merge_tool.checkpoint.fp8 import SCALE_DTYPES, SCALES, Scaled, find_scaled, without_quantization
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
 from merge_tool.checkpoint.pickle import read_pickles
@@ -43,6 +43,7 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("u1"),  # compared and copied as bytes, whatever they hold
 }
+STORED_DTYPES: Mapping[str, np.dtype[Any]] = {**NUMPY_DTYPES, **SCALE_DTYPES}  # those of scales, too: copied or made
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
@@ -92,7 +93,7 @@ class FileTensor:
         self.file.forget(*self._byte_range(start, stop))
 
     def _byte_range(self, start: int, stop: int) -> tuple[int, int]:
-        itemsize = NUMPY_DTYPES[self.info.dtype].itemsize
+        itemsize = STORED_DTYPES[self.info.dtype].itemsize
         return self.info.offset + start * itemsize, (stop - start) * itemsize
 
     def extra_bytes(self, count: int) -> int:
@@ -104,8 +105,9 @@ class Checkpoint:
 
     `tensors` maps every name to its TensorInfo; `config` is config.json, or None; `metadata` the files'
     `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user. `made` are the
-    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read. The tokenizer
-    is in `tokenizer_folder`: an adapter may bring one.
+    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read. `scaled` has
+    those that are 8-bit floats with scales, and what belongs to these. The tokenizer is in `tokenizer_folder`: an
+    adapter may bring one.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Checkpoint:
         notices: tuple[str, ...] = (),
         made: Mapping[str, TensorSource] | None = None,
         tokenizer_folder: Folder | None = None,
+        scaled: Scaled | None = None,
     ) -> None:
         self.name, self.folder, self.files = name, folder, files
         self.tensors: Mapping[str, TensorInfo] = tensors
@@ -129,6 +132,7 @@ class Checkpoint:
         self._file_of = file_of  # empty when there is one file
         self._made = made or {}
         self.tokenizer_folder = tokenizer_folder or folder
+        self.scaled = scaled
 
     @property
     def weight_files(self) -> frozenset[str]:
@@ -159,7 +163,7 @@ class Checkpoint:
         file_of = self._file_of
         return Checkpoint(
             name, self.folder, (*self.files, *files), tensors, file_of, self.metadata, self.config, self.index_name,
-            notices, {**self._made, **made}, tokenizer_folder or self.tokenizer_folder,
+            notices, {**self._made, **made}, tokenizer_folder or self.tokenizer_folder, self.scaled,
         )  # fmt: skip
 
     def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -175,18 +179,17 @@ class Checkpoint:
         """As `read`, into a new array."""
         return self.read(name, start, stop, np.empty(stop - start, NUMPY_DTYPES[self.tensors[name].dtype]))
 
-    def replaced(
-        self,
-        tensors: dict[str, TensorInfo],
-        made: Mapping[str, TensorSource],
-        config: dict[str, Any] | None,
-        notices: tuple[str, ...],
-    ) -> Checkpoint:
-        """The same files with other tensors in them, for reasons told in `notices`."""
-        files, told = (self.folder, self.files), (*self.notices, *notices)
+    def with_real_values(self, scaled: Scaled, made: Mapping[str, TensorSource]) -> Checkpoint:
+        """The same files, with 8-bit floats that have scales as what they mean; the scales are no tensors then. `made`
+        are the other sources of tensors."""
+        left_out = scaled.left_out
+        kept = {name: info for name, info in self.tensors.items() if name not in left_out}
+        tensors = {name: scaled.made[name].info if name in scaled.made else info for name, info in kept.items()}
+        notices, config = (*self.notices, *scaled.notices(self.name)), without_quantization(self.config)
         return Checkpoint(
-            self.name, *files, tensors, self._file_of, dict(self.metadata), config, self.index_name, told, made
-        )
+            self.name, self.folder, self.files, tensors, self._file_of, dict(self.metadata), config, self.index_name,
+            notices, {**made, **scaled.made}, scaled=scaled,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Nothing stays open between reads; here so that a Checkpoint can be used with `with`."""
@@ -403,10 +406,8 @@ def _with_real_values(checkpoint: Checkpoint, *, strict: bool) -> Checkpoint:
         return checkpoint
     if found is None:
         return checkpoint
-    made = {name: source for name, source in sources.items() if not isinstance(source, FileTensor)} | dict(found.made)
-    kept = {name: info for name, info in checkpoint.tensors.items() if name not in found.left_out}
-    tensors = {name: found.made[name].info if name in found.made else info for name, info in kept.items()}
-    return checkpoint.replaced(tensors, made, without_quantization(checkpoint.config), found.notices)
+    made = {name: source for name, source in sources.items() if not isinstance(source, FileTensor)}
+    return checkpoint.with_real_values(found, made)
 
 
 def _may_be_scaled(checkpoint: Checkpoint) -> bool:
@@ -428,6 +429,7 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
 __all__ = [
     "FLOAT_DTYPES",
     "NUMPY_DTYPES",
+    "STORED_DTYPES",
     "Checkpoint",
     "CheckpointFile",
     "FileTensor",
