@@ -36,7 +36,7 @@ from merge_tool.errors import HeaderError, MergeToolError
 from merge_tool.journal import Journal
 from merge_tool.lora_config import read_settings
 from merge_tool.older import read_sums
-from merge_tool.prepare import _settings
+from merge_tool.parents import _settings
 from merge_tool.report import from_record, read_identity, stream_report
 from merge_tool.side_files import _module_folders, edit_config_dtype, edit_vocab_size, without_quantization_config
 from merge_tool.tokenizer_json import TokenizerJson

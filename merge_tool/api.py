@@ -16,7 +16,16 @@ from typing import Any
 
 from merge_tool.card import card_text
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.errors import CheckpointError, DataError, OutputError, RecipeError, listed, output_failed, shown
+from merge_tool.complete import (
+    check_exact_tensors,
+    check_output,
+    check_room,
+    final_names,
+    is_complete,
+    labelled,
+    single_facts,
+)
+from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, shown
 from merge_tool.memory import (
     peak_bytes,
     resident_bytes,
@@ -25,17 +34,7 @@ from merge_tool.memory import (
 from merge_tool.older import check_conflicts
 from merge_tool.output import Work
 from merge_tool.plan import MergePlan, ShardPlan
-from merge_tool.prepare import (
-    Prepared,
-    check_exact_tensors,
-    check_output,
-    check_room,
-    final_names,
-    is_complete,
-    labelled,
-    prepare,
-    single_facts,
-)
+from merge_tool.prepare import Prepared, prepare
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, DEFAULT_T, Recipe, label_t
 from merge_tool.report import (
     Findings,
@@ -124,92 +123,62 @@ def merge(
 
     >>> report = merge("memphis-cot", "scribe-ft", "memphis-scribe", t=0.4)  # doctest: +SKIP
     """
-    started = time.monotonic()
     ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
     recipe = Recipe(
         ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude, on_missing,
         vocab, pad_vocab_to_multiple_of,
     )  # fmt: skip
-    report_path = None if report_path is None else Path(report_path)
-    try:
-        prepared = prepare(
-            base,
-            ft,
-            out,
-            recipe,
-            memory_bytes=memory_bytes,
-            jobs=jobs,
-            report_path=report_path,
-            read_samples=True,
-            before_fetch=partial(check_output, overwrite=overwrite),
-        )
-    except OSError as e:
-        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
-    warn = on_warning or (lambda message: None)
+    running = Running(overwrite, check_resumed, report_path, on_warning, on_start, on_progress)
+    return carry_out(partial(prepare, base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs), running)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a merge is carried out; as in `merge`."""
+
+    overwrite: bool
+    check_resumed: bool
+    report: str | Path | None
+    on_warning: Callable[[str], None] | None
+    on_start: Callable[[int], None] | None
+    on_progress: Callable[[int, str], None] | None
+
+    @property
+    def report_path(self) -> Path | None:
+        return None if self.report is None else Path(self.report)
+
+    def warn(self, message: str) -> None:
+        if self.on_warning is not None:
+            self.on_warning(message)
+
+
+def carry_out(prepare_it: Callable[..., Prepared], running: Running) -> MergeReport:
+    """Plan a merge by `prepare_it`, of a pair or of many models, and make it. Raises a MergeToolError."""
+    started = time.monotonic()
+    before_fetch = partial(check_output, overwrite=running.overwrite)
+    prepared = prepare_it(report_path=running.report_path, read_samples=True, before_fetch=before_fetch)
     for message in prepared.warnings:
-        warn(message)
-    return carry_out(
-        prepared,
-        started,
-        warn,
-        on_start,
-        on_progress,
-        overwrite=overwrite,
-        check_resumed=check_resumed,
-        report_path=report_path,
-    )
-
-
-def carry_out(
-    prepared: Prepared,
-    started: float,
-    warn: Callable[[str], None],
-    on_start: Callable[[int], None] | None,
-    on_progress: Callable[[int, str], None] | None,
-    *,
-    overwrite: bool,
-    check_resumed: bool,
-    report_path: Path | None,
-) -> MergeReport:
-    """What `merge` does once it is planned, be it a pair or a recipe of many models. Raises a MergeToolError."""
+        running.warn(message)
     try:
-        return _carry_out(
-            prepared,
-            started,
-            warn,
-            on_start,
-            on_progress,
-            overwrite=overwrite,
-            check_resumed=check_resumed,
-            report_path=report_path,
-        )
+        return _carry_out(prepared, running, started)
     except OSError as e:  # of the many looks at OUT that have no message of their own
         raise output_failed(Path(e.filename) if isinstance(e.filename, str) else prepared.target.path, e) from e
 
 
-def _carry_out(
-    prepared: Prepared,
-    started: float,
-    warn: Callable[[str], None],
-    on_start: Callable[[int], None] | None,
-    on_progress: Callable[[int, str], None] | None,
-    *,
-    overwrite: bool,
-    check_resumed: bool,
-    report_path: Path | None,
-) -> MergeReport:
+def _carry_out(prepared: Prepared, running: Running, started: float) -> MergeReport:
+    overwrite, report_path = running.overwrite, running.report_path
     if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
         return _complete(prepared, report_path, started)
     check_room(prepared, overwrite=overwrite)
     check_exact_tensors(prepared.plan)
     flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
     with Work(
-        prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=check_resumed
+        prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=running.check_resumed
     ) as work:
         if _finds_it_complete(prepared, work, overwrite=overwrite):
             return _complete(prepared, report_path, started)
         try:
-            _run(prepared, work, on_start, on_progress)
+            _run(prepared, work, running)
         except DataError:
             work.discard()
             raise
@@ -220,9 +189,9 @@ def _carry_out(
             _write_report(report_path, report_of(prepared, findings, prepared.plan.ts[0]))
         strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     if strangers:
-        warn(f"{shown(prepared.target.path)} also holds what was there before: {listed(strangers, 50)}.")
+        running.warn(f"{shown(prepared.target.path)} also holds what was there before: {listed(strangers, 50)}.")
     for message in alarms(summary):
-        warn(message)
+        running.warn(message)
     return _report(prepared, summary, started)
 
 
@@ -272,19 +241,14 @@ class _WorkSink:
         self.work.finish_shard(done.shard, done.sha256, records, writers)
 
 
-def _run(
-    prepared: Prepared,
-    work: Work,
-    on_start: Callable[[int], None] | None,
-    on_progress: Callable[[int, str], None] | None,
-) -> None:
+def _run(prepared: Prepared, work: Work, running: Running) -> None:
     skip = work.done_shards
-    if on_start is not None:
-        on_start(progress_bytes(prepared.plan, skip))
+    if running.on_start is not None:
+        running.on_start(progress_bytes(prepared.plan, skip))
     if len(skip) == len(prepared.plan.shards):
         return
     try:
-        for _ in run_plan(prepared.plan, _WorkSink(work), prepared.layout, skip=skip, on_progress=on_progress):
+        for _ in run_plan(prepared.plan, _WorkSink(work), prepared.layout, skip=skip, on_progress=running.on_progress):
             pass
     except MemoryError as e:
         raise RecipeError(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge_tool.api import MergeReport, carry_out
+from merge_tool.api import MergeReport, Running, carry_out
 from merge_tool.chat_template import choose_template
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, RecipeError, listed, shown
+from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.joined_vocab import join_vocabularies
 from merge_tool.matching import NOT_CHOSEN, NOT_IN_ALL, NOTHING_CHOSEN, find_unchosen
 from merge_tool.methods.many import STEPS_METHODS
@@ -20,7 +19,7 @@ from merge_tool.methods.steps import StepsMethod
 from merge_tool.output import Target
 from merge_tool.plan import MergePlan
 from merge_tool.plan_models import plan_models
-from merge_tool.prepare import Prepared, check_output, prepare_plan
+from merge_tool.prepare import Asked, Prepared, prepare_plan
 from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
 from merge_tool.recipes.expand import Ask, Keeping, expand_keeping
 from merge_tool.recipes.mergekit import parse_recipe
@@ -63,91 +62,54 @@ def merge_models(
 
     >>> report = merge_models("ties.yaml", "merged")  # doctest: +SKIP
     """
-    started = time.monotonic()
-    report_path = None if report_path is None else Path(report_path)
-    prepared = prepare_models(
-        recipe,
-        out,
-        methods=methods,
-        seed=seed,
+    options = Recipe(
         max_shard_bytes=max_shard_bytes,
         on_mismatch=on_mismatch,
-        on_missing=on_missing,
+        extrapolate=extrapolate,
         only=only,
         exclude=exclude,
-        extrapolate=extrapolate,
-        memory_bytes=memory_bytes,
-        jobs=jobs,
-        report_path=report_path,
-        read_samples=True,
-        before_fetch=partial(check_output, overwrite=overwrite),
+        on_missing=on_missing,
     )
-    warn = on_warning or (lambda message: None)
-    for message in prepared.warnings:
-        warn(message)
-    return carry_out(
-        prepared,
-        started,
-        warn,
-        on_start,
-        on_progress,
-        overwrite=overwrite,
-        check_resumed=check_resumed,
-        report_path=report_path,
+    plan_it = partial(
+        prepare_models, recipe, out, options, methods=methods, seed=seed, memory_bytes=memory_bytes, jobs=jobs
     )
+    return carry_out(plan_it, Running(overwrite, check_resumed, report_path, on_warning, on_start, on_progress))
 
 
 def prepare_models(
     recipe: str | Path | Mapping[str, Any],
     out: str | Path,
+    options: Recipe,
     *,
     methods: Methods | None = None,
     seed: int = 0,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    on_mismatch: str = "error",
-    on_missing: str = "error",
-    only: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    extrapolate: bool = False,
     memory_bytes: int | None = None,
     jobs: int | None = None,
     report_path: Path | None = None,
     read_samples: bool = False,
     before_fetch: Callable[[Prepared], None] = lambda planned: None,
 ) -> Prepared:
-    """Read the recipe, open its models, plan the merge and check all that can be checked; writes nothing."""
+    """Read the recipe, open its models, plan the merge and check all that can be checked; writes nothing.
+
+    Of `options` counts what the recipe cannot say; `read_samples` and `before_fetch` are as in `prepare`.
+    """
     known = {**STEPS_METHODS, **(methods or {})}
     text, where = _recipe_text(recipe)
-    asked = parse_recipe(text, where, known, extrapolate=extrapolate)
-    dtype = asked.out_dtype or asked.dtype
-    options = Recipe(
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        on_mismatch=on_mismatch,
-        on_missing=on_missing,
-        only=only,
-        exclude=exclude,
-    )
+    asked = parse_recipe(text, where, known, extrapolate=options.extrapolate)
+    options = replace(options, dtype=asked.out_dtype or asked.dtype)
     target = Target(Path(out))
 
     def plan(models: Sequence[Checkpoint]) -> MergePlan:
         return _plan(options, asked, models, known, seed, target)
 
-    try:
-        return prepare_plan(
-            [str(ref) for ref in asked.models],
-            target,
-            options,
-            partial(join_vocabularies, asked),
-            plan,
-            memory_bytes=memory_bytes,
-            jobs=jobs,
-            report_path=report_path,
-            read_samples=read_samples,
-            before_fetch=before_fetch,
-        )
-    except OSError as e:
-        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+    return prepare_plan(
+        Asked([str(ref) for ref in asked.models], target, options, partial(join_vocabularies, asked), plan),
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        report_path=report_path,
+        read_samples=read_samples,
+        before_fetch=before_fetch,
+    )
 
 
 def _plan(

@@ -114,15 +114,14 @@ def plan_recipe_again(
         only, exclude = ([str(text) for text in options.get(key, ())] for key in ("only", "exclude"))
     except (KeyError, TypeError, ValueError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a recipe's merge ({shown(e)}).") from e
-    plan_it = partial(
-        prepare_models, recipe, out, seed=seed, max_shard_bytes=max_shard_bytes, extrapolate=True,
-        memory_bytes=memory_bytes, jobs=jobs,
-    )  # fmt: skip
+    options_of = partial(Recipe, max_shard_bytes=max_shard_bytes, extrapolate=True)
+    plan_it = partial(prepare_models, recipe, out, seed=seed, memory_bytes=memory_bytes, jobs=jobs)
     if _regular_expressions([*only, *exclude]):
-        whole = plan_it(on_mismatch="base", on_missing="base")
+        whole = plan_it(options_of(on_mismatch="base", on_missing="base"))
         _check_patterns([*only, *exclude], {job.out.name for job in whole.plan.jobs()})
     on_missing = str(options.get("on_missing") or "error")
-    return plan_it(on_mismatch=on_mismatch, on_missing=on_missing, only=only, exclude=exclude, read_samples=True)
+    chosen = options_of(on_mismatch=on_mismatch, on_missing=on_missing, only=only, exclude=exclude)
+    return plan_it(chosen, read_samples=True)
 
 
 def _regular_expressions(patterns: Iterable[str]) -> list[str]:

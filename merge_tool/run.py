@@ -28,6 +28,7 @@ from merge_tool.memory import Layout, aligned, region_bytes
 from merge_tool.methods import Array, as_bytes
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.work import TensorDone, Work, start_work
+from merge_tool.worker import Worker
 
 Progress = Callable[[int, str], None]
 _PATIENCE = 1.0  # seconds that a signal waits for the disk
@@ -167,15 +168,13 @@ class _Run:
         self.arena = Arena(layout.arena_bytes)
         self.failure: BaseException | None = None
         self.closing = self.abandoned = False
-        self.threads: list[threading.Thread] = []
-        for _ in range(layout.jobs):
-            thread = threading.Thread(target=self._work, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as e:  # how Python says that the system has no memory for its stack
-                self.close()
-                raise MemoryError("no thread can be started") from e
-            self.threads.append(thread)
+        self.workers: list[Worker] = []
+        try:
+            for _ in range(layout.jobs):
+                self.workers.append(Worker(self._work))
+        except MemoryError:
+            self.close()
+            raise
 
     # ------------------------------------------------------------------------- the calling thread
 
@@ -217,9 +216,9 @@ class _Run:
             self.tasks.clear()
             self.changed.notify_all()
         deadline = None if patience is None else time.monotonic() + patience
-        for thread in self.threads:
-            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self.threads):
+        for worker in self.workers:
+            worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if any(worker.is_alive for worker in self.workers):
             return  # they still use what is open
         for source in (source for tensor in self.open_tensors for source in tensor.job.sources):
             source.release()
@@ -318,7 +317,8 @@ class _Run:
         """Block the calling thread; with a time limit a turn, so that a signal is seen on every system."""
         with self.changed:
             while not self.changed.wait_for(lambda: self.failure is not None or condition(), timeout=1.0):
-                pass
+                if not all(worker.is_alive for worker in self.workers):  # and could not even say why
+                    raise MemoryError("a thread has ended")
             if self.failure is not None:
                 raise self.failure
 

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from checkpoints import contents, language_model, load_folder, save_file, save_model
-from merge_tool.cli import merge_tool, parse_size, slerp_merge
+from merge_tool.cli import merge_tool, slerp_merge
+from merge_tool.cli_options import parse_size
 
 
 def run(*words: Any) -> Result:

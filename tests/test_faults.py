@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import random
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from checkpoints import contents, language_model, save_model
-from merge_tool import CheckpointError, MergeToolError, OutputError, merge
+from merge_tool import CheckpointError, MergeToolError, OutputError, RecipeError, merge
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.memory import resident_bytes
 from merge_tool.run import _Run
@@ -315,6 +316,27 @@ def test_under_a_limit_on_memory_a_merge_finishes_or_says_so(
     merge(*pair, tmp_path / "whole", **SMALL)
     finished = [limited(tmp_path, pair, contents(tmp_path / "whole"), kind, size) for size in sizes]
     assert finished[-1]
+
+
+@pytest.mark.parametrize("which", ["never begins", "ends without a word"])
+def test_a_thread_that_the_system_has_no_memory_for_hangs_nothing(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """A thread may die before it has said that it runs, or before it can say what is wrong with it."""
+    start, count = _thread.start_new_thread, [0]
+
+    def starved(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+        count[0] += 1
+        if count[0] != 1:
+            return start(function, args)
+        return 0 if which == "never begins" else start(function, (lambda: None,))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("merge_tool.worker._START_SECONDS", 0.2)
+        patch.setattr("merge_tool.worker._thread.start_new_thread", starved)
+        with pytest.raises(RecipeError, match=r"less memory left than .* it continues"):
+            merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
+    merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
 
 
 @pytest.mark.slow

@@ -107,7 +107,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "memory": {"checkpoint.reader", "errors", "methods", "plan", "quantise", "work"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
-    "run": {"buffers", "checkpoint.reader", "checkpoint.source", "memory", "methods", "plan", "work"},
+    "run": {"buffers", "checkpoint.reader", "checkpoint.source", "memory", "methods", "plan", "work", "worker"},
+    "worker": set(),
     "side_files": {"checkpoint.folder", "errors"},
     "older": {"checkpoint.folder", "errors", "side_files"},
     "journal": {"errors"},
@@ -117,12 +118,18 @@ ARROWS: dict[str, set[str]] = {
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader", "inputs", "lora", "methods"},
     "prepare": {
-        "chat_template", "checkpoint.folder", "checkpoint.reader", "errors", "inputs", "lora", "memory", "methods",
-        "older", "output", "plan", "recipe", "report", "side_files", "tokenizer_json", "vocab",
+        "chat_template", "checkpoint.reader", "errors", "inputs", "lora", "memory", "methods", "output",
+        "parents", "plan", "recipe", "side_files", "vocab",
     },
+    "parents": {"checkpoint.folder", "checkpoint.reader", "errors", "tokenizer_json", "vocab"},
+    "complete": {
+        "checkpoint.reader", "errors", "methods", "older", "output", "plan", "prepare", "recipe", "report",
+        "side_files",
+    },
+    "cli_options": {"errors", "memory", "methods", "recipe"},
     "api": {
-        "card", "checkpoint.writer", "errors", "memory", "older", "output", "plan", "prepare", "recipe", "report",
-        "run", "schedule", "side_files",
+        "card", "checkpoint.writer", "complete", "errors", "memory", "older", "output", "plan", "prepare",
+        "recipe", "report", "run", "schedule", "side_files",
     },
     "checks": {"checkpoint.source", "errors", "plan"},
     "remerge_scaled": {
@@ -145,8 +152,8 @@ ARROWS: dict[str, set[str]] = {
         "show_plan", "sweep", "verify",
     },
     "cli": {
-        "_version", "api", "compare", "diff", "errors", "memory", "methods", "models", "plot", "prepare", "recipe",
-        "show", "sweep", "verify",
+        "_version", "api", "cli_options", "compare", "complete", "diff", "errors", "models", "plot",
+        "prepare", "recipe", "show", "sweep", "verify",
     },
     "models": {
         "api", "chat_template", "checkpoint.reader", "errors", "joined_vocab", "methods.many", "methods.steps",
@@ -161,15 +168,15 @@ ARROWS: dict[str, set[str]] = {
     "show_plan": {"errors", "matching", "plan", "recipe", "schedule"},
 }  # fmt: skip
 OUTSIDE = {
-    "click": {"cli"},
+    "click": {"cli", "cli_options"},
     "tqdm": {"cli"},
     "yaml": {"card", "models", "recipes.yaml_text"},
     "huggingface_hub": {"card", "checkpoint.fetching", "checkpoint.ranges"},
     "numpy": {
         "methods.geometric", "methods.pair", "methods.passes", "methods.rowwise", "methods.sparse", "methods.steps",
         "methods.tiles", "checkpoint.fp8", "checkpoint.grid", "checkpoint.reader", "checkpoint.strided", "run",
-        "buffers", "diff", "joined_rows", "low_rank", "prepare", "quantise", "remerge_scaled", "rows", "vocab_rows",
-        "work",
+        "buffers", "diff", "joined_rows", "low_rank", "quantise", "remerge_scaled", "rows", "vocab_rows",
+        "work", "complete",
     },
     "ml_dtypes": {"methods.pair", "checkpoint.reader", "checkpoint.fp8", "quantise"},
     "safetensors": {"output", "verify"},
