@@ -78,18 +78,12 @@ class JoinedRows:
             for place in self.merged
         }
         first, *others = codes.values()
-        alone = kept(np.logical_and.reduce([first == other for other in others] or [np.zeros(self.size, bool)]))
-        source = self.sides[self.averaged]
-        num_averaged = min(source.rows, self.joined.sizes[source.tokenizer])
+        alike = np.logical_and.reduce([first == other for other in others] or [np.zeros(self.size, bool)])
+        alone = kept(alike & (first != MEAN))
         has_mean = any((found == MEAN).any() for found in codes.values())
-        means = num_averaged * has_mean, kept(averages)
+        means = min(self.joined.size, self.size) * has_mean, kept(averages)
         made = {place: Rows(kept(found), alone, *means) for place, found in codes.items()}
         return [made.get(place) for place in range(len(self.sides))]
-
-    @property
-    def averaged(self) -> int:
-        """The side whose rows with tokens padding is the mean of."""
-        return self.lead if self.lead is not None else self.merged[0] if self.base is None else self.base
 
     def _defaults(self) -> tuple[Array, Array]:
         """What stands in for a row that a model lacks, as a code; and the averages."""

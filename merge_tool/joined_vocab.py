@@ -40,7 +40,7 @@ def join_vocabularies(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> tupl
     rows = JoinedRows(ask, joined, sides, lead=lead, base=asked.base)
     of_donor = rows.places.get(asked.donor, rows.merged[0])
     made, notices = align_rows(
-        [models[side.number] for side in sides], of_donor, [side.rows for side in sides], rows.rows(), rows.averaged
+        [models[side.number] for side in sides], of_donor, [side.rows for side in sides], rows.rows()
     )
     first = models[lead].name
     told = (*rows.told(f"all, {first}'s first" if ask.source == "union" else first), *_added(joined), *notices)

@@ -20,6 +20,9 @@ _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|head|output|output_projection|proj_out|vocab_projector|predictions)(?:\.decoder)?"
     r"\.(?:weight|bias)$|(?:^|\.)final_logits_bias$"
 )
+_OTHER_ROWS = re.compile(
+    r"(?:^|\.)(?:wpe|inv_freq|\w*(?:pos(?:ition(?:al|s)?)?_?emb|positions?|rotary|relative|token_type|segment)\w*)(?:\.|$)"
+)
 _LAYER = re.compile(r"(?:^|\.)[0-9]+\.")
 
 
@@ -46,12 +49,12 @@ def known_rows(model: Checkpoint) -> int:
 
 
 def align_rows(
-    models: Sequence[Checkpoint], lead: int, before: Sequence[int], rows: Sequence[Rows | None], averaged: int
+    models: Sequence[Checkpoint], lead: int, before: Sequence[int], rows: Sequence[Rows | None]
 ) -> tuple[list[dict[str, TensorSource]], list[str]]:
     """Every tensor that has a row for each token, of each model, with its rows as `rows` says; and what to tell of it.
 
-    `before` says how many rows they have now. `lead` is the model whose names and shapes count, `averaged` the one that
-    means are taken of. A model without `rows` only lends some to the others. Raises MismatchError with all tensors
+    `before` says how many rows they have now. `lead` is the model whose names and shapes count. A model
+    without `rows` only lends some to the others. Raises MismatchError with all tensors
     that others do not have, or have otherwise.
     """
     names = [find_renaming(models[lead], model).ft_names if k != lead else {} for k, model in enumerate(models)]
@@ -74,7 +77,7 @@ def align_rows(
             key = name if tied else other
             shape = _with_rows(models[lead].tensors[name].shape, before[lead], len(own.codes))
             info = TensorInfo(key, _common(sources, own), shape, 0)
-            made[k][key] = RowTensor(info, sources, k, averaged, own)
+            made[k][key] = RowTensor(info, sources, k, own)
     if unfit:
         raise MismatchError("Rows cannot be matched by token in\n  " + "\n  ".join(unfit))
     return made, notices
@@ -93,13 +96,14 @@ def _misfit(name: str, models: Sequence[Checkpoint], theirs: Sequence[str], befo
 
 
 def _row_tensors(model: Checkpoint, rows: int) -> Iterator[str]:
-    """Embeddings, heads and their biases: what has a row for each token, by its name or by where it stands."""
+    """Embeddings, heads and their biases: what has a row for each token, by its name or by where it stands. Positions
+    may be as many as tokens; their tensors are known by their names."""
     widths = {info.shape[1] for info in _embeddings(model).values()}
     for name, info in model.tensors.items():
         has_rows = info.shape[:1] == (rows,) or (info.shape == (1, rows) and "bias" in name)
         is_inside = _LAYER.search(name) is not None
         by_name = _EMBEDDING.search(name) or _HEAD.search(name)
-        if has_rows and (by_name or (not is_inside and rows not in widths)):
+        if has_rows and (by_name or (not is_inside and rows not in widths and not _OTHER_ROWS.search(name))):
             yield name
 
 

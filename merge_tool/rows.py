@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -43,8 +43,8 @@ def code(source: int, rows: Array) -> Array:
 class Rows:
     """What each row is: the `code` of a source's row, MEAN, ZERO or an average; and which rows are `alone`.
 
-    `averages` is [sets, sources]: a row of each source, -1 where it has none. So many rows hold a token in the source
-    that means are taken of: `num_averaged`.
+    `averages` is [sets, sources]: a row of each source, -1 where it has none. MEAN is that of the first `num_averaged`
+    rows, those that hold a token, but for such as are MEAN themselves.
     """
 
     codes: Array
@@ -68,9 +68,8 @@ class RowTensor:
     info: TensorInfo
     sources: tuple[TensorSource, ...]
     own: int  # which of the sources is the model's own tensor
-    averaged: int  # which of them MEAN is the mean of
     rows: Rows
-    _mean: list[Array] = field(default_factory=list)
+    _means: list[Array] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -109,9 +108,24 @@ class RowTensor:
             source.forget(begin, begin + count)
 
     def read_into(self, start: int, values: Array) -> None:
+        self._read(start, values)
+        for _, cut, columns in self.parts(start, len(values), lambda codes: codes == MEAN):
+            encode(self._mean_rows()[0][columns], values[cut])
+
+    def _read(self, start: int, values: Array) -> None:
+        """All but the rows that are the mean of others."""
         for source, begin, count, place in self._pieces(start, start + len(values)):
             _read_as(source, begin, values[place : place + count])
-        self._fill_made(start, values)
+        for row, cut, columns in self.parts(start, len(values), lambda codes: codes < MEAN):
+            encode(self._made(int(self.rows.codes[row]), columns), values[cut])
+
+    def parts(self, start: int, count: int, wanted: Callable[[Array], Array]) -> Iterator[tuple[int, slice, slice]]:
+        """The rows with `wanted` codes, among `count` elements from `start` on: (row, where in them, its columns)."""
+        columns, stop = self.columns, start + count
+        first = start // columns
+        for row in (np.flatnonzero(wanted(self.rows.codes[first : -(-stop // columns)])) + first).tolist():
+            begin, end = max(start, row * columns), min(stop, (row + 1) * columns)
+            yield row, slice(begin - start, end - start), slice(begin - row * columns, end - row * columns)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[TensorSource, int, int, int]]:
         """Elements [start, stop) as (source, its first element, how many, where they go); without what is made."""
@@ -123,45 +137,58 @@ class RowTensor:
             begin, end = max(start, row * columns), min(stop, (row + count) * columns)
             yield self.sources[number], first * columns + begin - row * columns, end - begin, begin - start
 
-    def _fill_made(self, start: int, values: Array) -> None:
-        """The rows that no source has as they are."""
-        columns, stop = self.columns, start + len(values)
-        first = start // columns
-        codes = self.rows.codes[first : -(-stop // columns)]
-        for place in np.flatnonzero(codes < 0).tolist():
-            row = first + place
-            begin, end = max(start, row * columns), min(stop, (row + 1) * columns)
-            made = self._made(int(codes[place]), begin - row * columns, end - row * columns)
-            encode(made, values[begin - start : end - start])
-
-    def _made(self, code: int, start: int, stop: int) -> Array:
-        """Columns [start, stop) of a row that is made, as float64."""
+    def _made(self, code: int, columns: slice) -> Array:
+        """Columns of a row that no source has, as float64: zeros, or an average."""
+        total, part = np.zeros(columns.stop - columns.start), np.empty(columns.stop - columns.start)
         if code == ZERO:
-            return np.zeros(stop - start)
-        if code == MEAN:
-            return self._mean_row()[start:stop]
+            return total
         rows = self.rows.averages[FIRST_AVERAGE - code].tolist()
-        total, part = np.zeros(stop - start), np.empty(stop - start)
         for source, row in zip(self.sources, rows, strict=True):
             if row >= 0:
-                _read_as(source, row * self.columns + start, part)
+                _read_as(source, row * self.columns + columns.start, part)
                 total += part
         total /= sum(row >= 0 for row in rows)
         return total
 
-    def _mean_row(self) -> Array:
-        """The mean of all rows that hold a token: what a head says of it is below what it says of the best of them."""
+    def _mean_rows(self) -> Array:
+        """Two rows: the mean of all rows that hold a token (and nothing infinite, as rows of one side alone may), and
+        the part of it that such rows have."""
         with self._lock:
-            if not self._mean:
-                total, columns = np.zeros(self.columns), self.columns
+            if not self._means:
+                totals, count, columns = np.zeros((2, self.columns)), 0, self.columns
                 step = max(1, _MOST // columns)
                 for row in range(0, self.rows.num_averaged, step):
-                    some: Array = np.empty(min(step, self.rows.num_averaged - row) * columns)
-                    _read_as(self.sources[self.averaged], row * columns, some)
-                    for values in some.reshape(-1, columns):  # one after the other: the same sum for any step
-                        total += values
-                self._mean.append(total / self.rows.num_averaged)
-            return self._mean[0]
+                    cut = slice(row, min(row + step, self.rows.num_averaged))
+                    some: Array = np.empty((cut.stop - row, columns))
+                    self._read(row * columns, some.reshape(-1))
+                    is_own = (self.rows.codes[cut] != MEAN) & np.isfinite(some).all(axis=1)
+                    count += int(is_own.sum())
+                    for total, chosen in zip(totals, (is_own, is_own & self.rows.alone[cut]), strict=True):
+                        for values in some[chosen]:  # one by one: the same sum for any step
+                            total += values
+                self._means.append(totals / max(count, 1))
+            return self._means[0]
+
+    def merged_mean(self, start: int, parts: tuple[Array, Array], weights: tuple[float, float]) -> Array:
+        """Elements from `start` on of a row that is the mean of the merged rows, from both sides' `parts`, the means of
+        theirs: what a head says of it is below what it says of the best of them. Rows of one side alone are handed on,
+        and so is their part of the mean."""
+        begin = start % self.columns
+        alone = self._mean_rows()[1][begin : begin + len(parts[0])]
+        x, y = (decode(values, np.empty(len(values))) for values in parts)
+        merged: Array = weights[0] * x + weights[1] * y + (1 - sum(weights)) * alone
+        return merged
+
+    def chosen(self, rows: Array, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The elements within [start, stop) that belong to chosen rows, as ranges relative to `start`."""
+        columns = self.columns
+        first, last = start // columns, -(-stop // columns)
+        edges = np.flatnonzero(np.diff(rows[first:last], prepend=False, append=False))
+        for begin, end in edges.reshape(-1, 2):
+            yield (
+                max(start, (first + int(begin)) * columns) - start,
+                min(stop, (first + int(end)) * columns) - start,
+            )
 
     def extra_bytes(self, count: int) -> int:
         reading = max(source.extra_bytes(count) for source in self.sources)
@@ -194,14 +221,12 @@ def rows_note(source: TensorSource) -> str:
 
 def alone_ranges(source: TensorSource, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The elements within [start, stop) that belong to rows of one side alone, as ranges relative to `start`."""
-    if not isinstance(source, RowTensor) or stop == start:
-        return
-    columns = source.columns
-    first = start // columns
-    alone = source.rows.alone[first : -(-stop // columns)]
-    edges = np.flatnonzero(np.diff(alone, prepend=False, append=False))
-    for begin, end in edges.reshape(-1, 2):
-        yield (
-            max(start, (first + int(begin)) * columns) - start,
-            min(stop, (first + int(end)) * columns) - start,
-        )
+    if isinstance(source, RowTensor) and stop > start:
+        yield from source.chosen(source.rows.alone, start, stop)
+
+
+def mean_ranges(source: TensorSource, start: int, stop: int) -> Iterator[tuple[RowTensor, int, int]]:
+    """The same of rows that are the mean of others, one by one, with the tensor that they are of."""
+    if isinstance(source, RowTensor) and source.rows.num_averaged:
+        for _, cut, _ in source.parts(start, stop - start, lambda codes: codes == MEAN):
+            yield source, cut.start, cut.stop

@@ -79,7 +79,7 @@ def align(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> tuple[list[Checkp
     found = compare_tokenizers(*folders)
     before = known_rows(base), known_rows(ft)
     plan = RowPlan(recipe, found, before)
-    made, told = align_rows((base, ft), 0, before, plan.rows(), plan.side)
+    made, told = align_rows((base, ft), 0, before, plan.rows())
     alignment = Alignment(
         folders[plan.side],
         found.insert if recipe.vocab == "union" else None,

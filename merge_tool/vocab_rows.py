@@ -29,7 +29,7 @@ class RowPlan:
         self.num_new = self.size - kept
         self.base, self.ft = (_extended(part, self.size) for part in (self.base, self.ft))
         needs_mean = ((self.base < 0) & (self.ft < 0)).any()
-        self.num_averaged = min(rows, len(ids)) if needs_mean else 0
+        self.num_averaged = self.num_tokens if needs_mean else 0
 
     def _append(self, ids: Array) -> None:
         """FT's other tokens after BASE's, over its rows of padding first."""
@@ -47,7 +47,7 @@ class RowPlan:
 
     def rows(self) -> list[Rows]:
         """Of each side: its own rows, the other's where it has none, the mean where neither has one."""
-        alone = kept((self.base < 0) | (self.ft < 0))
+        alone = kept((self.base < 0) != (self.ft < 0))
         base, ft = code(0, self.base), code(1, self.ft)
         own_first = (
             np.where(self.base >= 0, base, np.where(self.ft >= 0, ft, MEAN)),

@@ -36,7 +36,7 @@ from merge_tool.methods.passes import Running, start_pass
 from merge_tool.methods.steps import FLAT, Combine, Given, Pass, Steps, StepsMethod, Tile, tile_elements
 from merge_tool.plan import MergePlan, TensorJob
 from merge_tool.quantise import encode_scaled, fresh_scales, largest_of
-from merge_tool.rows import alone_ranges
+from merge_tool.rows import alone_ranges, mean_ranges
 
 Chunks = Callable[[], Iterable[tuple[int, Sequence[Array]]]]  # (first element, inputs) of every chunk once more
 
@@ -184,8 +184,10 @@ def _pair_tiles(job: TensorJob, chunks: Chunks) -> Iterable[tuple[Array, Array]]
 
 
 def _shared_rows(job: TensorJob, start: int, x: Array, y: Array) -> tuple[Array, Array]:
-    """A tile as it is summed: rows that one side alone has are zero in both."""
-    if ranges := list(alone_ranges(job.base, start, start + len(x))):
+    """A tile as it is summed: rows that one side alone has are zero in both, and those that are a mean of others."""
+    ranges = list(alone_ranges(job.base, start, start + len(x)))
+    ranges += [(begin, end) for _, begin, end in mean_ranges(job.base, start, start + len(x))]
+    if ranges:
         x, y = x.copy(), y.copy()
         for begin, end in ranges:
             x[begin:end], y[begin:end] = 0, 0
@@ -369,6 +371,9 @@ def merge_chunk(
         raise DataError(_overflow_message(job, start + (first_nonfinite(out) or 0)))
     for begin, end in alone_ranges(job.base, start, start + len(x)):  # weights of a slerp do not add up to 1
         out[begin:end] = _converted(job, start + begin, x[begin:end], out[begin:end])
+    for rows, begin, end in mean_ranges(job.base, start, start + len(x)):
+        mean = rows.merged_mean(start + begin, (x[begin:end], y[begin:end]), (weights.w0, weights.w1))
+        out[begin:end] = _converted(job, start + begin, mean, out[begin:end])
     return out
 
 

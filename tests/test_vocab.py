@@ -140,15 +140,48 @@ def test_the_bytes_do_not_depend_on_memory_or_threads(tmp_path: Path) -> None:
     assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-@pytest.mark.parametrize("vocab", ["base", "union"])
-def test_new_padding_is_the_mean_of_the_rows_with_tokens(pair: tuple[Path, Path], tmp_path: Path, vocab: str) -> None:
-    merge(*pair, tmp_path / "out", vocab=vocab, pad_vocab_to_multiple_of=16)
-    found, base = load_folder(tmp_path / "out"), load_folder(pair[0])
+def assert_mean(row: Array, rows: Array) -> None:
+    """To what two roundings to bfloat16 leave of it."""
+    mean = rows.astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(row.astype(np.float64), mean, atol=2.0**-6 * np.abs(rows.astype(np.float64)).max())
+
+
+@pytest.mark.parametrize(("vocab", "tokens"), [("base", 5), ("union", 8), ("ft", 7)])
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_new_padding_is_the_mean_of_the_outputs_rows_with_tokens(
+    pair: tuple[Path, Path], tmp_path: Path, vocab: str, tokens: int, t: float
+) -> None:
+    """Of the merged rows, whatever t: so no score of theirs is above the best of a token's."""
+    merge(*pair, tmp_path / "out", t, vocab=vocab, pad_vocab_to_multiple_of=16)
+    found = load_folder(tmp_path / "out")
     for name in ROW_TENSORS:
         assert len(found[name]) == 16
-        mean = base[name][:5].astype(np.float64).mean(axis=0).astype(BF16)
-        assert all(row.tobytes() == mean.tobytes() for row in found[name][8:])
+        assert len({row.tobytes() for row in found[name][8:]}) == 1
+        assert_mean(found[name][-1], found[name][:tokens])
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 16
+
+
+def test_rows_that_are_a_mean_do_not_count_for_the_angle(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The rows with tokens are those of a merge without padding."""
+    merge(*pair, tmp_path / "padded", 0.4, vocab="base", pad_vocab_to_multiple_of=64)
+    merge(*pair, tmp_path / "plain", 0.4, vocab="base")
+    padded, plain = load_folder(tmp_path / "padded"), load_folder(tmp_path / "plain")
+    for name in ROW_TENSORS:
+        assert padded[name][:8].tobytes() == plain[name].tobytes()
+
+
+def test_positions_are_no_tokens(tmp_path: Path) -> None:
+    """As many of them as rows of the vocabulary: they stay where they are, whatever becomes of the tokens."""
+    names = ("transformer.wpe.weight", "bert.embeddings.position_embeddings.weight", "model.embed_positions.weight")
+    folders = []
+    for side, tokens in (("base", BASE_TOKENS), ("ft", [*FT_TOKENS[::-1], "more"])):
+        tensors = {"transformer.wte.weight": normal(len(tokens), HIDDEN, dtype=BF16)}
+        tensors |= {name: np.arange(5 * HIDDEN).reshape(5, HIDDEN).astype(BF16) for name in names}
+        folders.append(save_model(tmp_path / side, tensors, side_files={"tokenizer.json": tokenizer(tokens)}))
+    for vocab in ("base", "ft", "union"):
+        merge(*folders, tmp_path / f"by {vocab}", vocab=vocab)
+        found, base = load_folder(tmp_path / f"by {vocab}"), load_folder(folders[0])
+        assert all(found[name].tobytes() == base[name].tobytes() for name in names)
 
 
 def test_a_union_grows_beyond_the_rows_there_were(tmp_path: Path) -> None:
@@ -183,7 +216,7 @@ def test_rows_of_one_side_may_hold_anything_and_those_of_both_may_not(tmp_path: 
         changed[row] = -np.inf
         side = {"tokenizer.json": tokenizer(FT_TOKENS, FT_ADDED)}
         save_model(tmp_path / name, {**tensors, "lm_head.bias": changed}, side_files=side)
-    merge(base, tmp_path / "a", tmp_path / "out", vocab="union")
+    merge(base, tmp_path / "a", tmp_path / "out", vocab="union", pad_vocab_to_multiple_of=16)
     found = load_folder(tmp_path / "out")["lm_head.bias"]
     assert [float(value) for value in found[~np.isfinite(found.astype(float))]] == [-np.inf]
     with pytest.raises(DataError, match=r"lm_head.bias in b/model.safetensors \(rows by token\): element 2 is -inf"):
@@ -437,8 +470,8 @@ def test_tokens_beyond_the_rows_are_told_and_have_no_row(tmp_path: Path) -> None
     ft = model(tmp_path / "ft", 6, tokenizer(FT_TOKENS, FT_ADDED))
     report = merge(base, ft, tmp_path / "out", vocab="union")
     assert any("ft: 1 ids of its tokenizer are beyond its embedding's 6 rows" in told for told in report.warnings)
-    found, x = load_folder(tmp_path / "out")["lm_head.weight"], load_folder(base)["lm_head.weight"]
-    assert found[7].tobytes() == x[:5].astype(np.float64).mean(axis=0).astype(BF16).tobytes()
+    found = load_folder(tmp_path / "out")["lm_head.weight"]
+    assert_mean(found[7], found[:7])
 
 
 @pytest.mark.parametrize(("vocab", "rows"), [("base", 4), ("union", 8)])
