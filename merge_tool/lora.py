@@ -249,7 +249,7 @@ class _Matcher:
             if old.shape != info.shape:
                 self.notices.append(
                     f"{self.name}: {shown(target)} is {list(info.shape)} there, {list(old.shape)} in {self.base.name}. "
-                    "Side files are that model's: what config.json says of it (vocab_size) holds no longer."
+                    "Side files are that model's; vocab_size in config.json follows."
                 )
             written_as = self.base.stored_dtype(target)
             self.made[target] = FileTensor(replace(info, name=target), self.weights.files[0].source, written_as)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from merge_tool.chat_template import template_warnings, with_template
 from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint
+from merge_tool.config_fit import fit_config
 from merge_tool.errors import CheckpointError, MismatchError, OutputError, RecipeError, listed, shown
 from merge_tool.inputs import Download, Inputs
 from merge_tool.lora import open_models, parts
@@ -198,6 +199,9 @@ def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, 
             told.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
         of = next(k for k, model in enumerate(models) if model.folder is donor.folder)
         told += settings_warnings(alignment, of, side_files.folder)
+    if side_files.folder is not None:
+        side_files, fitted = fit_config(side_files, (job.out for job in plan.jobs()), donor, models)
+        told += fitted
     if plan.chat_template and side_files.folder is not None:
         side_files = with_template(side_files, plan.chat_template)
         told += template_warnings(plan.chat_template, side_files)

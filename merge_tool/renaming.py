@@ -128,7 +128,7 @@ def is_head(name: str) -> bool:
 
 def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
     """The input embedding that is this model's output head, too; None if its config denies that or several might be."""
-    if _says_tied(model.config or {}) is False or any(map(is_head, model.tensors)):
+    if says_tied(model.config or {}) is False or any(map(is_head, model.tensors)):
         return None
     found = [n for n, info in model.tensors.items() if _EMBEDDING.search(n) and len(info.shape) == 2]
     if len(found) > 1:
@@ -138,7 +138,7 @@ def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _says_tied(config: Mapping[str, Any]) -> bool | None:
+def says_tied(config: Mapping[str, Any]) -> bool | None:
     """What config.json or its sub-configs say of tie_word_embeddings; None if nothing, or both."""
     parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
     said = {part["tie_word_embeddings"] for part in parts if isinstance(part.get("tie_word_embeddings"), bool)}
@@ -175,7 +175,7 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
         what, why = f"has {shown(tensor)} in its place", "one with it in such models"
         if is_head(copy):
             what = f"ties its head to {shown(tensor)}"
-            why = "a copy, says its config" if _says_tied(ft.config or {}) else "what it learned apart is lost"
+            why = "a copy, says its config" if says_tied(ft.config or {}) else "what it learned apart is lost"
         yield f"{base.name} {what}, and so does the output: {shown(copy)} of {ft.name} is left out ({why})."
 
 

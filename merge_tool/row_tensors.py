@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
@@ -26,23 +26,30 @@ _OTHER_ROWS = re.compile(
 _LAYER = re.compile(r"(?:^|\.)[0-9]+\.")
 
 
-def _embeddings(model: Checkpoint) -> dict[str, TensorInfo]:
+def _embeddings(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
     return {
-        name: info
-        for name, info in model.tensors.items()
-        if len(info.shape) == 2 and _EMBEDDING.search(name) and info.dtype in FLOAT_DTYPES
+        info.name: info
+        for info in infos
+        if len(info.shape) == 2 and _EMBEDDING.search(info.name) and info.dtype in FLOAT_DTYPES
     }
 
 
-def rows_of(model: Checkpoint) -> int | None:
+def embedding_rows(infos: Iterable[TensorInfo]) -> int | None:
     """How many rows the embedding has; None if there is none, or if several differ."""
-    found = {info.shape[0] for info in _embeddings(model).values()}
+    found = {info.shape[0] for info in _embeddings(infos).values()}
     return found.pop() if len(found) == 1 else None
+
+
+def rows_of(model: Checkpoint) -> int | None:
+    """As `embedding_rows`, of a model."""
+    return embedding_rows(model.tensors.values())
 
 
 def known_rows(model: Checkpoint) -> int:
     if (rows := rows_of(model)) is None:
-        found = [f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model).items())]
+        found = [
+            f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model.tensors.values()).items())
+        ]
         what = f"has embeddings of different sizes ({', '.join(found)})" if found else "has no embedding that is known"
         raise MismatchError(f"{model.name}: {what}, so it cannot be told which rows are tokens.")
     return rows
@@ -98,7 +105,7 @@ def _misfit(name: str, models: Sequence[Checkpoint], theirs: Sequence[str], befo
 def _row_tensors(model: Checkpoint, rows: int) -> Iterator[str]:
     """Embeddings, heads and their biases: what has a row for each token, by its name or by where it stands. Positions
     may be as many as tokens; their tensors are known by their names."""
-    widths = {info.shape[1] for info in _embeddings(model).values()}
+    widths = {info.shape[1] for info in _embeddings(model.tensors.values()).values()}
     for name, info in model.tensors.items():
         has_rows = info.shape[:1] == (rows,) or (info.shape == (1, rows) and "bias" in name)
         is_inside = _LAYER.search(name) is not None

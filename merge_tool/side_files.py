@@ -59,6 +59,7 @@ class SideFiles:
     unmerged: tuple[str, ...]
     layers: tuple[int, ...] = ()  # which of the model's layers each of the output's was, if that changes
     vocab_sizes: tuple[frozenset[int], int] | None = None  # those that config.json may name, and what it says now
+    ties: bool | None = None  # what config.json says now of the head being the embedding, if that changes
     keeps_quantization: bool = False  # whether the output is quantised, as config.json says
 
     @property
@@ -79,6 +80,7 @@ class SideFiles:
                 config = path.read_bytes()
                 config = config if self.keeps_quantization else _edit_config(config, dtype)
                 config = edit_vocab_size(config, *self.vocab_sizes) if self.vocab_sizes else config
+                config = config if self.ties is None else edit_ties(config, self.ties)
                 yield edit_config_layers(config, self.layers) if self.layers else config
                 return
             with path.open("rb") as content:
@@ -239,6 +241,13 @@ def edit_vocab_size(config: bytes, before: frozenset[int], after: int) -> bytes:
         return match[1] + (str(after).encode() if int(match[2]) in before else match[2])
 
     return re.sub(rb'("vocab_size"\s*:\s*)([0-9]{1,12})', replace, config)
+
+
+def edit_ties(config: bytes, ties: bool) -> bytes:
+    """config.json with `tie_word_embeddings` wherever it stands, or else in front; nothing else changes."""
+    word = b"true" if ties else b"false"
+    edited, count = re.subn(rb'("tie_word_embeddings"\s*:\s*)(?:true|false)', rb"\g<1>" + word, config)
+    return edited if count else config.replace(b"{", b'{\n  "tie_word_embeddings": ' + word + b",", 1)
 
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

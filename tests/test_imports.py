@@ -117,8 +117,11 @@ ARROWS: dict[str, set[str]] = {
     "report": {"_version", "errors", "methods", "plan"},
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader", "inputs", "lora", "methods"},
+    "config_fit": {
+        "checkpoint.header", "checkpoint.reader", "renaming", "row_tensors", "side_files", "vocab",
+    },
     "prepare": {
-        "chat_template", "checkpoint.reader", "errors", "inputs", "lora", "memory", "methods", "output",
+        "chat_template", "checkpoint.reader", "config_fit", "errors", "inputs", "lora", "memory", "methods", "output",
         "parents", "plan", "recipe", "side_files", "vocab",
     },
     "parents": {"checkpoint.folder", "checkpoint.reader", "errors", "tokenizer_json", "vocab"},

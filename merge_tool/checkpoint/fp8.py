@@ -147,8 +147,11 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
         )
         for weight, scales in weights.items()
     }
-    if settings is not None and (bare := [n for n, s in sources.items() if s.info.dtype in _CODES and n not in made]):
-        raise CheckpointError(f"{name}: {len(bare):,} tensors of 8-bit floats have no scales: {listed(bare)}.")
+    if bare := [n for n, s in sources.items() if s.info.dtype in _CODES and n not in made]:
+        raise CheckpointError(
+            f"{name}: {len(bare):,} tensors of 8-bit floats have no scales, {len(made):,} others have: {listed(bare)}. "
+            "Fetch it again, or merge the original weights."
+        )
     return Scaled(made, {n: s for n, s in sources.items() if n.endswith(ACTIVATION_SCALES)}, settings)
 
 

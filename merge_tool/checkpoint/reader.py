@@ -107,7 +107,7 @@ class Checkpoint:
     `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user. `made` are the
     sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read. `scaled` has
     those that are 8-bit floats with scales, and what belongs to these. The tokenizer is in `tokenizer_folder`: an
-    adapter may bring one.
+    adapter may bring one. `stored` is the checkpoint as it was before tensors took the place of others, if any did.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = tensors
         self.metadata, self.config, self.notices = metadata, config, notices
         self.index_name = index_name
+        self.stored: Checkpoint | None = None
         self._file_of = file_of  # empty when there is one file
         self._made = made or {}
         self.tokenizer_folder = tokenizer_folder or folder
@@ -161,10 +162,12 @@ class Checkpoint:
         """This checkpoint with tensors of other sources in place of its own or beside them, read from `files`, too."""
         tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
         file_of = self._file_of
-        return Checkpoint(
+        found = Checkpoint(
             name, self.folder, (*self.files, *files), tensors, file_of, self.metadata, self.config, self.index_name,
             notices, {**self._made, **made}, tokenizer_folder or self.tokenizer_folder, self.scaled,
         )  # fmt: skip
+        found.stored = self.stored or self
+        return found
 
     def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
