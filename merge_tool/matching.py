@@ -11,7 +11,7 @@ from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
 from merge_tool.recipe import Recipe
 from merge_tool.recipes.stacks import Stacks
-from merge_tool.renaming import Renaming, find_renaming, renaming_warnings
+from merge_tool.renaming import Renaming, find_renaming, is_derived, renaming_warnings
 from merge_tool.schedule import Pattern
 
 NOT_CHOSEN = "not chosen: base kept"
@@ -113,8 +113,8 @@ def _check(recipe: Recipe, base: Checkpoint, ft: Checkpoint, found: _Differences
     """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
     problems, ways = [], []
     if recipe.on_missing == "error":
-        for names, where in ((found.lacking, base.name), (found.extra, ft.name)):
-            if names:
+        for all_names, where in ((found.lacking, base.name), (found.extra, ft.name)):
+            if names := [name for name in all_names if not is_derived(name)]:
                 problems.append(f"{len(names):,} tensors only in {where}: {listed(names)}")
         if problems:
             ways.append("--on-missing base: what only BASE has is taken as it is, what only FT has is left out.")

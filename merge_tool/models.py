@@ -24,7 +24,7 @@ from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
 from merge_tool.recipes.expand import Ask, Keeping, expand_keeping
 from merge_tool.recipes.mergekit import parse_recipe
 from merge_tool.recipes.models_recipe import PAIRS, ModelsRecipe
-from merge_tool.renaming import find_renaming, renaming_warnings
+from merge_tool.renaming import find_renaming, is_derived, renaming_warnings
 
 _LARGEST_RECIPE = 1_000_000  # bytes
 Methods = Mapping[str, StepsMethod]
@@ -122,7 +122,8 @@ def _plan(
 ) -> MergePlan:
     donor = models[asked.donor]
     renamings = {k: find_renaming(donor, model) for k, model in enumerate(models) if model is not donor}
-    keeping = Keeping(partial(find_unchosen, options), NOT_CHOSEN, NOT_IN_ALL if options.on_missing == "base" else "")
+    may_lack = is_derived if options.on_missing == "error" else lambda name: True
+    keeping = Keeping(partial(find_unchosen, options), NOT_CHOSEN, NOT_IN_ALL, may_lack)
     names = [model.tensors.keys() for model in models]
     asks, left_out = expand_keeping(asked, names, methods, renamings, keeping)
     if all(ask.kept for ask in asks):

@@ -8,8 +8,10 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, shown
+from merge_tool.errors import CheckpointError, MismatchError, shown
+from merge_tool.row_tensors import rows_of
 from merge_tool.tokenizer_json import TOKENIZER
+from merge_tool.tokens import compare_tokenizers
 from merge_tool.vocab import TOKENIZER_FILES, explain, has_other_rows
 
 _COMPARED_SETTINGS = (
@@ -35,6 +37,29 @@ def parent_warnings(models: Sequence[Checkpoint], way: str) -> Iterable[str]:
     for other in models[1:]:
         yield from _differences(models[0], other)
         yield from _tokenizer_differences(models[0], other, way)
+
+
+def check_vocabularies(models: Sequence[Checkpoint], *, is_pair: bool) -> None:
+    """Raise MismatchError where rows of one number mean other tokens in two models: of a pair wherever the tokenizers
+    differ, of a recipe's models where a token has another number."""
+    base, *others = models
+    for other in others:
+        here, there = base.tokenizer_folder, other.tokenizer_folder
+        if here is None or there is None or not (here.has(TOKENIZER) and there.has(TOKENIZER)):
+            continue
+        if rows_of(base) is None or _same_bytes(here, there, TOKENIZER):
+            continue
+        try:
+            found = compare_tokenizers(here, there)
+        except CheckpointError:
+            continue  # a warning tells of it
+        if found.num_moved or (is_pair and any(found.num_only)):
+            way = "--vocab base, ft or union" if is_pair else "tokenizer_source: union (or base, or a model)"
+            raise MismatchError(
+                f"{base.name} and {other.name} have different vocabularies, so rows of one number mean other tokens. "
+                f"{explain(base, other)}.\nWith {way} rows are matched by token; --exclude PATTERN keeps what it "
+                "matches (embeddings, heads) as the base has it."
+            )
 
 
 def explain_rows(models: Sequence[Checkpoint]) -> str:

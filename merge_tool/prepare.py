@@ -30,9 +30,10 @@ from merge_tool.memory import (
 )
 from merge_tool.methods import as_bytes
 from merge_tool.output import Target, check_target
-from merge_tool.parents import explain_rows, parent_warnings
+from merge_tool.parents import check_vocabularies, explain_rows, parent_warnings
 from merge_tool.plan import MergePlan, plan_merge
 from merge_tool.recipe import Recipe
+from merge_tool.row_tensors import has_row_tensors
 from merge_tool.side_files import (
     BASE_CARD,
     CARD,
@@ -182,6 +183,8 @@ def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, 
     target, recipe = asked.target, asked.recipe
     models, alignment = asked.align(open_models(found.refs, coming=found.coming, max_header_bytes=most))
     plan = _plan(asked.plan, models)
+    if alignment is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
+        check_vocabularies(models, is_pair=plan.is_pair)
     donor = models[recipe.files_from == "ft" if plan.is_pair else plan.donor]
     try:
         side_files = plan_side_files(

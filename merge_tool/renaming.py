@@ -18,6 +18,11 @@ _WRAPPERS = frozenset({
     "roberta", "distilbert", "deberta", "electra", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
 })  # fmt: skip
 _MOST_WRAPPERS = 8
+# Buffers that follow from the configuration: some versions of a library store them, others do not.
+_DERIVED = re.compile(
+    r"(?:^|\.)(?:rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|embeddings\.token_type_ids"
+    r"|[0-9]+\.(?:attn|attention|attn\.attention)\.(?:bias|masked_bias))$"
+)
 _HEADS = frozenset({
     "lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight",
     "vocab_projector.weight", "generator_lm_head.weight",
@@ -119,6 +124,15 @@ def _without_wrappers(
 
 def _unique_cores(names: Iterable[str]) -> set[str]:
     return {core for core, count in Counter(map(_core, names)).items() if count == 1}
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor is a buffer that a model makes itself when it is loaded: frequencies, positions, masks.
+
+    >>> [is_derived(f"h.0.attn.{name}") for name in ("rotary_emb.inv_freq", "bias", "c_attn.bias")]
+    [True, True, False]
+    """
+    return _DERIVED.search(name) is not None
 
 
 def is_head(name: str) -> bool:

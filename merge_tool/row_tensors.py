@@ -40,6 +40,11 @@ def embedding_rows(infos: Iterable[TensorInfo]) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
+def has_row_tensors(infos: Iterable[TensorInfo]) -> bool:
+    """Whether there are embeddings or heads among these, by their names."""
+    return any(_EMBEDDING.search(info.name) or _HEAD.search(info.name) for info in infos)
+
+
 def rows_of(model: Checkpoint) -> int | None:
     """As `embedding_rows`, of a model."""
     return embedding_rows(model.tensors.values())

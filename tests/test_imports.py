@@ -122,9 +122,11 @@ ARROWS: dict[str, set[str]] = {
     },
     "prepare": {
         "chat_template", "checkpoint.reader", "config_fit", "errors", "inputs", "lora", "memory", "methods", "output",
-        "parents", "plan", "recipe", "side_files", "vocab",
+        "parents", "plan", "recipe", "row_tensors", "side_files", "vocab",
     },
-    "parents": {"checkpoint.folder", "checkpoint.reader", "errors", "tokenizer_json", "vocab"},
+    "parents": {
+        "checkpoint.folder", "checkpoint.reader", "errors", "row_tensors", "tokenizer_json", "tokens", "vocab",
+    },
     "complete": {
         "checkpoint.reader", "errors", "methods", "older", "output", "plan", "prepare", "recipe", "report",
         "side_files",

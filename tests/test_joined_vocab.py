@@ -291,3 +291,13 @@ def test_the_budget_holds_with_three_vocabularies_of_ordinary_size(tmp_path: Pat
     words = [sys.executable, "-m", "merge_tool", "run", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")]
     done = subprocess.run([*words, "--memory", "68MB", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["peak_bytes"] < 68_000_000
+
+
+def test_a_recipe_that_does_not_ask_merges_rows_by_number_only_where_no_token_has_another(tmp_path: Path) -> None:
+    """Tokens with other numbers are an error that says what to write; tokens added at the end are a warning."""
+    base, moved = (model(tmp_path / n, 6, tokenizer(TOKENS[n]), dtype=np.float32) for n in ("a", "b"))
+    with pytest.raises(MismatchError, match=r"(?s)a and b have different vocabularies.*With tokenizer_source: union"):
+        merge_models(recipe([base, moved], None), tmp_path / "out")
+    more = model(tmp_path / "more", 6, tokenizer([*TOKENS["a"], "new"]), dtype=np.float32)
+    report = merge_models(recipe([base, more], None), tmp_path / "out")
+    assert any("With tokenizer_source rows are matched by token" in text for text in report.warnings)

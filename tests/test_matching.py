@@ -15,6 +15,7 @@ from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_
 from merge_tool import merge
 from merge_tool.cli import slerp_merge
 from merge_tool.methods import TILE
+from merge_tool.models import merge_models
 from merge_tool.prepare import prepare
 from merge_tool.recipe import Recipe
 from oracle import float64_merge
@@ -486,3 +487,26 @@ def test_embeddings_and_biases_that_are_one_with_another_tensor(tmp_path: Path) 
         "plain has model.shared.weight in its place, and so does the output: model.decoder.embed_tokens.weight of full"
     )
     assert any(text.startswith(told) for text in done.warnings)
+
+
+def test_buffers_that_follow_from_the_configuration_may_be_on_one_side_only(tmp_path: Path) -> None:
+    """Frequencies, positions and masks that older libraries stored: BASE's stay, FT's are left out, both aloud; a bias
+    that was trained is none of them."""
+    shared = {"h.0.attn.c_attn.bias": np.ones(6, np.float32), "wte.weight": np.ones((6, 3), np.float32)}
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "embeddings.position_ids": np.arange(5)[None],
+        "gpt_neox.layers.1.attention.masked_bias": np.ones((), np.float32),
+    }  # fmt: skip
+    old, new = save_model(tmp_path / "old", shared | buffers), save_model(tmp_path / "new", shared)
+    done = merge(old, new, tmp_path / "a")
+    assert load_folder(tmp_path / "a").keys() == (shared | buffers).keys()
+    assert any(text.startswith("4 tensors are not in new; old's are kept") for text in done.warnings)
+    done = merge(new, old, tmp_path / "b")
+    assert load_folder(tmp_path / "b").keys() == shared.keys()
+    assert any(text.startswith("4 tensors are only in old; they are left out") for text in done.warnings)
+    merge_models({"merge_method": "linear", "models": [
+        {"model": str(m), "parameters": {"weight": 1}} for m in (new, old)]}, tmp_path / "c")  # fmt: skip
+    assert load_folder(tmp_path / "c").keys() == shared.keys()
+    lacking = save_model(tmp_path / "lacking", {"wte.weight": shared["wte.weight"]})
+    assert "h.0.attn.c_attn.bias" in run(new, lacking, tmp_path / "d").stderr

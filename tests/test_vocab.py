@@ -432,15 +432,19 @@ def test_other_sizes_are_an_error_with_the_figures(pair: tuple[Path, Path], tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_the_same_size_with_other_tokens_is_a_warning_with_the_figures_and_matched_on_request(tmp_path: Path) -> None:
+def test_the_same_size_with_other_tokens_is_an_error_with_the_figures_and_matched_on_request(tmp_path: Path) -> None:
     base = model(tmp_path / "base", 5, tokenizer(BASE_TOKENS))
     ft = model(tmp_path / "ft", 5, tokenizer(FT_TOKENS))
     result = run("merge", base, ft, tmp_path / "out")
-    assert (
-        "Warning: tokenizer.json differs between base and ft: tokens may not mean the same in both. 4 tokens are in "
-        "both, 2 of them with another id, 1 only in base (c) and 1 only in ft (d); rows beyond the tokenizer "
-        "(padding): 0 in base, 0 in ft. With --vocab rows are matched by token.\n"
-    ) in result.stderr
+    assert result.stderr == (
+        "Error: base and ft have different vocabularies, so rows of one number mean other tokens. 4 tokens are in "
+        "both, 2 of them with another id, 1 only in base (c) and 1 only in ft (d); rows beyond the tokenizer (padding): 0 in "
+        "base, 0 in ft.\nWith --vocab base, ft or union rows are matched by token; --exclude PATTERN keeps what it "
+        "matches (embeddings, heads) as the base has it.\n"
+    )
+    assert not (tmp_path / "out").exists()
+    body = merge(base, ft, tmp_path / "body", exclude=["embed_tokens", "lm_head"])
+    assert any("tokenizer.json differs between base and ft" in warning for warning in body.warnings)
     matched = merge(base, ft, tmp_path / "matched", 1, vocab="base")
     x, y = load_folder(base)["lm_head.weight"], load_folder(ft)["lm_head.weight"]
     found = load_folder(tmp_path / "matched")["lm_head.weight"]

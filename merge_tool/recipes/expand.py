@@ -34,11 +34,13 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Keeping:
     """Which tensors are the base's as they are: of the output's names those that `unchosen` picks, for the reason
-    `not_chosen`; with `missing`, for that reason, those that some model lacks. What the base lacks then is left out."""
+    `not_chosen`; for the reason `missing`, those that some model lacks and may lack. What the base lacks then is left
+    out."""
 
     unchosen: Callable[[Sequence[str]], Collection[str]] = lambda names: ()
     not_chosen: str = ""
     missing: str = ""
+    may_lack: Callable[[str], bool] = lambda name: False
 
 
 def expand(
@@ -71,7 +73,8 @@ def expand_keeping(
     unchosen = frozenset(keeping.unchosen([place.name for place in places]))
     asks, left_out = [], []
     for place in places:
-        why = keeping.not_chosen if place.name in unchosen else keeping.missing if tensors.lacks(place) else ""
+        may_lack = keeping.missing if keeping.may_lack(place.name) and tensors.lacks(place) else ""
+        why = keeping.not_chosen if place.name in unchosen else may_lack
         kept = tensors.base_of(place) if why else None
         if not why:
             tensors.note_lacking(place)
