@@ -120,8 +120,8 @@ class Scaled:
         yield f"{name}: {len(self.made):,} weights are 8-bit floats with scales; they are read as their real values."
         if self.activations:
             yield (
-                f"{name}: {len(self.activations):,} scales of activations are not merged (only an output in BASE's 8 bits "
-                f"has any, BASE's): {listed(self.activations)}."
+                f"{name}: {len(self.activations):,} scales of activations are not merged (only an output in BASE's 8 "
+                f"bits has any, BASE's): {listed(self.activations)}."
             )
 
 
