@@ -23,6 +23,7 @@ _PER_TENSOR_BYTES = 300  # findings until a shard is done, and its header: seen 
 _CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
 _LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
 _STEPS_ROWS = 6  # float64 tiles that a method's expressions hold at a time, beside its inputs
+_SLACK_BYTES = 2_000_000  # what one process holds more than another of the same command
 MAX_JOBS = 8
 
 
@@ -85,9 +86,10 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
             jobs -= 1
     needed = max(fixed + jobs * (slot_bytes + temporary + Scratch.NBYTES), held + _CARD_BYTES)
     if needed > budget:
+        enough = _megabytes(needed + _SLACK_BYTES)
         raise RecipeError(
-            f"This merge of {plan.num_tensors:,} tensors needs at least {_megabytes(needed)} of memory, the budget "
-            f"is {_megabytes(budget)}. Give --memory {_megabytes(needed)} or more."
+            f"This merge of {plan.num_tensors:,} tensors needs at least {enough} of memory, the budget is "
+            f"{_megabytes(budget)}. Give --memory {enough} or more."
         )
     rest = room - jobs * (slot_bytes + temporary + Scratch.NBYTES)
     return Layout(jobs, tiles * unit, slot_bytes, _arena_bytes(plan, rest), temporary, state)

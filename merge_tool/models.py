@@ -133,7 +133,10 @@ def _plan(
     merged = ((models[k], renaming) for k, renaming in renamings.items() if k in asked.sources)
     told = [text for model, renaming in merged for text in renaming_warnings(donor, model, renaming, ())]
     told += _missing_warnings(asks, left_out)
-    return replace(plan, chat_template=_template(asked, models), warnings=(*plan.warnings, *dict.fromkeys(told)))
+    template = _template(asked, models)
+    if asked.chat_template and not template:
+        told.append("chat_template: no model has one, so the output has none.")
+    return replace(plan, chat_template=template, warnings=(*plan.warnings, *dict.fromkeys(told)))
 
 
 def _missing_warnings(asks: Sequence[Ask], left_out: Sequence[str]) -> Iterator[str]:

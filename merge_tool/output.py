@@ -409,9 +409,8 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         for key in {**now, **before}
         if _brief(before.get(key)) != _brief(now.get(key))
     ]
-    changed = [
-        key for key in ("base", "ft") if before.get(key) != now[key] and not any(p.startswith(key) for p in parts)
-    ]
+    models = [key for key, value in now.items() if isinstance(value, dict)]
+    changed = [key for key in models if before.get(key) != now[key] and not any(p.startswith(f"{key} ") for p in parts)]
     parts += [f"the files of {key} changed" for key in changed]
     if not parts:
         times = ours["modified"]

@@ -128,6 +128,6 @@ def _with_rows(shape: tuple[int, ...], before: int, after: int) -> tuple[int, ..
 
 
 def _common(sources: Sequence[TensorSource], rows: Rows) -> str:
-    """A dtype that holds the values of all, and of averages as float32 has them."""
-    dtypes = {source.info.dtype for source in sources} | ({"F32"} if len(rows.averages) else set())
+    """A dtype that holds the values of all; of averages every digit, so that differences from them add up to 0."""
+    dtypes = {source.info.dtype for source in sources} | ({"F64"} if len(rows.averages) else set())
     return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"

@@ -147,7 +147,8 @@ def _notices(choice: str, base: Checkpoint, ft: Checkpoint, found: Vocabularies,
 def pieces_told(which: str, whose: str) -> str:
     return (
         f"{which} are pieces of {whose} tokenizer's model; in {TOKENIZER} they are added tokens, spelled as there. Its "
-        "merges and scores cannot be taken over: text is not split into such pieces as it was."
+        "merges and scores cannot be taken over: added tokens come before all else, so any text with such pieces is "
+        "split otherwise than it was."
     )
 
 

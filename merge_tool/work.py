@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from merge_tool.methods import (
     sum_tile,
     total,
 )
-from merge_tool.methods.passes import Running, start_pass
+from merge_tool.methods.passes import Running, begin_steps, check_combine, check_merged, start_pass
 from merge_tool.methods.steps import FLAT, Combine, Given, Pass, Steps, StepsMethod, Tile, tile_elements
 from merge_tool.plan import MergePlan, TensorJob
 from merge_tool.quantise import encode_scaled, fresh_scales, largest_of
@@ -291,7 +292,7 @@ class _Steps:
         self.num_tiles = -(-given.numel // self.tile) or 1
         self.copies_equal, self.equal, self.is_checked = method.copies_equal(given), True, False
         self.done = TensorDone(job.number, None, equal=False)
-        self.steps: Steps = method.steps(given)
+        self.steps: Steps = begin_steps(method, given)
         self.running: Running | None = None
         self.combine: Combine | None = None
         self._advance(lambda: next(self.steps))
@@ -309,7 +310,14 @@ class _Steps:
         try:
             self.running = start_pass(step(), self.given, self.num_tiles)
         except StopIteration as e:
-            self.running, self.combine = None, e.value
+            self.running, self.combine = None, self._told(partial(check_combine, e.value))
+        except ValueError as e:
+            raise DataError(f"{shown(self.job.out.name)}: {e}") from e
+
+    def _told(self, ask: Callable[[], Any]) -> Any:
+        """What a method gives; what is wrong with it names the tensor."""
+        try:
+            return ask()
         except ValueError as e:
             raise DataError(f"{shown(self.job.out.name)}: {e}") from e
 
@@ -319,7 +327,8 @@ class _Steps:
             parts = [x[begin : begin + self.tile] for x in inputs]
             if self.copies_equal and self.equal and not all(same_values(parts[0], other) for other in parts[1:]):
                 self.equal = False
-            self.running.add((start + begin) // self.tile, self._decoded(start + begin, parts))
+            tile, running = self._decoded(start + begin, parts), self.running
+            self._told(partial(running.add, (start + begin) // self.tile, tile))
 
     def settle(self, chunks: Chunks, scratch: Scratch) -> None:
         self.is_checked = True
@@ -334,14 +343,22 @@ class _Steps:
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
         if self.done.equal:
             return _converted(self.job, start, inputs[0], out)
-        assert self.combine is not None
         for begin in range(0, len(out), self.tile):
             cut = slice(begin, begin + self.tile)
-            merged = self.combine(self._decoded(start + begin, [x[cut] for x in inputs])).reshape(-1)
-            if not convert(merged, out[cut]) or not np.isfinite(merged).all():
-                place = first_nonfinite(out[cut]) or first_nonfinite(merged) or 0
-                raise DataError(_overflow_message(self.job, start + begin + place))
+            merged = self._merged(start + begin, [x[cut] for x in inputs])
+            if (place := first_nonfinite(merged)) is not None:
+                what = f"element {start + begin + place:,} became {float(merged[place])}"
+                raise DataError(f"{shown(self.job.out.name)}: {what} in the merge, from values that are finite.")
+            if not convert(merged, out[cut]):
+                raise DataError(_overflow_message(self.job, start + begin + (first_nonfinite(out[cut]) or 0)))
         return out
+
+    def _merged(self, start: int, parts: Sequence[Array]) -> Array:
+        combine = self.combine
+        assert combine is not None
+        tile = self._decoded(start, parts)
+        merged: Array = self._told(lambda: check_merged(combine(tile), tile)).reshape(-1)
+        return merged
 
     def _decoded(self, start: int, parts: Sequence[Array]) -> Tile:
         """A tile as the method sees it. Values are looked at once, in the first pass over them."""

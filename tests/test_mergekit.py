@@ -499,7 +499,7 @@ def test_all_tensors_that_some_models_lack_are_said_at_once() -> None:
     smaller = [name for name in llama(4) if name != "model.norm.weight"]
     message = refusal(linear("1", "1"), [*llama(), "model.extra"], smaller)
     assert "5 tensors are not in M1: model.layers.4." in message
-    assert "M0 has 5 in model.layers.; M1 has 4 in model.layers." in message
+    assert "M0 has 5 in model.layers; M1 has 4 in model.layers." in message
     assert "1 tensors are not in M0: model.other" in refusal(linear("1", "1"), llama(), [*llama(), "model.other"])
 
 

@@ -353,3 +353,24 @@ def test_an_output_is_verified_by_its_recipe(method: str, models: list[Path], tm
     assert verify(tmp_path / "out", recipe=write(tmp_path, asked))[0].problems
     save_model(models[1], language_model(77, layers=LAYERS), shards=2)
     assert verify(tmp_path / "out", recipe=path)[0].problems
+
+
+def test_an_interrupted_recipe_that_changed_is_refused_by_what_changed(models: list[Path], tmp_path: Path) -> None:
+    """The recipe, the seed, another shard size, another model; the same command continues."""
+    asked, out = recipe("dare_ties", models), tmp_path / "out"
+
+    def stop(nbytes: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_models(asked, out, on_progress=stop, max_shard_bytes=20_000)
+    changed = {**asked, "parameters": {"lambda": 0.9}}
+    for what, again, options in (
+        ("seed was 0, now 7", asked, {"seed": 7}), ("recipe_sha256 was", changed, {}),
+        ("exclude was None, now", asked, {"exclude": ["mlp"]}),
+    ):  # fmt: skip
+        with pytest.raises(OutputError, match=what):
+            merge_models(again, out, **{"max_shard_bytes": 20_000, **options})
+    save_model(models[2], language_model(50, layers=LAYERS, dtype=np.float32), shards=3)
+    with pytest.raises(OutputError, match=r"the files of model-\d changed"):
+        merge_models(asked, out, max_shard_bytes=20_000)

@@ -6,7 +6,7 @@ import math
 import random
 import re
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from merge_tool.methods.geometric import arc_weights
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.passes import check_given, cut_tile, drive, run_steps
 from merge_tool.methods.rowwise import divergence, mean_ranks
-from merge_tool.methods.steps import REQUIRED, TILE, Given, Tile, seed_key, tile_elements
+from merge_tool.methods.steps import REQUIRED, TILE, Given, Steps, StepsMethod, Sums, Tile, seed_key, tile_elements
 from oracle import Array, exact_angle, exact_weights
 from steps_oracle import ORACLES, uniform
 from test_methods import pair_at_angle, sums_of
@@ -693,3 +693,49 @@ def same_default(shown: str, default: Any, name: str) -> bool:
     words = {"true": True, "false": False, "none": None}
     found = words[shown] if shown in words else float(shown)
     return bool(found == default and isinstance(found, bool) == isinstance(default, bool))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs_ties", "della"])
+def test_sums_that_are_0_but_for_rounding_elect_nobody(method: str) -> None:
+    """Weights that add up to 0 in decimals, in any order of the models: the base stays."""
+    base = np.full((3, 50), 0.02)
+    d = np.linspace(1e-4, 3e-4, 150).reshape(3, 50)
+    inputs = [base + d, base + d, base - d]
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        weights = [(0.1, 0.2, 0.3)[k] for k in order]
+        found = run_steps(
+            STEPS_METHODS[method], given_of(method, base.shape, weights), base, [inputs[k] for k in order]
+        )
+        np.testing.assert_allclose(found, base, rtol=1e-15)
+
+
+def given_of(method: str, shape: tuple[int, ...], weights: Sequence[float]) -> Given:
+    found = STEPS_METHODS[method]
+    each = {key: (value,) * len(weights) for key, value in found.each.items()} | {"weight": tuple(weights)}
+    return Given(shape, len(weights), True, {**found.shared}, each)
+
+
+def test_a_method_that_needs_no_pass_may_give_its_combine_at_once() -> None:
+    twice: Any = lambda given: lambda tile: tile.inputs[0] * 2  # noqa: E731
+    plain = StepsMethod(twice, "twice", "here", base="none")
+    given = Given((2, 3), 1, False)
+    np.testing.assert_array_equal(run_steps(plain, given, None, [np.ones((2, 3))]), np.full((2, 3), 2.0))
+
+
+def _one_sum(given: Given) -> Steps:
+    yield Sums(lambda tile: [1.0], 2)
+    return lambda tile: tile.inputs[0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        (lambda given: lambda tile: tile.inputs[0][:1], "gave 1 elements for a tile of 6"),
+        (lambda given: None, "gave NoneType instead of a function"),
+        (_one_sum, "gave 1 sums of a tile, 2 were announced"),
+    ],
+)
+def test_a_method_of_ones_own_that_is_wrong_is_told_what_is(steps: Any, says: str) -> None:
+    method = StepsMethod(steps, "wrong", "here", base="none")
+    with pytest.raises(ValueError, match=says):
+        run_steps(method, Given((6,), 1, False), None, [np.ones(6)])

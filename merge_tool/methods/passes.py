@@ -7,7 +7,7 @@ tile once more; then `found` is what the method asked for. `run_steps` is the wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from merge_tool.methods.steps import (
     Given,
     OrderStatistics,
     Pass,
+    Steps,
     StepsMethod,
     Sums,
     Tile,
@@ -49,7 +50,10 @@ class _RunningSums:
         self.found: list[float] = []
 
     def add(self, number: int, tile: Tile) -> None:
-        self.parts[number] = self.asked.of(tile)
+        found = self.asked.of(tile)
+        if len(found) != self.asked.size:
+            raise ValueError(f"the method gave {len(found)} sums of a tile, {self.asked.size} were announced")
+        self.parts[number] = found
 
     def settle(self) -> bool:
         self.found = [total(column) for column in self.parts.T]
@@ -133,9 +137,34 @@ def start_pass(asked: Pass, given: Given, num_tiles: int) -> Running:
     raise TypeError(f"a method yields Sums, OrderStatistics or ColumnSums, not {type(asked).__name__}")
 
 
+def begin_steps(method: StepsMethod, given: Given) -> Steps:
+    """A method's passes under way; of one that needs none and gives its combine at once, an empty run of them."""
+    found: Any = method.steps(given)
+    return found if isinstance(found, Generator) else _without_passes(found)
+
+
+def _without_passes(combine: Combine) -> Steps:
+    yield from ()
+    return combine
+
+
+def check_combine(combine: Any) -> Combine:
+    """Raise ValueError for what is no function of a tile."""
+    if not callable(combine):
+        raise ValueError(f"the method gave {type(combine).__name__} instead of a function that merges a tile")
+    return combine  # type: ignore[no-any-return]
+
+
+def check_merged(merged: Any, tile: Tile) -> Array:
+    """Raise ValueError for a merged tile of another size than its inputs."""
+    if np.size(merged) != tile.inputs[0].size:
+        raise ValueError(f"the method gave {np.size(merged):,} elements for a tile of {tile.inputs[0].size:,}")
+    return np.asarray(merged)
+
+
 def check_given(method: StepsMethod, given: Given) -> None:
     """Raise the ValueError by which a method refuses its parameters; no tensor is needed."""
-    steps = method.steps(given)
+    steps = begin_steps(method, given)
     next(steps, None)
     steps.close()
 
@@ -154,7 +183,12 @@ def run_steps(method: StepsMethod, given: Given, base: Array | None, inputs: Seq
             add(number, tile(begin))
 
     combine = drive(method, given, len(starts), visit)
-    return np.concatenate([combine(tile(begin)).reshape(-1) for begin in starts]).reshape(given.shape)
+
+    def merged(begin: int) -> Array:
+        part = tile(begin)
+        return check_merged(combine(part), part).reshape(-1)
+
+    return np.concatenate([merged(begin) for begin in starts]).reshape(given.shape)
 
 
 def drive(
@@ -164,7 +198,7 @@ def drive(
     visit: Callable[[Callable[[int, Tile], None]], object],
 ) -> Combine:
     """Take a method through its passes: `visit(add)` calls `add` with every tile and its number, in order."""
-    steps = method.steps(given)
+    steps = begin_steps(method, given)
     try:
         asked = next(steps)
         while True:
@@ -174,8 +208,7 @@ def drive(
                 visit(running.add)
             asked = steps.send(running.found)
     except StopIteration as e:
-        combine: Combine = e.value
-        return combine
+        return check_combine(e.value)
 
 
 def cut_tile(

@@ -31,6 +31,7 @@ Mask: TypeAlias = Callable[[Tile, int, Array], object]  # (tile, i, d): drops el
 
 
 # --------------------------------------------------------------------------------- sums and consensus
+_BALANCE = 2.0**-43  # of the magnitudes added up: the sum of a thousand float64 numbers may be off by so much
 
 
 def keep_all(tile: Tile, i: int, d: Array) -> None:
@@ -68,11 +69,14 @@ def masked(tile: Tile, mask: Mask) -> list[Array]:
 
 
 def elected(deltas: Sequence[Array]) -> tuple[Array, Array]:
-    """Where the models' sum is positive, and where it is negative; neither, where they balance."""
-    found: Array = deltas[0].copy()
+    """Where the models' sum is positive, and where it is negative; neither, where they balance: to what rounding leaves
+    of a sum of 0 (weights such as 0.1 + 0.2 - 0.3, a base that is the others' mean), in any order of the models."""
+    found, size = deltas[0].copy(), np.abs(deltas[0])
     for d in deltas[1:]:
         np.add(found, d, out=found)
-    return found > 0, found < 0
+        size += np.abs(d)
+    size *= _BALANCE
+    return found > size, found < np.negative(size, out=size)
 
 
 def agreed(deltas: Sequence[Array], weights: Sequence[float], signs: tuple[Array, Array], *, normalize: bool) -> Array:

@@ -254,7 +254,7 @@ class _Tensors:
 
     def _layers_of(self, model: int) -> str:
         own = Stacks(iter(self.known[model]))
-        counts = ", ".join(f"{own.num_layers(stack):,} in {shown(stack)}" for stack in own.of_layers[:3])
+        counts = ", ".join(f"{own.num_layers(stack):,} in {shown(stack.rstrip('.'))}" for stack in own.of_layers[:3])
         return f"{self._shown(model)} has {counts}" if counts else ""
 
     def _donor_first(self, models: Iterable[int]) -> list[int]:

@@ -53,7 +53,9 @@ class Stacks:
         """How many layers there are, in words; nothing if there are none."""
         if len(self.of_layers) == 1:
             return f"{self.num_layers(self.of_layers[0]):,} layers"
-        return ", ".join(f"{self.num_layers(stack):,} layers in {shown(stack)}" for stack in self.of_layers[:3])
+        return ", ".join(
+            f"{self.num_layers(stack):,} layers in {shown(stack.rstrip('.'))}" for stack in self.of_layers[:3]
+        )
 
     def position(self, name: str) -> float:
         """Where a tensor lies in its stack: 0 the first layer, or outside any; 1 the last layer, or the only one."""

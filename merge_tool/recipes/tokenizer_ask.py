@@ -73,6 +73,6 @@ class _Parser:
     def _multiple(self, value: Value | None) -> int | None:
         if value is None or value.plain is None:
             return None
-        if type(value.plain) is not int or value.plain < 1:
-            raise self._text.error(value.line, f"pad_to_multiple_of is {kind(value)}, expected a number from 1 on.")
+        if type(value.plain) is not int or not 1 <= value.plain <= 1_000_000:
+            raise self._text.error(value.line, f"pad_to_multiple_of is {kind(value)}, expected 1 to 1000000.")
         return value.plain
