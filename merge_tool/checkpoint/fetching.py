@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -76,9 +77,11 @@ def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], 
 
 @contextmanager
 def _explaining(repo: str, revision: str | None) -> Iterator[None]:
-    """Whatever goes wrong inside as a FetchError; no progress bars where nobody looks."""
+    """Whatever goes wrong inside as a FetchError; no progress bars where nobody looks, no word on a repository that has
+    nothing but weights."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    logging.getLogger("huggingface_hub._snapshot_download").addFilter(_is_news)
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -89,15 +92,22 @@ def _explaining(repo: str, revision: str | None) -> Iterator[None]:
         raise FetchError(_explained(e, repo, revision)) from e
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No files matched")
+
+
 def _fetch_small(repo: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
     """The snapshot folder with all but the weights, the files of the repository, and the weights that are needed."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=_UNWANTED))
     listing, error = _listing(repo, folder.name, folder)
+    if error is not None and not listing:  # the folder below, made for weights that never came
+        raise error
     wanted = _weights(repo, folder, listing, folder.name)
     if error is not None and _lacking(folder, wanted):
         raise error  # at once: the library would try to fetch them for half a minute
+    folder.mkdir(parents=True, exist_ok=True)  # the library makes it with its first file; there may be weights alone
     return folder, listing, wanted
 
 
