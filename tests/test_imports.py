@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "lora_config": {"checkpoint.folder", "checkpoint.source", "errors"},
     "lora": {
         "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.reader", "checkpoint.source",
-        "errors", "lora_config", "low_rank", "renaming",
+        "checkpoint.strided", "errors", "lora_config", "low_rank", "renaming",
     },
     "inputs": {"checkpoint.hub", "errors", "lora"},
     "recipes.settings": set(),

@@ -21,6 +21,7 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     {".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel"}
     | {".nemo", ".distcp"}
 )
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
 _STATE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)[^/]*", re.IGNORECASE)  # of a training
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
 LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000

@@ -245,21 +245,22 @@ def open_found(
 
 
 def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
-    """One safetensors file of a folder, whatever else that holds."""
-    source = LocalFile(folder.path(file_name), f"{folder.name}/{file_name}")
-    file, tensors, metadata = _read_header(source, file_name, max_header_bytes)
-    return Checkpoint(file.source.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
+    """One file of weights of a folder, whatever else that holds."""
+    return _alone(LocalFile(folder.path(file_name), f"{folder.name}/{file_name}"), file_name, max_header_bytes)
 
 
 def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
     if path.suffix.lower() in {".gguf", ".ggml"}:
         raise CheckpointError(f"{path.name}: {unread_format([path.name])}")
+    return _alone(LocalFile(path.resolve(), path.name), path.name, max_header_bytes)
+
+
+def _alone(source: LocalFile, file_name: str, max_header_bytes: int) -> Checkpoint:
     made: dict[str, TensorSource] = {}
     notices: list[str] = []
-    source = LocalFile(path.resolve(), path.name)
-    file, tensors, metadata = _read_files([path.name], [source], max_header_bytes, made, notices)[0]
+    file, tensors, metadata = _read_files([file_name], [source], max_header_bytes, made, notices)[0]
     infos = {info.name: info for info in tensors}
-    return Checkpoint(path.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
+    return Checkpoint(source.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
 
 
 def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_bytes: int) -> Checkpoint:
