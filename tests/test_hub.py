@@ -111,6 +111,7 @@ def bare(hub: Replica, *names: str) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(weights)
 
 
@@ -137,6 +138,14 @@ def test_a_repository_without_weights_that_are_read_gets_one_line(
 ) -> None:
     bare(hub, *names)
     assert message in refusal(hub, tmp_path, "inspect", "org/ft")
+
+
+def test_a_pipeline_of_the_hub_says_how_to_get_one_component(hub: Replica, tmp_path: Path) -> None:
+    bare(hub, "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "model_index.json")
+    (hub.root / "models/org/ft/model_index.json").write_text("{}")
+    said = refusal(hub, tmp_path, "inspect", "org/ft")
+    assert "hf download org/ft --local-dir FOLDER, then FOLDER/unet, FOLDER/vae." in said
+    assert not any(name.endswith(".safetensors") for name in hub.fetched())
 
 
 @pytest.mark.parametrize("shards", [1, 2])

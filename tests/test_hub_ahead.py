@@ -342,6 +342,7 @@ HOSTILE = {
     "cut short": (lambda raw: raw[:-100], "the file is truncated"),
     "cut in the header": (lambda raw: raw[:500], "truncated: its header needs"),
     "nearly nothing": (lambda raw: raw[:5], "has 5 bytes, too few for a safetensors file"),
+    "a pointer": (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     "no JSON": (lambda raw: raw[:8] + b"x" * (len(raw) - 8), "does not start with"),
     "a zip file": (lambda raw: b"PK\x03\x04" + raw[4:], "its header would have|is a zip or pickle file"),
 }

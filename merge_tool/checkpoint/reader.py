@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from merge_tool.checkpoint.folder import Folder, find_weights, is_pickle, unread_format
+from merge_tool.checkpoint.folder import PIPELINE, Folder, find_weights, is_pickle, unread_format
 from merge_tool.checkpoint.fp8 import SCALE_DTYPES, SCALES, Scaled, find_scaled, without_quantization
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
+from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
@@ -267,7 +268,8 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
     listing = sorted({*(entry.name for entry in folder.root.iterdir()), *coming})
     notices: list[str] = []
     weight_map: dict[str, str] = {}
-    single, index = find_weights(folder.name, listing)
+    below = [f"{p.parent.name}/{p.name}" for p in folder.root.glob("*/*")] if PIPELINE in listing else []
+    single, index = find_weights(folder.name, [*listing, *below])
     if index:
         weight_map = _load_weight_map(folder, index)
     shards = [single] if single else sorted(set(weight_map.values()))
@@ -324,11 +326,14 @@ def _read_files(
 
 def _read_header(source: ByteSource, file_name: str, max_header_bytes: int) -> _Parsed:
     where = shown(source.name)
-    if source.size < 8:
-        raise HeaderError(f"{where}: has {source.size} bytes, too few for a safetensors file; fetch it again.")
-    start = bytearray(8)
+    start = bytearray(min(START_BYTES, source.size))
     source.read_into(0, memoryview(start))
     length = int.from_bytes(start, "little")
+    possible = min(source.size - START_BYTES, MAX_HEADER_BYTES)
+    if length > possible and (what := lookalike(bytes(start))):
+        raise HeaderError(f"{where}: {what}.")
+    if len(start) < START_BYTES:
+        raise HeaderError(f"{where}: has {source.size} bytes, too few for a safetensors file; fetch it again.")
     if start.startswith(b"PK\x03\x04") and 8 + length > source.size:
         raise HeaderError(f"{where}: is a zip or pickle file, not a safetensors file.")
     if length > MAX_HEADER_BYTES:
