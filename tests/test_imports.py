@@ -73,7 +73,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "methods.steps", "recipes.models_recipe", "recipes.settings", "recipes.stacks", "renaming",
         "schedule",
     },
-    "tokenizer_json": {"checkpoint.folder", "errors"},
+    "tokenizer_json": {"checkpoint.folder", "checkpoint.lookalikes", "errors"},
     "tokens": {"checkpoint.folder", "errors", "tokenizer_json"},
     "joined_tokens": {"checkpoint.folder", "tokenizer_json"},
     "rows": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
