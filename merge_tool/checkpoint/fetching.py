@@ -63,13 +63,14 @@ def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], 
         lacking = [name for name in _lacking(folder, wanted) if name in listing]
         may_wait = can_ask() and not _is_adapter(listing)
         coming = [name for name in lacking if may_wait and _can_wait(name)]
-        if len(coming) < len(lacking):
-            _download(repo, folder.name, sorted({*lacking} - {*coming}))
+        if whole := sorted({*lacking} - {*coming}):
+            _download(repo, folder.name, whole)
         found = fetch_headers(repo, folder.name, coming)
     answer = {
         "folder": str(folder),
         "coming": [(name, size, len(start)) for name, (size, start) in zip(coming, found, strict=True)],
         "cached_bytes": sum((folder / name).stat().st_size for name in wanted if (folder / name).is_file()),
+        "fetched_bytes": sum((folder / name).stat().st_size for name in whole),
         "begun_bytes": _begun_bytes(folder) if coming else 0,
     }
     return answer, [start for _, start in found]
