@@ -122,8 +122,7 @@ def open_models(
     found: list[Checkpoint] = []
     for ref, path, is_alone in zip(refs, paths, alone, strict=True):
         if is_alone and not alone[0]:
-            base = found[0]
-            found.append(apply_adapter(base, path[0], max_header_bytes=max_header_bytes, known=base.notices))
+            found.append(apply_adapter(found[0], path[0], max_header_bytes=max_header_bytes))
         else:
             found.append(open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable))
     if alone[0]:
@@ -132,13 +131,20 @@ def open_models(
         )
         told += "is not the merge of the models. For that give MODEL+ADAPTER each time."
         found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, told))
-    return found
+    return list(_telling_once(found))
 
 
-def apply_adapter(
-    base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, known: tuple[str, ...] = ()
-) -> Checkpoint:
-    """`base` with the adapter of the folder at `path`; without those of its notices that are `known`.
+def _telling_once(models: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+    """The models without what one before has told already: several may be of one model, or of one adapter."""
+    told: set[str] = set()
+    for model in models:
+        news = tuple(notice for notice in dict.fromkeys(model.notices) if notice not in told)
+        told.update(news)
+        yield model if news == model.notices else model.with_made(model.name, (), {}, news)
+
+
+def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
+    """`base` with the adapter of the folder at `path`.
 
     Raises CheckpointError for what is no LoRA adapter or cannot be merged, MismatchError with every tensor of it that
     does not fit `base`.
@@ -160,12 +166,7 @@ def apply_adapter(
         replace(weights.files[0], file_name=f"{place}/{settings.weights}"),
         CheckpointFile(f"{place}/{CONFIG}", settings.file, settings.sha256),
     )
-    told = (
-        *(n for n in base.notices if n not in known),
-        *weights.notices,
-        *_notices(base, folder, settings),
-        *matched.notices,
-    )
+    told = (*base.notices, *weights.notices, *_notices(base, folder, settings), *matched.notices)
     brought = folder if folder.has("tokenizer.json") else None
     return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told, brought)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -167,7 +168,7 @@ def test_pickled_adapters_are_read_as_their_safetensors_which_win(tmp_path: Path
     assert weights(tmp_path / "out") == weights(tmp_path / "by-hand")
     merge(old, old, tmp_path / "adapters")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= contents(tmp_path / "adapters").keys()
-    (old / "adapter_model.bin").write_bytes(b"x")
+    (old / "adapter_model.bin").write_bytes(b"\0")
     with pytest.raises(CheckpointError, match=r"lora-pickled/adapter_model.bin: is no file of torch.save"):
         open_model(f"{base}+{old}")
     (old / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
@@ -494,6 +495,24 @@ def test_an_adapter_in_the_models_place(adapted: tuple[Path, Path, Path], tmp_pa
     both = run("merge", adapter, adapter, tmp_path / "both")
     assert both.exit_code == 0
     assert "Warning: lora and lora are adapters: their factors are merged one by one" in both.stderr
+
+
+def test_what_two_models_share_is_told_once(adapted: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """One model on both sides, or with an adapter on both, in a merge and in a diff; what only one has stays."""
+    base, adapter, _ = adapted
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("left", "right"):
+        shutil.copytree(adapter, tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config(base_model_name_or_path="org/other")))
+    left, right = (f"{base}+{tmp_path / name}" for name in ("left", "right"))
+    shared = "base: 1 tensors are in the shards but not in the index: model.norm.weight"
+    for pair in ((base, base), (base, left), (left, right), (left, left), (base, tmp_path / "left")):
+        for said in (run("merge", *pair, tmp_path / "out", "--dry-run").stderr, run("diff", *pair).stdout):
+            assert said.count(shared) == 1
+            for name in ("left", "right"):
+                assert said.count(f"{name} was trained on org/other") == any(name in str(part) for part in pair)
 
 
 def test_an_adapter_beside_a_models_weights_does_not_get_into_the_output(
