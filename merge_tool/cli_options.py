@@ -22,6 +22,7 @@ _UNITS = {
     **{f"{u}b": 1000**n for n, u in enumerate("kmgt", 1)},
     **{f"{u}ib": 1024**n for n, u in enumerate("kmgt", 1)},
 }
+_MOST_TS = 10_000  # of a range
 
 
 # ---------------------------------------------------------------------------------------- parameters
@@ -47,6 +48,8 @@ def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tu
     for text in value:
         try:
             found.extend(t for part in text.split(",") for t in _parse_range(part))
+        except _BadRange as e:
+            raise click.BadParameter(f"{e}. Write START:STOP:STEP, as in --t 0:1:0.1.", ctx, param) from e
         except (ValueError, ArithmeticError) as e:
             raise click.BadParameter(
                 f"'{shown(text)}' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 or --t 0:1:0.1 for several.",
@@ -65,14 +68,24 @@ def parse_share(ctx: click.Context | None, param: click.Parameter | None, value:
     return share
 
 
+class _BadRange(Exception):
+    """Numbers, but no range of t: why."""
+
+
 def _parse_range(text: str) -> list[float]:
     if ":" not in text:
         return [float(text)]
+    if text.count(":") != 2:
+        raise _BadRange(f"'{shown(text)}' has {text.count(':') + 1} parts, expected 3")
     start, stop, step = (Decimal(part.strip()) for part in text.split(":"))
-    count = int((stop - start) / step) + 1
-    if not 1 <= count <= 10_000 or step == 0:
-        raise ValueError(text)
-    return [float(start + k * step) for k in range(count)]
+    if step == 0:
+        raise _BadRange(f"the step of '{shown(text)}' is 0")
+    steps = (stop - start) / step
+    if steps < 0:
+        raise _BadRange(f"'{shown(text)}' is empty: steps of {step} do not lead from {start} to {stop}")
+    if steps >= _MOST_TS:
+        raise _BadRange(f"'{shown(text)}' has more than {_MOST_TS:,} values")
+    return [float(start + k * step) for k in range(int(steps) + 1)]
 
 
 # ---------------------------------------------------------------------------------------- options

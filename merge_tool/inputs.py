@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from merge_tool.checkpoint.hub import Snapshot, local_path, look
+from merge_tool.checkpoint.hub import Snapshot, look
 from merge_tool.errors import FetchError, shown
 from merge_tool.lora import Coming, known_parts
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """Weights of models of the Hub, in bytes: those to fetch, those in its cache already, and what is there of those to
-    fetch since an earlier try. `cache` is a folder in the cache, if anything is to be fetched."""
+    """Weights of models of the Hub, in bytes: those to fetch, those in its cache already, which of these had to be
+    fetched to plan with, and what is there of those to fetch since an earlier try. `cache` is a folder in the cache, if
+    anything is to be fetched."""
 
     nbytes: int = 0
     cached_bytes: int = 0
+    fetched_bytes: int = 0
     begun_bytes: int = 0
     cache: Path | None = None
 
@@ -55,16 +57,16 @@ class Inputs:
         self._held = ExitStack()
         self._found: dict[Path, Snapshot] = {}
         with ExitStack() as held:  # closed if one of them cannot be had
-            parts = [self._find(held, *known_parts(ref)) for ref in refs]
+            parts = [[self._find(held, part) for part in known_parts(ref)] for ref in refs]
             self._held = held.pop_all()
         self.refs = tuple(Path("+".join(map(str, found))) for found in parts)
         self.paths = tuple(path for found in parts for path in found)
 
-    def _find(self, held: ExitStack, model: Path, *adapters: Path) -> list[Path]:
-        if model not in self._found:
-            self._found[model] = look(model)
-            held.callback(self._found[model].close)
-        return [self._found[model].folder, *map(local_path, adapters)]
+    def _find(self, held: ExitStack, part: Path) -> Path:
+        if part not in self._found:
+            self._found[part] = look(part)
+            held.callback(self._found[part].close)
+        return self._found[part].folder
 
     def __enter__(self) -> Inputs:
         return self
@@ -82,6 +84,7 @@ class Inputs:
         return Download(
             sum(file.size for one in found for file in one.coming.values()),
             sum(one.cached_bytes for one in found),
+            sum(one.fetched_bytes for one in found),
             sum(one.begun_bytes for one in found),
             next((one.folder for one in found if one.coming), None),
         )

@@ -25,8 +25,9 @@ from merge_tool.checkpoint.reader import (
     open_one_file,
 )
 from merge_tool.checkpoint.source import ByteSource, TensorSource
+from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import CheckpointError, MismatchError, listed, shown
-from merge_tool.lora_config import CONFIG, WEIGHTS, Settings, read_settings
+from merge_tool.lora_config import CONFIG, Settings, read_settings
 from merge_tool.low_rank import Factor, LowRankTensor
 from merge_tool.renaming import Names, is_head, tied_embedding
 
@@ -121,8 +122,7 @@ def open_models(
     found: list[Checkpoint] = []
     for ref, path, is_alone in zip(refs, paths, alone, strict=True):
         if is_alone and not alone[0]:
-            base = found[0]
-            found.append(apply_adapter(base, path[0], max_header_bytes=max_header_bytes, known=base.notices))
+            found.append(apply_adapter(found[0], path[0], max_header_bytes=max_header_bytes))
         else:
             found.append(open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable))
     if alone[0]:
@@ -131,13 +131,20 @@ def open_models(
         )
         told += "is not the merge of the models. For that give MODEL+ADAPTER each time."
         found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, told))
-    return found
+    return list(_telling_once(found))
 
 
-def apply_adapter(
-    base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, known: tuple[str, ...] = ()
-) -> Checkpoint:
-    """`base` with the adapter of the folder at `path`; without those of its notices that are `known`.
+def _telling_once(models: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+    """The models without what one before has told already: several may be of one model, or of one adapter."""
+    told: set[str] = set()
+    for model in models:
+        news = tuple(notice for notice in dict.fromkeys(model.notices) if notice not in told)
+        told.update(news)
+        yield model if news == model.notices else model.with_made(model.name, (), {}, news)
+
+
+def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
+    """`base` with the adapter of the folder at `path`.
 
     Raises CheckpointError for what is no LoRA adapter or cannot be merged, MismatchError with every tensor of it that
     does not fit `base`.
@@ -145,21 +152,21 @@ def apply_adapter(
     try:
         folder = Folder(path)
         settings = read_settings(folder)
-        weights = open_one_file(folder, WEIGHTS, max_header_bytes=max_header_bytes)
+        weights = open_one_file(folder, settings.weights, max_header_bytes=max_header_bytes)
     except OSError as e:
         raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
     if not weights.tensors:
-        raise CheckpointError(f"{folder.name}/{WEIGHTS}: holds no tensors.")
+        raise CheckpointError(f"{weights.name}: holds no tensors.")
     matched = _Matcher(base, folder.name, settings, weights)
     matched.match()
     place = "adapter"
-    while any(file.file_name == f"{place}/{WEIGHTS}" for file in base.files):
+    while any(file.file_name == f"{place}/{CONFIG}" for file in base.files):
         place += "+"  # one adapter upon another
     files = (
-        replace(weights.files[0], file_name=f"{place}/{WEIGHTS}"),
+        replace(weights.files[0], file_name=f"{place}/{settings.weights}"),
         CheckpointFile(f"{place}/{CONFIG}", settings.file, settings.sha256),
     )
-    told = (*(n for n in base.notices if n not in known), *_notices(base, folder, settings), *matched.notices)
+    told = (*base.notices, *weights.notices, *_notices(base, folder, settings), *matched.notices)
     brought = folder if folder.has("tokenizer.json") else None
     return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told, brought)
 
@@ -251,8 +258,10 @@ class _Matcher:
                     f"{self.name}: {shown(target)} is {list(info.shape)} there, {list(old.shape)} in {self.base.name}. "
                     "Side files are that model's; vocab_size in config.json follows."
                 )
+            found = self.weights.source(info.name)
+            assert isinstance(found, FileTensor | StridedTensor)  # all that a file of weights has
             written_as = self.base.stored_dtype(target)
-            self.made[target] = FileTensor(replace(info, name=target), self.weights.files[0].source, written_as)
+            self.made[target] = replace(found, info=replace(info, name=target), written_as=written_as)
 
     def _leave_out(self, head: str, embedding: str) -> None:
         if any(head.removesuffix(".weight").endswith(module) for module in self.settings.saved_modules):

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_tool.checkpoint.folder import PICKLE_SUFFIXES, Folder
+from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, shown
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 _PEFT_MERGES = "Merge it with peft (merge_and_unload, then save_pretrained) and give that folder."
 
 _NOTHING_TO_MERGE = {  # trained inputs of the model, not changes of its weights
@@ -47,11 +47,12 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What adapter_config.json says, as far as it counts."""
+    """What adapter_config.json says, as far as it counts, and which file beside it has the `weights`."""
 
     file: LocalFile
     sha256: str
     where: str
+    weights: str
     rank: int
     alpha: float
     root_scaled: bool
@@ -87,7 +88,7 @@ def _number(where: str, key: str, value: Any) -> float:
 
 def read_settings(folder: Folder) -> Settings:
     where = f"{folder.name}/{CONFIG}"
-    _check_files(folder)
+    weights = _weights_file(folder)
     config = folder.load_json(CONFIG)
     _refuse(folder.name, config)
     rank, alpha = (_number(where, key, config.get(key)) for key in ("r", "lora_alpha"))
@@ -101,24 +102,21 @@ def read_settings(folder: Folder) -> Settings:
     saved = tuple(map(str, saved)) if isinstance(saved, list) else ()
     unknown = tuple(sorted(key for key, value in config.items() if key not in _KNOWN and value))
     return Settings(
-        LocalFile(path, where), hashlib.sha256(path.read_bytes()).hexdigest(), where, int(rank), alpha,
+        LocalFile(path, where), hashlib.sha256(path.read_bytes()).hexdigest(), where, weights, int(rank), alpha,
         bool(config.get("use_rslora")), bool(config.get("fan_in_fan_out")),
         str(config.get("base_model_name_or_path") or ""), ranks, alphas, saved, unknown,
     )  # fmt: skip
 
 
-def _check_files(folder: Folder) -> None:
+def _weights_file(folder: Folder) -> str:
     if not folder.has(CONFIG):
         raise CheckpointError(f"{folder.name}: has no {CONFIG}, so it is no adapter. Give a folder that peft saved.")
-    if folder.has(WEIGHTS):
-        return
-    pickles = sorted(e.name for e in folder.root.iterdir() if e.suffix in PICKLE_SUFFIXES)
-    if f"{WEIGHTS.removesuffix('.safetensors')}.bin" in pickles:
+    found = next((name for name in ADAPTER_WEIGHTS if folder.has(name)), None)
+    if found is None:
         raise CheckpointError(
-            f"{folder.name}: its weights are pickled (adapter_model.bin), which can run code when opened. Convert them "
-            f"first: load the adapter with peft, then save_pretrained(FOLDER) writes {WEIGHTS}."
+            f"{folder.name}: has {CONFIG} but no {ADAPTER_WEIGHTS[0]}. Finish the download, or save it again."
         )
-    raise CheckpointError(f"{folder.name}: has {CONFIG} but no {WEIGHTS}. Finish the download, or save it again.")
+    return found
 
 
 def _check_patterns(where: str, key: str, patterns: Any) -> None:

@@ -142,9 +142,7 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
         yield f"            and {len(plan.shards) - 10:,} more"
     yield f"  copied    {len(prepared.side_files.copied):,} other files"
     yield from effective_lines(plan)
-    yield (
-        "Already complete; nothing would be done." if complete else "Nothing was read but headers; nothing was written."
-    )
+    yield "Already complete; nothing would be done." if complete else _what_was_read(prepared.download.fetched_bytes)
 
 
 def _download(download: Download) -> str:
@@ -153,6 +151,15 @@ def _download(download: Download) -> str:
     if not download.nbytes:
         return f"nothing from the Hub ({cached})" if download.cached_bytes else ""
     return f"{_size(download.nbytes)} from the Hub" + (f" ({cached})" if download.cached_bytes else "")
+
+
+def _what_was_read(fetched_bytes: int) -> str:
+    if not fetched_bytes:
+        return "Nothing was read but headers; nothing was written."
+    return (
+        f"Fetched into the Hub's cache: {_size(fetched_bytes)} of pickles, adapters or weights in sub-folders. Nothing "
+        "else was read but headers; nothing was written to OUT."
+    )
 
 
 def _whose(plan: MergePlan) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from merge_tool.checkpoint.folder import LARGEST_JSON, Folder, is_weight_file
+from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
 from merge_tool.errors import CheckpointError, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
@@ -117,7 +117,7 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
             # beside a model's weights, loaders would look for the adapter that it speaks of
-            unwanted |= relative == "adapter_config.json" and "adapter_model.safetensors" not in merged
+            unwanted |= relative == "adapter_config.json" and not merged & {*ADAPTER_WEIGHTS}
             unwanted |= relative in {REPORT, SUMS, RECIPE} or (relative == card and folder.has(CARD))
         if unwanted and relative not in merged:
             skipped.append(f"{relative}/" if is_folder else relative)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.lookalikes import known_start
 from merge_tool.errors import CheckpointError, listed, shown
 
 TOKENIZER = "tokenizer.json"
@@ -25,17 +26,20 @@ _MOST_ROWS = 1 << 22  # ids beyond that are no vocabulary's, and their map would
 _START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
     "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); from {module} import main; main()"
 )
+_SPACES = (" ", "\t", "\r", "\n")
 _REFUSED = 3  # exit code: the message is on stdout
 
 
 def tokenizer_path(folder: Folder) -> Path:
     """Its tokenizer.json. Raises CheckpointError where there is none, or one too large."""
     if not folder.has(TOKENIZER):
-        slow = [name for name in _SLOW if folder.has(name)]
-        found = f"only {listed(slow)}: a slow tokenizer" if slow else "no tokenizer"
+        if slow := [name for name in _SLOW if folder.has(name)]:
+            raise CheckpointError(
+                f"{folder.name}: has no {TOKENIZER} (only {listed(slow)}: a slow tokenizer). Convert it first: "
+                "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
+            )
         raise CheckpointError(
-            f"{folder.name}: has no {TOKENIZER} ({found}). Convert it first: "
-            "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
+            f"{folder.name}: has no {TOKENIZER}, nor another tokenizer. Put the model's {TOKENIZER} beside its weights."
         )
     path = folder.regular(TOKENIZER)
     if path.stat().st_size > _MOST_BYTES:
@@ -78,35 +82,56 @@ def answer_apart(answer: Callable[[list[TokenizerJson], Any], tuple[Any, bytes]]
         sys.exit(130)
 
 
+class _Broken(Exception):
+    """What is wrong with a tokenizer.json, without its name."""
+
+
 class TokenizerJson:
     """`ids` of every token; those that were added to its model, as they stand there; where more may be put in."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name, self.place, self.is_empty = name, -1, True
         try:
-            text = path.read_bytes().decode()
-            members = dict(self._members(text))
-            self.ids, self.kind = _model_ids(members["model"])
-            self.added = {entry["content"]: entry for entry in members.get("added_tokens") or []}
-            for content, entry in self.added.items():
-                self.ids.setdefault(content, entry["id"])
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
+            raw = path.read_bytes()
+            if known := known_start(raw):
+                raise CheckpointError(f"{name}: {known}.")
+            members = dict(self._members(_text(raw)))
+            self.ids, self.kind = _model_ids(members.get("model"))
+            self.added = {entry["content"]: entry for entry in _added(members.get("added_tokens"))}
+        except _Broken as e:
             raise CheckpointError(
-                f"{name}: is not a tokenizer that can be read ({shown(e) or type(e).__name__})."
+                f"{name}: is not a tokenizer that can be read: {e}. Fetch it again, or save it again with transformers."
             ) from e
         except OSError as e:
             raise CheckpointError(f"{name}: cannot be read ({e.strerror}).") from e
+        for content, entry in self.added.items():
+            self.ids.setdefault(content, entry["id"])  # of a token of the model's, the library takes the model's id
+        self._check_ids()
+        self.size = max(self.ids.values(), default=-1) + 1
+
+    def _check_ids(self) -> None:
+        owners: dict[int, str] = {}
         for token, number in self.ids.items():
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < _MOST_ROWS:
-                raise CheckpointError(f"{name}: the token '{shown(token)}' has the id '{shown(number)}'.")
-        self.size = max(self.ids.values(), default=-1) + 1
+                raise CheckpointError(
+                    f"{self.name}: the token '{shown(token)}' has the id '{shown(number)}', expected a whole number "
+                    f"below {_MOST_ROWS:,}."
+                )
+            if (owner := owners.setdefault(number, token)) != token:  # whose row it is, nobody can tell
+                raise CheckpointError(
+                    f"{self.name}: the tokens '{shown(owner)}' and '{shown(token)}' have the same id, {number:,}; the "
+                    "tokenizers library would give an added one another. Save the tokenizer again as it is loaded: "
+                    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+                )
 
     def _members(self, text: str) -> Iterator[tuple[str, Any]]:
         """The members of the object that `text` is, and where the list of added tokens ends, in bytes."""
         decoder, at, sign = json.JSONDecoder(), _after(text, 0, "{"), ","
+        if text[at] == "}":
+            sign, at = "}", at + 1
         while sign == ",":
-            key, at = scanstring(text, _after(text, at, '"', skip=False))
-            value, end = decoder.raw_decode(text, _after(text, at, ":"))
+            key, at = _read(scanstring, text, _after(text, at, '"', skip=False))
+            value, end = _read(decoder.raw_decode, text, _after(text, at, ":"))
             if key == "added_tokens" and isinstance(value, list):
                 last = len(text[: end - 1].rstrip())
                 self.place, self.is_empty = len(text[:last].encode()), not value
@@ -114,7 +139,7 @@ class TokenizerJson:
             at = _skip(text, end)
             sign, at = text[at], at + 1
         if sign != "}" or text[at:].strip():
-            raise ValueError(f"it is not one object of JSON, at character {at:,}")
+            raise _Broken(f"it is not one object of JSON, at character {at:,}")
 
     def numbered(self) -> list[str | None]:
         """The token of each id, None where there is none."""
@@ -137,9 +162,30 @@ def added_entry(token: str, number: int, added: Mapping[str, Any] | None) -> dic
     return {"id": number, "content": token, **usual, **{k: v for k, v in (added or {}).items() if k in usual}}
 
 
+def _text(raw: bytes) -> str:
+    if not raw.strip():
+        raise _Broken("it is empty")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        raise _Broken(f"it is no text in UTF-8, at byte {e.start:,}") from e
+
+
+def _read(read: Callable[[str, int], tuple[Any, int]], text: str, at: int) -> tuple[Any, int]:
+    """What a reader of JSON makes of the text at a place, and where that ends."""
+    try:
+        return read(text, at)
+    except ValueError as e:
+        raise _Broken(f"its JSON is damaged or cut short, at character {getattr(e, 'pos', at):,}") from e
+    except RecursionError as e:
+        raise _Broken("it is nested too deep") from e
+
+
 def _skip(text: str, at: int) -> int:
-    while text[at] in " \t\r\n":
+    while text[at : at + 1] in _SPACES:
         at += 1
+    if at >= len(text):
+        raise _Broken("it ends in the middle of its JSON")
     return at
 
 
@@ -147,13 +193,33 @@ def _after(text: str, at: int, sign: str, *, skip: bool = True) -> int:
     """The place after `sign`, which must come next."""
     at = _skip(text, at)
     if text[at] != sign:
-        raise ValueError(f"expected {sign} at character {at:,}")
+        raise _Broken(f"its JSON is damaged, expected {sign} at character {at:,}")
     return _skip(text, at + 1) if skip else at + 1
 
 
-def _model_ids(model: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+def _model_ids(model: Any) -> tuple[dict[str, Any], str]:
     """The tokens of the model itself: a map (BPE, WordPiece, WordLevel), or a list in the order of ids (Unigram)."""
-    vocab, kind = model["vocab"], str(model.get("type") or "BPE")
-    if isinstance(vocab, list):
-        return {token: number for number, (token, _) in enumerate(vocab)}, kind
-    return dict(vocab), kind
+    if not isinstance(model, dict):
+        raise _Broken("it has no model")
+    vocab, kind = model.get("vocab"), str(model.get("type") or "BPE")
+    if isinstance(vocab, dict):
+        return dict(vocab), kind
+    if not isinstance(vocab, list):
+        raise _Broken("its model has no vocab")
+    if odd := [entry for entry in vocab if not _is_scored(entry)]:
+        raise _Broken(f"its vocab has '{shown(odd[0])}', expected a token and its score")
+    return {token: number for number, (token, _) in enumerate(vocab)}, kind
+
+
+def _is_scored(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _added(entries: Any) -> list[dict[str, Any]]:
+    """The list added_tokens; a tokenizer may have none."""
+    if entries is not None and not isinstance(entries, list):
+        raise _Broken("its added_tokens are no list")
+    for entry in entries or ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or "id" not in entry:
+            raise _Broken(f"its added_tokens have '{shown(entry)}', expected a token with its content and id")
+    return entries or []

@@ -136,6 +136,12 @@ def test_requests_that_make_no_sense(tmp_path: Path, pair: tuple[Path, Path], wo
     [
         (["--t", "half"], "'half' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 or --t 0:1:0.1 for several."),
         (["--t", "0.5;0.7"], "'0.5;0.7' is not a number."),
+        (["--t", "0:1:0"], "the step of '0:1:0' is 0. Write START:STOP:STEP, as in --t 0:1:0.1."),
+        (["--t", "1:0:0.1"], "'1:0:0.1' is empty: steps of 0.1 do not lead from 1 to 0."),
+        (["--t", "0:1:0.0001"], "'0:1:0.0001' has more than 10,000 values."),
+        (["--t", "0:1e999999:1"], "'0:1e999999:1' has more than 10,000 values."),
+        (["--t", "0:1"], "'0:1' has 2 parts, expected 3."),
+        (["--t", "0:nan:0.1"], "'0:nan:0.1' is not a number."),
         (["--max-shard-size", "2XB"], "'2XB' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes."),
         (["--max-shard-size", "-5"], "'-5' is not a size."),
         (["--memry", "1GB"], "No such option '--memry'"),

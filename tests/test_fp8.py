@@ -361,6 +361,22 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
         "torchao",
     ),
     "EETQ": ({"a.weight": I8, "a.weight_scales": F16}, {"quant_method": "eetq"}, "Merge the original weights"),
+    "NVFP4": (
+        {"a.weight": U8, "a.weight_scale": normal(7, 4, 1).astype(F8), "a.weight_scale_2": F16, "a.input_scale": F16},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        "two 4-bit floats in a byte",
+    ),
+    "INT8": ({"a.weight": I8, "a.weight_scale": F16}, {"quant_method": "int8"}, "8-bit integers with a scale"),
+    "ModelOpt": (
+        {"a.weight": U8, "a.weight_scale": F16, "a.pre_quant_scale": F16},
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"},
+        "of NVIDIA's Model Optimizer",
+    ),
+    "ModelOpt-FP8": (
+        {"a.weight": normal(7, 4, 4).astype(F8), "a.weight_scale": F16[0, :1], "a.input_scale": F16[0, :1]},
+        {"quant_method": "modelopt"},
+        "Take quantization_config out of config.json",
+    ),
     "quanto": (
         {"a.weight._data": I8, "a.weight._scale": F16},
         {"quant_method": "quanto"},
@@ -369,7 +385,7 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
 }
 
 
-BY_CONFIG_ONLY = {"quanto"}
+BY_CONFIG_ONLY = {"quanto", "ModelOpt", "ModelOpt-FP8"}
 CASES = [(kind, True) for kind in REFUSED] + [(kind, False) for kind in REFUSED.keys() - BY_CONFIG_ONLY]
 
 
@@ -385,6 +401,16 @@ def test_other_quantised_formats_are_refused_by_name(tmp_path: Path, kind: str, 
     assert todo in message
     assert message.count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_modelopts_fp8_is_read_once_nothing_calls_it_otherwise(tmp_path: Path) -> None:
+    """As the refusal says: without quantization_config its scales are found by their names."""
+    codes, scale = normal(8, 4, 4).astype(F8), np.full(1, 0.5, np.float32)
+    tensors = {"a.weight": codes, "a.weight_scale": scale, "a.input_scale": scale}
+    model = open_checkpoint(save_model(tmp_path / "m", tensors, config={}))
+    assert model.tensors.keys() == {"a.weight"}
+    expected = codes.astype(np.float32).reshape(-1) * 0.5
+    assert model.read_new("a.weight", 0, 16).tobytes() == expected.tobytes()
 
 
 def test_every_format_that_we_know_by_name_has_a_test() -> None:

@@ -162,7 +162,7 @@ def write(path: Path, raw: bytes) -> Path:
     ("raw", "message"),
     [
         (b"", "has 0 bytes, too few"),
-        (b"1234567", "has 7 bytes, too few"),
+        (b"123456\0", "has 7 bytes, too few"),
         (struct.pack("<Q", 2**63) + b"{}", "9,223,372,036,854,775,808 bytes, at most 100,000,000"),
         (struct.pack("<Q", MAX_HEADER_BYTES + 1), "at most 100,000,000 are allowed"),
         (struct.pack("<Q", 100) + b"{}", "truncated: its header needs 108 bytes, the file has 10"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,50 @@ def test_a_repository_of_other_formats_is_refused_unfetched(hub: Replica, tmp_pa
     (hub.root / "models/org/ft/model.safetensors").rename(hub.root / "models/org/ft/tf_model.h5")
     assert "formats that are not read (tf_model.h5)" in refusal(hub, tmp_path, "inspect", "org/ft")
     assert not any(name.endswith(".h5") for name in hub.fetched())
+
+
+def bare(hub: Replica, *names: str) -> None:
+    """Leave org/ft with its weights alone, under these names."""
+    folder = hub.root / "models/org/ft"
+    weights = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(weights)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "style.safetensors"])
+def test_a_repository_of_nothing_but_weights_is_a_model(hub: Replica, tmp_path: Path, name: str) -> None:
+    """Looked at, merged, recognised again, without a word of the library's; offline it is no empty model before."""
+    bare(hub, name)
+    look = run(hub, tmp_path, "inspect", "org/ft")
+    assert (look.returncode, look.stderr) == (0, "")
+    assert "does not hold all of it" in refusal(hub, tmp_path, "inspect", "org/ft", HF_HUB_OFFLINE="1")
+    command = ("merge", "org/base", "org/ft", "merged", "--t", "1")
+    done = run(hub, tmp_path, *command)
+    assert (done.returncode, done.stderr) == (0, "")
+    merged = load_folder(tmp_path / "cwd/merged")
+    assert all(merged[key].tobytes() == values.tobytes() for key, values in language_model(1).items())
+    assert "already complete" in run(hub, tmp_path, *command, HF_HUB_OFFLINE="1").stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["q4.gguf"], "GGUF weights"), (["notes.md"], "no weights found"), ([], "no weights found")]
+)
+def test_a_repository_without_weights_that_are_read_gets_one_line(
+    hub: Replica, tmp_path: Path, names: list[str], message: str
+) -> None:
+    bare(hub, *names)
+    assert message in refusal(hub, tmp_path, "inspect", "org/ft")
+
+
+def test_a_pipeline_of_the_hub_says_how_to_get_one_component(hub: Replica, tmp_path: Path) -> None:
+    bare(hub, "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "model_index.json")
+    (hub.root / "models/org/ft/model_index.json").write_text("{}")
+    said = refusal(hub, tmp_path, "inspect", "org/ft")
+    assert "hf download org/ft --local-dir FOLDER, then FOLDER/unet, FOLDER/vae." in said
+    assert not any(name.endswith(".safetensors") for name in hub.fetched())
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -201,6 +201,13 @@ def test_adapters_are_fetched_whole_and_their_model_is_not(hub: Replica, tmp_pat
     factors["model.layers.0.self_attn.q_proj.lora_B.weight"] = (32, 4)
     folder = save_adapter(hub.root / "models/org/lora", {name: normal(*shape) for name, shape in factors.items()})
     base = {name for name in FILES if "base" in name}
+    told = [run(hub, tmp_path, "merge", "org/base", "org/lora", "merged", "--dry-run").stdout for _ in range(2)]
+    assert all("from the Hub (1.28 kB more are in its cache)" in text for text in told)
+    fetched = (
+        "Fetched into the Hub's cache: 1.28 kB of pickles, adapters or weights in sub-folders. Nothing else was read"
+    )
+    assert [fetched in text for text in told] == [True, False]
+    assert told[1].endswith("Nothing was read but headers; nothing was written.\n")
     for ft in ("org/base+org/lora", "org/lora"):
         hub.served.clear()
         done = run(hub, tmp_path, "merge", "org/base", ft, "merged", "--dry-run", "--json")
@@ -225,9 +232,11 @@ def test_pickles_are_fetched_whole_even_for_a_dry_run(hub: Replica, tmp_path: Pa
     folder = hub.root / "models/org/ft"
     (folder / "model.safetensors").unlink()
     save_pickles(folder, language_model(1))
+    shown = run(hub, tmp_path, *COMMAND, "--dry-run").stdout
+    assert re.search(r"^Fetched into the Hub's cache: [\d.]+ kB of pickles", shown, re.MULTILINE)
     plan = json.loads(run(hub, tmp_path, *COMMAND, "--dry-run", "--json").stdout)
     assert hub.served["org/ft/pytorch_model.bin"] == size_of(hub, "org/ft/pytorch_model.bin") == plan["cached_bytes"]
-    assert_only_headers(hub, tmp_path, files={name for name in FILES if "base" in name})
+    assert_only_headers(hub, tmp_path, times=2, files={name for name in FILES if "base" in name})
 
 
 def test_offline_and_unreachable_say_what_they_said(hub: Replica, tmp_path: Path) -> None:
@@ -342,6 +351,7 @@ HOSTILE = {
     "cut short": (lambda raw: raw[:-100], "the file is truncated"),
     "cut in the header": (lambda raw: raw[:500], "truncated: its header needs"),
     "nearly nothing": (lambda raw: raw[:5], "has 5 bytes, too few for a safetensors file"),
+    "a pointer": (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     "no JSON": (lambda raw: raw[:8] + b"x" * (len(raw) - 8), "does not start with"),
     "a zip file": (lambda raw: b"PK\x03\x04" + raw[4:], "its header would have|is a zip or pickle file"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from checkpoints import BF16, contents, language_model, load_folder, save_file, save_model
+from checkpoints import BF16, as_torch, contents, language_model, load_folder, save_file, save_model
 from hub_replica import serve
 from merge_tool import CheckpointError, MismatchError, merge
 from merge_tool.checkpoint.reader import Checkpoint
@@ -136,6 +137,42 @@ def test_whole_tensors_biases_and_resized_layers_take_the_place_of_the_models(tm
     assert whole(model, "k.bias").tobytes() == found["k.bias"].tobytes()
     assert whole(model, "head.weight").tobytes() == found["head.modules_to_save.weight"].tobytes()
     assert {model.stored_dtype(name) for name in model.tensors} == {"BF16"}
+
+
+def pickled(adapter: Path) -> Path:
+    """The same adapter as peft saved it once, some of its tensors views that are not contiguous."""
+    torch = pytest.importorskip("torch")
+    folder = adapter.with_name(f"{adapter.name}-pickled")
+    folder.mkdir()
+    tensors = {name: as_torch(array) for name, array in load_folder(adapter).items()}
+    views = {name: t.t().clone().t() if t.ndim == 2 and "lora_B" not in name else t for name, t in tensors.items()}
+    torch.save(views, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    return folder
+
+
+def test_pickled_adapters_are_read_as_their_safetensors_which_win(tmp_path: Path) -> None:
+    """Factors and whole tensors, element by element, in the dtype of BASE; what is no pickle is refused."""
+    tensors = {"q.weight": normal(40, 24, dtype=BF16), "head.weight": normal(9, 24, dtype=BF16)}
+    base = save_model(tmp_path / "base", tensors)
+    found = {n: normal(*s) for n, s in LINEAR.items()} | {"head.modules_to_save.weight": normal(9, 24)}
+    adapter = save_adapter(tmp_path / "lora", found, modules_to_save=["head"])
+    old = pickled(adapter)
+    expected, model = open_model(f"{base}+{adapter}"), open_model(f"{base}+{old}")
+    for name in tensors:
+        assert whole(model, name).tobytes() == whole(expected, name).tobytes()
+        assert model.stored_dtype(name) == "BF16"
+    assert "adapter/adapter_model.bin" in {file.file_name for file in model.files}
+    merge(base, old, tmp_path / "out", t=1.0)
+    merge(base, adapter, tmp_path / "by-hand", t=1.0)
+    assert weights(tmp_path / "out") == weights(tmp_path / "by-hand")
+    merge(old, old, tmp_path / "adapters")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= contents(tmp_path / "adapters").keys()
+    (old / "adapter_model.bin").write_bytes(b"\0")
+    with pytest.raises(CheckpointError, match=r"lora-pickled/adapter_model.bin: is no file of torch.save"):
+        open_model(f"{base}+{old}")
+    (old / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    assert whole(open_model(f"{base}+{old}"), "q.weight").tobytes() == whole(expected, "q.weight").tobytes()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -308,20 +345,24 @@ def test_a_path_that_exists_wins_over_its_plus(tmp_path: Path, monkeypatch: pyte
 
 
 def test_models_and_adapters_of_the_hub(adapted: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """On either side of the plus, and an adapter alone as FT."""
+    """On either side of the plus, and an adapter alone as FT; a pickled one, too, whatever lies beside it."""
     base, adapter, _ = adapted
+    pickled(adapter).rename(tmp_path / "old")
+    (tmp_path / "old/non_lora_trainables.bin").write_bytes(b"x")
     (tmp_path / "hub/models/org").mkdir(parents=True)
     base.rename(tmp_path / "hub/models/org/base")
     adapter.rename(tmp_path / "hub/models/org/lora")
+    (tmp_path / "old").rename(tmp_path / "hub/models/org/old")
     with serve(tmp_path / "hub") as hub:
         environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        for number, ft in enumerate(("org/lora", "org/base@main+org/lora")):
+        for number, ft in enumerate(("org/lora", "org/base@main+org/lora", "org/old")):
             done = subprocess.run(
                 [sys.executable, "-m", "merge_tool", "merge", "org/base", ft, tmp_path / f"{number}"],
                 cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert weights(tmp_path / "0") == weights(tmp_path / "1")
+    assert "org/old/non_lora_trainables.bin" not in hub.fetched()
+    assert weights(tmp_path / "0") == weights(tmp_path / "1") == weights(tmp_path / "2")
     assert "\n- org/base\n- org/lora\n" in (tmp_path / "1/README.md").read_text()
 
 
@@ -432,16 +473,11 @@ def test_square_layers_that_could_go_either_way_are_refused(tmp_path: Path, said
         open_model(f"{base}+{save_adapter(tmp_path / 'lora', tensors, fan_in_fan_out=said)}")
 
 
-def test_pickled_and_missing_weights_say_what_to_do(tmp_path: Path) -> None:
+def test_missing_weights_say_what_to_do(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", {"q.weight": normal(40, 24)})
     adapter = save_adapter(tmp_path / "lora", {n: normal(*s) for n, s in LINEAR.items()})
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="Finish the download, or save it again"):
-        open_model(f"{base}+{adapter}")
-    (adapter / "adapter_model.bin").write_bytes(b"x")
-    with pytest.raises(
-        CheckpointError, match=r"pickled \(adapter_model.bin\).*load the adapter with peft, then save_pre"
-    ):
         open_model(f"{base}+{adapter}")
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no adapter_config.json, so it is no adapter"):
@@ -459,6 +495,24 @@ def test_an_adapter_in_the_models_place(adapted: tuple[Path, Path, Path], tmp_pa
     both = run("merge", adapter, adapter, tmp_path / "both")
     assert both.exit_code == 0
     assert "Warning: lora and lora are adapters: their factors are merged one by one" in both.stderr
+
+
+def test_what_two_models_share_is_told_once(adapted: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """One model on both sides, or with an adapter on both, in a merge and in a diff; what only one has stays."""
+    base, adapter, _ = adapted
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("left", "right"):
+        shutil.copytree(adapter, tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config(base_model_name_or_path="org/other")))
+    left, right = (f"{base}+{tmp_path / name}" for name in ("left", "right"))
+    shared = "base: 1 tensors are in the shards but not in the index: model.norm.weight"
+    for pair in ((base, base), (base, left), (left, right), (left, left), (base, tmp_path / "left")):
+        for said in (run("merge", *pair, tmp_path / "out", "--dry-run").stderr, run("diff", *pair).stdout):
+            assert said.count(shared) == 1
+            for name in ("left", "right"):
+                assert said.count(f"{name} was trained on org/other") == any(name in str(part) for part in pair)
 
 
 def test_an_adapter_beside_a_models_weights_does_not_get_into_the_output(

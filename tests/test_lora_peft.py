@@ -98,6 +98,22 @@ def test_elements_are_those_of_merge_and_unload(case: str, made: Callable[..., t
     assert changed >= 2
 
 
+def test_a_pickled_adapter_is_what_peft_reads_from_it(made: Callable[..., tuple[Path, Path, Path]]) -> None:
+    """adapter_model.bin of peft's own: the same elements as its adapter_model.safetensors."""
+    base, adapter, _ = made(llama, {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]})
+    expected = open_model(f"{base}+{adapter}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = transformers.LlamaForCausalLM.from_pretrained(base)
+        peft.PeftModel.from_pretrained(plain, adapter).save_pretrained(
+            adapter.with_name("old"), safe_serialization=False
+        )
+    assert not list(adapter.with_name("old").glob("*.safetensors"))
+    model = open_model(f"{base}+{adapter.with_name('old')}")
+    for name, info in model.tensors.items():
+        assert model.read_new(name, 0, info.numel).tobytes() == expected.read_new(name, 0, info.numel).tobytes(), name
+
+
 @pytest.mark.parametrize(
     "settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
 )

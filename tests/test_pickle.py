@@ -320,8 +320,9 @@ def test_every_damage_is_refused_or_reads_what_torch_reads(tmp_path: Path) -> No
     [
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the file itself"),
         (b"GGUF\3\0\0\0", "is a GGUF file"),
-        (b"<!DOCTYPE html>", "is a web page"),
-        (b"hello", "no file of torch.save"),
+        (b"<!DOCTYPE html>", "is a web page, not the file itself. Fetch it again"),
+        (b"hello", "is a text, not weights"),
+        (b"(dp0\xff", "no file of torch.save"),
         (b"", "no file of torch.save"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import DTYPES, language_model, load_folder, save_file, save_model
-from merge_tool import CheckpointError, open_checkpoint
+from merge_tool import CheckpointError, HeaderError, open_checkpoint
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
 
 linux_only = pytest.mark.skipif(os.name == "nt", reason="needs symlinks and FIFOs")
@@ -78,6 +79,55 @@ def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
     assert "GGUF" in refusal(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").rename(tmp_path / "optimizer.pt")
     assert "no weights found, only a training's state (optimizer.pt)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+            "is a Git LFS pointer, not the file",
+        ),
+        (b"<!DOCTYPE html><html></html>", "is a web page, not the file itself. Fetch it again"),
+        (b'<?xml version="1.0"?><Error/>', r"is a text \(XML or HTML\), not weights"),
+        (b'{"error": "Repository not found"}', r"is a text \(JSON\), not weights"),
+        (b"Entry not found", "is a text, not weights: perhaps an error message in their place. Fetch it again"),
+        (b"{}", r"is a text \(JSON\), not weights"),
+        (b"GGUF\3\0\0\0" + bytes(80), "is a GGUF file"),
+        (b"", "has 0 bytes, too few for a safetensors file"),
+    ],
+)
+def test_what_only_has_the_name_of_weights_is_told_by_what_it_is(tmp_path: Path, start: bytes, message: str) -> None:
+    """A single file, and a shard among others."""
+    (tmp_path / "x.safetensors").write_bytes(start)
+    with pytest.raises(HeaderError, match=f"^x.safetensors: {message}"):
+        open_checkpoint(tmp_path / "x.safetensors")
+    folder = save_model(tmp_path / "m", language_model(0), shards=2)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(start)
+    with pytest.raises(HeaderError, match=f"^m/model-00002-of-00002.safetensors: {message}"):
+        open_checkpoint(folder)
+
+
+def test_a_pointer_in_place_of_a_json_file_is_told(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", language_model(0))
+    (folder / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "m/config.json: is a Git LFS pointer" in refusal(folder)
+
+
+def test_a_pipelines_components_are_named(tmp_path: Path) -> None:
+    """A folder of diffusers: which of its folders to give, and each of them opens."""
+    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (tmp_path / "sd" / part).mkdir(parents=True)
+        save_file({"a": np.zeros(4, np.float32)}, tmp_path / "sd" / part / f"{file}.safetensors")
+        assert open_checkpoint(tmp_path / "sd" / part).tensors.keys() == {"a"}
+    (tmp_path / "sd/scheduler").mkdir()
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text("{}")
+    (tmp_path / "sd/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    said = "sd: is a pipeline of diffusers (model_index.json), of several models. Give the folder of one of them"
+    assert refusal(tmp_path / "sd") == f"{said}: sd/text_encoder, sd/unet."
+    for part in ("unet", "text_encoder"):
+        shutil.rmtree(tmp_path / "sd" / part)
+    assert refusal(tmp_path / "sd") == f"{said}; none is here yet: finish the download."
 
 
 def test_two_files_without_an_index_are_ambiguous(tmp_path: Path) -> None:

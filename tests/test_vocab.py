@@ -47,7 +47,9 @@ def tokenizer(
     return json.dumps(content, indent=indent, ensure_ascii=False)
 
 
-def model(folder: Path, rows: int, text: str | None, *, dtype: Any = BF16, tied: bool = False, **more: Any) -> Path:
+def model(
+    folder: Path, rows: int, text: str | bytes | None, *, dtype: Any = BF16, tied: bool = False, **more: Any
+) -> Path:
     """An embedding, perhaps a head with its bias, and one other tensor, which is the same in all."""
     tensors = {"model.embed_tokens.weight": normal(rows, HIDDEN, dtype=dtype, scale=1.0)}
     if not tied:
@@ -133,7 +135,7 @@ def test_the_bytes_do_not_depend_on_memory_or_threads(tmp_path: Path) -> None:
     folders = []
     for name, tokens in (("base", words), ("ft", [words[n] for n in order[:8_500]])):
         tensors = {"model.embed_tokens.weight": normal(len(tokens), 100, dtype=BF16)}
-        side = {"tokenizer.json": tokenizer(tokens, {f"<{name}>": len(tokens) - 1}, indent=None)}
+        side = {"tokenizer.json": tokenizer(tokens[:-1], {f"<{name}>": len(tokens) - 1}, indent=None)}
         folders.append(save_model(tmp_path / name, tensors, config={"vocab_size": len(tokens)}, side_files=side))
     for number, (memory, jobs) in enumerate([(10**9, 1), (10**9, 3), (None, 2)]):
         merge(*folders, tmp_path / f"{number}", vocab="union", memory_bytes=memory, jobs=jobs)
@@ -496,24 +498,51 @@ def test_a_token_without_a_row_has_the_other_sides_in_a_union(tmp_path: Path, vo
             None,
             r"other: has no tokenizer.json \(only tokenizer.model: a slow tokenizer\). Convert it first: AutoTokenizer",
         ),
-        ("{}", r"other/tokenizer.json: is not a tokenizer that can be read"),
-        ("", r"other/tokenizer.json: is not a tokenizer that can be read"),
+        ("{}", r"other/tokenizer.json: is not a tokenizer that can be read: it has no model. Fetch it again"),
+        ("", r"can be read: it is empty\."),
+        ("version https://git-lfs.github.com/spec/v1\n", r"other/tokenizer.json: is a Git LFS pointer.*pull\.$"),
+        ("\udce4", r"it is no text in UTF-8, at byte 0"),
+        ('{"model": null}', r"it has no model\."),
+        ('{"model": {}}', r"its model has no vocab\."),
+        ('{"model": {"vocab": {"a": 0', r"its JSON is damaged or cut short, at character"),
+        ('{"model": {"vocab": {"a": 0}}', r"it ends in the middle of its JSON"),
+        ('{"model": 1 "x"}', r"it is not one object of JSON"),
+        ("[]", r"its JSON is damaged, expected { at character 0"),
+        ('{"model": {"vocab": {}}, "added_tokens": {}}', r"its added_tokens are no list"),
+        ('{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}', r"expected a token with its content and id"),
+        ('{"model": {"vocab": {"a": 1, "b": 1}}}', r"tokens 'a' and 'b' have the same id, 1;.*AutoTokenizer"),
+        ('{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 1, "content": "b"}]}', r"tokens 'a' and 'b' have the"),
         ('{"model": {"vocab": {"a": "x"}}, "added_tokens": []}', r"the token 'a' has the id 'x'"),
         ('{"model": {"vocab": {"a": -1}}, "added_tokens": []}', r"the token 'a' has the id '-1'"),
         ('{"model": {"vocab": {"a": 99999999999}}, "added_tokens": []}', r"the token 'a' has the id '99999999999'"),
-        ('{"model": {"vocab": [["a"]]}, "added_tokens": []}', r"is not a tokenizer that can be read"),
-        ("[" * 100_000, r"is not a tokenizer that can be read"),
+        ('{"model": {"vocab": [["a"]]}, "added_tokens": []}', r"its vocab has '\['a'\]', expected a token"),
+        ('{"model": ' + "[" * 100_000, r"it is nested too deep"),
     ],
 )
 def test_tokenizers_that_cannot_be_read_say_what_to_do(
     pair: tuple[Path, Path], tmp_path: Path, content: str | None, expected: str
 ) -> None:
-    other = model(tmp_path / "other", 8, content)
+    other = model(tmp_path / "other", 8, content and content.encode(errors="surrogateescape"))
     (other / "tokenizer.model").write_bytes(b"x")
     for models in ((pair[0], other), (other, pair[0])):
         with pytest.raises(CheckpointError, match=expected):
             merge(*models, tmp_path / "out", vocab="union")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_added_token_may_repeat_one_of_the_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """As transformers writes them: the same content, and whatever id; the model's counts."""
+    other = model(tmp_path / "other", 8, tokenizer(FT_TOKENS, {**FT_ADDED, FT_TOKENS[0]: 0, FT_TOKENS[1]: 0}))
+    merge(pair[0], other, tmp_path / "out", vocab="union")
+
+
+def test_a_model_without_any_tokenizer_is_to_get_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = model(tmp_path / "other", 8, None)
+    expected = (
+        r"^other: has no tokenizer.json, nor another tokenizer. Put the model's tokenizer.json beside its weights\.$"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        merge(pair[0], other, tmp_path / "out", vocab="base")
 
 
 def test_what_cannot_be_matched_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

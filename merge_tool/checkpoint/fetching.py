@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES, find_weights, weight_map_files
+from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, WEIGHT_SUFFIXES, find_weights, weight_map_files
 from merge_tool.checkpoint.hub import REFUSED
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
 from merge_tool.errors import CheckpointError, FetchError, shown
@@ -62,13 +63,14 @@ def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], 
         lacking = [name for name in _lacking(folder, wanted) if name in listing]
         may_wait = can_ask() and not _is_adapter(listing)
         coming = [name for name in lacking if may_wait and _can_wait(name)]
-        if len(coming) < len(lacking):
-            _download(repo, folder.name, sorted({*lacking} - {*coming}))
+        if whole := sorted({*lacking} - {*coming}):
+            _download(repo, folder.name, whole)
         found = fetch_headers(repo, folder.name, coming)
     answer = {
         "folder": str(folder),
         "coming": [(name, size, len(start)) for name, (size, start) in zip(coming, found, strict=True)],
         "cached_bytes": sum((folder / name).stat().st_size for name in wanted if (folder / name).is_file()),
+        "fetched_bytes": sum((folder / name).stat().st_size for name in whole),
         "begun_bytes": _begun_bytes(folder) if coming else 0,
     }
     return answer, [start for _, start in found]
@@ -76,9 +78,11 @@ def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], 
 
 @contextmanager
 def _explaining(repo: str, revision: str | None) -> Iterator[None]:
-    """Whatever goes wrong inside as a FetchError; no progress bars where nobody looks."""
+    """Whatever goes wrong inside as a FetchError; no progress bars where nobody looks, no word on a repository that has
+    nothing but weights."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    logging.getLogger("huggingface_hub._snapshot_download").addFilter(_is_news)
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -89,15 +93,22 @@ def _explaining(repo: str, revision: str | None) -> Iterator[None]:
         raise FetchError(_explained(e, repo, revision)) from e
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No files matched")
+
+
 def _fetch_small(repo: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
     """The snapshot folder with all but the weights, the files of the repository, and the weights that are needed."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=_UNWANTED))
     listing, error = _listing(repo, folder.name, folder)
+    if error is not None and not listing:  # the folder below, made for weights that never came
+        raise error
     wanted = _weights(repo, folder, listing, folder.name)
     if error is not None and _lacking(folder, wanted):
         raise error  # at once: the library would try to fetch them for half a minute
+    folder.mkdir(parents=True, exist_ok=True)  # the library makes it with its first file; there may be weights alone
     return folder, listing, wanted
 
 
@@ -143,7 +154,9 @@ def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception
 
 def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> list[str]:
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
-    single, index = find_weights(repo, [name for name in listing if "/" not in name])
+    if _is_adapter(listing) and (adapter := [name for name in ADAPTER_WEIGHTS if name in listing]):
+        return adapter[:1]
+    single, index = find_weights(repo, listing)
     found = [single] if single else []
     if index:
         found = _indexed_files(repo, folder, index, commit)

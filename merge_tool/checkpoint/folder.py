@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merge_tool.checkpoint.lookalikes import known_start
 from merge_tool.errors import CheckpointError, listed, shown
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -21,6 +22,8 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     {".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel"}
     | {".nemo", ".distcp"}
 )
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
+PIPELINE = "model_index.json"  # of diffusers: several models, each in a folder of its own
 _STATE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)[^/]*", re.IGNORECASE)  # of a training
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
 LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
@@ -95,10 +98,12 @@ class Folder:
         status = path.stat()
         if status.st_size > LARGEST_JSON:
             raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {LARGEST_JSON:,} are read.")
+        raw = b""
         try:
-            value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys if unique_keys else None)
+            raw = path.read_bytes()
+            value = json.loads(raw, object_pairs_hook=_unique_keys if unique_keys else None)
         except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{where}: is not valid JSON ({shown(e)}).") from e
+            raise CheckpointError(f"{where}: {known_start(raw) or f'is not valid JSON ({shown(e)})'}.") from e
         except OSError as e:
             raise CheckpointError(f"{where}: cannot be read ({e.strerror}).") from e
         if not isinstance(value, dict):
@@ -120,8 +125,10 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | N
     """The single weights file, or the index: safetensors before pickles, as transformers does; of either,
     model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind.
 
-    `name` is the folder's, for messages. Raises CheckpointError when there is neither.
+    `name` is the folder's, for messages; of a listing with files in folders these only count as a pipeline's parts.
+    Raises CheckpointError when there is neither.
     """
+    everything, listing = listing, [file for file in listing if "/" not in file]
     safetensors = [file for file in listing if file.endswith((".safetensors", ".safetensors.index.json"))]
     if safetensors:
         return _choose(name, safetensors, "model.safetensors", ".safetensors")
@@ -131,10 +138,25 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | N
         return _choose(name, states, "pytorch_model.bin", ".bin")
     if others := [file for file in listing if is_weight_file(file)]:
         raise CheckpointError(f"{name}: {unread_format(others)}")
+    if PIPELINE in listing:
+        raise CheckpointError(f"{name}: {_pipeline(name, everything)}")
     inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else ""
     raise CheckpointError(
         f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
     )
+
+
+def _pipeline(name: str, listing: Sequence[str]) -> str:
+    """That a folder is a pipeline of diffusers, and which of its folders to give."""
+    found = sorted({file.partition("/")[0] for file in listing if file.count("/") == 1 and is_weight_file(file)})
+    told = f"is a pipeline of diffusers ({PIPELINE}), of several models. Give the folder of one of them"
+    if not found:
+        return f"{told}; none is here yet: finish the download."
+    if "/" in name:  # of the Hub, where a folder has no id
+        return (
+            f"{told}: hf download {name} --local-dir FOLDER, then {listed((f'FOLDER/{part}' for part in found), 20)}."
+        )
+    return f"{told}: {listed((f'{name}/{part}' for part in found), 20)}."
 
 
 def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[str | None, str | None]:

@@ -57,12 +57,14 @@ def local_path(ref: str | Path) -> Path:
 @dataclass(frozen=True)
 class Snapshot:
     """A model's folder, and the weights that are still to be fetched into it, by name: of these only headers are here,
-    until `close`. Of a model of the Hub `cached_bytes` of weights are in the cache; `begun_bytes` are what an earlier,
-    broken download of the others has there already, and will not take again."""
+    until `close`. Of a model of the Hub `cached_bytes` of weights are in the cache, `fetched_bytes` of these since
+    it was looked at; `begun_bytes` are what an earlier, broken download of the others has there already, and will not
+    take again."""
 
     folder: Path
     coming: Mapping[str, ComingFile] = field(default_factory=dict)
     cached_bytes: int = 0
+    fetched_bytes: int = 0
     begun_bytes: int = 0
     asked: tuple[str, str | None] | None = None
     held: IO[bytes] | None = None
@@ -90,7 +92,8 @@ def look(ref: str | Path) -> Snapshot:
         for name, size, length in answer["coming"]:
             coming[name] = ComingFile(f"{asked[0]}/{name}", size, held, place, length)
             place += length
-        return Snapshot(folder, coming, answer["cached_bytes"], answer["begun_bytes"], asked, held)
+        cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
+        return Snapshot(folder, coming, cached, fetched, begun, asked, held)
     except BaseException:
         held.close()
         raise

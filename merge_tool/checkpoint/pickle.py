@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_tool.checkpoint.header import DTYPE_BITS, TensorInfo
+from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import CheckpointError, shown
@@ -25,13 +26,6 @@ _START = (  # the same search path as ours: the current folder, which may be a s
     "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
     "from merge_tool.checkpoint.unpickle import main; main()"
 )
-_ELSEWHERE = {  # what a file of such a name is, too, by its first bytes
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself. Fetch it: git lfs pull",
-    b"GGUF": "is a GGUF file. Merge the original weights, and convert the result",
-    b"\x89HDF\r\n": "is an HDF5 file (Keras, TensorFlow). Convert it to safetensors first",
-    b"<!DOCTYPE": "is a web page, not weights. Fetch it again",
-    b"<html": "is a web page, not weights. Fetch it again",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +52,10 @@ def read_pickles(files: Sequence[LocalFile], max_bytes: int) -> list[PickledFile
 
 
 def _check_start(file: LocalFile) -> None:
-    start = bytearray(min(64, file.size))
+    start = bytearray(min(START_BYTES, file.size))
     file.read_into(0, memoryview(start))
-    for magic, what in _ELSEWHERE.items():
-        if start.startswith(magic):
-            raise CheckpointError(f"{shown(file.name)}: {what}.")
+    if what := lookalike(bytes(start)):
+        raise CheckpointError(f"{shown(file.name)}: {what}.")
     if not start.startswith((b"PK\x03\x04", b"\x80")):
         raise CheckpointError(
             f"{shown(file.name)}: is no file of torch.save (neither zip nor pickle). It may be damaged: fetch it again."

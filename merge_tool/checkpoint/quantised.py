@@ -33,9 +33,22 @@ _METHODS: Mapping[str, tuple[str, str, str]] = {
         "tensors of torchao's own classes, whose layout its versions change",
         "Merge the original weights, and quantise the result; or dequantise it with torchao first.",
     ),
+    "nvfp4": (
+        "NVFP4",
+        "two 4-bit floats in a byte, with an 8-bit float for each 16 as their scale and another scale for the tensor",
+        _ORIGINAL,
+    ),
+    "int8": ("INT8", "8-bit integers with a scale for each row or tensor, which is another in each model", _ORIGINAL),
+    "modelopt": ("ModelOpt", "codes of one of the formats of NVIDIA's Model Optimizer", _ORIGINAL),
+    "modelopt-fp8": (
+        "ModelOpt-FP8",
+        "8-bit floats, whose scales are not read under this name",
+        "Take quantization_config out of config.json: the scales are then found by their names. Or merge the original "
+        "weights, and quantise the result.",
+    ),
     "compressed-tensors": (
         "compressed-tensors",
-        "packed or sparse codes; its float-quantized format is the one that is read",
+        "integer, packed or sparse codes; its float-quantized format is the one that is read",
         "Load it with transformers and CompressedTensorsConfig(run_compressed=False), then save_pretrained(FOLDER).",
     ),
     "fp8": (
@@ -69,6 +82,11 @@ def _gptq(tensors: _Names) -> str | None:
     return _end(".qweight")(tensors) if _end(".g_idx")(tensors) else None
 
 
+def _nvfp4(tensors: _Names) -> str | None:
+    weight = _both(".weight", ".weight_scale", "U8")(tensors)
+    return weight if weight and tensors[f"{weight}_scale"].dtype == "F8_E4M3" else None
+
+
 # The same without a config, by the names of tensors, in this order.
 _SIGNS: tuple[tuple[str, Callable[[_Names], str | None]], ...] = (
     ("gptq", _gptq),
@@ -79,7 +97,9 @@ _SIGNS: tuple[tuple[str, Callable[[_Names], str | None]], ...] = (
     ("aqlm", _end(".codebooks")),
     ("eetq", _both(".weight", ".weight_scales", "I8")),
     ("torchao", _end("_weight_qdata", ":_weight_qdata")),
+    ("nvfp4", _nvfp4),
     ("compressed-tensors", _end(".weight_packed", ".weight_zero_point", ".bitmask")),
+    ("int8", _both("", "_scale", "I8")),
 )
 _WIDE_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale", ".k_scale", ".v_scale")
@@ -91,6 +111,8 @@ def why_quantised(config: Mapping[str, Any] | None, tensors: _Names) -> str | No
         if quantisation := settings.get("quantization_config"):
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
             sign = f"quantization_config in config.json{f', method {shown(method)}' if method else ''}"
+            if str(method).lower().startswith("modelopt"):
+                method = _of_modelopt(quantisation, tensors)
             return _sentence(str(method) if method else _method_by_names(tensors)[0], sign)
     method, tensor = _method_by_names(tensors)
     if tensor is not None:
@@ -98,6 +120,17 @@ def why_quantised(config: Mapping[str, Any] | None, tensors: _Names) -> str | No
     if (scales := _lone_scales(tensors)) is not None:
         return _sentence("fp8", f"scales in tensor '{shown(scales)}'")
     return None
+
+
+def _of_modelopt(settings: Mapping[str, Any], tensors: _Names) -> str:
+    """Which of its formats: by the algorithm that it names, or by the tensors."""
+    algorithm = str(settings.get("quant_algo") or "").upper()
+    if "NVFP4" in algorithm or (not algorithm and _nvfp4(tensors)):
+        return "nvfp4"
+    is_fp8 = algorithm.startswith("FP8") or (
+        not algorithm and any(t.dtype.startswith("F8_E4") for t in tensors.values())
+    )
+    return "modelopt-fp8" if is_fp8 else "modelopt"
 
 
 def _sentence(method: str, sign: str) -> str:

@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from merge_tool.checkpoint.folder import Folder, find_weights, is_pickle, unread_format
+from merge_tool.checkpoint.folder import PIPELINE, Folder, find_weights, is_pickle, unread_format
 from merge_tool.checkpoint.fp8 import SCALE_DTYPES, SCALES, Scaled, find_scaled, without_quantization
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
+from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
@@ -248,28 +249,30 @@ def open_found(
 
 
 def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
-    """One safetensors file of a folder, whatever else that holds."""
-    source = LocalFile(folder.path(file_name), f"{folder.name}/{file_name}")
-    file, tensors, metadata = _read_header(source, file_name, max_header_bytes)
-    return Checkpoint(file.source.name, None, (file,), {t.name: t for t in tensors}, {}, metadata, None)
+    """One file of weights of a folder, whatever else that holds."""
+    return _alone(LocalFile(folder.path(file_name), f"{folder.name}/{file_name}"), file_name, max_header_bytes)
 
 
 def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
     if path.suffix.lower() in {".gguf", ".ggml"}:
         raise CheckpointError(f"{path.name}: {unread_format([path.name])}")
+    return _alone(LocalFile(path.resolve(), path.name), path.name, max_header_bytes)
+
+
+def _alone(source: LocalFile, file_name: str, max_header_bytes: int) -> Checkpoint:
     made: dict[str, TensorSource] = {}
     notices: list[str] = []
-    source = LocalFile(path.resolve(), path.name)
-    file, tensors, metadata = _read_files([path.name], [source], max_header_bytes, made, notices)[0]
+    file, tensors, metadata = _read_files([file_name], [source], max_header_bytes, made, notices)[0]
     infos = {info.name: info for info in tensors}
-    return Checkpoint(path.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
+    return Checkpoint(source.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
 
 
 def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_bytes: int) -> Checkpoint:
     listing = sorted({*(entry.name for entry in folder.root.iterdir()), *coming})
     notices: list[str] = []
     weight_map: dict[str, str] = {}
-    single, index = find_weights(folder.name, listing)
+    below = [f"{p.parent.name}/{p.name}" for p in folder.root.glob("*/*")] if PIPELINE in listing else []
+    single, index = find_weights(folder.name, [*listing, *below])
     if index:
         weight_map = _load_weight_map(folder, index)
     shards = [single] if single else sorted(set(weight_map.values()))
@@ -326,11 +329,14 @@ def _read_files(
 
 def _read_header(source: ByteSource, file_name: str, max_header_bytes: int) -> _Parsed:
     where = shown(source.name)
-    if source.size < 8:
-        raise HeaderError(f"{where}: has {source.size} bytes, too few for a safetensors file; fetch it again.")
-    start = bytearray(8)
+    start = bytearray(min(START_BYTES, source.size))
     source.read_into(0, memoryview(start))
     length = int.from_bytes(start, "little")
+    possible = min(source.size - START_BYTES, MAX_HEADER_BYTES)
+    if length > possible and (what := lookalike(bytes(start))):
+        raise HeaderError(f"{where}: {what}.")
+    if len(start) < START_BYTES:
+        raise HeaderError(f"{where}: has {source.size} bytes, too few for a safetensors file; fetch it again.")
     if start.startswith(b"PK\x03\x04") and 8 + length > source.size:
         raise HeaderError(f"{where}: is a zip or pickle file, not a safetensors file.")
     if length > MAX_HEADER_BYTES:

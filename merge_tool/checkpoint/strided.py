@@ -22,15 +22,17 @@ _Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class StridedTensor:
-    """A TensorSource; `strides` are in elements, none negative, and `info.offset` is the first element's byte."""
+    """A TensorSource; `strides` are in elements, none negative, and `info.offset` is the first element's byte;
+    `written_as` is as of a FileTensor."""
 
     info: TensorInfo
     file: LocalFile
     strides: tuple[int, ...]
+    written_as: str | None = None
 
     @property
     def stored_dtype(self) -> str:
-        return self.info.dtype
+        return self.written_as or self.info.dtype
 
     @property
     def where(self) -> str:

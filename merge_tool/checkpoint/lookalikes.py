@@ -1,0 +1,37 @@
+"""What a file is that has the name of another kind of file, by its first bytes: a pointer, a page, a message.
+
+The sentences are without the file's name and the full stop.
+"""
+
+from __future__ import annotations
+
+START_BYTES = 8  # that is all there is of a file that is still to be fetched; a safetensors header's length is as long
+_PAGE = "is a web page, not the file itself. Fetch it again"
+_KNOWN = {
+    b"version ": "is a Git LFS pointer, not the file itself. Fetch it: git lfs pull",
+    b"GGUF": "is a GGUF file. Merge the original weights, and convert the result",
+    b"\x89HDF\r\n": "is an HDF5 file (Keras, TensorFlow). Convert it to safetensors first",
+    **dict.fromkeys((b"<!DOCTYP", b"<!doctyp", b"<html", b"<HTML"), _PAGE),
+}
+_KINDS = {b"{": " (JSON)", b"<": " (XML or HTML)"}
+_BLANKS = b"\t\n\r"
+
+
+def known_start(start: bytes) -> str | None:
+    """What every file is that begins so, and what to do; None if that cannot be told.
+
+    >>> known_start(b"version https://git-lfs.github.com/spec/v1")
+    'is a Git LFS pointer, not the file itself. Fetch it: git lfs pull'
+    """
+    return next((what for magic, what in _KNOWN.items() if start.startswith(magic)), None)
+
+
+def lookalike(start: bytes) -> str | None:
+    """As `known_start`, and of texts that they are. Of safetensors this is to be asked only where the header's length,
+    which the first bytes are, is impossible: those of a text come to 2**56 at least."""
+    start = start[:START_BYTES]
+    is_text = bool(start) and all(32 <= byte < 127 or byte in _BLANKS for byte in start)
+    if known := known_start(start):
+        return known
+    kind = _KINDS.get(start.lstrip()[:1], "")
+    return f"is a text{kind}, not weights: perhaps an error message in their place. Fetch it again" if is_text else None
