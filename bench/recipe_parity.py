@@ -1,6 +1,6 @@
 """Random recipes, read by us and by mergekit: does every tensor get the same parameters from the same tensors?
 
-Run it with a Python that has mergekit 0.1.5 (and torch, transformers), from the project's root:
+Run it with a Python that has mergekit 0.1.5 (torch and transformers with it) and ml-dtypes, from the project's root:
 
     PYTHONPATH=. PYTHON bench/recipe_parity.py --recipes 1000 --seed 1
 
