@@ -131,16 +131,18 @@ def open_models(
         )
         told += "is not the merge of the models. For that give MODEL+ADAPTER each time."
         found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, told))
-    return list(_telling_once(found))
+    _tell_once(found)
+    return found
 
 
-def _telling_once(models: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
-    """The models without what one before has told already: several may be of one model, or of one adapter."""
+def _tell_once(models: list[Checkpoint]) -> None:
+    """Leave out what a model before has told already: several may be of one model, or of one adapter."""
     told: set[str] = set()
-    for model in models:
-        news = tuple(notice for notice in dict.fromkeys(model.notices) if notice not in told)
-        told.update(news)
-        yield model if news == model.notices else model.with_made(model.name, (), {}, news)
+    for place, model in enumerate(models):
+        if not told.isdisjoint(model.notices):
+            news = tuple(notice for notice in model.notices if notice not in told)
+            models[place] = model.with_made(model.name, (), {}, news)
+        told.update(model.notices)
 
 
 def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
