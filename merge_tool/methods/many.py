@@ -39,7 +39,7 @@ def _rows_unless_flat(given: Given) -> str:
 
 
 def _columns_bytes(given: Given) -> int:
-    per_column = 0 if given["nuslerp_flatten"] or not given["nuslerp_row_wise"] else 25 * 8
+    per_column = 0 if given["nuslerp_flatten"] or not given["nuslerp_row_wise"] else 20 * 8
     return per_column * geometric.num_columns(given)
 
 
