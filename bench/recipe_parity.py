@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 
 from merge_tool.errors import MergeToolError
-from merge_tool.methods.many import STEPS_METHODS
-from merge_tool.recipes.expand import Ask, expand
-from merge_tool.recipes.mergekit import parse_recipe
+from merge_tool.methods.registry import STEPS_METHODS
+from merge_tool.plan.expand import Ask, expand
+from merge_tool.recipe.mergekit import parse_recipe
 
 LAYERS = 5
 MODELS = ("one", "two", "three")

@@ -24,7 +24,6 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from merge_tool.card import _front_matter, _inherited
 from merge_tool.checkpoint import header as header_module
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.fp8 import find_scaled, without_quantization
@@ -33,14 +32,21 @@ from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.reader import FileTensor, _load_weight_map
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import HeaderError, MergeToolError
-from merge_tool.journal import Journal
-from merge_tool.lora_config import read_settings
-from merge_tool.older import read_sums
-from merge_tool.parents import _settings
-from merge_tool.report import from_record, read_identity, stream_report
-from merge_tool.side_files import _module_folders, edit_config_dtype, edit_vocab_size, without_quantization_config
-from merge_tool.tokenizer_json import TokenizerJson
-from merge_tool.tokens import compared
+from merge_tool.models.lora_config import read_settings
+from merge_tool.models.side_files import (
+    _module_folders,
+    edit_config_dtype,
+    edit_vocab_size,
+    without_quantization_config,
+)
+from merge_tool.output.card import _front_matter, _inherited
+from merge_tool.output.journal import Journal
+from merge_tool.output.older import read_sums
+from merge_tool.output.report import read_identity, stream_report
+from merge_tool.plan.parents import _settings
+from merge_tool.run.findings import from_record
+from merge_tool.vocabulary.tokenizer_json import TokenizerJson
+from merge_tool.vocabulary.tokens import compared
 
 # What the library accepts and we refuse, by our message; argued in docs/reliability.md.
 DIFFERENCES = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from merge_tool._version import __version__
 
 if TYPE_CHECKING:
-    from merge_tool.api import MergeReport, merge
+    from merge_tool.api import MergeReport, merge, merge_models
     from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
     from merge_tool.errors import (
         CheckpointError,
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
         OutputError,
         RecipeError,
     )
-    from merge_tool.memory import Layout, plan_layout
-    from merge_tool.models import merge_models
-    from merge_tool.plan import MergePlan, plan_merge
-    from merge_tool.recipe import Recipe
-    from merge_tool.run import run_plan
+    from merge_tool.plan.memory import Layout, plan_layout
+    from merge_tool.plan.plan import MergePlan, plan_merge
+    from merge_tool.recipe.recipe import Recipe
+    from merge_tool.run.run import run_plan
 
 _HOMES = {
     "MergeReport": "merge_tool.api",
@@ -45,13 +44,13 @@ _HOMES = {
     "MismatchError": "merge_tool.errors",
     "OutputError": "merge_tool.errors",
     "RecipeError": "merge_tool.errors",
-    "Layout": "merge_tool.memory",
-    "plan_layout": "merge_tool.memory",
-    "merge_models": "merge_tool.models",
-    "MergePlan": "merge_tool.plan",
-    "plan_merge": "merge_tool.plan",
-    "Recipe": "merge_tool.recipe",
-    "run_plan": "merge_tool.run",
+    "Layout": "merge_tool.plan.memory",
+    "plan_layout": "merge_tool.plan.memory",
+    "merge_models": "merge_tool.api",
+    "MergePlan": "merge_tool.plan.plan",
+    "plan_merge": "merge_tool.plan.plan",
+    "Recipe": "merge_tool.recipe.recipe",
+    "run_plan": "merge_tool.run.run",
 }
 
 

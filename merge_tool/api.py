@@ -6,50 +6,42 @@ open -> plan -> check the output -> run -> side files, report, card -> publish
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from merge_tool.card import card_text
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.complete import (
-    check_exact_tensors,
-    check_output,
-    check_room,
-    final_names,
-    is_complete,
-    labelled,
-    single_facts,
-)
 from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, shown
-from merge_tool.memory import (
+from merge_tool.files import write_whole
+from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
+from merge_tool.output.card import card_of
+from merge_tool.output.complete import check_exact_tensors, check_output, check_room, final_names, is_complete
+from merge_tool.output.older import check_conflicts
+from merge_tool.output.report import (
+    Summary,
+    alarms,
+    labelled,
+    load_tensors,
+    report_of,
+    summarise,
+    sums_text,
+)
+from merge_tool.output.work_folder import Work
+from merge_tool.plan.memory import (
     peak_bytes,
     resident_bytes,
     under_pressure,
 )
-from merge_tool.older import check_conflicts
-from merge_tool.output import Work
-from merge_tool.plan import MergePlan, ShardPlan
-from merge_tool.prepare import Prepared, prepare
-from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, DEFAULT_T, Recipe, label_t
-from merge_tool.report import (
-    Findings,
-    Summary,
-    alarms,
-    from_record,
-    load_tensors,
-    report_lines,
-    summarise,
-    sums_text,
-    to_record,
-)
-from merge_tool.run import ShardDone, progress_bytes, run_plan
-from merge_tool.schedule import Rules
-from merge_tool.side_files import CARD, RECIPE, REPORT, SUMS
+from merge_tool.plan.plan import ShardPlan
+from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.plan.prepare_models import Methods, prepare_models
+from merge_tool.recipe.recipe import DEFAULT_MAX_SHARD_BYTES, DEFAULT_T, Recipe
+from merge_tool.recipe.schedule import Rules
+from merge_tool.run.findings import Findings, from_record, to_record
+from merge_tool.run.run import ShardDone, progress_bytes, run_plan
 
 _FLUSH_BYTES = 8_000_000
 
@@ -114,7 +106,7 @@ def merge(
     (`t-0.3`), in one pass over the inputs. `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` gives some tensors a t of
     their own, along the layers where it is a list; the first pattern that matches counts. `memory_bytes` bounds the
     peak resident memory of the whole process, what it holds already included (default: see
-    `merge_tool.memory.default_budget`); the rest is as in `Recipe`. `check_resumed` hashes what an earlier run
+    `merge_tool.plan.memory.default_budget`); the rest is as in `Recipe`. `check_resumed` hashes what an earlier run
     finished before it is kept. `on_start(total)` and
     `on_progress(nbytes, tensor)` drive a progress bar.
 
@@ -295,67 +287,10 @@ def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summar
         work.add(label, SUMS, [sums_text(sums)])
 
 
-def report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
-    """merge_report.json of the output of `t`, its head first."""
-    digest, facts = single_facts(prepared.plan, t)
-    return report_lines(prepared.plan, findings, t, digest, facts, prepared.samples)
-
-
-def card_of(prepared: Prepared, summary: Summary, t: float) -> str:
-    """The model card of the output of `t`."""
-    return card_text(
-        prepared.plan,
-        summary,
-        t,
-        _command(prepared.plan, t),
-        base_card=prepared.base_card,
-        is_transformers=prepared.is_transformers,
-        has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
-    )
-
-
-def _command(plan: MergePlan, t: float) -> str:
-    """The command that makes this output, without the user's paths."""
-    recipe = plan.recipe
-    words = ["merge-tool", "run", "RECIPE.yaml", "OUT"]
-    if plan.is_pair:
-        words = ["slerp-merge", *(_quoted(name) for name in plan.names), "OUT", "--t", label_t(t)]
-    for option, value, default in (
-        ("--method", recipe.method, "slerp"),
-        ("--dtype", recipe.dtype if plan.is_pair else None, None),
-        ("--seed", plan.seed, 0),
-        ("--max-shard-size", recipe.max_shard_bytes, DEFAULT_MAX_SHARD_BYTES),
-        ("--files-from", recipe.files_from, "base"),
-        ("--on-mismatch", recipe.on_mismatch, "error"),
-        ("--on-missing", recipe.on_missing, "error"),
-        ("--vocab", recipe.vocab, None),
-        ("--pad-vocab-to-multiple-of", recipe.pad_vocab_to_multiple_of, None),
-    ):
-        if value != default:
-            words += [option, str(value)]
-    for rule in recipe.rules:
-        words += ["--t-for", _quoted(str(rule), 10_000)]
-    for option, patterns in (("--only", recipe.only), ("--exclude", recipe.exclude)):
-        for pattern in patterns:
-            words += [option, _quoted(pattern, 10_000)]
-    beyond = any(not 0 <= value <= 1 for value in (t, *(value for rule in recipe.rules for value in rule.values)))
-    return " ".join(words + ["--extrapolate"] * beyond)
-
-
-def _quoted(name: str, limit: int = 200) -> str:
-    name = shown(name, limit)
-    return name if re.fullmatch(r"[\w@%+=:,./-]+", name) else "'" + name.replace("'", "'\\''") + "'"
-
-
 def _write_report(path: Path, lines: Iterable[str]) -> None:
     """Write the report that was asked for beside the output; it appears whole."""
-    part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_whole(path, (line.encode() for line in lines))
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e
 
@@ -378,4 +313,47 @@ def _report(prepared: Prepared, summary: Summary, started: float, *, already_com
     )
 
 
-__all__ = ["MergeReport", "merge"]
+def merge_models(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    methods: Methods | None = None,
+    seed: int = 0,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    on_mismatch: str = "error",
+    on_missing: str = "error",
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    extrapolate: bool = False,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    check_resumed: bool = False,
+    report_path: str | Path | None = None,
+    on_warning: Callable[[str], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, str], None] | None = None,
+) -> MergeReport:
+    """Merge the models that `recipe` names into `out`, tensor by tensor, in bounded memory.
+
+    `recipe` is a YAML file as mergekit reads it, or the same as a mapping. `methods` are further ones by name, beside
+    the built-in ones (docs/adding_a_method.md). `seed` decides the random bits of the methods that have any. The rest
+    is as in `merge`.
+
+    Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with the same
+    call.
+
+    >>> report = merge_models("ties.yaml", "merged")  # doctest: +SKIP
+    """
+    options = Recipe(
+        max_shard_bytes=max_shard_bytes,
+        on_mismatch=on_mismatch,
+        extrapolate=extrapolate,
+        only=only,
+        exclude=exclude,
+        on_missing=on_missing,
+    )
+    plan_it = partial(
+        prepare_models, recipe, out, options, methods=methods, seed=seed, memory_bytes=memory_bytes, jobs=jobs
+    )
+    return carry_out(plan_it, Running(overwrite, check_resumed, report_path, on_warning, on_start, on_progress))

@@ -20,26 +20,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from merge_tool.arrays import FLOAT_DTYPES, NUMPY_DTYPES, TILE, Array, first_nonfinite, same_values
 from merge_tool.checkpoint.header import TensorInfo
-from merge_tool.checkpoint.reader import FLOAT_DTYPES, NUMPY_DTYPES, Checkpoint
+from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import RecipeError
-from merge_tool.lora import open_models
-from merge_tool.matching import natural_key
-from merge_tool.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
-from merge_tool.methods import (
-    TILE,
-    Array,
-    PairSums,
-    Scratch,
-    first_nonfinite,
-    is_finite,
-    pair_angle,
-    same_values,
-    sharpen,
-    sum_tile,
-    total,
-)
-from merge_tool.report import median
+from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
+from merge_tool.models.lora import open_models
+from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
+from merge_tool.plan.stacks import natural_key
+from merge_tool.run.findings import median
 
 _WORKER_BYTES = Scratch.NBYTES + 2 * 8 * TILE
 _RESERVE_BYTES = 8_000_000  # threads' stacks, malloc's own, the results

@@ -21,9 +21,10 @@ from typing import Any
 
 from merge_tool.api import merge
 from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
-from merge_tool.lock import FolderLock
-from merge_tool.prepare import Prepared, prepare
-from merge_tool.recipe import Recipe, label_t
+from merge_tool.files import write_whole
+from merge_tool.output.lock import FolderLock
+from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.recipe.recipe import Recipe, label_t
 
 JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
 HIDDEN = ".sweep"  # the lock, and files on their way; there while a sweep runs
@@ -168,12 +169,7 @@ def _put_away(folder: Path, ts: Iterable[float], *, keep: bool) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     """Write a file of the sweep's folder under the lock's, then move it: a kill leaves the old one, and no trace."""
-    part = path.parent / HIDDEN / f"{path.name}.part"
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_whole(path, [text.encode()], path.parent / HIDDEN / f"{path.name}.part")
 
 
 # ------------------------------------------------------------------------------------------- evaluation

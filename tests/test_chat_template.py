@@ -10,8 +10,8 @@ import pytest
 
 from checkpoints import language_model, save_model
 from merge_tool import RecipeError
-from merge_tool.models import merge_models
-from merge_tool.recipes.templates import TEMPLATES
+from merge_tool.api import merge_models
+from merge_tool.recipe.templates import TEMPLATES
 from test_vocab import tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}

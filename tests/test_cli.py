@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from checkpoints import contents, language_model, load_folder, save_file, save_model
 from merge_tool.cli import merge_tool, slerp_merge
-from merge_tool.cli_options import parse_size
+from merge_tool.cli.options import parse_size
 
 
 def run(*words: Any) -> Result:
@@ -277,7 +277,7 @@ def test_an_interrupt_says_what_it_means_for_the_work(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"merge_tool.cli.{command}", interrupted)
+    monkeypatch.setattr(f"merge_tool.cli.commands.{command}", interrupted)
     paths = [str(tmp_path)] * (1 if command == "verify" else 3)
     result = CliRunner().invoke(merge_tool, [command, *paths])
     assert result.exit_code == 130

@@ -22,8 +22,8 @@ import pytest
 from checkpoints import contents, language_model, save_model
 from merge_tool import CheckpointError, MergeToolError, OutputError, RecipeError, merge
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.memory import resident_bytes
-from merge_tool.run import _Run
+from merge_tool.plan.memory import resident_bytes
+from merge_tool.run.run import _Run
 from power import Tree, lay_out, watched
 
 SMALL = {"max_shard_bytes": 20_000, "jobs": 2}
@@ -332,8 +332,8 @@ def test_a_thread_that_the_system_has_no_memory_for_hangs_nothing(
         return 0 if which == "never begins" else start(function, (lambda: None,))
 
     with monkeypatch.context() as patch:
-        patch.setattr("merge_tool.worker._START_SECONDS", 0.2)
-        patch.setattr("merge_tool.worker._thread.start_new_thread", starved)
+        patch.setattr("merge_tool.run.worker._START_SECONDS", 0.2)
+        patch.setattr("merge_tool.run.worker._thread.start_new_thread", starved)
         with pytest.raises(RecipeError, match=r"less memory left than .* it continues"):
             merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
     merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
@@ -565,7 +565,7 @@ def refuse(*args):
     raise OSError(errno.ENOLCK, "No locks available")
 for name in sys.argv[2:]:
     setattr(fcntl, name, refuse)
-from merge_tool.lock import FolderLock
+from merge_tool.output.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

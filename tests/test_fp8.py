@@ -18,8 +18,8 @@ from checkpoints import BF16, DTYPES, Array, contents, load_folder, save_file, s
 from merge_tool import CheckpointError, DataError, merge, open_checkpoint
 from merge_tool.checkpoint.quantised import _METHODS
 from merge_tool.diff import diff_checkpoints
-from merge_tool.side_files import without_quantization_config
-from merge_tool.verify import verify
+from merge_tool.models.side_files import without_quantization_config
+from merge_tool.verify.verify import verify
 from oracle import float64_merge
 
 F8 = DTYPES["F8_E4M3"]

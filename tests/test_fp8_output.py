@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from checkpoints import BF16, DTYPES, STORED, Array, contents, load_file, load_folder, save_file, save_model
 from merge_tool import DataError, MergeToolError, merge, open_checkpoint
 from merge_tool.checkpoint.header import TensorInfo, build_header
-from merge_tool.compare import inspect_checkpoint
 from merge_tool.diff import diff_checkpoints
-from merge_tool.prepare import prepare
-from merge_tool.recipe import Recipe
-from merge_tool.verify import verify
+from merge_tool.inspection import inspect_checkpoint
+from merge_tool.plan.prepare import prepare
+from merge_tool.recipe.recipe import Recipe
+from merge_tool.verify.verify import verify
 from oracle import float64_merge
 from test_vocab import tokenizer
 

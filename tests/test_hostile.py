@@ -14,7 +14,7 @@ import pytest
 
 from checkpoints import contents, language_model, save_model
 from merge_tool import CheckpointError, MergeToolError, merge, open_checkpoint
-from merge_tool.card import _inherited
+from merge_tool.output.card import _inherited
 
 ROOT = Path(__file__).parents[1]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs links, pipes and /proc")

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from checkpoints import BF16, Array, contents, load_folder, save_model
 from merge_tool import CheckpointError, MismatchError, RecipeError
+from merge_tool.api import merge_models
 from merge_tool.cli import merge_tool
-from merge_tool.models import merge_models
 from oracle import float64_merge
 from test_lora import normal
 from test_memory import linux_only, write_model

@@ -21,8 +21,8 @@ from hub_replica import serve
 from merge_tool import CheckpointError, MismatchError, merge
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.cli import merge_tool
-from merge_tool.lora import local_parts, open_model, parts
-from merge_tool.low_rank import sum_products
+from merge_tool.models.lora import local_parts, open_model, parts
+from merge_tool.models.low_rank import sum_products
 from test_memory import linux_only, measured, write_model
 
 Array = Any

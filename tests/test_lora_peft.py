@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from checkpoints import load_folder, save_model
-from merge_tool.lora import open_model
+from merge_tool.models.lora import open_model
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

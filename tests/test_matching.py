@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 
 from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
 from merge_tool import merge
+from merge_tool.api import merge_models
+from merge_tool.arrays import TILE
 from merge_tool.cli import slerp_merge
-from merge_tool.methods import TILE
-from merge_tool.models import merge_models
-from merge_tool.prepare import prepare
-from merge_tool.recipe import Recipe
+from merge_tool.plan.prepare import prepare
+from merge_tool.recipe.recipe import Recipe
 from oracle import float64_merge
 
 

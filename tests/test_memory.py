@@ -16,9 +16,9 @@ import pytest
 
 from merge_tool import RecipeError
 from merge_tool.checkpoint.header import TensorInfo, build_header
-from merge_tool.memory import available_bytes, default_budget, peak_bytes, plan_layout, resident_bytes
-from merge_tool.prepare import prepare
-from merge_tool.recipe import Recipe
+from merge_tool.plan.memory import available_bytes, default_budget, peak_bytes, plan_layout, resident_bytes
+from merge_tool.plan.prepare import prepare
+from merge_tool.recipe.recipe import Recipe
 
 LEAST = 64_000_000
 COMMAND = [sys.executable, "-m", "merge_tool", "merge"]

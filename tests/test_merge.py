@@ -20,9 +20,9 @@ from safetensors import safe_open
 
 from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
 from merge_tool import MergeToolError, merge, open_checkpoint, plan_merge, run_plan
-from merge_tool.memory import Layout, resident_bytes
-from merge_tool.methods import TILE
-from merge_tool.recipe import Recipe
+from merge_tool.arrays import TILE
+from merge_tool.plan.memory import Layout, resident_bytes
+from merge_tool.recipe.recipe import Recipe
 from oracle import exact_angle, float64_merge, ulp
 
 

@@ -10,13 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from merge_tool.errors import MismatchError, RecipeError
-from merge_tool.methods.many import STEPS_METHODS
-from merge_tool.recipes.expand import Ask, expand, unused_filters
-from merge_tool.recipes.mergekit import TOP, parse_recipe
-from merge_tool.recipes.model_ref import ModelRef
-from merge_tool.recipes.models_recipe import ModelsRecipe, TokenizerAsk, TokenRow
-from merge_tool.recipes.settings import Choice
-from merge_tool.renaming import Renaming
+from merge_tool.methods.registry import STEPS_METHODS
+from merge_tool.models.renaming import Renaming
+from merge_tool.plan.expand import Ask, expand, unused_filters
+from merge_tool.recipe.mergekit import TOP, parse_recipe
+from merge_tool.recipe.model_ref import ModelRef
+from merge_tool.recipe.models_recipe import ModelsRecipe, TokenizerAsk, TokenRow
+from merge_tool.recipe.settings import Choice
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("merge_*.yaml"))
 PARTS = ("input_layernorm", "mlp.up_proj", "self_attn.q_proj")

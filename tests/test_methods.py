@@ -13,18 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from merge_tool.methods import (
-    TILE,
+from merge_tool.arrays import TILE, convert, decode, encode, same_values
+from merge_tool.methods.inner import (
     PairSums,
     Scratch,
     combine,
-    convert,
-    decode,
-    encode,
     linear_weights,
     pair_angle,
     refinement,
-    same_values,
     slerp_weights,
     sum_refined_tile,
     sum_tile,

@@ -17,14 +17,14 @@ from click.testing import CliRunner
 
 from checkpoints import CONFIG, Array, contents, language_model, load_folder, save_model
 from merge_tool import DataError, MismatchError, OutputError, RecipeError
+from merge_tool.api import merge_models
+from merge_tool.arrays import encode
 from merge_tool.cli import merge_tool
-from merge_tool.memory import resident_bytes
-from merge_tool.methods import encode
-from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.passes import run_steps
+from merge_tool.methods.registry import STEPS_METHODS
 from merge_tool.methods.steps import Given, OrderStatistics, Steps, StepsMethod, Tile, seed_key
-from merge_tool.models import merge_models
-from merge_tool.verify import verify
+from merge_tool.plan.memory import resident_bytes
+from merge_tool.verify.verify import verify
 from test_memory import linux_only, write_model
 
 EACH: dict[str, dict[str, Any]] = {  # what an input needs beside nothing
@@ -115,7 +115,7 @@ def test_the_bytes_depend_on_neither_memory_nor_threads_nor_shards(
         if method == "nuslerp":
             asked["parameters"] = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
         for jobs, tiles, room in ((1, 1, 60_000_000), (3, 2, 400_000_000)):
-            monkeypatch.setattr("merge_tool.memory._LARGEST_CHUNK_TILES", tiles)
+            monkeypatch.setattr("merge_tool.plan.memory._LARGEST_CHUNK_TILES", tiles)
             out = tmp_path / f"out-{shards}-{jobs}"
             merge_models(asked, out, jobs=jobs, memory_bytes=resident_bytes() + room)
             outputs.append((out / "model.safetensors").read_bytes())

@@ -18,9 +18,10 @@ import pytest
 from checkpoints import contents, language_model, save_model
 from merge_tool import DataError, MergeToolError, OutputError, merge
 from merge_tool.checkpoint import writer as writer_module
-from merge_tool.journal import Journal
-from merge_tool.output import Target, Work
-from merge_tool.report import to_record
+from merge_tool.output.journal import Journal
+from merge_tool.output.work_folder import Work
+from merge_tool.plan.target import Target
+from merge_tool.run.findings import to_record
 
 SMALL = {"max_shard_bytes": 10_000}
 COMMAND = [sys.executable, "-m", "merge_tool", "merge"]
@@ -415,8 +416,8 @@ def test_a_journal_line_cut_short_does_not_count(tmp_path: Path) -> None:
 
 
 def test_records_come_back_exactly() -> None:
-    from merge_tool.methods import PairSums
-    from merge_tool.report import Finding, from_record
+    from merge_tool.methods.inner import PairSums
+    from merge_tool.run.findings import Finding, from_record
 
     sums = PairSums(0.1, -1e-300, 1 / 3, 2.0**-600, (-1, 0.7, 1e300, 5e-324))
     record = json.loads(json.dumps(to_record(3, sums, False, True)))
@@ -424,8 +425,8 @@ def test_records_come_back_exactly() -> None:
 
 
 def test_two_merges_into_one_folder_exclude_each_other(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    from merge_tool.prepare import prepare
-    from merge_tool.recipe import Recipe
+    from merge_tool.plan.prepare import prepare
+    from merge_tool.recipe.recipe import Recipe
 
     prepared = prepare(*pair, tmp_path / "out", Recipe())
     with Work(Target(tmp_path / "out"), prepared.plan):
@@ -435,7 +436,7 @@ def test_two_merges_into_one_folder_exclude_each_other(tmp_path: Path, pair: tup
 
 def test_a_lock_does_not_survive_its_process(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from merge_tool.lock import FolderLock; "
+        "import sys, time; from pathlib import Path; from merge_tool.output.lock import FolderLock; "
         "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     work = tmp_path / "out/.slerp-merge"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from checkpoints import DTYPES, language_model, load_folder, save_file, save_model
 from merge_tool import CheckpointError, HeaderError, open_checkpoint
-from merge_tool.checkpoint.reader import NUMPY_DTYPES
+from merge_tool.arrays import NUMPY_DTYPES
 
 linux_only = pytest.mark.skipif(os.name == "nt", reason="needs symlinks and FIFOs")
 

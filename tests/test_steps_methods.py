@@ -18,10 +18,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from merge_tool.methods import Scratch, combine, pair_angle, slerp_weights
 from merge_tool.methods.geometric import arc_weights
-from merge_tool.methods.many import STEPS_METHODS
+from merge_tool.methods.inner import Scratch, combine, pair_angle, slerp_weights
 from merge_tool.methods.passes import check_given, cut_tile, drive, run_steps
+from merge_tool.methods.registry import STEPS_METHODS
 from merge_tool.methods.rowwise import divergence, mean_ranks
 from merge_tool.methods.steps import REQUIRED, TILE, Given, Steps, StepsMethod, Sums, Tile, seed_key, tile_elements
 from oracle import Array, exact_angle, exact_weights

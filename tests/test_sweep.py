@@ -144,7 +144,7 @@ def test_a_kill_before_the_first_line_leaves_a_folder_to_begin_in(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
-        patch.setattr("merge_tool.lock.FolderLock.remove_with", lambda lock, folder: lock.release())
+        patch.setattr("merge_tool.output.lock.FolderLock.remove_with", lambda lock, folder: lock.release())
         with pytest.raises(Killed):
             sweep(*pair, tmp_path / "out", [0.5], command(judge))
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".sweep"]

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from checkpoints import contents, language_model, save_file, save_model
 from merge_tool import MergeToolError, merge
 from merge_tool.cli import merge_tool
-from merge_tool.compare import check_health
-from merge_tool.verify import verify
+from merge_tool.inspection import check_health
+from merge_tool.verify.verify import verify
 from oracle import float64_merge
 
 SMALL = {"max_shard_bytes": 10_000}
@@ -330,7 +330,7 @@ def test_verifying_is_done_in_bounded_memory_and_without_torch(tmp_path: Path) -
     base, ft = (write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in (1, 2))
     merge(base, ft, tmp_path / "out")
     code = (
-        "import sys; from merge_tool.verify import verify; from merge_tool.memory import peak_bytes; "
+        "import sys; from merge_tool.verify.verify import verify; from merge_tool.plan.memory import peak_bytes; "
         "(one,) = verify(sys.argv[1], tuple(sys.argv[2:4]), full=True, memory_bytes=64_000_000); "
         "assert one.problems == () and one.num_compared == 100_000_512, one; "
         "assert not {'torch', 'transformers'} & sys.modules.keys(); print(peak_bytes())"
@@ -562,7 +562,7 @@ def test_a_pattern_that_never_ends_is_refused(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A report's regular expression is a stranger's: nothing hangs for it."""
-    monkeypatch.setattr("merge_tool.remerge._MATCH_SECONDS", 2)
+    monkeypatch.setattr("merge_tool.verify.remerge._MATCH_SECONDS", 2)
     merge(*pair, tmp_path / "out", exclude=["lm_head"])
     edit_report(tmp_path / "out", lambda h, t: h["options"].update(exclude=[r"re:^(\w+\.?)+#$"]))
     with pytest.raises(MergeToolError, match="take longer than 2 s"):

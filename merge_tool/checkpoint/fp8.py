@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
+from merge_tool.arrays import FLOAT8_DTYPES, FLOAT8_TABLES, SCALE_DTYPES, Array
 from merge_tool.checkpoint.grid import Grid
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.source import ByteSource, TensorSource
@@ -22,14 +21,6 @@ from merge_tool.errors import CheckpointError, listed, shown
 
 SCALES = ("_scale_inv", "_scale")  # what the name of a weight's scales adds to the weight's own
 ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
-_CODES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
-SCALE_DTYPES = {
-    "F32": np.dtype("<f4"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype("<f2"),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
-_TABLES = {code: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for code, dtype in _CODES.items()}
 _USUAL_BLOCK = (128, 128)
 _PIECE = 65_536  # elements in hand at a time
 
@@ -55,15 +46,15 @@ class ScaledTensor:
     def files(self) -> Sequence[ByteSource]:
         return (*self.codes.files, *(file for file in self.scales.files if file not in self.codes.files))
 
-    def read_into(self, start: int, values: npt.NDArray[Any]) -> None:
-        table, codes = _TABLES[self.codes.info.dtype], np.empty(min(_PIECE, len(values)), np.uint8)
+    def read_into(self, start: int, values: Array) -> None:
+        table, codes = FLOAT8_TABLES[FLOAT8_DTYPES[self.codes.info.dtype]], np.empty(min(_PIECE, len(values)), np.uint8)
         for done in range(0, len(values), _PIECE):
             part = values[done : done + _PIECE]
             self.codes.read_into(start + done, codes[: len(part)])
             np.take(table, codes[: len(part)], out=part, mode="clip")
             self._scale(start + done, part)
 
-    def _scale(self, start: int, values: npt.NDArray[Any]) -> None:
+    def _scale(self, start: int, values: Array) -> None:
         """Multiply the elements from `start` on with their scales."""
         for patch in self.grid.patches(start, start + len(values)):
             part = values[patch.cut].reshape(patch.shape)
@@ -71,7 +62,7 @@ class ScaledTensor:
             with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are refused by name, as any
                 part *= patch.spread(scales)
 
-    def _read_scales(self, first: int, last: int) -> npt.NDArray[Any]:
+    def _read_scales(self, first: int, last: int) -> Array:
         columns = self.grid.scale_columns
         raw = np.empty((last - first) * columns, SCALE_DTYPES[self.scales.info.dtype])
         self.scales.read_into(first * columns, raw)
@@ -147,7 +138,7 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
         )
         for weight, scales in weights.items()
     }
-    if bare := [n for n, s in sources.items() if s.info.dtype in _CODES and n not in made]:
+    if bare := [n for n, s in sources.items() if s.info.dtype in FLOAT8_DTYPES and n not in made]:
         raise CheckpointError(
             f"{name}: {len(bare):,} tensors of 8-bit floats have no scales, {len(made):,} others have: {listed(bare)}. "
             "Fetch it again, or merge the original weights."
@@ -189,7 +180,7 @@ def _pairs(sources: Mapping[str, TensorSource]) -> Iterator[tuple[str, str]]:
 
 
 def _may_scale(weight: TensorInfo, scales: TensorInfo) -> bool:
-    return weight.dtype in _CODES and scales.dtype in SCALE_DTYPES
+    return weight.dtype in FLOAT8_DTYPES and scales.dtype in SCALE_DTYPES
 
 
 def _block_of(name: str, settings: Mapping[str, Any] | None) -> tuple[int, int]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
+from merge_tool.arrays import NUMPY_DTYPES, STORED_DTYPES, Array, as_bytes
 from merge_tool.checkpoint.folder import PIPELINE, Folder, find_weights, is_pickle, unread_format
-from merge_tool.checkpoint.fp8 import SCALE_DTYPES, SCALES, Scaled, find_scaled, without_quantization
+from merge_tool.checkpoint.fp8 import SCALES, Scaled, find_scaled, without_quantization
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
 from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
@@ -26,26 +25,6 @@ from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
 from merge_tool.errors import CheckpointError, HeaderError, listed, shown
-
-NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("u1"),  # compared and copied as bytes, whatever they hold
-}
-STORED_DTYPES: Mapping[str, np.dtype[Any]] = {**NUMPY_DTYPES, **SCALE_DTYPES}  # those of scales, too: copied or made
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +56,8 @@ class FileTensor:
     def files(self) -> tuple[ByteSource]:
         return (self.file,)
 
-    def read_into(self, start: int, values: npt.NDArray[Any]) -> None:
-        raw = memoryview(values.view(np.uint8))  # type: ignore[arg-type]  # numpy 2.4's stubs say no, numpy says yes
-        self.file.read_into(self.info.offset + start * values.itemsize, raw)
+    def read_into(self, start: int, values: Array) -> None:
+        self.file.read_into(self.info.offset + start * values.itemsize, as_bytes(values))
 
     def acquire(self) -> None:
         self.file.acquire()
@@ -170,7 +148,7 @@ class Checkpoint:
         found.stored = self.stored or self
         return found
 
-    def read(self, name: str, start: int, stop: int, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def read(self, name: str, start: int, stop: int, out: Array) -> Array:
         """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
         info = self.tensors[name]
         dtype = NUMPY_DTYPES[info.dtype]
@@ -179,7 +157,7 @@ class Checkpoint:
         self.source(name).read_into(start, out)
         return out
 
-    def read_new(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+    def read_new(self, name: str, start: int, stop: int) -> Array:
         """As `read`, into a new array."""
         return self.read(name, start, stop, np.empty(stop - start, NUMPY_DTYPES[self.tensors[name].dtype]))
 
@@ -433,16 +411,3 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name}: tensor '{shown(first.name)}' has dtype {first.dtype}, which cannot be merged "
             f"({len(unreadable)} such tensors). Supported: {', '.join(NUMPY_DTYPES)}."
         )
-
-
-__all__ = [
-    "FLOAT_DTYPES",
-    "NUMPY_DTYPES",
-    "STORED_DTYPES",
-    "Checkpoint",
-    "CheckpointFile",
-    "FileTensor",
-    "open_checkpoint",
-    "open_found",
-    "open_one_file",
-]

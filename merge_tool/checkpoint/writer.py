@@ -7,13 +7,12 @@ then rename, then fsync of the folder. Errors of write and fsync are errors.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import threading
 from pathlib import Path
 
-from merge_tool.errors import OutputError, shown
+from merge_tool.files import part_path, rename_synced, write_failed
 
 
 class ShardWriter:
@@ -32,7 +31,7 @@ class ShardWriter:
             self.part.unlink(missing_ok=True)
             self._fd = os.open(self.part, flags, 0o666)
         except OSError as e:
-            raise _failed(self.part, e) from e
+            raise write_failed(self.part, e) from e
         try:
             self.write(0, memoryview(header))
             self.hash_next(memoryview(header))
@@ -49,7 +48,7 @@ class ShardWriter:
             if self._flush_bytes:
                 self._flush(offset, done)
         except OSError as e:
-            raise _failed(self.part, e) from e
+            raise write_failed(self.part, e) from e
 
     def _write_some(self, offset: int, data: memoryview) -> int:
         if hasattr(os, "pwrite"):
@@ -83,7 +82,7 @@ class ShardWriter:
             fd, self._fd = self._fd, -1
             os.close(fd)
         except OSError as e:
-            raise _failed(self.part, e) from e
+            raise write_failed(self.part, e) from e
         return self._hash.hexdigest()
 
     def publish(self) -> None:
@@ -95,34 +94,3 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # it is given up
                 os.close(self._fd)
             self._fd = -1
-
-
-def part_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
-
-
-def rename_synced(source: Path, target: Path) -> None:
-    """Rename within one file system and make the new name durable."""
-    try:
-        source.replace(target)
-        sync_folder(target.parent)
-    except OSError as e:
-        raise _failed(target, e) from e
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that the names in it survive a power cut. Windows has no such call."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _failed(path: Path, e: OSError) -> OutputError:
-    next_step = "The same command continues from the last finished shard."
-    if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        next_step = "Free some space, then run the same command: it continues from the last finished shard."
-    return OutputError(f"{shown(path)}: writing failed ({e.strerror}). {next_step}")

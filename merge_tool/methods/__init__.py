@@ -1,6 +1,5 @@
 """The maths of merging: arrays and floats only, no names, no files, no threads.
 
-`pair` has SLERP and linear interpolation of two tensors; `steps` says what any other method is made of.
+`inner` has the inner products of two tensors, their angle and the two weights that follow (SLERP, linear); `steps` says
+what any other method is made of: passes over the tensors, then a combine. `registry` lists all methods.
 """
-
-from merge_tool.methods.pair import *  # noqa: F403

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from merge_tool.methods.pair import ANTIPARALLEL, SMALL_SINE, Array, slerp_weights
+from merge_tool.arrays import Array
+from merge_tool.methods.inner import ANTIPARALLEL, SMALL_SINE, slerp_weights
 from merge_tool.methods.steps import ColumnSums, Combine, Given, Steps, Sums, Tile
 from merge_tool.methods.tiles import (
     dot,

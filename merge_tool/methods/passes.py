@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from merge_tool.methods.pair import Array, total
+from merge_tool.arrays import Array
+from merge_tool.methods.inner import total
 from merge_tool.methods.steps import (
     FLAT,
     ColumnSums,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_tool.methods.pair import Array
+from merge_tool.arrays import Array
 from merge_tool.methods.sparse import Mask, merge_masked
 from merge_tool.methods.steps import Given, OrderStatistics, Steps, Tile
 from merge_tool.methods.tiles import magnitudes, number, numbers, of_elements

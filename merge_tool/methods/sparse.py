@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from merge_tool.methods.pair import Array
+from merge_tool.arrays import Array
 from merge_tool.methods.steps import Combine, Given, OrderStatistics, Pass, Steps, Sums, Tile
 from merge_tool.methods.tiles import (
     check_size,

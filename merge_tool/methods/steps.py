@@ -8,7 +8,7 @@ they found, and returns the function that merges a tile:
         ...
         return lambda tile: tile.base + given["lambda"] * (tile.inputs[0] - tile.base)
 
-Whoever runs it (merge_tool.run from disk, `run_steps` in memory) gives the same bits for the same tensors, whatever
+Whoever runs it (merge_tool.run.run from disk, `run_steps` in memory) gives the same bits for the same tensors, whatever
 the memory, the threads and the order of the tiles: sums are made per tile and added exactly, counts are integers.
 """
 
@@ -21,8 +21,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from merge_tool.methods.pair import TILE as PAIR_TILE
-from merge_tool.methods.pair import Array
+from merge_tool.arrays import TILE as PAIR_TILE
+from merge_tool.arrays import Array
 
 TILE = PAIR_TILE // 2  # elements; a method holds many tiles at a time, in float64
 FLAT, ROWS = "flat", "rows"  # what a tile is: TILE elements of the flat tensor, or whole rows

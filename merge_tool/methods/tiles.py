@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from merge_tool.methods.pair import Array, PairSums, is_finite, refinement
+from merge_tool.arrays import Array
+from merge_tool.methods.inner import PairSums, is_finite, refinement
 from merge_tool.methods.steps import Given, Pass, Steps, Sums, Tile
 
 Vectors: TypeAlias = Callable[[Tile], Sequence[Array]]  # the tile's vectors, float64; those who ask may write to them

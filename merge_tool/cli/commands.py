@@ -1,0 +1,432 @@
+"""The two commands: parse, call, print, exit code. Never a tensor, an offset or a default value.
+
+`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from merge_tool._version import __version__
+from merge_tool.api import MergeReport, merge
+from merge_tool.cli.options import (
+    CHOICE_OPTIONS,
+    MACHINE_OPTIONS,
+    MISMATCH_OPTION,
+    MISSING_OPTION,
+    OUTPUT_OPTIONS,
+    RECIPE_OPTIONS,
+    SHARD_OPTION,
+    parse_share,
+    parse_ts,
+    with_options,
+)
+from merge_tool.cli.plot import can_plot, check_plot_path, plot_diff, plot_sweep
+from merge_tool.cli.show import (
+    diff_lines,
+    health_json,
+    health_lines,
+    inspection_lines,
+    plan_json,
+    plan_lines,
+    report_json,
+    report_lines,
+    scores_line,
+    sweep_lines,
+    verification_json,
+    verification_lines,
+)
+from merge_tool.diff import diff_checkpoints
+from merge_tool.errors import MergeToolError, shown
+from merge_tool.inspection import check_health, inspect_checkpoint
+from merge_tool.output.complete import check_room, is_complete
+from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.recipe.recipe import (
+    DEFAULT_T,
+    Recipe,
+    label_t,
+)
+from merge_tool.sweep import sweep
+from merge_tool.verify.verify import verify
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """MergeToolError -> `Error: ...` and exit code 1; signals -> 130 and 143, and what that means for the work."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                with _terminable():
+                    return function(*args, **kwargs)
+            except MergeToolError as e:
+                raise click.ClickException(str(e)) from e
+            except MemoryError as e:
+                raise click.ClickException(
+                    f"The system has too little memory left ({shown(e) or 'an allocation failed'}). Give it more, or a "
+                    "smaller --memory, then run the same command."
+                ) from e
+            except KeyboardInterrupt:
+                click.echo(f"\nInterrupted. {after_signal}", err=True)
+                sys.exit(130)
+            except _TerminatedError:
+                click.echo(f"\nTerminated. {after_signal}", err=True)
+                sys.exit(143)
+
+        return wrapped
+
+    return decorate
+
+
+_CONTINUES, _READS = "Run the same command to continue.", "Nothing was changed."
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --------------------------------------------------------------------------------------- slerp-merge
+
+
+@click.command("slerp-merge", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("ft", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--t",
+    "ts",
+    multiple=True,
+    default=[label_t(DEFAULT_T)],
+    show_default=label_t(DEFAULT_T),
+    callback=parse_ts,
+    metavar="NUMBER",
+    help="How far to go from BASE (0) to FT (1). Several (0.3,0.5 or 0:1:0.1) are made in one pass.",
+)
+@with_options(RECIPE_OPTIONS)
+@with_options(MACHINE_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
+@click.version_option(__version__, "--version", prog_name="slerp-merge")
+@_print_errors(_CONTINUES)
+def slerp_merge(
+    base: Path,
+    ft: Path,
+    out: Path,
+    ts: tuple[float, ...],
+    memory_bytes: int | None,
+    jobs: int | None,
+    overwrite: bool,
+    check_resumed: bool,
+    report_path: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
+
+    BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
+    their headers, then fetched); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to
+    BASE. OUT is a folder, or one file if it ends in .safetensors.
+    A merge that was stopped continues with the same command.
+    """
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if dry_run:
+        prepared = prepare(base, ft, out, Recipe(ts, **options), memory_bytes=memory_bytes, jobs=jobs)
+        _dry_run(prepared, overwrite=overwrite, as_json=as_json)
+        return
+    _carry_out(
+        partial(merge, base, ft, out, ts, report_path=report_path, overwrite=overwrite, check_resumed=check_resumed),
+        {"memory_bytes": memory_bytes, "jobs": jobs, **options},
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def _dry_run(prepared: Prepared, *, overwrite: bool, as_json: bool) -> None:
+    complete = not overwrite and is_complete(prepared)
+    if not complete:
+        check_room(prepared, overwrite=overwrite)
+    _print_plan(prepared, complete=complete, as_json=as_json)
+
+
+def _carry_out(merge_it: Callable[..., MergeReport], options: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Merge under a progress bar, and print what was done."""
+    with _Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
+        report = merge_it(
+            on_warning=lambda message: click.echo(f"Warning: {message}", err=True),
+            on_start=bar.start,
+            on_progress=bar.advance,
+            **options,
+        )
+    if as_json:
+        click.echo(json.dumps(report_json(report), indent=2))
+    elif not quiet:
+        click.echo("\n".join(report_lines(report)))
+
+
+class _Bar:
+    """One tqdm bar in bytes on stderr; does nothing unless wanted."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._wanted = wanted
+        self._bar: Any = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, total: int) -> None:
+        if self._wanted:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=False)
+
+    def advance(self, nbytes: int, name: str) -> None:
+        if self._bar is not None:
+            with self._lock:
+                self._bar.set_postfix_str(shown(name, 40), refresh=False)
+                self._bar.update(nbytes)
+
+
+# ----------------------------------------------------------------------------------------- merge-tool
+
+
+@click.group("merge-tool", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", prog_name="merge-tool")
+def merge_tool() -> None:
+    """Merge model checkpoints, and look into them."""
+
+
+merge_tool.add_command(slerp_merge, "merge")
+
+
+@merge_tool.command("run", context_settings={"show_default": True})
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, default=0, help="Decides the random bits of dare and della.")
+@click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")
+@with_options([*CHOICE_OPTIONS, SHARD_OPTION, MISMATCH_OPTION, MISSING_OPTION])
+@with_options(MACHINE_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
+@_print_errors(_CONTINUES)
+def run_command(
+    recipe: Path,
+    out: Path,
+    seed: int,
+    memory_bytes: int | None,
+    jobs: int | None,
+    overwrite: bool,
+    check_resumed: bool,
+    report_path: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge the models that RECIPE, a YAML file as mergekit reads it, names into OUT.
+
+    Any number of models, by any of the methods in docs/methods.md. BASE is base_model, or else the first one listed.
+    A merge that was stopped continues with the same command.
+    """
+    from merge_tool.api import merge_models
+    from merge_tool.plan.prepare_models import prepare_models
+
+    machine: dict[str, Any] = {"seed": seed, "memory_bytes": memory_bytes, "jobs": jobs}
+    if dry_run:
+        prepared = prepare_models(recipe, out, Recipe(**options), **machine)
+        _dry_run(prepared, overwrite=overwrite, as_json=as_json)
+        return
+    _carry_out(
+        partial(merge_models, recipe, out, report_path=report_path, overwrite=overwrite, check_resumed=check_resumed),
+        {**machine, **options},
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+@merge_tool.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--health", is_flag=True, help="Read the weights too: norms, and whether every value is finite.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_print_errors(_READS)
+def inspect_command(path: Path, health: bool, as_json: bool) -> None:
+    """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH.
+
+    With --health the exit code is 1 if a value is NaN or infinite.
+    """
+    found = inspect_checkpoint(path)
+    tensors = check_health(path) if health else []
+    if as_json:
+        click.echo(json.dumps(found.as_json() | (health_json(tensors) if health else {}), indent=2))
+    else:
+        click.echo("\n".join([*inspection_lines(found), *(health_lines(tensors) if health else ())]))
+    if any(tensor.num_nonfinite for tensor in tensors):
+        sys.exit(1)
+
+
+@merge_tool.command("verify", context_settings={"show_default": True})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="BASE FT",
+    help="Also merge elements of these parents again, and compare them bit for bit.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE",
+    help="Of an output of `run`: also merge everything by this recipe again, and compare it bit for bit.",
+)
+@click.option(
+    "--sample",
+    default="1%",
+    callback=parse_share,
+    metavar="SHARE",
+    help="How many elements --against compares: blocks of every tensor, others in every run.",
+)
+@click.option("--full", is_flag=True, help="Compare all elements, and make every sum and line of the report again.")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The report of a one-file OUT, as --report of its merge wrote it.",
+)
+@with_options(MACHINE_OPTIONS)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_print_errors(_READS)
+def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, **options: Any) -> None:
+    """Check the output OUT of a merge: digests, names, shapes, dtypes, index and sizes.
+
+    The exit code is 1 if anything is wrong. Nothing is written.
+    """
+    if against is not None and options["recipe"] is not None:
+        raise click.UsageError("Give either --against BASE FT or --recipe RECIPE.")
+    if options["full"] and against is None and options["recipe"] is None:
+        raise click.UsageError("--full compares with the parents: give --against BASE FT.")
+    found = verify(out, against, **options)
+    if as_json:
+        click.echo(json.dumps([verification_json(one) for one in found], indent=2))
+    else:
+        click.echo("\n".join(line for one in found for line in verification_lines(one)))
+    if any(one.problems for one in found):
+        sys.exit(1)
+
+
+@merge_tool.command("diff", context_settings={"show_default": True})
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("ft", type=click.Path(path_type=Path))
+@click.option("--tensors", "every_tensor", is_flag=True, help="List every tensor, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the angles here: layers by modules.",
+)
+@with_options(MACHINE_OPTIONS)
+@_print_errors(_READS)
+def diff_command(
+    base: Path, ft: Path, every_tensor: bool, as_json: bool, picture: Path | None, **machine: int | None
+) -> None:
+    """Show how far apart two checkpoints are: angles, norm ratios and relative change, by layer and module.
+
+    Any two checkpoints will do; tensors that only one has are listed. The angle is that between the two tensors as
+    vectors, the norm ratio |FT| / |BASE|, the relative change |FT - BASE| / |BASE|.
+    """
+    if picture is not None:
+        check_plot_path(picture)
+    found = diff_checkpoints(base, ft, **machine)
+    if picture is not None:
+        plot_diff(found, picture)
+    click.echo(
+        json.dumps(found.as_json(), indent=1) if as_json else "\n".join(diff_lines(found, every_tensor=every_tensor))
+    )
+
+
+@merge_tool.command("sweep", context_settings={"show_default": True})
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("ft", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--t", "ts", multiple=True, default=["0:1:0.1"], callback=parse_ts, metavar="RANGE", help="Every t to try."
+)
+@click.option(
+    "--eval",
+    "command",
+    required=True,
+    metavar="COMMAND",
+    help="Scores models: gets their folders as last arguments (or in place of {}), prints `name value` lines or JSON.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, help="Models merged at once, and given to one COMMAND.")
+@click.option("--keep", is_flag=True, help="Keep the merged models; otherwise each is deleted once it has its scores.")
+@click.option(
+    "--minimize", multiple=True, metavar="NAME", help="A score of which less is better.  [default: by its name]"
+)
+@with_options(RECIPE_OPTIONS)
+@with_options(MACHINE_OPTIONS)
+@click.option("--overwrite", is_flag=True, help="Forget the scores that are in OUT and start anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+@_print_errors(_CONTINUES)
+def sweep_command(
+    base: Path, ft: Path, out: Path, ts: tuple[float, ...], command: str, as_json: bool, **options: Any
+) -> None:
+    """Merge BASE and FT at many t, score each merge by a command, and name the Pareto-optimal t.
+
+    OUT gets sweep.jsonl, sweep.csv and (with matplotlib) sweep.png. A sweep that was stopped continues with the
+    same command; more values of t may be added. No shell sees the COMMAND: it is split into words as a shell would.
+    """
+    try:
+        words = shlex.split(command, posix=os.name == "posix")
+    except ValueError as e:
+        raise click.BadParameter(f"'{shown(command)}' cannot be split into words ({e}).", param_hint="--eval") from e
+    on_scores = lambda point: click.echo(f"  {scores_line(point)}", err=True)  # noqa: E731
+    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **options)
+    if can_plot():
+        plot_sweep(report, out / "sweep.png")
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(sweep_lines(report)))
+
+
+def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:
+    for warning in prepared.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    content = plan_json(prepared, complete)
+    click.echo(json.dumps(content, indent=2) if as_json else "\n".join(plan_lines(prepared, complete)))

@@ -1,0 +1,198 @@
+"""What the commands' options are called, and how their values are read. Texts and numbers only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+
+from merge_tool.errors import shown
+from merge_tool.methods.inner import METHODS
+from merge_tool.plan.memory import LEAST_BYTES, MAX_JOBS
+from merge_tool.recipe.recipe import DEFAULT_MAX_SHARD_BYTES, ON_MISMATCH, OUTPUT_DTYPES, SIDES, VOCABS
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{u}b": 1000**n for n, u in enumerate("kmgt", 1)},
+    **{f"{u}ib": 1024**n for n, u in enumerate("kmgt", 1)},
+}
+_MOST_TS = 10_000  # of a range
+
+
+# ---------------------------------------------------------------------------------------- parameters
+
+
+def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: str | None) -> int | None:
+    """Bytes, with a unit or without: 500MB, 1.5GB, 2GiB, 1000000."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", value.strip().lower(), re.ASCII)
+    if match is None or match[2] not in _UNITS or ("." in match[1] and not match[2]):
+        raise click.BadParameter(
+            f"'{shown(value)}' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", ctx, param
+        )
+    whole, _, part = match[1].partition(".")
+    nbytes: int = int(whole + part) * _UNITS[match[2]] // 10 ** len(part)
+    return nbytes
+
+
+def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tuple[str, ...]) -> tuple[float, ...]:
+    """Every t of options that hold a number, several with commas, or a range START:STOP:STEP, its ends included."""
+    found: list[float] = []
+    for text in value:
+        try:
+            found.extend(t for part in text.split(",") for t in _parse_range(part))
+        except _BadRange as e:
+            raise click.BadParameter(f"{e}. Write START:STOP:STEP, as in --t 0:1:0.1.", ctx, param) from e
+        except (ValueError, ArithmeticError) as e:
+            raise click.BadParameter(
+                f"'{shown(text)}' is not a number. Write --t 0.5, or --t 0.3,0.5,0.7 or --t 0:1:0.1 for several.",
+                ctx,
+                param,
+            ) from e
+    return tuple(found)
+
+
+def parse_share(ctx: click.Context | None, param: click.Parameter | None, value: str) -> float:
+    """A share of the whole: 1%, 0.5% or 0.01."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", value.strip(), re.ASCII)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"'{shown(value)}' is not a share. Write 1%, 100% or 0.01.", ctx, param)
+    return share
+
+
+class _BadRange(Exception):
+    """Numbers, but no range of t: why."""
+
+
+def _parse_range(text: str) -> list[float]:
+    if ":" not in text:
+        return [float(text)]
+    if text.count(":") != 2:
+        raise _BadRange(f"'{shown(text)}' has {text.count(':') + 1} parts, expected 3")
+    start, stop, step = (Decimal(part.strip()) for part in text.split(":"))
+    if step == 0:
+        raise _BadRange(f"the step of '{shown(text)}' is 0")
+    steps = (stop - start) / step
+    if steps < 0:
+        raise _BadRange(f"'{shown(text)}' is empty: steps of {step} do not lead from {start} to {stop}")
+    if steps >= _MOST_TS:
+        raise _BadRange(f"'{shown(text)}' has more than {_MOST_TS:,} values")
+    return [float(start + k * step) for k in range(int(steps) + 1)]
+
+
+# ---------------------------------------------------------------------------------------- options
+
+SHARD_OPTION = click.option(
+    "--max-shard-size",
+    "max_shard_bytes",
+    callback=parse_size,
+    metavar="SIZE",
+    default=str(DEFAULT_MAX_SHARD_BYTES),
+    show_default="5GB",
+    help="Largest size of one output file, in bytes or with a unit.",
+)
+MISMATCH_OPTION = click.option(
+    "--on-mismatch",
+    type=click.Choice(ON_MISMATCH),
+    default="error",
+    help="What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
+)
+MISSING_OPTION = click.option(
+    "--on-missing",
+    type=click.Choice(ON_MISMATCH),
+    default="error",
+    help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
+)
+CHOICE_OPTIONS = [
+    click.option(
+        "--only",
+        multiple=True,
+        metavar="PATTERN",
+        help="Merge only tensors whose names match; the others are BASE's, byte for byte. Several add up.",
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="Do not merge tensors whose names match. Several add up."
+    ),
+]
+RECIPE_OPTIONS = [
+    click.option(
+        "--t-for",
+        multiple=True,
+        metavar="PATTERN=T[,T...]",
+        help="Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
+        "layers. Several: the first that matches counts.",
+    ),
+    *CHOICE_OPTIONS,
+    click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
+    click.option(
+        "--dtype",
+        metavar=f"[{'|'.join(OUTPUT_DTYPES)}]",
+        help="Type of the output's floats; base: BASE's, with fresh scales where its floats have 8 bits and scales.  "
+        "[default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
+    ),
+    SHARD_OPTION,
+    click.option(
+        "--files-from",
+        type=click.Choice(SIDES),
+        default="base",
+        help="Whose configuration and tokenizer files the output gets.",
+    ),
+    MISMATCH_OPTION,
+    MISSING_OPTION,
+    click.option(
+        "--vocab",
+        type=click.Choice(VOCABS),
+        help="Match the rows of embeddings and heads by token; the output has BASE's tokens, FT's, or both.",
+    ),
+    click.option(
+        "--pad-vocab-to-multiple-of",
+        type=int,
+        metavar="N",
+        help="With --vocab: add rows until their number is a multiple of N.",
+    ),
+    click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1."),
+]
+MACHINE_OPTIONS = [
+    click.option(
+        "--memory",
+        "memory_bytes",
+        callback=parse_size,
+        metavar="SIZE",
+        help=f"Keep the whole process below this, at least {LEAST_BYTES // 10**6}MB.  [default: at most 256MB]",
+    ),
+    click.option("--jobs", "-j", type=int, help=f"Threads.  [default: the cores, at most {MAX_JOBS}]"),
+]
+
+
+OUTPUT_OPTIONS = [
+    click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new model is complete."),
+    click.option(
+        "--check-resumed", is_flag=True, help="When continuing, hash the finished shards before trusting them."
+    ),
+    click.option(
+        "--report",
+        "report_path",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Also write merge_report.json here (a one-file OUT has none of its own).",
+    ),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Show what would be done, and downloaded, from the headers alone; write nothing.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the plan or the summary as JSON."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary; warnings and errors only."),
+]
+
+
+def with_options(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Several options as one decorator."""
+    return lambda command: reduce(lambda done, option: option(done), reversed(options), command)

@@ -1,0 +1,290 @@
+"""What the commands print: plans, reports and inspections as lines for people and as JSON for machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from merge_tool.api import MergeReport
+from merge_tool.cli.show_plan import asked_json, effective_lines, first_line, table_lines, ts_text
+from merge_tool.diff import Diff, GroupDiff, TensorDiff
+from merge_tool.errors import listed, shown
+from merge_tool.inspection import Inspection, TensorHealth
+from merge_tool.models.inputs import Download
+from merge_tool.output.report import remarks
+from merge_tool.plan.plan import MergePlan
+from merge_tool.plan.prepare import Prepared
+from merge_tool.plan.stacks import Stacks
+from merge_tool.recipe.recipe import label_t
+from merge_tool.sweep import SweepPoint, SweepReport
+from merge_tool.verify.verify import Verification
+
+
+def inspection_lines(found: Inspection) -> Iterator[str]:
+    counts = f"{found.num_tensors:,} tensors, {found.num_parameters:,} parameters"
+    yield f"{shown(found.name)}: {counts}, {_size(found.nbytes)}"
+    for shard in found.shards:
+        yield f"  {shown(shard.name)}: {shard.num_tensors:,} tensors, {_size(shard.nbytes)}"
+    for dtype, (tensors, parameters) in found.dtypes.items():
+        yield f"  {dtype}: {tensors:,} tensors, {parameters:,} parameters"
+    for key, value in found.metadata.items():
+        yield f"  metadata {shown(key)}: {shown(value)}"
+    for notice in found.notices:
+        yield f"  note: {notice}"
+
+
+def health_json(tensors: Sequence[TensorHealth]) -> dict[str, Any]:
+    finite = [
+        {k: None if v == math.inf else v for k, v in asdict(t).items()} for t in tensors
+    ]  # JSON has no infinity; the norm of float64 values may be one
+    return {"num_nonfinite": sum(t.num_nonfinite for t in tensors), "tensors": finite}
+
+
+def health_lines(tensors: Sequence[TensorHealth]) -> Iterator[str]:
+    """The tensors with the smallest, middle and largest values, and all that hold what is not finite."""
+    bad = [t for t in tensors if t.num_nonfinite]
+    for tensor in bad[:50]:
+        yield (
+            f"  NOT FINITE: {shown(tensor.name)}: {tensor.num_nonfinite:,} of {tensor.numel:,} values, the first at "
+            f"{tensor.first_nonfinite:,}"
+        )
+    if len(bad) > 50:
+        yield f"  NOT FINITE: {len(bad) - 50:,} more tensors"
+    ranked = sorted((t for t in tensors if t.rms is not None and t.numel), key=lambda t: t.rms or 0.0)
+    named = {"smallest": ranked[:1], "median": ranked[len(ranked) // 2 :][:1], "largest": ranked[-1:]}
+    for what, found in named.items():
+        for tensor in found:
+            yield (
+                f"  {what} root mean square {tensor.rms:.4g}: {shown(tensor.name)} (norm {tensor.norm:.6g}, "
+                f"largest value {tensor.largest:.4g})"
+            )
+    zero = [t.name for t in tensors if t.largest == 0 and t.numel]
+    if zero:
+        yield f"  all zero: {listed(zero)}"
+    checked = sum(t.numel for t in tensors)
+    if not bad:
+        yield f"  all {checked:,} floating-point values are finite"
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    return {**asdict(found), "path": str(found.path)}
+
+
+def verification_lines(found: Verification) -> Iterator[str]:
+    path = shown(found.path)
+    for problem in found.problems:
+        yield f"{path}: {problem}"
+    for name in found.others:
+        yield f"{path}: not of the merge: {shown(name)}"
+    if found.problems:
+        yield f"{path}: NOT VERIFIED, {len(found.problems)} problems"
+        return
+    sums = " and all sums" if found.full else ""
+    again = f"; {found.num_compared:,} of {found.num_elements:,} elements{sums} merged again, bit for bit the same"
+    yield (
+        f"{path}: verified: {found.num_files:,} files, {_size(found.nbytes)}, {found.num_tensors:,} tensors"
+        f"{again if found.num_compared else ''}"
+    )
+
+
+def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
+    plan, layout = prepared.plan, prepared.layout
+    return {
+        **asked_json(plan),
+        "out": str(prepared.target.path),
+        "num_tensors": plan.num_tensors,
+        "num_parameters": plan.num_parameters,
+        "num_kept": plan.num_kept,
+        "num_quantised": plan.num_quantised,
+        "read_bytes": prepared.read_bytes,
+        "input_bytes": plan.input_bytes,
+        "write_bytes": prepared.disk_bytes,
+        "free_disk_bytes": prepared.free_disk_bytes,
+        "download_bytes": prepared.download.nbytes,
+        "cached_bytes": prepared.download.cached_bytes,
+        "shards": [{"name": s.file_name, "bytes": s.size, "num_tensors": len(s.jobs)} for s in plan.shards],
+        "jobs": layout.jobs,
+        "memory_budget_bytes": prepared.budget,
+        "expected_peak_bytes": prepared.expected_peak_bytes,
+        "side_files": [file.target for file in prepared.side_files.copied],
+        "skipped_files": list(prepared.side_files.skipped),
+        "already_complete": complete,
+        "warnings": list(prepared.warnings),
+    }
+
+
+def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
+    plan, layout = prepared.plan, prepared.layout
+    many = len(plan.ts) > 1
+    yield first_line(plan)
+    layers = Stacks(job.out.name for job in plan.jobs()).told
+    yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters{f', {layers}' if layers else ''})"
+    if plan.num_kept:
+        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are {_whose(plan)} as they are"
+    if plan.num_quantised:
+        yield f"  8 bits    {plan.num_quantised:,} weights, quantised again as in {shown(plan.names[0])}"
+    again = " (what does not fit the memory more than once)" if prepared.read_bytes > plan.input_bytes else ""
+    yield f"  read      {_size(prepared.read_bytes)}{again}"
+    yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
+        f" ({len(plan.ts)} outputs)" if many else ""
+    )
+    yield f"  disk      {_size(prepared.free_disk_bytes)} free"
+    if told := _download(prepared.download):
+        yield f"  download  {told}"
+    peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
+    yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
+    yield f"  shards    {len(plan.shards):,}"
+    for shard in plan.shards[:10]:
+        yield f"            {shown(shard.file_name)}: {len(shard.jobs):,} tensors, {_size(shard.size)}"
+    if len(plan.shards) > 10:
+        yield f"            and {len(plan.shards) - 10:,} more"
+    yield f"  copied    {len(prepared.side_files.copied):,} other files"
+    yield from effective_lines(plan)
+    yield "Already complete; nothing would be done." if complete else _what_was_read(prepared.download.fetched_bytes)
+
+
+def _download(download: Download) -> str:
+    """What is to be fetched from the Hub, and what of its models need not be; nothing where there are none."""
+    cached = f"{_size(download.cached_bytes)} {'more ' * (download.nbytes > 0)}are in its cache"
+    if not download.nbytes:
+        return f"nothing from the Hub ({cached})" if download.cached_bytes else ""
+    return f"{_size(download.nbytes)} from the Hub" + (f" ({cached})" if download.cached_bytes else "")
+
+
+def _what_was_read(fetched_bytes: int) -> str:
+    if not fetched_bytes:
+        return "Nothing was read but headers; nothing was written."
+    return (
+        f"Fetched into the Hub's cache: {_size(fetched_bytes)} of pickles, adapters or weights in sub-folders. Nothing "
+        "else was read but headers; nothing was written to OUT."
+    )
+
+
+def _whose(plan: MergePlan) -> str:
+    return "BASE's" if plan.is_pair else "one model's"
+
+
+def report_json(report: MergeReport) -> dict[str, Any]:
+    summary = report.summary
+    return {
+        "outputs": [str(path) for path in report.outputs],
+        "method": report.method,
+        **({"models": list(report.models)} if report.models else {"t": list(report.ts)}),
+        "num_tensors": summary.num_tensors,
+        "num_parameters": summary.num_parameters,
+        "num_equal": summary.num_equal,
+        "num_kept": summary.num_copied,
+        "median_angle_degrees": summary.median_degrees,
+        "largest_angle_degrees": summary.largest_degrees,
+        "largest_angle_tensor": summary.largest_name,
+        "input_bytes": report.input_bytes,
+        "output_bytes": report.output_bytes,
+        "seconds": round(report.seconds, 3),
+        "peak_bytes": report.peak_bytes,
+        "already_complete": report.already_complete,
+        "warnings": list(report.warnings),
+    }
+
+
+def report_lines(report: MergeReport) -> Iterator[str]:
+    summary, where = report.summary, ", ".join(shown(path) for path in report.outputs)
+    if report.already_complete:
+        yield f"{where}: already complete, nothing to do."
+        return
+    moved = report.input_bytes + report.output_bytes
+    what = f"{report.method} at t = {ts_text(report.ts)}"
+    if report.models:
+        what = f"{report.method} of {len(report.models):,} models"
+    if report.num_scheduled:
+        what += f" ({report.num_scheduled:,} tensors at a t of their own)"
+    yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
+    yield (
+        f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
+        f"peak memory {_size(report.peak_bytes)}"
+    )
+    if summary.median_degrees is not None and summary.largest_degrees is not None:
+        yield (
+            f"Angle between the models: median {summary.median_degrees:.3g} degrees, largest "
+            f"{summary.largest_degrees:.3g} ({shown(summary.largest_name)})"
+        )
+    yield from remarks(summary)
+
+
+def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
+    """Tables by layer, by module and, if asked, by tensor; then what could not be compared."""
+    base, ft = (shown(name) for name in diff.names)
+    equal = sum(tensor.equal for tensor in diff.tensors)
+    yield f"{base} and {ft}: {len(diff.tensors):,} tensors compared, {equal:,} of them equal"
+    head = ["tensors", "angle (median)", "(largest)", "norm ratio", "relative change"]
+    for title, groups in (("by layer", diff.layers), ("by module", diff.modules)):
+        if groups:
+            yield ""
+            yield from table_lines([[title, *head], *([shown(g.name), *_group_cells(g)] for g in groups)])
+    if every_tensor:
+        yield ""
+        rows = [[shown(t.name), *_tensor_cells(t)] for t in diff.tensors]
+        yield from table_lines([["tensor", "angle", "norm ratio", "relative change", ""], *rows])
+    else:
+        largest = sorted((t for t in diff.tensors if t.angle_degrees), key=lambda t: -(t.angle_degrees or 0))[:5]
+        if largest:
+            yield ""
+            yield "Furthest apart: " + ", ".join(f"{shown(t.name)} ({t.angle_degrees:.3g}°)" for t in largest)
+    for what, names in (
+        (f"only in {base}", diff.only_base),
+        (f"only in {ft}", diff.only_ft),
+        ("differ in shape or type", diff.unlike),
+        ("hold NaN or infinity, or are integers that differ", _without_figures(diff)),
+    ):
+        if names:
+            yield f"{len(names):,} tensors {what}: {listed(names)}"
+    yield from (f"note: {notice}" for notice in diff.notices)
+
+
+def _without_figures(diff: Diff) -> list[str]:
+    return [t.name for t in diff.tensors if t.note in ("holds NaN or infinity", "integers that differ")]
+
+
+def _group_cells(group: GroupDiff) -> list[str]:
+    angles = (_degrees(group.median_degrees), _degrees(group.largest_degrees))
+    return [f"{group.num_tensors:,}", *angles, _number(group.norm_ratio), _number(group.relative_change)]
+
+
+def _tensor_cells(tensor: TensorDiff) -> list[str]:
+    return [
+        _degrees(tensor.angle_degrees), _number(tensor.norm_ratio), _number(tensor.relative_change), tensor.note,
+    ]  # fmt: skip
+
+
+def _degrees(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}°"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def scores_line(point: SweepPoint) -> str:
+    return f"t = {label_t(point.t)}: " + ", ".join(f"{shown(name)} {value:g}" for name, value in point.scores.items())
+
+
+def sweep_lines(report: SweepReport) -> Iterator[str]:
+    """A table: t, a column per score, a star at Pareto-optimal points."""
+    rows = [["t", *report.names, ""]]
+    for point in report.points:
+        rows.append([label_t(point.t), *(f"{point.scores[n]:g}" for n in report.names), "*" * point.is_pareto])
+    yield from table_lines(rows)
+    best = ", ".join(label_t(point.t) for point in report.points if point.is_pareto)
+    less = [shown(name) for name in report.names if name in report.less_is_better]
+    rest = "" if len(less) == len(report.names) else "; more for the rest" if less else "More is better"
+    wanted = f"Less is better for {', '.join(less)}" if less else ""
+    yield f"Pareto-optimal (*): t = {best}. {wanted}{rest}."
+    yield f"{shown(report.folder)}: sweep.csv has the table."
+
+
+def _size(nbytes: int) -> str:
+    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= width:
+            return f"{nbytes / width:.3g} {unit}" if nbytes < 1000 * width else f"{nbytes / width:,.0f} {unit}"
+    return f"{nbytes} bytes"

@@ -1,0 +1,137 @@
+"""What a checkpoint holds: from its headers shards, tensors, parameters, dtypes; from its weights norms and NaNs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_tool.arrays import FLOAT_DTYPES, TILE
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.methods.inner import measure
+from merge_tool.models.inputs import Inputs
+from merge_tool.models.lora import open_model
+
+
+@dataclass(frozen=True)
+class ShardInspection:
+    """One file: its name, how many tensors it holds, and its size in bytes."""
+
+    name: str
+    num_tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint in numbers. `dtypes` maps a dtype code to (tensors, parameters)."""
+
+    name: str
+    num_tensors: int
+    num_parameters: int
+    nbytes: int
+    shards: tuple[ShardInspection, ...]
+    dtypes: Mapping[str, tuple[int, int]]
+    metadata: Mapping[str, str]
+    notices: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["dtypes"] = {
+            dtype: {"num_tensors": tensors, "num_parameters": parameters}
+            for dtype, (tensors, parameters) in self.dtypes.items()
+        }
+        return content
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are welcome. Of a
+    model of the Hub no more than these are fetched.
+
+    Raises CheckpointError when there is no checkpoint there.
+    """
+    with (
+        Inputs([path]) as inputs,
+        open_model(inputs.refs[0], coming=inputs.coming, mergeable=False, as_stored=True) as checkpoint,
+    ):
+        counts: dict[str, int] = {}
+        dtypes: dict[str, tuple[int, int]] = {}
+        for info in checkpoint.tensors.values():
+            for file in checkpoint.source(info.name).files:
+                counts[file.name] = counts.get(file.name, 0) + 1
+            tensors, parameters = dtypes.get(info.dtype, (0, 0))
+            dtypes[info.dtype] = tensors + 1, parameters + info.numel
+        shards = tuple(
+            ShardInspection(file.file_name, counts.get(file.source.name, 0), file.source.size)
+            for file in checkpoint.files
+            if not file.file_name.endswith(".json")  # an adapter's configuration
+        )
+        return Inspection(
+            checkpoint.name,
+            len(checkpoint.tensors),
+            sum(parameters for _, parameters in dtypes.values()),
+            sum(info.nbytes for info in checkpoint.tensors.values()),
+            shards,
+            dict(sorted(dtypes.items())),
+            checkpoint.metadata,
+            checkpoint.notices,
+        )
+
+
+# --------------------------------------------------------------------------------------------- health
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHealth:
+    """One tensor of floats: Euclidean norm, root mean square and largest absolute value of what is finite.
+
+    `num_nonfinite` values are NaN or infinite, the first of them at `first_nonfinite`. All None or 0 for an empty one.
+    """
+
+    name: str
+    dtype: str
+    numel: int
+    norm: float | None
+    rms: float | None
+    largest: float | None
+    num_nonfinite: int
+    first_nonfinite: int | None
+
+
+def check_health(path: str | Path) -> list[TensorHealth]:
+    """Read every floating-point tensor of a checkpoint, in order of their names, a megabyte at a time.
+
+    Tensors of integers and of types below a byte are passed over. Raises CheckpointError.
+    """
+    with open_model(path, mergeable=False) as checkpoint:
+        names = sorted(n for n, info in checkpoint.tensors.items() if info.dtype in FLOAT_DTYPES)
+        return [_tensor_health(checkpoint, name) for name in names]
+
+
+def _tensor_health(checkpoint: Checkpoint, name: str) -> TensorHealth:
+    info = checkpoint.tensors[name]
+    parts, largest, bad, first = [], 0.0, 0, None
+    for start in range(0, info.numel, TILE):
+        stop = min(start + TILE, info.numel)
+        found = measure(checkpoint.read_new(name, start, stop))
+        parts.append(found.squares)
+        largest = max(largest, found.largest)
+        bad += found.num_nonfinite
+        if first is None and found.first_nonfinite is not None:
+            first = start + found.first_nonfinite
+    if not info.numel:
+        return TensorHealth(name, info.dtype, 0, None, None, None, 0, None)
+    scale, squares = _total_squares(parts)
+    norm = scale * math.sqrt(squares)
+    rms = scale * math.sqrt(squares / info.numel)
+    return TensorHealth(name, info.dtype, info.numel, norm, rms, largest, bad, first)
+
+
+def _total_squares(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(scale, s) with the sum of squares scale^2 s, which itself may leave float64's range."""
+    scale = max(part_scale for part_scale, _ in parts)
+    if scale == 0:
+        return 0.0, 0.0
+    return scale, math.fsum((part_scale / scale) ** 2 * squares for part_scale, squares in parts)

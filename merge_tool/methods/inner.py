@@ -1,0 +1,339 @@
+"""The maths of merging: arrays and floats only, no names, no files, no threads.
+
+A method is sums over each pair of tensors, made on a fixed grid, then `merged = w0 * x + w1 * y`.
+Sums are float64, block by block, by einsum (never BLAS, whose last bits depend on threads and kernels),
+and added with fsum; so the same tensors give the same bits whatever the chunks, threads and memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from merge_tool.arrays import BFLOAT16, TILE, Array, decode, encode
+
+_LANES = 1_024  # partial sums of a tile, then added pairwise
+
+SMALL_SINE = 1e-9  # below this slerp and lerp agree to the last bit of float64, and slerp divides by noise
+ANTIPARALLEL = 1e-6  # radians from pi within which no arc is preferred over another
+PRECISE_ANGLE = 2.0  # radians; above it the weights cancel and the combine runs in float64
+
+# ---------------------------------------------------------------------------------------------- sums
+
+
+class Scratch:
+    """One thread's working memory: two rows of TILE elements, as float64 or as float32."""
+
+    NBYTES = 2 * 8 * TILE + 8 * _LANES
+
+    def __init__(self, memory: Array) -> None:
+        rows = memory[: 2 * 8 * TILE]
+        self.f64 = rows.view(np.float64).reshape(2, TILE)
+        self.f32 = rows.view(np.float32).reshape(4, TILE)
+        self.lanes = memory[2 * 8 * TILE :].view(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class PairSums:
+    """Inner products of x (base), y (finetune) and d = y - x: <x,x>, <x,d>, <d,d>, of the values times `scale`.
+
+    `refined` holds what a second pass adds where these three lose digits: the sign s and factor c it used,
+    <y,y>, and <e,e> with e = y - s c x. `scale` is a power of two, other than 1 only for float64 tensors whose
+    squares would leave float64's range.
+    """
+
+    xx: float
+    xd: float
+    dd: float
+    scale: float = 1.0
+    refined: tuple[int, float, float, float] | None = None
+
+    @property
+    def norms(self) -> tuple[float, float]:
+        """|x| and |y|, scaled."""
+        yy = self.refined[2] if self.refined else max(0.0, self.xx + 2 * self.xd + self.dd)
+        return math.sqrt(self.xx), math.sqrt(yy)
+
+
+def sum_tile(x: Array, y: Array, scale: float, scratch: Scratch) -> tuple[float, float, float]:
+    """<x,x>, <x,d> and <d,d> over one tile (at most TILE elements, flat) of the values times `scale`."""
+    a, d = _widen(x, y, scale, scratch)
+    np.subtract(d, a, out=d)
+    return _dot(a, a, scratch), _dot(a, d, scratch), _dot(d, d, scratch)
+
+
+def sum_refined_tile(
+    x: Array, y: Array, scale: float, sign: int, factor: float, scratch: Scratch
+) -> tuple[float, float]:
+    """<y,y> and <e,e>, e = y - sign * factor * x, over one tile of the values times `scale`."""
+    a, e = _widen(x, y, scale, scratch)
+    yy = _dot(e, e, scratch)
+    np.multiply(a, sign * factor, out=a)
+    np.subtract(e, a, out=e)
+    return yy, _dot(e, e, scratch)
+
+
+def _widen(x: Array, y: Array, scale: float, scratch: Scratch) -> tuple[Array, Array]:
+    """Both as float64 times `scale`, padded with zeros to whole lanes."""
+    padded = -(-len(x) // _LANES) * _LANES
+    for values, wide in zip((x, y), scratch.f64, strict=True):
+        decode(values, wide[: len(x)])
+        wide[len(x) : padded] = 0.0
+        if scale != 1.0:
+            np.multiply(wide[:padded], scale, out=wide[:padded])
+    return scratch.f64[0, :padded], scratch.f64[1, :padded]
+
+
+def _dot(a: Array, b: Array, scratch: Scratch) -> float:
+    lanes = np.einsum("ij,ij->j", a.reshape(-1, _LANES), b.reshape(-1, _LANES), out=scratch.lanes)
+    return float(np.add.reduce(lanes))
+
+
+def total(parts: Any) -> float:
+    """The sum of floats, correctly rounded, in any order; NaN or infinity where one of them is, or overflows."""
+    try:
+        return math.fsum(parts)
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+def sharpen(
+    sums: PairSums, tiles: Callable[[], Iterable[tuple[Array, Array]]], *, has_float64: bool, scratch: Scratch
+) -> PairSums:
+    """The sums, made again where they left float64's range or lost the angle's digits: rare.
+
+    `tiles` gives the pair of tensors once more, tile by tile; their values must be finite.
+    """
+    if not is_finite(sums):
+        sums = _sum_again(tiles, 2.0**-600, scratch)
+    elif has_float64 and sums.xx + sums.dd < 1e-200:
+        sums = _sum_again(tiles, 2.0**500, scratch)
+    while (found := refinement(sums)) is not None:
+        sign, factor = found
+        parts = [sum_refined_tile(x, y, sums.scale, sign, factor, scratch) for x, y in tiles()]
+        yy, ee = (total(column) for column in zip(*parts, strict=True))
+        sums = PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
+    return sums
+
+
+def is_finite(sums: PairSums) -> bool:
+    return all(math.isfinite(value) for value in (sums.xx, sums.xd, sums.dd))
+
+
+def _sum_again(tiles: Callable[[], Iterable[tuple[Array, Array]]], scale: float, scratch: Scratch) -> PairSums:
+    parts = [sum_tile(x, y, scale, scratch) for x, y in tiles()]
+    xx, xd, dd = (total(column) for column in zip(*parts, strict=True))
+    return PairSums(xx, xd, dd, scale)
+
+
+# -------------------------------------------------------------------------------------------- angles
+
+
+@dataclass(frozen=True, slots=True)
+class Angle:
+    """The angle between two tensors in radians, and its distance from pi, each with its own small-end digits."""
+
+    theta: float
+    to_pi: float
+
+    @property
+    def sine(self) -> float:
+        return math.sin(min(self.theta, self.to_pi))
+
+
+def pair_angle(sums: PairSums) -> Angle | None:
+    """The angle between x and y, or None where a norm is 0.
+
+    From the chord between the tensors scaled to one length, theta = 2 asin(chord / 2), which keeps its digits
+    down to zero where an arc cosine has none below 1.5e-8; from the chord to -x near pi.
+    W. Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?", section 12.
+    """
+    n0, n1 = sums.norms
+    if n0 == 0 or n1 == 0:
+        return None
+    half = 2 * math.asin(math.sqrt(_half_chord_squared(sums)))
+    if sums.refined and sums.refined[0] < 0:
+        return Angle(math.pi - half, half)
+    return Angle(half, math.pi - half)
+
+
+def _half_chord_squared(sums: PairSums) -> float:
+    n0, n1 = sums.norms
+    if sums.refined:
+        _, factor, _, ee = sums.refined
+        found = (ee - (n1 - factor * n0) ** 2) / (4 * factor * n0 * n1)
+    else:
+        difference = (2 * sums.xd + sums.dd) / (n1 + n0)  # n1 - n0, without cancellation
+        found = (sums.dd - difference**2) / (4 * n0 * n1)
+    return min(1.0, max(0.0, found))
+
+
+def refinement(sums: PairSums) -> tuple[int, float] | None:
+    """The sign and factor of another pass, where the sums so far leave fewer than 11 digits of the angle.
+
+    That is: norms that differ by much more than the angle, a y much shorter than x, or an angle near pi. Ask again
+    after each pass, at most three times: for |y|, for the angle, and for the other sign.
+    """
+    n0, n1 = sums.norms
+    if n0 == 0 or sums.dd == 0 or (n1 == 0 and sums.refined):
+        return None
+    if sums.refined:
+        sign, factor, _, _ = sums.refined
+        if abs(factor - n1 / n0) > 1e-2 * factor:
+            return sign, n1 / n0
+        return (-sign, n1 / n0) if _half_chord_squared(sums) > 0.75 else None
+    if n1 * n1 < 1e-3 * max(sums.xx, sums.dd):
+        return 1, 1.0  # <y,y> itself was lost
+    half_squared = _half_chord_squared(sums)
+    if half_squared > 0.75:
+        return -1, n1 / n0
+    return (1, n1 / n0) if sums.dd > 1000 * (4 * n0 * n1 * half_squared) else None
+
+
+# ------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`merged = w0 * x + w1 * y`; `precise` asks for a float64 combine; `note` says what was special."""
+
+    w0: float
+    w1: float
+    precise: bool = False
+    note: str = ""
+
+
+def linear_weights(sums: PairSums, t: float) -> Weights:
+    """Linear interpolation, (1 - t) x + t y."""
+    return Weights(1.0 - t, t, precise=not 0 <= t <= 1)
+
+
+def slerp_weights(sums: PairSums, t: float) -> Weights:
+    """Spherical linear interpolation of the unnormalised tensors, sin((1-t) theta) / sin(theta) and so on.
+
+    K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, applied to vectors of any norm.
+    Linear where there is no arc (a zero tensor), where it is too short to tell (sin(theta) < 1e-9), and where
+    every arc is as good as another (antiparallel, within 1e-6 of pi).
+    """
+    angle = pair_angle(sums)
+    if angle is None:
+        return Weights(1.0 - t, t, precise=not 0 <= t <= 1, note="zero norm: linear")
+    if angle.to_pi < ANTIPARALLEL:
+        return Weights(1.0 - t, t, precise=True, note="antiparallel: linear")
+    if angle.sine < SMALL_SINE:
+        return Weights(1.0 - t, t, precise=not 0 <= t <= 1)
+    w0, w1 = (_arc_sine(share, angle) / angle.sine for share in (1.0 - t, t))
+    return Weights(w0, w1, precise=angle.theta > PRECISE_ANGLE or not 0 <= t <= 1)
+
+
+def _arc_sine(share: float, angle: Angle) -> float:
+    """sin(share * theta), with theta's digits near pi."""
+    if angle.theta < math.pi / 2:
+        return math.sin(share * angle.theta)
+    return math.sin(share * math.pi - share * angle.to_pi)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to merge a pair: from its sums and t to the weights of the combine."""
+
+    weights: Callable[[PairSums, float], Weights]
+    summary: str
+
+
+METHODS: Mapping[str, Method] = {
+    "slerp": Method(slerp_weights, "spherical linear interpolation"),
+    "linear": Method(linear_weights, "linear interpolation"),
+}
+
+
+# ------------------------------------------------------------------------------------------- combine
+
+_SURELY_FITS = 400.0  # finite in every dtype we write; spares the exact question for nearly every block
+_TINY = np.float32(2.0**-124)  # float32 products below lose digits that a subnormal bfloat16 still shows
+
+
+def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
+    """`out = w0 * x + w1 * y`, flat arrays of one length; False if a finite result does not fit `out`'s dtype.
+
+    For 16-bit outputs |out - exact| <= ulp(exact)/2 + 2^-22 (|w0 x| + |w1 y|): in float32, and in float64 where
+    that would not do. For float32 and float64 outputs always in float64.
+    """
+    narrow = out.dtype.itemsize <= 2 and np.float64 not in (x.dtype, y.dtype) and not weights.precise
+    fits = True
+    for start in range(0, len(x), TILE):
+        cut = slice(start, start + TILE)
+        done = narrow and _combine_narrow(x[cut], y[cut], weights, out[cut], scratch)
+        if not done:  # also where a product left float32's range, but the sum may not
+            fits &= _combine_wide(x[cut], y[cut], weights, out[cut], scratch)
+    return bool(fits)
+
+
+def _combine_narrow(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
+    a, b = (row[: len(x)] for row in scratch.f32[:2])
+    np.multiply(decode(x, a), np.float32(weights.w0), out=a)
+    np.multiply(decode(y, b), np.float32(weights.w1), out=b)
+    np.add(a, b, out=a)
+    encode(a, out)
+    magnitude = np.abs(a, out=b)
+    if out.dtype == BFLOAT16 and magnitude.min(initial=1.0) < _TINY:
+        _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
+    return _fits(magnitude.max(initial=0.0), out.dtype)
+
+
+def _combine_tiny(places: Array, x: Array, y: Array, weights: Weights, out: Array) -> None:
+    if len(places):
+        wide = weights.w0 * decode(x[places], np.empty(len(places)))
+        wide += weights.w1 * decode(y[places], np.empty(len(places)))
+        out[places] = encode(wide, np.empty(len(places), out.dtype))
+
+
+def _combine_wide(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
+    a, b = (row[: len(x)] for row in scratch.f64[:2])
+    np.multiply(decode(x, a), weights.w0, out=a)
+    np.multiply(decode(y, b), weights.w1, out=b)
+    np.add(a, b, out=a)
+    encode(a, out)
+    return _fits(np.abs(a, out=b).max(initial=0.0), out.dtype)
+
+
+def _fits(largest: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether a value of this magnitude is finite in `dtype`; rounding is monotonic, so the largest decides."""
+    return bool(largest <= _SURELY_FITS) or bool(
+        np.isfinite(encode(np.array([largest]), np.empty(1, dtype)).astype(np.float64))[0]
+    )
+
+
+# ------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of finite values: the largest magnitude, and (scale, s) with the sum of squares scale^2 s."""
+
+    largest: float
+    squares: tuple[float, float]
+    num_nonfinite: int
+    first_nonfinite: int | None
+
+
+def measure(values: Array) -> Measured:
+    """Magnitudes of at most TILE flat values of any float dtype, in float64."""
+    wide = decode(values, np.empty(values.shape))
+    finite = np.isfinite(wide)
+    bad = np.flatnonzero(~finite)
+    np.abs(wide, out=wide)
+    wide[~finite] = 0.0
+    largest = float(wide.max(initial=0.0))
+    if largest == 0:
+        return Measured(0.0, (0.0, 0.0), len(bad), int(bad[0]) if len(bad) else None)
+    scale = math.ldexp(
+        1.0, math.frexp(largest)[1] - 1
+    )  # a power of two: dividing by it is exact, or too small to count
+    wide /= scale
+    squares = float(np.add.reduce(np.multiply(wide, wide, out=wide)))
+    return Measured(largest, (scale, squares), len(bad), int(bad[0]) if len(bad) else None)

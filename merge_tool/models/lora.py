@@ -1,0 +1,334 @@
+"""PEFT LoRA adapters: a model and an adapter folder -> the Checkpoint of both, whose tensors are made as they are read.
+
+`MODEL+ADAPTER` names such a model; as FT, the folder alone is applied to BASE. What an adapter's configuration and
+names say is checked here, all of it before a weight is read; the sums are low_rank's. An adapter whose effect is not
+W + scale * B A is refused by name: applied in part, it would be another model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from merge_tool.arrays import FLOAT_DTYPES
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
+from merge_tool.checkpoint.hub import hub_id, local_path
+from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, FileTensor, open_found, open_one_file
+from merge_tool.checkpoint.source import ByteSource, TensorSource
+from merge_tool.checkpoint.strided import StridedTensor
+from merge_tool.errors import CheckpointError, MismatchError, listed, shown
+from merge_tool.models.lora_config import CONFIG, Settings, read_settings
+from merge_tool.models.low_rank import Factor, LowRankTensor
+from merge_tool.models.renaming import Names, is_head, tied_embedding
+
+Coming = Mapping[Path, Mapping[str, ByteSource]]  # of folders, the weights that are not there yet
+NOTHING: Coming = {}
+
+_PREFIX = "base_model.model."
+_AND_SAVE = "(merge_and_unload, then save_pretrained)"
+_FULL = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # what peft puts into names of whole tensors
+_FACTOR = re.compile(r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_B\.bias)")
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+def parts(ref: str | Path) -> tuple[Path, ...]:
+    """A model and the adapters that follow it: `MODEL+ADAPTER` is two. A path that exists is one, whatever its name."""
+    text = str(ref)
+    if os.path.lexists(text):
+        return (Path(text),)
+    for plus in reversed([found.start() for found in re.finditer(r"\+", text)]):
+        model, adapter = text[:plus], text[plus + 1 :]
+        if _may_exist(adapter) and _may_exist((before := parts(model))[0]) and _may_exist(before[-1]):
+            return (*before, Path(adapter))
+    return (Path(text),)
+
+
+def _may_exist(ref: str | Path) -> bool:
+    return str(ref) != "" and (os.path.lexists(ref) or hub_id(ref) is not None)
+
+
+def known_parts(ref: str | Path) -> tuple[Path, ...]:
+    """As `parts`. Raises CheckpointError for what has a + and may be neither one nor several."""
+    found = parts(ref)
+    if len(found) == 1 and "+" in str(ref) and not _may_exist(ref):
+        raise CheckpointError(
+            f"{shown(ref)}: no such file or folder, nor a model and an adapter with a + between. Check the spelling."
+        )
+    return found
+
+
+def local_parts(ref: str | Path) -> tuple[Path, ...]:
+    """As `parts`, with models and adapters of the Hub fetched. Raises FetchError."""
+    return tuple(local_path(part) for part in known_parts(ref))
+
+
+def is_adapter(path: Path, coming: Coming = NOTHING) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    have = coming.get(path, {})
+    return (path / CONFIG).is_file() and not any(name in have or os.path.lexists(path / name) for name in names)
+
+
+# ---------------------------------------------------------------------------------------------- opening
+
+
+def open_model(
+    ref: str | Path,
+    *,
+    coming: Coming = NOTHING,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    mergeable: bool = True,
+    as_stored: bool = False,
+) -> Checkpoint:
+    """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has weights that folders do not hold yet, by names."""
+    model, *adapters = local_parts(ref)
+    if adapters and is_adapter(model, coming):
+        raise CheckpointError(f"{shown(model.name)}: is an adapter, expected a model before the +: MODEL+ADAPTER.")
+    as_stored = as_stored and not adapters
+    have = coming.get(model, {})
+    found = open_found(model, have, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
+    for adapter in adapters:
+        found = apply_adapter(found, adapter, max_header_bytes=max_header_bytes)
+    return found
+
+
+def open_models(
+    refs: Sequence[str | Path],
+    *,
+    coming: Coming = NOTHING,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    mergeable: bool = True,
+) -> list[Checkpoint]:
+    """BASE and the others; an adapter folder alone is applied to BASE. If all are such, they are taken as they are."""
+    paths = [local_parts(ref) for ref in refs]
+    alone = [len(path) == 1 and is_adapter(path[0], coming) for path in paths]
+    if alone[0] and not all(alone):
+        other = shown(paths[alone.index(False)][0].name)
+        raise CheckpointError(
+            f"{shown(paths[0][0].name)}: BASE is an adapter, and {other} is none. Give MODEL+ADAPTER for BASE."
+        )
+    found: list[Checkpoint] = []
+    for ref, path, is_alone in zip(refs, paths, alone, strict=True):
+        if is_alone and not alone[0]:
+            found.append(apply_adapter(found[0], path[0], max_header_bytes=max_header_bytes))
+        else:
+            found.append(open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable))
+    if alone[0]:
+        told = (
+            f"{' and '.join(model.name for model in found)} are adapters: their factors are merged one by one, which "
+        )
+        told += "is not the merge of the models. For that give MODEL+ADAPTER each time."
+        found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, told))
+    _tell_once(found)
+    return found
+
+
+def _tell_once(models: list[Checkpoint]) -> None:
+    """Leave out what a model before has told already: several may be of one model, or of one adapter."""
+    told: set[str] = set()
+    for place, model in enumerate(models):
+        if not told.isdisjoint(model.notices):
+            news = tuple(notice for notice in model.notices if notice not in told)
+            models[place] = model.with_made(model.name, (), {}, news)
+        told.update(model.notices)
+
+
+def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
+    """`base` with the adapter of the folder at `path`.
+
+    Raises CheckpointError for what is no LoRA adapter or cannot be merged, MismatchError with every tensor of it that
+    does not fit `base`.
+    """
+    try:
+        folder = Folder(path)
+        settings = read_settings(folder)
+        weights = open_one_file(folder, settings.weights, max_header_bytes=max_header_bytes)
+    except OSError as e:
+        raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
+    if not weights.tensors:
+        raise CheckpointError(f"{weights.name}: holds no tensors.")
+    matched = _Matcher(base, folder.name, settings, weights)
+    matched.match()
+    place = "adapter"
+    while any(file.file_name == f"{place}/{CONFIG}" for file in base.files):
+        place += "+"  # one adapter upon another
+    files = (
+        replace(weights.files[0], file_name=f"{place}/{settings.weights}"),
+        CheckpointFile(f"{place}/{CONFIG}", settings.file, settings.sha256),
+    )
+    told = (*base.notices, *weights.notices, *_notices(base, folder, settings), *matched.notices)
+    brought = folder if folder.has("tokenizer.json") else None
+    return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told, brought)
+
+
+def _notices(base: Checkpoint, folder: Folder, settings: Settings) -> Iterator[str]:
+    told = settings.base_name
+    if told and told.rstrip("/").rpartition("/")[2].lower() != base.name.rpartition("/")[2].lower():
+        yield f"{folder.name} was trained on {shown(told)}, says its {CONFIG}; it is applied to {base.name}."
+    if settings.unknown:
+        yield f"{folder.name}/{CONFIG}: settings that are not known here are ignored: {listed(settings.unknown)}."
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The factors of one layer, and the tensor that they change, seen as a matrix of its first dimension's rows."""
+
+    module: str
+    target: str
+    a: TensorInfo
+    b: TensorInfo
+    ways: tuple[bool, ...]  # whether the product may be transposed: what the shapes allow
+
+
+class _Matcher:
+    """Every tensor of the adapter, and the tensor of BASE that it changes or replaces."""
+
+    def __init__(self, base: Checkpoint, name: str, settings: Settings, weights: Checkpoint) -> None:
+        self.base, self.name, self.settings, self.weights = base, name, settings, weights
+        self.names = Names(base.tensors)
+        self.made: dict[str, TensorSource] = {}
+        self.notices: list[str] = []
+        self.homeless: list[str] = []
+        self.unfit: list[str] = []
+
+    def match(self) -> None:
+        """Fill `made`; MismatchError with all tensors that have no place in BASE or do not fit there."""
+        modules: dict[str, dict[str, TensorInfo]] = {}
+        for key, info in sorted(self.weights.tensors.items()):
+            if factor := _FACTOR.fullmatch(key.removeprefix(_PREFIX)):
+                modules.setdefault(factor[1], {})[factor[2]] = info
+            else:
+                self._replace(info)
+        layers = [layer for module, found in modules.items() if (layer := self._layer(module, found))]
+        default = self._is_transposed(layers)
+        for layer in layers:
+            self._add(layer, default)
+        for module, found in modules.items():
+            if bias := found.get("lora_B.bias"):
+                self._add_bias(module, bias)
+        self._check()
+
+    def _check(self) -> None:
+        problems = []
+        if self.homeless:
+            problems.append(f"{len(self.homeless):,} tensors have no place there: {listed(self.homeless, 50)}")
+        problems += self.unfit
+        if problems:
+            raise MismatchError(
+                f"{self.name} is not an adapter of {self.base.name}, or not in a form that is read.\n  "
+                + "\n  ".join(problems)
+                + f"\nGive the model that it was trained on, or merge it with peft {_AND_SAVE}."
+            )
+
+    def _info(self, target: str) -> TensorInfo:
+        return self.made[target].info if target in self.made else self.base.tensors[target]
+
+    def _source(self, target: str) -> TensorSource:
+        return self.made[target] if target in self.made else self.base.source(target)
+
+    # ------------------------------------------------------------------------------ whole tensors
+
+    def _replace(self, info: TensorInfo) -> None:
+        """A whole tensor of the adapter (modules_to_save, biases, resized embeddings) takes the place of BASE's."""
+        name = _FULL.sub("", info.name.removeprefix(_PREFIX))
+        target = self.names.find(name)
+        if target is None and is_head(name) and (embedding := tied_embedding(self.base, info.shape)):
+            self._leave_out(name, embedding)
+        elif target is None or target in self.made:
+            self.homeless.append(info.name)
+        else:
+            old = self.base.tensors[target]
+            if old.dtype != info.dtype and not {old.dtype, info.dtype} <= FLOAT_DTYPES:
+                self.unfit.append(f"{shown(info.name)}: is {info.dtype}, {shown(target)} is {old.dtype}")
+            if old.shape != info.shape:
+                self.notices.append(
+                    f"{self.name}: {shown(target)} is {list(info.shape)} there, {list(old.shape)} in {self.base.name}. "
+                    "Side files are that model's; vocab_size in config.json follows."
+                )
+            found = self.weights.source(info.name)
+            assert isinstance(found, FileTensor | StridedTensor)  # all that a file of weights has
+            written_as = self.base.stored_dtype(target)
+            self.made[target] = replace(found, info=replace(info, name=target), written_as=written_as)
+
+    def _leave_out(self, head: str, embedding: str) -> None:
+        if any(head.removesuffix(".weight").endswith(module) for module in self.settings.saved_modules):
+            self.unfit.append(f"{shown(head)}: was trained apart, while {self.base.name} ties its head to {embedding}")
+        self.notices.append(
+            f"{self.name}: {shown(head)} is left out, as {self.base.name} ties it to {shown(embedding)}."
+        )
+
+    # ------------------------------------------------------------------------------------ factors
+
+    def _layer(self, module: str, found: Mapping[str, TensorInfo]) -> _Layer | None:
+        is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+        keys = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        target = self.names.find(f"{module}.weight")
+        if target is None:
+            self.homeless += [info.name for info in found.values()]
+            return None
+        if lacking := [key for key in keys if key not in found]:
+            self.unfit.append(f"{shown(module)}: has no {', '.join(lacking)}")
+            return None
+        a, b, w = found[keys[0]], found[keys[1]], self._info(target)
+        is_odd = {a.dtype, b.dtype, w.dtype} - FLOAT_DTYPES
+        ways = tuple(way for way in (False, True) if _fits(w.shape, a.shape, b.shape, transposed=way))
+        ways = tuple(way for way in ways if way or not is_embedding)
+        rank = self.settings.rank_of(module)
+        if not ways or is_odd or a.shape[0] != rank:
+            what = f"A {list(a.shape)} {a.dtype} and B {list(b.shape)} {b.dtype}, of rank {rank} by {CONFIG}"
+            self.unfit.append(f"{shown(module)}: {what}, do not fit {shown(target)} {list(w.shape)} {w.dtype}")
+            return None
+        return _Layer(module, target, a, b, (True,) if is_embedding else ways)
+
+    def _is_transposed(self, layers: Sequence[_Layer]) -> bool:
+        """Which way square layers go: fan_in_fan_out, unless the other layers' shapes deny it."""
+        default = self.settings.transposed
+        seen = {layer.ways[0] for layer in layers if len(layer.ways) == 1 and layer.a.name.endswith(".weight")}
+        square = [layer.module for layer in layers if len(layer.ways) == 2]
+        denied = seen == {False} if default else True in seen
+        if square and denied:
+            self.unfit.append(
+                f"{shown(square[0])}: is square, and fan_in_fan_out in {CONFIG} says {str(default).lower()} while "
+                "other layers' shapes deny it; correct it there"
+            )
+        return default
+
+    def _add(self, layer: _Layer, default: bool) -> None:
+        transposed = layer.ways[0] if len(layer.ways) == 1 else default
+        rank = layer.a.shape[0]
+        a, b = (self.weights.source(info.name) for info in (layer.a, layer.b))
+        inner = Factor(a, rank, layer.a.numel // rank, by_rank=True)
+        outer = Factor(b, rank, layer.b.shape[0], by_rank=False)
+        left, right = (inner, outer) if transposed else (outer, inner)
+        self._make(layer.target, left, right, self.settings.scale_of(layer.module))
+
+    def _add_bias(self, module: str, bias: TensorInfo) -> None:
+        target = self.names.find(f"{module}.bias")
+        if target is None:
+            self.homeless.append(bias.name)
+        elif self._info(target).shape != bias.shape or not {bias.dtype, self._info(target).dtype} <= FLOAT_DTYPES:
+            self.unfit.append(f"{shown(bias.name)}: {list(bias.shape)} {bias.dtype} does not fit {shown(target)}")
+        else:
+            left = Factor(self.weights.source(bias.name), 1, bias.numel, by_rank=True)
+            self._make(target, left, Factor(None, 1, 1, by_rank=True), self.settings.scale_of(module))
+
+    def _make(self, target: str, left: Factor, right: Factor, scale: float) -> None:
+        w = self._info(target)
+        info = TensorInfo(target, "F64" if w.dtype == "F64" else "F32", w.shape, 0)
+        self.made[target] = LowRankTensor(info, self._source(target), left, right, scale, (self.settings.file,))
+
+
+def _fits(w: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *, transposed: bool) -> bool:
+    """Whether B A (of convolutions: kernel by kernel) has the shape of W, or its transpose has."""
+    if len(a) < 2 or len(b) != len(a) or a[0] != b[1] or 0 in (*a, *b) or any(n != 1 for n in b[2:]):
+        return False
+    return w == ((a[1], b[0]) if transposed else (b[0], *a[1:])) and (not transposed or len(a) == 2)

@@ -1,0 +1,139 @@
+"""What OUT holds before a merge: this very merge already, something else, or room for it. Writes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from merge_tool.arrays import NUMPY_DTYPES, TILE, same_values
+from merge_tool.errors import DataError, OutputError, listed, shown
+from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
+from merge_tool.output.older import check_conflicts, read_sums
+from merge_tool.output.report import labelled, read_identity, single_facts
+from merge_tool.plan.plan import MergePlan, TensorJob
+from merge_tool.plan.prepare import Prepared
+from merge_tool.plan.target import Target, existing_folder
+
+_SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
+
+
+def is_complete(prepared: Prepared) -> bool:
+    """Whether OUT already holds this very merge; raises OutputError when it holds anything else.
+
+    A merge made before its inputs last changed does not count, nor does one with a file missing, nor one whose
+    side files have changed since. A work folder in OUT is not looked at.
+    """
+    target = prepared.target
+    try:
+        if target.is_file:
+            if target.path.exists():
+                raise OutputError(f"{shown(target.path)}: exists already. Give --overwrite to replace it.")
+            return False
+        if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
+            return False
+        if not all(_is_output(prepared, target.path / label, t) for label, t in labelled(prepared.plan)):
+            raise OutputError(
+                f"{shown(target.path)}: is not empty, and not the result of this merge. Choose another folder, or "
+                "give --overwrite to replace the model in it once the new one is complete."
+            )
+        changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
+    except OSError as e:
+        raise OutputError(f"{shown(target.path)}: cannot be read ({e.strerror}: {shown(e.filename)}).") from e
+    if changed:
+        raise OutputError(
+            f"{shown(target.path)}: holds this merge, but {listed(changed)} changed since. "
+            "Give --overwrite to merge again."
+        )
+    return True
+
+
+def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
+    digest, _ = single_facts(prepared.plan, t)
+    found, samples = read_identity(folder / REPORT)
+    if found != digest or (prepared.samples and samples != prepared.samples):
+        return False
+    sizes = {shard.file_name: shard.size for shard in prepared.plan.shards}
+    files = read_sums(folder).keys() | sizes.keys() | ({prepared.plan.index_name} if len(sizes) > 1 else set())
+    return all((folder / name).is_file() for name in files) and all(
+        (folder / name).stat().st_size == size for name, size in sizes.items()
+    )
+
+
+def _changed_since(prepared: Prepared, output: Path) -> list[str]:
+    """Input files modified after the report was written, and side files that the output has otherwise."""
+    written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
+    files = {id(file): file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
+    changed = [file.name for file in files.values() if file.mtime_ns > written]
+    for file in prepared.side_files.copied:
+        digest = hashlib.sha256()
+        for chunk in prepared.side_files.read(file, prepared.plan.config_dtype):
+            digest.update(chunk)
+        if sums.get(file.target) != digest.hexdigest():
+            changed.append(file.source)
+    return changed
+
+
+def check_output(prepared: Prepared, *, overwrite: bool) -> None:
+    """What a merge checks of OUT, for before its inputs are fetched. Raises OutputError, FetchError."""
+    if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
+        return
+    check_room(prepared, overwrite=overwrite)
+    if not prepared.target.is_file:
+        for label in prepared.plan.labels:
+            check_conflicts(prepared.target.path / label, final_names(prepared))
+
+
+def check_room(prepared: Prepared, *, overwrite: bool) -> None:
+    """Raise OutputError unless the disk can take the outputs beside what is there, less what a resumed run has; on the
+    disk of the Hub's cache beside what is still to be fetched. FetchError where that alone does not fit."""
+    prepared.download.check_room()
+    have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
+    need = prepared.disk_bytes + _SPARE_DISK_BYTES - have
+    coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
+    free = prepared.free_disk_bytes
+    if need + coming > free:
+        besides = f" and what is fetched into the Hub's cache {coming:,}" if coming else ""
+        beside = " The old output stays until the new one is complete." if overwrite else ""
+        raise OutputError(
+            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, the disk has {free:,} free."
+            f"{beside} Free some space or choose another disk."
+        )
+
+
+def _is_on_the_disk_of(target: Target, cache: Path | None) -> bool:
+    return cache is not None and cache.stat().st_dev == existing_folder(target.path).stat().st_dev
+
+
+def check_exact_tensors(plan: MergePlan) -> None:
+    """Raise DataError naming all integer and boolean tensors that differ, unless the base's are to be kept."""
+    if plan.keeps_base_on_mismatch:
+        return
+    differing = [job.out.name for job in plan.jobs() if job.exact and not _same_values(job)]
+    if differing:
+        raise DataError(
+            f"{len(differing):,} integer tensors differ between {' and '.join(plan.names)}, and integers have "
+            f"nothing between them: {listed(differing)}. Give --on-mismatch base to keep the base's."
+        )
+
+
+def _same_values(job: TensorJob, chunk: int = TILE) -> bool:
+    buffers = [np.empty(min(chunk, job.out.numel), NUMPY_DTYPES[source.info.dtype]) for source in job.sources]
+    for start in range(0, job.out.numel, chunk):
+        parts = [buffer[: job.out.numel - start] for buffer in buffers]
+        for source, values in zip(job.sources, parts, strict=True):
+            source.read_into(start, values)
+        if not all(same_values(parts[0], other) for other in parts[1:]):
+            return False
+    return True
+
+
+def final_names(prepared: Prepared) -> list[str]:
+    """The files that every output will have, relative to it."""
+    plan = prepared.plan
+    index = [plan.index_name] if len(plan.shards) > 1 else []
+    side = [file.target for file in prepared.side_files.copied]
+    recipe = [RECIPE] if plan.text else []
+    return [*(shard.file_name for shard in plan.shards), *index, *side, *recipe, CARD, REPORT, SUMS]

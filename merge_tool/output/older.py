@@ -1,0 +1,80 @@
+"""What is in OUT already: what a new model replaces, what would stand in its way, what is not ours to touch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from merge_tool.checkpoint.folder import is_weight_file
+from merge_tool.errors import OutputError, shown
+from merge_tool.models.side_files import REPORT, SUMS, WORK
+
+# Files that loaders read by name: an older model's would mix with the new one's.
+_LOADED = re.compile(
+    r"(adapter_|generation_|preprocessor_|video_preprocessor_|processor_|tokenizer_|sentence_bert_)?config\.json"
+    r"|config_sentence_transformers\.json|chat_template\.(json|jinja)|(tokenizer|vocab|added_tokens|modules)\.json"
+    r"|(model_index|special_tokens_map|merge_report)\.json|(merges|vocab)\.txt|(tokenizer|spiece|[^/]*bpe|tiktoken)\.model"
+    r"|README(\.base|\.ft)?\.md|SHA256SUMS|mergekit_config\.yml"
+)
+_SUMS_LINE = re.compile(r"(\\?)[0-9a-f]{64} [ *](.+)")
+_ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file at a model folder's root is what loaders look for first: weights, or their index."""
+    return "/" not in name and (is_weight_file(name) or name.endswith(".index.json"))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """A SHA256SUMS as {name: digest}; names that lead out of the folder do not count, nor does an unreadable file."""
+    try:
+        lines = os.fsdecode((folder / SUMS).read_bytes()).split("\n")
+    except OSError:
+        return {}
+    found = {}
+    for line in lines:
+        if match := _SUMS_LINE.fullmatch(line):
+            name = re.sub(r"\\[\\nr]", lambda m: _ESCAPES[m[0]], match[2]) if match[1] else match[2]
+            if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name:
+                found[name] = line.removeprefix("\\")[:64]
+    return found
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds an output of this tool."""
+    return (folder / REPORT).is_file() and (folder / SUMS).is_file()
+
+
+def outdated(folder: Path) -> list[str]:
+    """Files of an older model in `folder`, the index first: all that this tool wrote there, all that loaders read."""
+    if not folder.is_dir():
+        return []
+    names = set(read_sums(folder)) if is_ours(folder) else set()
+    names |= {e.name for e in folder.iterdir() if is_model_file(e.name) or _LOADED.fullmatch(e.name)}
+    files = (name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir())
+    return sorted(files, key=lambda name: (not name.endswith(".index.json"), not is_model_file(name), name))
+
+
+def older_labels(out: Path) -> Iterator[str]:
+    """Where in OUT models may lie: its root, and the folders `t-...` of ours."""
+    yield ""
+    if out.is_dir():
+        yield from (e.name for e in sorted(out.iterdir()) if e.name.startswith("t-") and is_ours(e))
+
+
+def check_conflicts(out: Path, names: Iterable[str]) -> None:
+    """Raise OutputError where OUT has a folder in place of a file to come, or a file in place of its folder."""
+    for name in names:
+        if (out / name).is_dir():
+            raise OutputError(f"{shown(out / name)}: is a folder where the new model has a file. Move it away.")
+        for parent in PurePosixPath(name).parents:
+            if os.path.lexists(out / parent) and not (out / parent).is_dir():
+                raise OutputError(f"{shown(out / parent)}: is a file where the new model has a folder. Move it away.")
+
+
+def strangers(out: Path, labels: Iterable[str], names: Iterable[str]) -> list[str]:
+    """What lies in OUT beside the new model, which has these outputs and files."""
+    ours = {PurePosixPath(name).parts[0] for name in names} | set(labels) | {WORK}
+    return sorted(entry.name for entry in out.iterdir() if entry.name not in ours)

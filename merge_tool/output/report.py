@@ -1,0 +1,325 @@
+"""What a merge found out: journal records -> merge_report.json, SHA256SUMS, the model card, a summary.
+
+Everything written here is a function of the inputs and the recipe: no times, budgets or paths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from merge_tool._version import __version__
+from merge_tool.errors import shown
+from merge_tool.methods.inner import METHODS, Weights, pair_angle
+from merge_tool.plan.plan import MergePlan, TensorJob
+from merge_tool.plan.prepare import Prepared
+from merge_tool.recipe.recipe import label_t
+from merge_tool.run.findings import Finding, Findings, hex_sums, median
+
+FORMAT = 1  # of merge_report.json
+_LARGEST_HEAD = 32_000_000  # characters; 1,000 shards on each side have about 300,000
+_RECIPE_OPTIONS = ("dtype", "max_shard_bytes", "on_mismatch", "seed")
+_TENSORS = ',\n "tensors": [\n'
+CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relative, half a bfloat16 step is 2e-3
+
+
+# --------------------------------------------------------------------------------------- one tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One merged tensor: angle in degrees, norms of base and finetune, |y - x| / |x|; None where there is none."""
+
+    angle_degrees: float | None
+    norms: tuple[float, float] | None
+    relative_change: float | None
+    weights: Weights | None
+    note: str
+
+
+def describe(finding: Finding, method: str, t: float) -> TensorReport:
+    """The report of one tensor in the output of parameter `t`."""
+    note = "equal: copied" if finding.equal else "differs: base kept" if finding.kept_base else ""
+    sums = finding.sums
+    if sums is None or not math.isfinite(sums.xx + sums.xd + sums.dd):
+        return TensorReport(None, None, None, None, note)
+    angle = pair_angle(sums)
+    degrees = None if angle is None else math.degrees(angle.theta)
+    n0, n1 = (norm / sums.scale for norm in sums.norms)
+    change = math.sqrt(sums.dd / sums.xx) if sums.xx else None
+    weights = None if finding.equal else METHODS[method].weights(sums, t)
+    return TensorReport(degrees, (n0, n1), change, weights, note or (weights.note if weights else ""))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity; a float64 norm may be one."""
+    return value if math.isfinite(value) else None
+
+
+def _tensor_json(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> dict[str, Any]:
+    t = job.ts[output]
+    found = describe(finding, plan.method, t)
+    content: dict[str, Any] = {"name": job.out.name, "shape": list(job.out.shape), "dtype": job.out.dtype}
+    content |= _pair_json(job, t) if plan.is_pair else _sources_json(plan, job, t)
+    content["equal"] = finding.equal
+    if job.is_scales:
+        content["scales_of"] = job.base.info.name
+    elif plan.is_pair and job.ft is not None and job.ft.info.name != job.out.name:
+        content["name_ft"] = job.ft.info.name
+    if note := found.note or job.note:
+        content["note"] = note
+    if job.is_copied and plan.is_pair:
+        content["weights"] = [1.0, 0.0]
+    if found.norms is not None:
+        n0, n1 = found.norms
+        content["angle_degrees"] = found.angle_degrees
+        content["norm_base"], content["norm_ft"] = _finite(n0), _finite(n1)
+        content["norm_ratio"] = _finite(n1 / n0) if n0 and math.isfinite(n0) else None
+        content["relative_change"] = found.relative_change
+    if found.weights is not None:
+        content["weights"] = [found.weights.w0, found.weights.w1]
+    if finding.sums is not None and found.norms is not None:
+        content["sums"] = hex_sums(finding.sums)
+    return content
+
+
+def _pair_json(job: TensorJob, t: float) -> dict[str, Any]:
+    ft = job.ft.info.dtype if job.ft else None
+    return {"dtype_base": job.base.info.dtype, "dtype_ft": ft, "t": t}
+
+
+def _sources_json(plan: MergePlan, job: TensorJob, t: float) -> dict[str, Any]:
+    """Of a recipe's tensor: what it was made from, the method's base first if it has one, and by which parameters."""
+    sources = [
+        {"model": plan.sides[side], "name": source.info.name, "dtype": source.info.dtype}
+        for side, source in zip(job.sides, job.sources, strict=True)
+    ]
+    if job.given is None:
+        return {"sources": sources} | ({} if job.is_copied or job.exact else {"settings": {"t": t}})
+    settings = {**job.given.shared, **{name: list(values) for name, values in job.given.each.items()}}
+    return {"sources": sources, "settings": settings}
+
+
+def tensor_text(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> str:
+    """One tensor's line of merge_report.json, in the output of that number."""
+    return json.dumps(_tensor_json(plan, job, finding, output), ensure_ascii=False, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------------- summary
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The angles of a merge in a few numbers. `groups` maps a kind of tensor to its angles in degrees."""
+
+    num_tensors: int
+    num_parameters: int
+    num_equal: int
+    num_kept_base: int
+    num_close: int
+    num_angles: int
+    median_degrees: float | None
+    largest_degrees: float | None
+    largest_name: str | None
+    num_copied: int = 0  # the base's, not merged
+    antiparallel: tuple[str, ...] = ()
+    groups: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def summarise(plan: MergePlan, findings: Findings) -> Summary:
+    """Median and largest angle, and how many tensors are equal or close."""
+    groups: dict[str, array[float]] = {}
+    largest: tuple[float, str] | None = None
+    antiparallel = []
+    for job in plan.jobs():
+        found = describe(findings[job.number], plan.method, job.ts[0])
+        if found.note.startswith("antiparallel"):
+            antiparallel.append(job.out.name)
+        if found.angle_degrees is None:
+            continue
+        groups.setdefault(_kind(job.out.name), array("d")).append(found.angle_degrees)
+        if largest is None or found.angle_degrees > largest[0]:
+            largest = found.angle_degrees, job.out.name
+    angles = array("d")
+    for group in groups.values():
+        angles.extend(group)
+    return Summary(
+        plan.num_tensors,
+        plan.num_parameters,
+        sum(findings[number].equal for number in findings),
+        sum(findings[number].kept_base for number in findings),
+        sum(angle < CLOSE_DEGREES for angle in angles),
+        len(angles),
+        median(angles) if angles else None,
+        largest[0] if largest else None,
+        largest[1] if largest else None,
+        plan.num_kept,
+        tuple(antiparallel),
+        groups,
+    )
+
+
+def _kind(name: str) -> str:
+    """A tensor's name without its layer: `model.layers.*.mlp.up_proj.weight`."""
+    return re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name)
+
+
+def remarks(summary: Summary) -> list[str]:
+    """What a user should know about the angles, in plain sentences."""
+    found = []
+    if summary.num_close and summary.num_equal < summary.num_tensors:
+        which = "all" if summary.num_close == summary.num_angles else f"{summary.num_close:,} of"
+        found.append(
+            f"In {which} {summary.num_angles:,} tensors the models are within {CLOSE_DEGREES} degrees: SLERP and "
+            "linear interpolation agree there to less than half a bfloat16 step."
+        )
+    if summary.num_copied:
+        found.append(f"{summary.num_copied:,} tensors are not merged: they are the base's.")
+    if summary.num_kept_base:
+        found.append(f"{summary.num_kept_base:,} integer tensors differ; the base's are kept.")
+    return found
+
+
+def alarms(summary: Summary) -> list[str]:
+    """What looks wrong after a merge."""
+    found = []
+    if summary.num_equal and summary.num_equal == summary.num_tensors - summary.num_copied:
+        which = (
+            "every tensor that is merged: the output is the base"
+            if summary.num_copied
+            else "every tensor: the output equals them"
+        )
+        found.append(f"Both models are the same in {which}.")
+    if summary.median_degrees is not None and summary.median_degrees > 60:
+        found.append(
+            f"The median angle is {summary.median_degrees:.0f} degrees: are these related models? "
+            "A merge of unrelated models rarely works."
+        )
+    found.extend(
+        f"{shown(name)}: the two tensors point in opposite directions; merged linearly."
+        for name in summary.antiparallel[:5]
+    )
+    if len(summary.antiparallel) > 5:
+        found.append(f"{len(summary.antiparallel) - 5:,} more tensors point in opposite directions.")
+    return found
+
+
+# ------------------------------------------------------------------------------------------ the files
+
+
+def report_lines(
+    plan: MergePlan,
+    findings: Findings,
+    t: float,
+    digest: str,
+    facts: Mapping[str, Any],
+    samples: Sequence[str],
+) -> Iterator[str]:
+    """merge_report.json, a line per tensor."""
+    head: dict[str, Any] = {
+        "format": FORMAT,
+        "tool": f"slerp-merge {__version__}",
+        "plan_sha256": digest,
+        "samples_sha256": list(samples),
+        "method": plan.method,
+        "t": t if plan.is_pair else None,
+        "inputs": {side: facts[side] for side in plan.sides},
+        "options": _options(plan, facts),
+        "shards": {shard.file_name: shard.size for shard in plan.shards},
+    }
+    if not plan.is_pair:
+        head["recipe"] = plan.text
+    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
+    count, number = plan.num_tensors, plan.ts.index(t)
+    for place, job in enumerate(plan.jobs(), 1):
+        line = tensor_text(plan, job, findings[job.number], number)
+        yield f"  {line}" + ("\n" if place == count else ",\n")
+    yield " ]\n}\n"
+
+
+def _options(plan: MergePlan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("dtype", "max_shard_bytes", "files_from", "on_mismatch") if plan.is_pair else _RECIPE_OPTIONS
+    return {key: facts[key] for key in keys} | plan.recipe.selection
+
+
+def sums_text(digests: Mapping[str, str]) -> bytes:
+    """SHA256SUMS, as `sha256sum --check` reads it."""
+    lines = []
+    for name in sorted(digests):
+        escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+        lines.append(f"{'' if escaped == name else chr(92)}{digests[name]}  {escaped}\n")
+    return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object of a merge_report.json with its text: first its head, then a line per tensor.
+
+    Raises ValueError where that is not what report_lines writes.
+    """
+    head, start, size = [], _TENSORS.split("\n")[1], 0
+    lines = iter(lines)
+    for line in lines:
+        if line.rstrip("\n") == start:
+            break
+        head.append(line)
+        size += len(line)
+        if size > _LARGEST_HEAD:
+            raise ValueError("its head is too long")
+    text = "".join(head).rstrip("\n").removesuffix(",") + "\n}"
+    yield text, _object(text)
+    for line in lines:
+        if line == " ]\n":
+            break
+        text = line.strip().removesuffix(",")
+        if line not in (f"  {text},\n", f"  {text}\n"):
+            raise ValueError("a line is not as it was written")
+        yield text, _object(text)
+    if "".join(lines) != "}\n":
+        raise ValueError("it does not end as a report does")
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("a line is not a JSON object")
+    return found
+
+
+def load_tensors(report: Path) -> list[dict[str, Any]]:
+    """The tensors of a merge_report.json."""
+    tensors = json.loads(report.read_text(encoding="utf-8"))["tensors"]
+    return [tensor for tensor in tensors if isinstance(tensor, dict)]
+
+
+def read_identity(report: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The plan digest and the inputs' samples of a merge_report.json; (None, ()) if that is not one."""
+    try:
+        with report.open(encoding="utf-8") as file:
+            head = file.read(65_536)
+    except (OSError, UnicodeDecodeError):
+        return None, ()
+    digest = re.search(r'"plan_sha256": "([0-9a-f]{64})"', head)
+    samples = re.search(r'"samples_sha256": \[\s*((?:"[0-9a-f]{64}",?\s*)*)\]', head)
+    return digest and digest[1], tuple(re.findall("[0-9a-f]{64}", samples[1])) if samples else ()
+
+
+def labelled(plan: MergePlan) -> Iterable[tuple[str, float]]:
+    return zip(plan.labels, plan.ts, strict=True)
+
+
+def single_facts(plan: MergePlan, t: float) -> tuple[str, dict[str, Any]]:
+    """Digest and facts of the merge with this t alone: what one output of several says of itself."""
+    facts = {**plan.facts, "t": [label_t(t)]} if plan.is_pair else dict(plan.facts)
+    return replace(plan, facts=facts).digest, facts
+
+
+def report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
+    """merge_report.json of the output of `t`, its head first."""
+    digest, facts = single_facts(prepared.plan, t)
+    return report_lines(prepared.plan, findings, t, digest, facts, prepared.samples)

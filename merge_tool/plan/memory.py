@@ -1,0 +1,241 @@
+"""How much memory there is, how much this process holds, and how the budget is shared out. Bytes everywhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_tool.arrays import STORED_DTYPES, TILE
+from merge_tool.checkpoint.quantise import extra_bytes
+from merge_tool.errors import RecipeError
+from merge_tool.methods.inner import Scratch
+from merge_tool.plan.plan import MergePlan, TensorJob, work_tile
+
+LEAST_BYTES = 64_000_000
+DEFAULT_MOST_BYTES = 256_000_000
+_COMMAND_BYTES = 48_000_000  # interpreter, imports and headers of a usual model: about 40 MB
+_RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's own, the journal: seen at most 2.0 MB
+_PER_TENSOR_BYTES = 300  # findings until a shard is done, and its header: seen 290
+_CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
+_LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
+_STEPS_ROWS = 6  # float64 tiles that a method's expressions hold at a time, beside its inputs
+_SLACK_BYTES = 2_000_000  # what one process holds more than another of the same command
+MAX_JOBS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once.
+
+    `temporary_bytes` are what each job holds beside them for a moment, `state_bytes` what a method's passes hold.
+    """
+
+    jobs: int
+    chunk_elements: int
+    slot_bytes: int
+    arena_bytes: int
+    temporary_bytes: int = 0
+    state_bytes: int = 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        each = self.slot_bytes + Scratch.NBYTES + self.temporary_bytes
+        return self.jobs * each + self.arena_bytes + self.state_bytes
+
+
+def default_jobs() -> int:
+    """The cores this process may use, at most MAX_JOBS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_JOBS, cores))
+
+
+def default_budget(held: int) -> int:
+    """A quarter of what the machine or its cgroup still has, within LEAST_BYTES and DEFAULT_MOST_BYTES.
+
+    For the whole process, as `held` by the command line before it starts; on top of that for a Python process that
+    holds more already (one that has imported torch, say).
+    """
+    available = available_bytes()
+    budget = max(LEAST_BYTES, min(DEFAULT_MOST_BYTES, (available or 4 * DEFAULT_MOST_BYTES) // 4))
+    return budget + max(0, held - _COMMAND_BYTES)
+
+
+def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = None) -> Layout:
+    """Share `budget` bytes out, given that the process `held` so many before (default: now).
+
+    Fewer jobs and smaller chunks first, then RecipeError with the figure that would do.
+    """
+    held = resident_bytes() if held is None else held
+    state = _state_bytes(plan)
+    fixed = held + _RESERVE_BYTES + _PER_TENSOR_BYTES * plan.num_tensors + state
+    room = budget - fixed
+    unit = max((work_tile(plan, job) for job in plan.jobs()), default=TILE)
+    unit = max(TILE, -(-unit // TILE) * TILE)
+    tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.numel // unit) for job in plan.jobs()), default=1) or 1)
+    jobs = max(1, min(jobs, plan.num_tensors * tiles))
+    slot_bytes, temporary = _job_bytes(plan, tiles * unit)
+    while jobs * (slot_bytes + temporary + Scratch.NBYTES) > room // 2 and (tiles > 1 or jobs > 1):
+        if tiles > 1:
+            tiles //= 2
+            slot_bytes, temporary = _job_bytes(plan, tiles * unit)
+        else:
+            jobs -= 1
+    needed = max(fixed + jobs * (slot_bytes + temporary + Scratch.NBYTES), held + _CARD_BYTES)
+    if needed > budget:
+        enough = _megabytes(needed + _SLACK_BYTES)
+        raise RecipeError(
+            f"This merge of {plan.num_tensors:,} tensors needs at least {enough} of memory, the budget is "
+            f"{_megabytes(budget)}. Give --memory {enough} or more."
+        )
+    rest = room - jobs * (slot_bytes + temporary + Scratch.NBYTES)
+    return Layout(jobs, tiles * unit, slot_bytes, _arena_bytes(plan, rest), temporary, state)
+
+
+def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
+    """The largest slot for a chunk of so many elements; the most that reading and merging one takes beside it."""
+    slot = temporary = finishing = 0
+    for job in plan.jobs():
+        infos = (*(source.info for source in job.sources), job.out)
+        slot = max(slot, sum(aligned(min(chunk, i.numel) * STORED_DTYPES[i.dtype].itemsize) for i in infos))
+        reading = max(source.extra_bytes(min(chunk, source.info.numel)) for source in job.sources)
+        merging = 0 if job.given is None else 8 * (len(job.sources) + _STEPS_ROWS) * work_tile(plan, job)
+        temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
+        finishing = max(finishing, _scales_bytes(plan, job))  # of a tensor whose last chunk the job may be writing
+    return slot, temporary + finishing
+
+
+def _state_bytes(plan: MergePlan) -> int:
+    """What the passes over the one tensor that they are at may hold."""
+    if plan.steps is None:
+        return max((_scales_bytes(plan, job) for job in plan.jobs()), default=0)
+    return max((plan.steps.state_bytes(job.given) for job in plan.jobs() if job.given is not None), default=0)
+
+
+def _scales_bytes(plan: MergePlan, job: TensorJob) -> int:
+    """The largest of every group, in float64, and the scales that follow, in every output."""
+    if job.scaling is None:
+        return 0
+    itemsize = STORED_DTYPES[job.scaling.like.scales.info.dtype].itemsize
+    return len(plan.ts) * job.scaling.num_scales * (8 + itemsize)
+
+
+def _arena_bytes(plan: MergePlan, room: int) -> int:
+    """As much of `room` as tensors read once can use: two of the largest that fit, so that work overlaps."""
+    sizes = [region_bytes(job) for job in plan.jobs()]
+    fitting = [size for size in sizes if size <= room]
+    largest = max(fitting, default=0)
+    second = max((size for size in fitting if size <= room - largest), default=0)
+    return max(0, min(sum(fitting), largest + second))
+
+
+def region_bytes(job: TensorJob) -> int:
+    """What a tensor takes of the arena: all inputs whole, nothing if it is only copied."""
+    return 0 if job.is_copied else sum(aligned(source.info.nbytes) for source in job.sources)
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def estimate_peak(plan: MergePlan, layout: Layout, held: int) -> int:
+    """The peak resident memory to expect, in bytes, of a process that holds `held` now."""
+    grown = held + 1_500_000 + _PER_TENSOR_BYTES * plan.num_tensors
+    return max(grown + layout.buffer_bytes, grown + _CARD_BYTES)
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{-(-nbytes // 1_000_000)}MB"
+
+
+# ------------------------------------------------------------------------------------ what there is
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not tell, its peak so far."""
+    return _status_field("VmRSS:") or peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far (VmHWM; ru_maxrss elsewhere; 0 where nothing tells)."""
+    if found := _status_field("VmHWM:"):
+        return found
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_field(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def available_bytes() -> int | None:
+    """Memory that could be taken without swapping: the machine's, or its cgroup's if that is less."""
+    found = [*_machine_available(), *_cgroup_available()]
+    return min(found, default=None)
+
+
+def _machine_available() -> Iterable[int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+
+
+def _cgroup_available() -> Iterable[int]:
+    """Limit less use of this process's cgroups, v1 and v2, and of those above them."""
+    for folder, limit_file, used_file in _cgroup_files():
+        limit, used = _read_int(folder / limit_file), _read_int(folder / used_file)
+        if limit is not None and used is not None and limit < 1 << 60:
+            yield max(0, limit - used + _read_stat(folder / "memory.stat"))
+
+
+def _cgroup_files() -> Iterable[tuple[Path, str, str]]:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            mount, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            mount, files = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = mount / name.lstrip("/")
+        while folder.is_relative_to(mount):
+            yield folder, *files
+            folder = folder.parent
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # "max": no limit
+        return None
+
+
+def _read_stat(path: Path) -> int:
+    """Page cache that the kernel may drop: what is not dirty and not mapped."""
+    try:
+        rows = (line.split() for line in path.read_text().splitlines())
+        return sum(int(value) for key, value in rows if key in {"inactive_file", "total_inactive_file"})
+    except (OSError, ValueError):
+        return 0
+
+
+def under_pressure(budget: int) -> bool:
+    """Whether dirty pages should be flushed early: little room beside the budget for the page cache."""
+    available = available_bytes()
+    return available is not None and available < budget + 256_000_000

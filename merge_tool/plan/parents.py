@@ -1,0 +1,128 @@
+"""What the models to be merged say differently of themselves: configurations, tokenizers. For warnings; and, where they
+do not fit, for the error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.errors import CheckpointError, MismatchError, shown
+from merge_tool.vocabulary.row_tensors import rows_of
+from merge_tool.vocabulary.tokenizer_json import TOKENIZER
+from merge_tool.vocabulary.tokens import compare_tokenizers
+from merge_tool.vocabulary.vocab import TOKENIZER_FILES, explain, has_other_rows
+
+_COMPARED_SETTINGS = (
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+)
+_ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta"})  # worth a word if only one says
+
+
+def parent_warnings(models: Sequence[Checkpoint], way: str) -> Iterable[str]:
+    """Notices of the models, and what each says otherwise than the first. `way` is how rows can be matched by token;
+    nothing if they are."""
+    for model in models:
+        yield from model.notices
+    for other in models[1:]:
+        yield from _differences(models[0], other)
+        yield from _tokenizer_differences(models[0], other, way)
+
+
+def check_vocabularies(models: Sequence[Checkpoint], *, is_pair: bool) -> None:
+    """Raise MismatchError where rows of one number mean other tokens in two models: of a pair wherever the tokenizers
+    differ, of a recipe's models where a token has another number."""
+    base, *others = models
+    for other in others:
+        here, there = base.tokenizer_folder, other.tokenizer_folder
+        if here is None or there is None or not (here.has(TOKENIZER) and there.has(TOKENIZER)):
+            continue
+        if rows_of(base) is None or _same_bytes(here, there, TOKENIZER):
+            continue
+        try:
+            found = compare_tokenizers(here, there)
+        except CheckpointError:
+            continue  # a warning tells of it
+        if found.num_moved or (is_pair and any(found.num_only)):
+            way = "--vocab base, ft or union" if is_pair else "tokenizer_source: union (or base, or a model)"
+            raise MismatchError(
+                f"{base.name} and {other.name} have different vocabularies, so rows of one number mean other tokens. "
+                f"{explain(base, other)}.\nWith {way} rows are matched by token; --exclude PATTERN keeps what it "
+                "matches (embeddings, heads) as the base has it."
+            )
+
+
+def explain_rows(models: Sequence[Checkpoint]) -> str:
+    """How far the vocabularies of models agree whose embeddings differ in their rows; nothing if they do not."""
+    base, *others = models
+    told = [f"\n{text}." for other in others if has_other_rows(base, other) and (text := _compared(base, other))]
+    return "".join(told)
+
+
+def _compared(base: Checkpoint, ft: Checkpoint) -> str:
+    try:
+        return explain(base, ft)
+    except CheckpointError as e:
+        return f"The vocabularies cannot be compared: {str(e).rstrip('.')}"
+
+
+def _differences(base: Checkpoint, ft: Checkpoint) -> Iterable[str]:
+    a, b = (_settings(model.config or {}) for model in (base, ft))
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) == b.get(key) or base.config is None or ft.config is None:
+            continue
+        if key.endswith("tie_word_embeddings") and base.tensors.keys() != ft.tensors.keys():
+            continue  # the heads themselves were told of already
+        if (key in a and key in b) or key.split(".")[-1] in _ONE_SIDED:
+            here, there = (shown(side.get(key, "nothing")) for side in (a, b))
+            yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}. Are these related models?"
+
+
+def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, way: str) -> Iterable[str]:
+    here, there = base.tokenizer_folder, ft.tokenizer_folder
+    if here is None or there is None:
+        return
+    for name in TOKENIZER_FILES:
+        if not (here.has(name) and there.has(name)) or _same_bytes(here, there, name):
+            continue
+        told = f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
+        if name != TOKENIZER:
+            yield told
+        elif way:
+            yield f"{told} {_compared(base, ft)}. With {way} rows are matched by token."
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that matter, those of sub-configs as `text_config.num_attention_heads`."""
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config = {"rope_theta": rope["rope_theta"], **config}
+    found = {f"{prefix}{key}": config[key] for key in _COMPARED_SETTINGS if config.get(key) is not None}
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config") and not prefix:
+            found |= _settings(value, f"{key}.")
+    return found
+
+
+def _same_bytes(base: Folder, ft: Folder, name: str) -> bool:
+    paths = base.regular(name), ft.regular(name)
+    try:
+        if paths[0].stat().st_size != paths[1].stat().st_size:
+            return False
+        with paths[0].open("rb") as a, paths[1].open("rb") as b:
+            while True:
+                left, right = a.read(65_536), b.read(65_536)
+                if left != right or not left:
+                    return left == right
+    except OSError as e:
+        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e

@@ -1,0 +1,112 @@
+"""`--dtype base` where BASE has 8-bit floats with scales: which tensors the output then has, and what each is made of.
+
+Its tensors are BASE's as they are stored: codes and scales, merged in real values and quantised again; scales of
+activations, copied. Reads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from merge_tool.arrays import STORED_DTYPES
+from merge_tool.checkpoint.fp8 import Scaled, ScaledTensor
+from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.source import TensorSource
+from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How two jobs write a weight in 8 bits, its codes and their scales, as `like`, which is BASE's.
+
+    `ft` is FT's, where it has the same grid and dtypes: a merge that is FT's may have its very bytes.
+    """
+
+    like: ScaledTensor
+    ft: ScaledTensor | None
+
+    def handed_on(self, t: float, *, equal: bool) -> ScaledTensor | None:
+        """Whose codes and scales are taken byte for byte at this t; None where they are made anew."""
+        return self.like if equal or t == 0 else self.ft if t == 1 else None
+
+    @property
+    def num_scales(self) -> int:
+        return self.like.scales.info.numel
+
+
+@dataclass(frozen=True)
+class ScaledPlan:
+    """BASE's format, which the output has."""
+
+    base: Checkpoint
+    scaled: Scaled
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """The name of every tensor of codes or scales -> its weight's."""
+        scales = {weight.scales.info.name: name for name, weight in self.scaled.made.items()}
+        return {**{name: name for name in self.scaled.made}, **scales}
+
+    def infos(self) -> Iterator[TensorInfo]:
+        """Tensors of the output that are none of BASE's, as it is read, or are others there."""
+        for weight in self.scaled.made.values():
+            yield from (weight.codes.info, weight.scales.info)
+        yield from (source.info for source in self.scaled.activations.values())
+
+    def scaling(self, weight: str, ft: TensorSource) -> Scaling:
+        """How codes and scales of BASE's `weight` and FT's are written."""
+        like = self.scaled.made[weight]
+        return Scaling(like, ft if isinstance(ft, ScaledTensor) and _is_alike(like, ft) else None)
+
+    def kept(self, name: str) -> TensorSource:
+        """BASE's codes or scales called `name`."""
+        weight = self.scaled.made[self.weights[name]]
+        return weight.codes if name == weight.info.name else weight.scales
+
+    def warnings(self) -> Iterator[str]:
+        if names := list(self.scaled.activations):
+            yield (
+                f"{len(names):,} scales of activations are copied from {self.base.name}, which they were calibrated "
+                f"for; the merge's own may differ: {listed(names)}."
+            )
+
+
+def plan_scaled(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> ScaledPlan | None:
+    """BASE's format, if that is asked for and BASE has one.
+
+    Raises RecipeError where the output cannot have it: weights that are made of more than BASE's codes, or a
+    configuration that speaks of another format.
+    """
+    scaled = base.scaled
+    if recipe.dtype != "base" or scaled is None:
+        return None
+    changed = [name for name, weight in scaled.made.items() if base.source(name) is not weight]
+    if changed:
+        raise RecipeError(
+            f"dtype is 'base', and {base.name} has {len(changed):,} tensors in 8 bits with something added to them: "
+            f"{listed(changed)}. Only BASE's own codes are quantised again; write bfloat16 (the default), and quantise "
+            "it afterwards."
+        )
+    for source in scaled.activations.values():
+        if source.info.dtype not in STORED_DTYPES:
+            what = f"{base.name} has {shown(source.info.name)} in {source.info.dtype}"
+            raise RecipeError(f"dtype is 'base', and {what}, which is not written. Choose another dtype.")
+    theirs = ft.scaled.settings if ft.scaled is not None else None
+    if recipe.files_from == "ft" and theirs != scaled.settings:
+        raise RecipeError(
+            f"--files-from ft: config.json of {ft.name} does not speak of the 8 bits that {base.name} has and --dtype "
+            "base writes. Take BASE's files, or another dtype."
+        )
+    return ScaledPlan(base, scaled)
+
+
+def _is_alike(a: ScaledTensor, b: ScaledTensor) -> bool:
+    dtypes = [(side.codes.info.dtype, side.scales.info.dtype) for side in (a, b)]
+    return a.grid == b.grid and dtypes[0] == dtypes[1]
+
+
+__all__ = ["ScaledPlan", "Scaling", "plan_scaled"]

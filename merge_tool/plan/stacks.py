@@ -1,0 +1,124 @@
+"""The stacks of layers that tensor names show, and what belongs to which: known by the numbers in the names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.recipe.schedule import split_layer
+
+_FEWEST_TENSORS = 3  # in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` is none
+
+# What stands after the layers, by the words that libraries use: output heads, and final norms.
+_HEAD = re.compile(
+    r"(?:.*_)?head|embed_out|output|proj(?:ect)?_out|score|(?:pre_)?classifier|qa_outputs|cls|pooler"
+    r"|(?:text|visual)_projection|final_logits_bias"
+)
+_NORM = re.compile(r"(?!pre).*norm(?:_f|_out)?|ln(?:_f|_out|_post)?")
+_INPUT = re.compile(r"embed|conv|proj")  # a norm beside one of these is not the final one
+
+
+def comes_last(name: str) -> bool:
+    """Whether a tensor outside any layers stands after them (a final norm, an output head) or before (all else).
+
+    >>> [comes_last(f"{name}.weight") for name in ("model.embed_tokens", "model.norm", "lm_head", "embeddings.norm")]
+    [False, True, True, False]
+    """
+    parts = name.lower().split(".")
+    if any(map(_HEAD.fullmatch, parts)):
+        return True
+    return any(map(_NORM.fullmatch, parts)) and not any(map(_INPUT.search, parts))
+
+
+def natural_key(name: str) -> str:
+    """Sort key under which numbers inside names compare as numbers: each is preceded by its length."""
+    return re.sub(r"[0-9]+", lambda digits: f"{len(digits[0].lstrip('0')):06d}{digits[0].lstrip('0')}", name)
+
+
+class Stacks:
+    """The stacks that some models' tensors form, each with its number of layers. Those of *layers* are numbered from 0
+    without gaps and have at least three tensors in each, if any stack has; a projector's `mlp.0` is no layer."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        counts: dict[str, dict[int, int]] = {}
+        for stack, layer in filter(None, map(split_layer, names)):
+            layers = counts.setdefault(stack, {})
+            layers[layer] = layers.get(layer, 0) + 1
+        self._last = {stack: max(layers) for stack, layers in counts.items()}
+        whole = {stack: layers for stack, layers in counts.items() if len(layers) == max(layers) + 1}
+        full = [stack for stack, layers in whole.items() if min(layers.values()) >= _FEWEST_TENSORS]
+        self.of_layers = full or list(whole)
+
+    def num_layers(self, stack: str) -> int:
+        return self._last.get(stack, -1) + 1
+
+    @property
+    def told(self) -> str:
+        """How many layers there are, in words; nothing if there are none."""
+        if len(self.of_layers) == 1:
+            return f"{self.num_layers(self.of_layers[0]):,} layers"
+        return ", ".join(
+            f"{self.num_layers(stack):,} layers in {shown(stack.rstrip('.'))}" for stack in self.of_layers[:3]
+        )
+
+    def position(self, name: str) -> float:
+        """Where a tensor lies in its stack: 0 the first layer, or outside any; 1 the last layer, or the only one."""
+        found = split_layer(name)
+        if found is None:
+            return 0.0
+        return found[1] / last if (last := self._last[found[0]]) else 1.0
+
+    def only(self) -> str:
+        """The one stack of layers. Raises RecipeError, naming them, if there are several, or none."""
+        if len(self.of_layers) != 1:
+            found = f"{len(self.of_layers):,} stacks: {listed(self.of_layers)}" if self.of_layers else "none"
+            hint = "" if not self.of_layers else (
+                f" Say which is meant: modules: {{{shown(self.of_layers[0].rstrip('.'))}: {{slices: ...}}, ...}}, "
+                "with an entry for each."
+            )  # fmt: skip
+            raise RecipeError(
+                f"`slices` needs the one stack of numbered layers, but the tensors' names show {found}.{hint}"
+            )
+        return self.of_layers[0]
+
+    def called(self, name: str) -> list[str]:
+        """The stacks of layers that a module's name means: its words stand in the stack's name, one after another."""
+        return [stack for stack in self.of_layers if f".{name}." in f".{stack}"]
+
+
+class Owners:
+    """Which module each tensor belongs to: a layer's tensor to the module that its stack is called by; any other to the
+    module whose stack's name begins most like its own, the first one if several do. The only module of a model with
+    one stack may be called anything (mergekit says `default`)."""
+
+    def __init__(self, stacks: Stacks, modules: Sequence[str]) -> None:
+        alone = len(modules) == len(stacks.of_layers) == 1
+        self._stacks_of = {name: stacks.of_layers if alone else stacks.called(name) for name in modules}
+        self._of = {stack: name for name, found in self._stacks_of.items() for stack in found}
+        known = f"the stacks of layers are: {listed(stacks.of_layers) or 'none'}"
+        for name, found in self._stacks_of.items():
+            if not found:
+                raise RecipeError(f"No tensor belongs to the module '{shown(name)}'; {known}.")
+        if sum(map(len, self._stacks_of.values())) != len(self._of):
+            raise RecipeError(f"Two of the modules ({listed(modules)}) mean the same stack; {known}.")
+        if left := [stack for stack in stacks.of_layers if stack not in self._of]:
+            raise RecipeError(f"`modules` does not say how to merge {listed(left)}; name each stack, or use `models`.")
+
+    def stack(self, name: str) -> str:
+        """The only stack of a module. Raises RecipeError if it has several."""
+        if len(found := self._stacks_of[name]) > 1:
+            raise RecipeError(f"The module '{shown(name)}' has slices but means several stacks: {listed(found)}.")
+        return found[0]
+
+    def owner(self, name: str) -> str:
+        found = split_layer(name)
+        if found is not None and found[0] in self._of:
+            return self._of[found[0]]
+        return max(self._stacks_of, key=lambda module: max(_alike(name, s) for s in self._stacks_of[module]))
+
+
+def _alike(name: str, stack: str) -> int:
+    """How many words two names begin with alike."""
+    words = zip(name.split("."), stack.split("."), strict=False)
+    return next((k for k, (a, b) in enumerate(words) if a != b), min(name.count("."), stack.count(".")))

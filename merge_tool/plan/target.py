@@ -1,0 +1,77 @@
+"""Where a merge goes: a folder or one file, beside its inputs and never over them. Looks at paths; writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_tool.errors import OutputError, RecipeError, shown
+from merge_tool.models.side_files import WORK
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a merge goes: a folder, or exactly one .safetensors file."""
+
+    path: Path
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix == ".safetensors"
+
+    @property
+    def work(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial") if self.is_file else self.path / WORK
+
+    @property
+    def single_file(self) -> str | None:
+        return self.path.name if self.is_file else None
+
+
+def check_target(target: Target, inputs: Iterable[Path]) -> None:
+    """Raise OutputError where writing to `target` could touch an input, or where it is of the wrong kind."""
+    path = target.path
+    try:
+        out = path.resolve()
+        sources = [(source, source.resolve()) for source in inputs]
+        is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    for source, real in sources:
+        if out == real or out.is_relative_to(real) or real.is_relative_to(out):
+            raise OutputError(
+                f"{shown(path)}: the output is, or lies inside or around, the input {shown(source)}. "
+                "Choose another folder."
+            )
+    if target.is_file and is_folder:
+        raise OutputError(f"{shown(path)}: is a folder, but a name ending in .safetensors asks for a file.")
+    if not target.is_file and exists and not is_folder:
+        raise OutputError(f"{shown(path)}: is a file, expected a folder, or a name ending in .safetensors.")
+    if is_link and not exists:
+        raise OutputError(f"{shown(path)}: is a link that leads nowhere. Remove it, or choose another folder.")
+
+
+def check_report_path(path: Path, ts: Sequence[float], target: Target, inputs: Iterable[Path]) -> None:
+    """Raise RecipeError or OutputError where the report cannot be written at `path`."""
+    where = f"--report {shown(path)}"
+    if len(ts) > 1:
+        raise RecipeError(f"{where}: one report for one t; with several, each output folder has its own.")
+    try:
+        real = path.resolve()
+        forbidden = [other.resolve() for other in (*inputs, target.path, target.work)]
+        is_folder, has_parent = path.is_dir(), path.parent.is_dir()
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{where}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    if is_folder or not has_parent:
+        raise OutputError(f"{where}: {'is a folder' if is_folder else 'its folder is missing'}. Choose a file's path.")
+    if any(real == other or real.is_relative_to(other) for other in forbidden):
+        raise OutputError(f"{where}: lies inside an input or the output. Choose a path beside them.")
+
+
+def existing_folder(path: Path) -> Path:
+    """The path itself, or the nearest above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

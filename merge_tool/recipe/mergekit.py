@@ -1,0 +1,324 @@
+"""mergekit's YAML -> `ModelsRecipe`: whatever the text alone can get wrong is found here, with its line.
+
+Written from the format's rules, which docs/mergekit.md states. Where mergekit ignores what it does not know, an
+unknown key is an error here, and a known one without effect a warning. Opens no checkpoint; `expand` goes on from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_tool.errors import RecipeError, shown
+from merge_tool.methods.steps import REQUIRED
+from merge_tool.recipe.mergekit_models import NamedModels
+from merge_tool.recipe.mergekit_parameters import INERT, Parameters
+from merge_tool.recipe.mergekit_tokenizer import parse_tokenizer
+from merge_tool.recipe.model_ref import ModelRef
+from merge_tool.recipe.models_recipe import (
+    PAIRS,
+    ModelsRecipe,
+    Module,
+    Slice,
+    Source,
+    Terms,
+    all_terms,
+)
+from merge_tool.recipe.settings import Settings
+from merge_tool.recipe.templates import TEMPLATES
+from merge_tool.recipe.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+TOP = (
+    "merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters", "tokenizer_source",
+    "tokenizer", "chat_template",
+)  # fmt: skip
+_UNUSED = {
+    "name": "nothing in the output is called by it",
+    "random_seed": INERT["random_seed"],
+    "residual_weight": "mergekit reads it, too, and never uses it",
+    "override_architecture": "tensors are matched by their names, whatever the architecture",
+}
+_PLACES = {
+    **dict.fromkeys(TOP, "it belongs at the top of the recipe"),
+    "layer_range": "it belongs into slices[].sources",
+    "sources": "it belongs into slices",
+    "revision": "write model: PATH@REVISION",
+    "out_path": "the output is named on the command line",
+}
+_OTHERS = {
+    "experts": "a mixture-of-experts recipe (mergekit-moe), which is not a merge of equal models",
+    "gate_mode": "a mixture-of-experts recipe (mergekit-moe), which is not a merge of equal models",
+    "stages": "a list of merges (mergekit-multi); run them one after another",
+    "genome": "a search of mergekit-evolve; run its best recipe instead",
+}
+_LARGEST_RECIPE = 1_000_000  # bytes
+_KINDS = ("models", "slices", "modules")
+_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64", "half": "float16"}
+
+
+def parse_recipe(text: str, where: str, methods: Mapping[str, Terms], *, extrapolate: bool = False) -> ModelsRecipe:
+    """The recipe that `text` (of the file `where`) asks for. `methods` are those there
+    are beside slerp; their parameters and counts of models are used.
+
+    Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
+    parameters: with the file, the line, and what would be right.
+    """
+    return _Parser(where, methods, extrapolate).recipe(parse_yaml(text, where), text)
+
+
+class _Parser:
+    def __init__(self, where: str, methods: Mapping[str, Terms], extrapolate: bool) -> None:
+        self._methods = all_terms(methods)
+        parameters = {key for terms in self._methods.values() for key in (*terms.shared, *terms.each)}
+        self._text = Text(where, _UNUSED, {**dict.fromkeys(parameters, "it belongs under `parameters:`"), **_PLACES})
+        self._models = NamedModels(self._text)
+        self._extrapolate = extrapolate
+
+    def recipe(self, top: Value, text: str) -> ModelsRecipe:
+        self._check_program(self._text.mapping(top, "the recipe"))
+        fields = self._text.fields(top, "the recipe", TOP)
+        name = self._method_name(top, fields)
+        self._name, self._method = name, self._methods[name]
+        self._parameters = Parameters(self._text, name, self._methods, self._extrapolate)
+        base = self._models.optional_ref(fields, "base_model")
+        parameters = self._parameters.parse(fields.get("parameters"), "parameters")
+        modules = self._modules(top, fields, base, parameters)
+        base_number = self._models.number(base) if base else None
+        tokenizer = parse_tokenizer(self._text, self._models, fields, has_base=base is not None)
+        return ModelsRecipe(
+            base=base_number,
+            method=name,
+            modules=modules,
+            parameters=parameters,
+            dtype=self._dtype(fields, "dtype"),
+            out_dtype=self._dtype(fields, "out_dtype"),
+            tokenizer=tokenizer,
+            chat_template=self._chat_template(fields),
+            models=self._models.refs,  # complete only now
+            text=text,
+            warnings=tuple(self._text.warnings),
+        )
+
+    # What the whole is
+
+    def _check_program(self, fields: Fields) -> None:
+        for key, what in _OTHERS.items():
+            if key in fields:
+                raise self._text.error(fields[key].key_line, f"'{key}' belongs to {what}.")
+        if "method" in fields and "merge_method" not in fields:
+            raise self._text.error(
+                fields["method"].key_line,
+                "'method' is the key of mlx-lm's recipes, whose lists mean other values along the layers. For "
+                "mergekit's rules write merge_method, `- model: PATH` for each model, and base_model: the first one.",
+            )
+
+    def _method_name(self, top: Value, fields: Fields) -> str:
+        if "merge_method" not in fields:
+            raise self._text.error(top.line, f"there is no merge_method, expected one of: {self._known_methods}.")
+        name = self._text.string(value := fields["merge_method"], "merge_method")
+        if name not in self._methods:
+            meant = nearest(name, self._methods.keys())
+            raise self._text.error(
+                value.line, f"merge_method is '{shown(name)}'{meant}, expected one of: {self._known_methods}."
+            )
+        return name
+
+    @property
+    def _known_methods(self) -> str:
+        return ", ".join(sorted(self._methods))
+
+    def _modules(self, top: Value, fields: Fields, base: ModelRef | None, parameters: Settings) -> tuple[Module, ...]:
+        given = [key for key in _KINDS if key in fields and fields[key].plain is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise self._text.error(top.line, f"there is {found}, expected exactly one of: {', '.join(_KINDS)}.")
+        if given != ["modules"]:
+            return (self._module(None, fields, base, [parameters]),)
+        found_modules = []
+        for name, value in self._text.mapping(fields["modules"], "modules").items():
+            what = f"the module '{shown(name)}'"
+            inside = self._text.fields(value, what, ("models", "slices", "parameters"))
+            inside = {key: found for key, found in inside.items() if found.plain is not None}
+            if ("models" in inside) == ("slices" in inside):
+                raise self._text.error(value.line, f"{what} needs either models or slices.")
+            found_modules.append(self._module(name, inside, base, [parameters]))
+        if not found_modules:
+            raise self._text.error(fields["modules"].line, "modules is empty, expected NAME: {models: ...}.")
+        return tuple(found_modules)
+
+    def _module(self, name: str | None, fields: Fields, base: ModelRef | None, outer: list[Settings]) -> Module:
+        own = self._parameters.parse(fields.get("parameters"), "parameters") if name is not None else {}
+        scopes = [own, *outer]
+        if "models" in fields and fields["models"].plain is not None:
+            return Module(name, (self._all_layers(fields["models"], base, scopes),), own)
+        slices = self._text.items(fields["slices"], "slices")
+        module = Module(name, tuple(self._slice(value, base, scopes) for value in slices), own)
+        if module.num_layers == 0:
+            raise self._text.error(slices[0].line, "the slices have no layers at all, expected one layer or more.")
+        return module
+
+    # Slices and their sources
+
+    def _all_layers(self, value: Value, base: ModelRef | None, scopes: list[Settings]) -> Slice:
+        """`models`: one slice of everything; base_model is one of its sources even if it is not listed."""
+        refs: list[ModelRef] = []
+        sources: list[Source] = []
+        for item in self._text.items(value, "models"):
+            if isinstance(item.plain, str):
+                raise self._text.error(item.line, f"a model is {kind(item)}, expected `- model: {shown(item.plain)}`.")
+            fields = self._entry(item, "an entry of models", ("model", "parameters"))
+            ref, settings = self._source(fields, base)
+            refs.append(ref)
+            sources.append(Source(self._models.number(ref), None, settings))
+        if base and base not in refs:
+            refs.append(base)
+            sources.append(Source(self._models.number(base), None, {}))
+        return self._checked_slice(value, refs, sources, base, {}, scopes)
+
+    def _slice(self, value: Value, base: ModelRef | None, scopes: list[Settings]) -> Slice:
+        fields = self._text.fields(value, "an entry of slices", ("sources", "base_model", "parameters"))
+        if "sources" not in fields:
+            raise self._text.error(value.line, "an entry of slices has no sources, expected a list of models.")
+        base = self._models.optional_ref(fields, "base_model") or base
+        own = self._parameters.parse(fields.get("parameters"), "a slice's parameters")
+        refs: list[ModelRef] = []
+        sources: list[Source] = []
+        for item in self._text.items(fields["sources"], "sources"):
+            inside = self._entry(item, "an entry of sources", ("model", "layer_range", "parameters"))
+            ref, settings = self._source(inside, base)
+            refs.append(ref)
+            sources.append(Source(self._models.number(ref), self._layers(item, inside), settings))
+        self._check_lengths(value, sources)
+        return self._checked_slice(value, refs, sources, base, own, scopes)
+
+    def _entry(self, value: Value, what: str, known: tuple[str, ...]) -> Fields:
+        fields = self._text.fields(value, what, known)
+        if "model" not in fields:
+            raise self._text.error(value.line, f"{what} has no model, expected `model: PATH`.")
+        return fields
+
+    def _source(self, fields: Fields, base: ModelRef | None) -> tuple[ModelRef, Settings]:
+        ref = self._models.ref(fields["model"])
+        given = fields.get("parameters")
+        settings = self._parameters.parse(given, f"the parameters of {shown(ref)}", of_model=True)
+        if settings and given and ref == base and self._method.base != "none":
+            self._text.warn(given.key_line, "parameters", f"{shown(ref)} is base_model, which has none of its own")
+        return ref, settings
+
+    def _layers(self, item: Value, fields: Fields) -> tuple[int, int]:
+        expected = "expected [first, end]: two whole numbers from 0 on, the end not included"
+        if (value := fields.get("layer_range")) is None:
+            raise self._text.error(item.line, f"an entry of sources has no layer_range, {expected}.")
+        plain = [part.plain for part in value.plain] if isinstance(value.plain, tuple) else []
+        if len(plain) != 2 or not all(type(n) is int and n >= 0 for n in plain) or plain[0] > plain[1]:
+            raise self._text.error(value.line, f"layer_range is {_list_text(value)}, {expected}.")
+        return plain[0], plain[1]
+
+    def _check_lengths(self, value: Value, sources: Sequence[Source]) -> None:
+        ranges = [source.layers for source in sources if source.layers]
+        if len({end - first for first, end in ranges}) > 1:
+            found = ", ".join(f"[{first}, {end}]" for first, end in ranges)
+            raise self._text.error(value.line, f"the sources of a slice have layers {found}, expected equally many.")
+
+    def _checked_slice(
+        self, value: Value, refs: list[ModelRef], sources: list[Source], base: ModelRef | None, own: Settings,
+        scopes: list[Settings],
+    ) -> Slice:  # fmt: skip
+        place = refs.index(base) if base in refs and base and self._method.base != "none" else None
+        self._check_base(value, place, base)
+        self._check_count(value, len(refs), place)
+        found = Slice(tuple(sources), place, own)
+        self._check_required(value, found, refs, [own, *scopes])
+        return found
+
+    def _check_base(self, value: Value, place: int | None, base: ModelRef | None) -> None:
+        if place is not None or self._method.base == "none" or (self._method.base == "optional" and base is None):
+            return
+        if base is None:
+            which = "the one at t = 0" if self._name in PAIRS else "the one that the others are compared with"
+            raise self._text.error(value.line, f"{self._name} needs base_model: one of the models, {which}.")
+        raise self._text.error(
+            value.line, f"base_model {shown(base)} is not among the sources of the slice, which must give its layers."
+        )
+
+    def _check_count(self, value: Value, count: int, base: int | None) -> None:
+        fewest, most = (2, 2) if self._name in PAIRS else self._method.inputs
+        found = count if self._name in PAIRS or base is None else count - 1
+        if fewest <= found <= most:
+            return
+        wanted = (
+            f"exactly {fewest}" if fewest == most else f"at least {fewest}" if found < fewest else f"at most {most}"
+        )
+        noun = "model" if wanted.endswith(" 1") else "models"
+        beside = "" if self._name in PAIRS or base is None else " beside base_model"
+        also = " with base_model, which is one of them" if beside == "" and base == count - 1 and found > most else ""
+        raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {found}{also}.")
+
+    def _check_required(self, value: Value, part: Slice, refs: list[ModelRef], scopes: list[Settings]) -> None:
+        given = {key for scope in scopes for key in scope}
+        for key, default in self._method.shared.items():
+            if default is REQUIRED and key not in given:
+                raise self._text.error(value.line, f"{self._name} needs a '{key}': put it into `parameters:`.")
+        for key, default in self._method.each.items():
+            lacking = [
+                ref
+                for place, (source, ref) in enumerate(zip(part.sources, refs, strict=True))
+                if default is REQUIRED and place != part.base and key not in given and key not in source.parameters
+            ]
+            if lacking:
+                raise self._text.error(
+                    value.line,
+                    f"{self._name} needs a '{key}' for {', '.join(map(shown, lacking))}: put it into the parameters "
+                    "of the model, or into the recipe's for all.",
+                )
+
+    # Values
+
+    def _dtype(self, fields: Fields, key: str) -> str | None:
+        given = self._text.optional_string(fields, key)
+        if given is None:
+            return None
+        name = given.removeprefix("torch.")
+        if name not in DTYPES:
+            close = f" (did you mean '{_DTYPE_NAMES[name]}'?)" if name in _DTYPE_NAMES else nearest(name, DTYPES)
+            raise self._text.error(
+                fields[key].line, f"{key} is '{shown(given)}'{close}, expected one of: {', '.join(DTYPES)}."
+            )
+        return name
+
+    def _chat_template(self, fields: Fields) -> str | None:
+        given = self._text.optional_string(fields, "chat_template")
+        if given is None or given in ("auto", *TEMPLATES) or "{" in given:
+            return given
+        raise self._text.error(
+            fields["chat_template"].line,
+            f"chat_template is '{shown(given)}'{nearest(given, TEMPLATES.keys())}, expected auto, one of "
+            f"{', '.join(TEMPLATES)}, or a template in Jinja.",
+        )
+
+
+def _list_text(value: Value) -> Any:
+    if isinstance(value.plain, tuple) and all(not isinstance(v.plain, (tuple, Mapping)) for v in value.plain):
+        return f"[{', '.join(shown(v.text, 20) for v in value.plain[:5])}]"
+    return kind(value)
+
+
+def recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
+    """The recipe as YAML, and what to call it in messages."""
+    if isinstance(recipe, Mapping):
+        import yaml
+
+        return yaml.safe_dump(dict(recipe), sort_keys=False), "the recipe"
+    path = Path(recipe)
+    try:
+        if path.stat().st_size > _LARGEST_RECIPE:
+            raise RecipeError(
+                f"{shown(path)}: has {path.stat().st_size:,} bytes, at most {_LARGEST_RECIPE:,} are read."
+            )
+        return path.read_text(encoding="utf-8"), path.name
+    except OSError as e:
+        raise RecipeError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{shown(path)}: is not a text in UTF-8 ({e.reason} at byte {e.start:,}).") from e

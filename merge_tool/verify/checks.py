@@ -1,0 +1,61 @@
+"""What the check of an output has found so far, and bytes compared with a file's. Reads, and says what differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.errors import shown
+from merge_tool.plan.plan import TensorJob
+
+_PIECE = 1 << 20
+_MOST = 50  # problems that are named; the rest is counted
+
+
+@dataclass
+class Checks:
+    """What one output's check has found out so far."""
+
+    num_files: int = 0
+    nbytes: int = 0
+    num_compared: int = 0
+    problems: list[str] = field(default_factory=list)
+    more: int = 0
+
+    def add(self, problem: str) -> None:
+        if len(self.problems) < _MOST:
+            self.problems.append(problem)
+        else:
+            self.more += 1
+
+
+def check_bytes(
+    checks: Checks,
+    file: LocalFile,
+    offset: int,
+    expected: memoryview,
+    what: str,
+    room: bytearray | None = None,
+    job: TensorJob | None = None,
+) -> bool:
+    """Compare `expected` with the file's bytes from `offset` on."""
+    place = first_difference(file, offset, expected, room if room is not None else bytearray(_PIECE))
+    if place is None:
+        return True
+    element = f"element {(place - job.out.offset) // (job.out.nbytes // job.out.numel):,}" if job else f"byte {place:,}"
+    checks.add(f"{shown(file.name)}: {shown(what)} is not the merge of these parents: {element} differs.")
+    return False
+
+
+def first_difference(file: LocalFile, offset: int, expected: memoryview, room: bytearray) -> int | None:
+    """The place in the file of the first byte that is not as expected."""
+    for start in range(0, len(expected), len(room)):
+        piece = expected[start : start + len(room)]
+        view = memoryview(room)[: len(piece)]
+        file.read_into(offset + start, view)
+        if view != piece:
+            return offset + start + next(k for k, (a, b) in enumerate(zip(view, piece, strict=True)) if a != b)
+    return None
+
+
+__all__ = ["Checks", "check_bytes", "first_difference"]

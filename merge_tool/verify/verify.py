@@ -1,0 +1,267 @@
+"""An output against itself and against its parents: `verify`. Reads everything, writes nothing, trusts nothing.
+
+Alone: every file's SHA-256, and every shard, opened by the safetensors library, against the report. With the
+parents: the plan is made anew from their headers, and elements are merged again and compared bit for bit, by the
+very code that merged them. `full` is a whole merge whose writers compare instead of writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.reader import open_checkpoint
+from merge_tool.checkpoint.source import sha256_of
+from merge_tool.errors import CheckpointError, MergeToolError, OutputError, shown
+from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
+from merge_tool.output.older import read_sums, strangers
+from merge_tool.output.report import FORMAT, stream_report, sums_text
+from merge_tool.verify.checks import Checks
+from merge_tool.verify.remerge import StoredReport, check_parents, plan_again, plan_recipe_again
+
+_MOST = 50  # tensors too many that are named
+_HEAD: Mapping[str, type | tuple[type, ...]] = {
+    "method": str, "t": (int, float, type(None)), "inputs": dict, "options": dict, "shards": dict,
+    "samples_sha256": list,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of one output and what is wrong with it: nothing, if `problems` is empty.
+
+    `nbytes` were hashed. `num_compared` elements of `num_elements` were merged again, with the sums made again if
+    `full`. `others` are files that no manifest lists.
+    """
+
+    path: Path
+    num_files: int
+    nbytes: int
+    num_tensors: int
+    num_compared: int
+    num_elements: int
+    full: bool
+    others: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def verify(
+    out: str | Path,
+    against: tuple[str | Path, str | Path] | None = None,
+    *,
+    sample: float = 0.01,
+    full: bool = False,
+    report_path: str | Path | None = None,
+    recipe: str | Path | None = None,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+) -> tuple[Verification, ...]:
+    """Check the output at `out` (each of its outputs, where it holds several `t-...`) and say what is wrong.
+
+    `against` are BASE and FT: a `sample` of the elements (0 to 1, whole tiles, at least one of every tensor,
+    others in every run) is merged again with the sums of the report and compared bit for bit; with `full` all
+    elements, and the sums, and every line of the report. For the output of a `recipe` of any number of models it is
+    always all. A one-file output needs its `report_path`.
+
+    Raises MergeToolError where `out` is no output, or a parent cannot be read.
+    """
+    path = Path(out)
+    if not 0 < sample <= 1:
+        raise OutputError(f"The sample is {sample:g}, expected a share above 0 and at most 1 (or 100%).")
+    full = full or recipe is not None
+    check = partial(
+        _verify, against=against, recipe=recipe, sample=sample, full=full, memory_bytes=memory_bytes, jobs=jobs
+    )
+    if path.suffix == ".safetensors":
+        return (check(path.parent, path.name, None if report_path is None else Path(report_path)),)
+    if report_path is not None:
+        raise OutputError(f"{shown(path)}: --report is for one-file outputs; a folder has its own.")
+    return tuple(check(folder, None, None) for folder in _outputs(path))
+
+
+def _outputs(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise OutputError(f"{shown(path)}: {'is not a folder' if path.exists() else 'no such file or folder'}.")
+    if (path / REPORT).exists() or (path / SUMS).exists():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.name.startswith("t-") and (p / REPORT).exists())
+    if not found:
+        unfinished = f" The merge in {WORK} is not finished: run its command again." if (path / WORK).exists() else ""
+        raise OutputError(f"{shown(path)}: holds no {REPORT}, so it is no output of slerp-merge.{unfinished}")
+    return found
+
+
+def _verify(
+    root: Path,
+    file_name: str | None,
+    report_path: Path | None,
+    *,
+    against: tuple[str | Path, str | Path] | None,
+    recipe: str | Path | None,
+    sample: float,
+    full: bool,
+    memory_bytes: int | None,
+    jobs: int | None,
+) -> Verification:
+    checks, folder, report = Checks(), Folder(root), None
+    others: list[str] = []
+    if file_name is None:
+        others = _check_manifest(checks, folder)
+    try:
+        if file_name is None or report_path is not None:
+            report = _open_report(report_path or folder.regular(REPORT))
+        weights = _check_weights(checks, folder, file_name, report)
+    except (MergeToolError, ValueError, OSError, RecursionError) as e:
+        checks.add(f"{REPORT if report is None else 'the weights'}: {shown(e, 600)}")
+        report, weights = None, (0, 0)
+    if (against or recipe) and file_name is not None and report_path is None:
+        raise OutputError(
+            f"{shown(file_name)}: a one-file output carries no report. Give the one of its merge: --report."
+        )
+    if (against or recipe) and report is not None:
+        out = root if file_name is None else root / file_name
+        if recipe is not None:
+            prepared = plan_recipe_again(out, report, recipe, memory_bytes, jobs)
+        else:
+            assert against is not None
+            prepared = plan_again(out, report, against, memory_bytes, jobs)
+        check_parents(checks, folder, report, prepared, sample=sample, full=full)
+    if checks.more:
+        checks.problems.append(f"and {checks.more:,} more")
+    path = root if file_name is None else root / file_name
+    return Verification(
+        path, checks.num_files, checks.nbytes, weights[0], checks.num_compared, weights[1], full, tuple(others),
+        tuple(checks.problems),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- the manifest
+
+
+def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
+    """Hash what SHA256SUMS lists; returns what else lies there, and complains of weights that it does not list."""
+    if folder.has(WORK):
+        checks.add(f"{WORK}: an unfinished merge lies in the folder; run its command again.")
+    try:
+        path = folder.regular(SUMS)
+        text = path.read_bytes()
+    except (CheckpointError, OSError) as e:
+        checks.add(f"{SUMS}: {shown(e)}")
+        return []
+    sums = read_sums(folder.root)
+    if sums_text(sums) != text:
+        checks.add(
+            f"{SUMS}: is not as it was written: of {len(text.splitlines()):,} lines {len(sums):,} are digests of files "
+            "of this folder."
+        )
+    for name, expected in sums.items():
+        _check_digest(checks, folder, name, expected)
+    for name in (REPORT, CARD):
+        if name not in sums:
+            checks.add(f"{SUMS}: does not list {name}.")
+    others = [name for name in strangers(folder.root, (), [*sums, SUMS]) if name != WORK]
+    for name in others:
+        if name.endswith((".safetensors", ".safetensors.index.json", ".bin")):
+            checks.add(f"{shown(name)}: weights or an index that {SUMS} does not list.")
+    return others
+
+
+def _check_digest(checks: Checks, folder: Folder, name: str, expected: str) -> None:
+    try:
+        path = folder.regular(name)
+        digest = sha256_of(path)
+        checks.nbytes += path.stat().st_size
+    except (CheckpointError, OSError) as e:
+        checks.add(f"{shown(name)}: {shown(e)}")
+        return
+    checks.num_files += 1
+    if digest != expected:
+        checks.add(f"{shown(name)}: its SHA-256 is {digest}, {SUMS} says {expected}. The file was changed.")
+
+
+# ------------------------------------------------------------------------ weights against the report
+
+
+def _open_report(path: Path) -> StoredReport:
+    with path.open(encoding="utf-8", newline="") as lines:
+        head = next(stream_report(lines))[1]
+    if head.get("format") != FORMAT:
+        raise ValueError(f"its format is {shown(head.get('format'), 20)}, this version reads {FORMAT}")
+    if wrong := [key for key, kind in _HEAD.items() if not isinstance(head.get(key), kind)]:
+        raise ValueError(f"it lacks {', '.join(wrong)}")
+    return StoredReport(path, head)
+
+
+def _check_weights(
+    checks: Checks, folder: Folder, file_name: str | None, report: StoredReport | None
+) -> tuple[int, int]:
+    """Names, shapes, dtypes, index and sizes against the report; returns the tensors and elements that it names."""
+    sizes: Mapping[str, Any] = {file_name or "": None} if report is None else report.head["shards"]
+    held: dict[str, tuple[tuple[int, ...], str, str]] = {}
+    for name, size in sizes.items():
+        path = folder.regular(name)
+        if size is not None and path.stat().st_size != size:
+            checks.add(f"{shown(name)}: has {path.stat().st_size:,} bytes, planned were {shown(size, 30)}.")
+        open_checkpoint(path, mergeable=False)  # our own parser: every byte belongs to one tensor
+        for tensor, shape, dtype in _library_view(path):
+            if tensor in held:
+                checks.add(f"{shown(tensor)}: is in {shown(held[tensor][2])} and in {shown(name)}.")
+            held[tensor] = shape, dtype, name
+    if report is None:
+        return len(held), 0
+    if len(sizes) > 1:
+        _check_index(checks, folder, {tensor: name for tensor, (_, _, name) in held.items()})
+    elif report.path.parent.resolve() == folder.root:
+        for name in _indices(folder):
+            checks.add(f"{shown(name)}: an index where one file has all tensors.")
+    count = elements = 0
+    for _, told in report.tensors():
+        count += 1
+        elements += _check_tensor(checks, told, held)
+    for name in list(held)[:_MOST]:
+        checks.add(f"{shown(name)}: is in {shown(held[name][2])}, but not in the report.")
+    return count, elements
+
+
+def _library_view(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Names, shapes and dtypes as the safetensors library reads them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no dict
+                view = opened.get_slice(name)
+                yield name, tuple(view.get_shape()), view.get_dtype()
+    except SafetensorError as e:
+        raise CheckpointError(f"{shown(path.name)}: the safetensors library refuses it ({shown(e)}).") from e
+
+
+def _check_tensor(checks: Checks, tensor: Mapping[str, Any], held: dict[str, Any]) -> int:
+    name, shape, dtype = (tensor.get(key) for key in ("name", "shape", "dtype"))
+    there = held.pop(name, None) if isinstance(name, str) else None
+    if there is None:
+        checks.add(f"{shown(name)}: is in the report, but in no shard (or twice in the report).")
+        return 0
+    if [list(there[0]), there[1]] != [shape, dtype]:
+        checks.add(f"{shown(name)}: is {there[1]} {list(there[0])}, planned was {shown(dtype, 20)} {shown(shape)}.")
+    return prod(there[0])
+
+
+def _indices(folder: Folder) -> list[str]:
+    return [p.name for p in sorted(folder.root.iterdir()) if p.name.endswith(".safetensors.index.json")]
+
+
+def _check_index(checks: Checks, folder: Folder, weight_map: Mapping[str, str]) -> None:
+    names = _indices(folder)
+    if len(names) != 1:
+        checks.add(f"{len(names)} indices found, planned was one.")
+    elif folder.load_json(names[0]).get("weight_map") != weight_map:
+        checks.add(f"{shown(names[0])}: does not name exactly the shards' tensors.")
+
+
+__all__ = ["Verification", "verify"]

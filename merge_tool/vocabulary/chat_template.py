@@ -1,0 +1,84 @@
+"""The chat template that a recipe asks for: by name, as Jinja text, or the one that most models have; and the files
+that hold it. Strings only: no template is ever run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.errors import CheckpointError
+from merge_tool.models.side_files import SideFile, SideFiles, with_member
+from merge_tool.recipe.templates import TEMPLATE_TOKENS, TEMPLATES
+
+FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
+_LARGEST = 1_000_000  # bytes
+
+
+def choose_template(asked: str, models: Sequence[Checkpoint], donor: int) -> str | None:
+    """The template's text; None if it is that of most models (`auto`), and none of them has one.
+
+    Of several that equally many have, the donor's counts, else the first.
+    """
+    if asked != "auto":
+        return TEMPLATES.get(asked, asked)
+    found = [template_of(model.tokenizer_folder) for model in models]
+    texts = [text.strip() for text in (found[donor], *found) if text and text.strip()]
+    own = (found[donor] or "").strip()
+    return max(texts, key=lambda text: (texts.count(text) - (text == own), text == own), default=None)
+
+
+def template_of(folder: Folder | None) -> str | None:
+    """The template that a folder's tokenizer has, the one called default if it has several."""
+    if folder is None:
+        return None
+    if folder.has(FILE):
+        return _text(folder, FILE)
+    for name in (CONFIG, OLD_FILE):
+        found = folder.load_json(name).get("chat_template") if folder.has(name) else None
+        if isinstance(found, list):
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _text(folder: Folder, name: str) -> str:
+    path = folder.regular(name)
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise CheckpointError(f"{folder.name}/{name}: has more than {_LARGEST:,} bytes; that is no template.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{folder.name}/{name}: cannot be read ({e}).") from e
+
+
+def with_template(found: SideFiles, text: str) -> SideFiles:
+    """The side files with this template in place of theirs: chat_template.jinja, and where tokenizer_config.json has
+    one, there too."""
+    copied = [file for file in found.copied if file.target not in (FILE, OLD_FILE)]
+    content = text.encode("utf-8", "surrogatepass")
+    copied.append(SideFile(FILE, FILE, len(content), content=content))
+    return replace(found, copied=tuple(_edited(found, file, text) for file in copied))
+
+
+def _edited(found: SideFiles, file: SideFile, text: str) -> SideFile:
+    folder = file.folder or found.folder
+    if file.source != CONFIG or folder is None or "chat_template" not in folder.load_json(CONFIG):
+        return file
+    content = with_member(folder.regular(CONFIG).read_bytes(), "chat_template", text)
+    return replace(file, content=content, size=len(content))
+
+
+def template_warnings(text: str, found: SideFiles) -> Iterator[str]:
+    """What a template known by name writes, and the output's tokenizer does not have as tokens."""
+    name = next((name for name, known in TEMPLATES.items() if known == text), "")
+    tokenizer = next((file for file in found.copied if file.target == "tokenizer.json"), None)
+    if name not in TEMPLATE_TOKENS or tokenizer is None:
+        return
+    held = b"".join(found.read(tokenizer, None))
+    if lacking := [token for token in TEMPLATE_TOKENS[name] if json.dumps(token).encode() not in held]:
+        yield f"chat_template: {name} writes {', '.join(lacking)}, which are no tokens of the output's tokenizer."

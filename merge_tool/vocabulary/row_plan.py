@@ -1,0 +1,156 @@
+"""Which rows of any number of models the rows of a recipe's vocabulary are made of. Arrays and numbers only.
+
+A token that a model lacks has there the row of the only model that has it, else of base_model, else the mean of those
+that have it; or what the recipe says of it by name. So all models have a row for each of the output's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from merge_tool.arrays import Array
+from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.recipe.models_recipe import TokenizerAsk, TokenRow
+from merge_tool.vocabulary.join import Joined
+from merge_tool.vocabulary.rows import FIRST_AVERAGE, MEAN, ZERO, Rows, code, kept
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model that lends rows: its number in the recipe, how many rows it has, whether it is merged, and the place of
+    its tokenizer among those joined."""
+
+    number: int
+    name: str
+    rows: int
+    is_merged: bool
+    tokenizer: int
+
+
+class JoinedRows:
+    """The rows of the output in each of `sides`. `lead` is the model (by its number) whose ids the output has, `base`
+    the base_model, if there is one. Raises RecipeError for tokens whose rows are not where `ask` says.
+
+    `size` counts the output's rows, `num_new` those of padding that no model has.
+    """
+
+    def __init__(
+        self, ask: TokenizerAsk, joined: Joined, sides: Sequence[Side], *, lead: int, base: int | None
+    ) -> None:
+        self.ask, self.joined, self.sides = ask, joined, sides
+        self.places = {side.number: place for place, side in enumerate(sides)}
+        self.lead, self.base = self.places.get(lead), self.places.get(-1 if base is None else base)
+        self.size, self.num_new = self._sizes()
+        self.own = [self._own(place, side) for place, side in enumerate(sides)]
+        merged = [place for place, side in enumerate(sides) if side.is_merged]
+        self.merged, self.count = merged, np.sum([self.own[place] >= 0 for place in merged], axis=0)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Padding that the lead has stays."""
+        there = 0 if self.lead is None else self.sides[self.lead].rows
+        grows = there == 0 or self.ask.source == "union" or len(self.ask.tokens) > 0
+        kept = max(there, self.joined.size) if grows else there
+        multiple = self.ask.pad_to_multiple_of or 1
+        size = -(-kept // multiple) * multiple
+        return size, size - kept
+
+    def _own(self, place: int, side: Side) -> Array:
+        """A model's own row for each of the output's, -1 where it has none."""
+        found = np.full(self.size, -1, np.int64)
+        ids = np.asarray(self.joined.ids[side.tokenizer][: self.size], np.int64)
+        found[: len(ids)] = np.where(ids < side.rows, ids, -1)
+        if place == self.lead:  # ids that no token has, and rows beyond the tokens, are its own as well
+            rows = np.arange(min(side.rows, self.size))
+            rows = rows[(rows < self.joined.sizes[side.tokenizer]) | (rows >= self.joined.size)]
+            found[rows] = rows
+        return found
+
+    def rows(self) -> list[Rows | None]:
+        """For each side; None for one that is not merged."""
+        defaults, averages = self._defaults()
+        forced = np.zeros(self.size, bool)
+        self._name_rows(defaults, forced)
+        codes = {
+            place: np.where((self.own[place] >= 0) & ~forced, code(place, self.own[place]), defaults)
+            for place in self.merged
+        }
+        first, *others = codes.values()
+        alike = np.logical_and.reduce([first == other for other in others] or [np.zeros(self.size, bool)])
+        alone = kept(alike & (first != MEAN))
+        has_mean = any((found == MEAN).any() for found in codes.values())
+        means = min(self.joined.size, self.size) * has_mean, kept(averages)
+        made = {place: Rows(kept(found), alone, *means) for place, found in codes.items()}
+        return [made.get(place) for place in range(len(self.sides))]
+
+    def _defaults(self) -> tuple[Array, Array]:
+        """What stands in for a row that a model lacks, as a code; and the averages."""
+        codes = np.full(self.size, MEAN, np.int64)
+        for place in self.merged:
+            codes = np.where((self.own[place] >= 0) & (self.count == 1), code(place, self.own[place]), codes)
+        has_base = np.zeros(self.size, bool)
+        if self.base in self.merged:
+            base = self.own[self.base]
+            has_base = base >= 0
+            codes = np.where(has_base & (self.count > 1), code(self.base, base), codes)
+        mixed = np.flatnonzero((self.count > 1) & (self.count < len(self.merged)) & ~has_base)
+        averages = np.full((len(mixed), len(self.sides)), -1, np.int32)
+        for place in self.merged:
+            averages[:, place] = self.own[place][mixed]
+        codes[mixed] = FIRST_AVERAGE - np.arange(len(mixed))
+        return codes, averages
+
+    # ------------------------------------------------------------------------------- tokens given by name
+
+    def _name_rows(self, defaults: Array, forced: Array) -> None:
+        """Put in what the recipe says of single tokens."""
+        ids = iter(self.joined.wanted)
+        for token, row in self.ask.tokens.items():
+            place = self.joined.named[token]
+            forced[place] = row.force
+            if row.kind == "zero":
+                defaults[place] = ZERO
+            elif row.model is not None:
+                own = int(self.own[self.places[row.model]][place])
+                given = row.token_id if row.kind == "model_token" else own
+                defaults[place] = self._named_row(token, row, next(ids) if given is None else given)
+
+    def _named_row(self, token: str, row: TokenRow, found: int) -> int:
+        assert row.model is not None
+        place = self.places[row.model]
+        side, where = self.sides[place], f"tokenizer: the token '{shown(token)}'"
+        if found < 0:
+            what = "such token" if row.token is None else f"token '{shown(row.token)}'"
+            raise RecipeError(f"{where} is to have a row of {side.name}, which has no {what}.")
+        if found >= side.rows:
+            raise RecipeError(f"{where} is to have row {found:,} of {side.name}, which has {side.rows:,} rows.")
+        return int(code(place, np.array(found)))
+
+    # ------------------------------------------------------------------------------- what to tell
+
+    def told(self, of: str) -> Iterator[str]:
+        """Where the rows come from; `of` names the models whose tokens the output has."""
+        padding = max(0, self.size - self.joined.size)
+        new = f", {self.num_new:,} of them new: the mean of the rows with tokens" if self.num_new else ""
+        yield (
+            f"Rows were matched by token: the output has the tokens of {of}, {self.size:,} rows, {padding:,} of them "
+            f"without a token{new if padding else ''}."
+        )
+        for side in self.sides:
+            count, some = self.joined.lacking[side.tokenizer]
+            if count and side.is_merged:
+                yield f"{count:,} tokens of {side.name} are not in the output's vocabulary: {listed(some)}."
+        if without := self._without_rows():
+            named = [token for token, place in self.joined.named.items() if place in without]
+            which = f" ({listed(named)})" if named else ""
+            yield f"{len(without):,} tokens have no row in any model{which}: theirs is the mean of all tokens' rows."
+
+    def _without_rows(self) -> set[int]:
+        """Tokens that no model has a row for, and of which the recipe says nothing."""
+        named: Mapping[str, int] = self.joined.named
+        is_token = np.any([np.asarray(ids) >= 0 for ids in self.joined.ids], axis=0)[: self.size]
+        is_token[[place for place in named.values() if place < len(is_token)]] = True
+        found = set(np.flatnonzero(is_token & (self.count[: len(is_token)] == 0)).tolist())
+        return found - {named[token] for token, row in self.ask.tokens.items() if row.kind != "default"}

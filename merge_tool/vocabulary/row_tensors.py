@@ -1,0 +1,134 @@
+"""The tensors that have a row for each token, by their names and shapes; and all models' with their rows as planned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from merge_tool.arrays import FLOAT_DTYPES
+from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.source import TensorSource
+from merge_tool.errors import MismatchError, shown
+from merge_tool.models.renaming import find_renaming, is_head
+from merge_tool.vocabulary.rows import Rows, RowTensor
+
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens\w*|wte|word_embeddings?|embed_in|tok_embeddings|shared|token_embedding|embeddings|emb)"
+    r"\.weight$"
+)
+_HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|head|output|output_projection|proj_out|vocab_projector|predictions)(?:\.decoder)?"
+    r"\.(?:weight|bias)$|(?:^|\.)final_logits_bias$"
+)
+_OTHER_ROWS = re.compile(
+    r"(?:^|\.)(?:wpe|inv_freq|\w*(?:pos(?:ition(?:al|s)?)?_?emb|positions?|rotary|relative|token_type|segment)\w*)(?:\.|$)"
+)
+_LAYER = re.compile(r"(?:^|\.)[0-9]+\.")
+
+
+def _embeddings(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
+    return {
+        info.name: info
+        for info in infos
+        if len(info.shape) == 2 and _EMBEDDING.search(info.name) and info.dtype in FLOAT_DTYPES
+    }
+
+
+def embedding_rows(infos: Iterable[TensorInfo]) -> int | None:
+    """How many rows the embedding has; None if there is none, or if several differ."""
+    found = {info.shape[0] for info in _embeddings(infos).values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def has_row_tensors(infos: Iterable[TensorInfo]) -> bool:
+    """Whether there are embeddings or heads among these, by their names."""
+    return any(_EMBEDDING.search(info.name) or _HEAD.search(info.name) for info in infos)
+
+
+def rows_of(model: Checkpoint) -> int | None:
+    """As `embedding_rows`, of a model."""
+    return embedding_rows(model.tensors.values())
+
+
+def known_rows(model: Checkpoint) -> int:
+    if (rows := rows_of(model)) is None:
+        found = [
+            f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model.tensors.values()).items())
+        ]
+        what = f"has embeddings of different sizes ({', '.join(found)})" if found else "has no embedding that is known"
+        raise MismatchError(f"{model.name}: {what}, so it cannot be told which rows are tokens.")
+    return rows
+
+
+def align_rows(
+    models: Sequence[Checkpoint], lead: int, before: Sequence[int], rows: Sequence[Rows | None]
+) -> tuple[list[dict[str, TensorSource]], list[str]]:
+    """Every tensor that has a row for each token, of each model, with its rows as `rows` says; and what to tell of it.
+
+    `before` says how many rows they have now. `lead` is the model whose names and shapes count. A model
+    without `rows` only lends some to the others. Raises MismatchError with all tensors
+    that others do not have, or have otherwise.
+    """
+    names = [find_renaming(models[lead], model).ft_names if k != lead else {} for k, model in enumerate(models)]
+    made: list[dict[str, TensorSource]] = [{} for _ in models]
+    notices, unfit = [], []
+    for name in sorted(_row_tensors(models[lead], before[lead])):
+        theirs = [found.get(name, name) for found in names]
+        if problem := _misfit(name, models, theirs, before, lead):
+            unfit.append(problem)
+            continue
+        sources = tuple(model.source(other) for model, other in zip(models, theirs, strict=True))
+        for k, (model, other, own) in enumerate(zip(models, theirs, rows, strict=True)):
+            if own is None:
+                continue
+            if tied := is_head(name) and not is_head(other):
+                notices.append(
+                    f"{shown(name)} is not in {model.name}, whose head is tied: merged with its input embedding "
+                    f"{shown(other)}. The output has a head of its own, as {models[lead].name}."
+                )
+            key = name if tied else other
+            shape = _with_rows(models[lead].tensors[name].shape, before[lead], len(own.codes))
+            info = TensorInfo(key, _common(sources, own), shape, 0)
+            made[k][key] = RowTensor(info, sources, k, own)
+    if unfit:
+        raise MismatchError("Rows cannot be matched by token in\n  " + "\n  ".join(unfit))
+    return made, notices
+
+
+def _misfit(name: str, models: Sequence[Checkpoint], theirs: Sequence[str], before: Sequence[int], lead: int) -> str:
+    """Why a tensor's rows cannot be matched; nothing if they can."""
+    a = models[lead].tensors[name]
+    for model, other, rows in zip(models, theirs, before, strict=True):
+        if other not in model.tensors:
+            return f"{shown(name)}: is not in {model.name}"
+        b = model.tensors[other]
+        if _columns(a, before[lead]) != _columns(b, rows) or not {a.dtype, b.dtype} <= FLOAT_DTYPES:
+            return f"{shown(name)}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} have other columns"
+    return ""
+
+
+def _row_tensors(model: Checkpoint, rows: int) -> Iterator[str]:
+    """Embeddings, heads and their biases: what has a row for each token, by its name or by where it stands. Positions
+    may be as many as tokens; their tensors are known by their names."""
+    widths = {info.shape[1] for info in _embeddings(model.tensors.values()).values()}
+    for name, info in model.tensors.items():
+        has_rows = info.shape[:1] == (rows,) or (info.shape == (1, rows) and "bias" in name)
+        is_inside = _LAYER.search(name) is not None
+        by_name = _EMBEDDING.search(name) or _HEAD.search(name)
+        if has_rows and (by_name or (not is_inside and rows not in widths and not _OTHER_ROWS.search(name))):
+            yield name
+
+
+def _columns(info: TensorInfo, rows: int) -> int:
+    return info.numel // rows if info.numel % rows == 0 else -1
+
+
+def _with_rows(shape: tuple[int, ...], before: int, after: int) -> tuple[int, ...]:
+    return (after, *shape[1:]) if shape[0] == before else (1, after)
+
+
+def _common(sources: Sequence[TensorSource], rows: Rows) -> str:
+    """A dtype that holds the values of all; of averages every digit, so that differences from them add up to 0."""
+    dtypes = {source.info.dtype for source in sources} | ({"F64"} if len(rows.averages) else set())
+    return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
