@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from merge_tool.arrays import Array
-from merge_tool.methods.inner import ANTIPARALLEL, SMALL_SINE, slerp_weights
+from merge_tool.methods.inner import ANTIPARALLEL, SMALL_SINE, PairSums, Weights, slerp_weights
 from merge_tool.methods.steps import ColumnSums, Combine, Given, Steps, Sums, Tile
 from merge_tool.methods.tiles import (
     dot,
@@ -29,14 +29,32 @@ from merge_tool.methods.tiles import (
 _CANCELLED = 1e-3  # of a squared length: below, the table of inner products has lost digits, so the vector is summed
 
 
+# ------------------------------------------------------------------------------- two weights for two models
+
+
+def slerp(sums: PairSums, given: Given) -> Weights:
+    """Slerp at t: 0 is the first model, 1 the second."""
+    return slerp_weights(sums, number(given, "t"))
+
+
+def linear_of_two(sums: PairSums, given: Given) -> Weights:
+    """As `linear`."""
+    w0, w1 = _shares(given)
+    return Weights(w0, w1, precise=min(w0, w1) < 0)
+
+
 # ------------------------------------------------------------------------------- averages, passthrough
+
+
+def _shares(given: Given) -> list[float]:
+    weights = numbers(given, "weight")
+    divisor = weight_sum(weights, "change weight, or set normalize to false") if given["normalize"] else 1.0
+    return [w / divisor for w in weights]
 
 
 def linear(given: Given) -> Steps:
     """sum_i w_i x_i, over sum_i w_i where `normalize`."""
-    weights = numbers(given, "weight")
-    divisor = weight_sum(weights, "change weight, or set normalize to false") if given["normalize"] else 1.0
-    shares = [w / divisor for w in weights]
+    shares = _shares(given)
     yield from ()
     return lambda tile: mix(shares, tile.inputs)
 

@@ -1,6 +1,6 @@
 """The maths of merging: arrays and floats only, no names, no files, no threads.
 
-A method is sums over each pair of tensors, made on a fixed grid, then `merged = w0 * x + w1 * y`.
+Sums over each pair of tensors, made on a fixed grid, then `merged = w0 * x + w1 * y`.
 Sums are float64, block by block, by einsum (never BLAS, whose last bits depend on threads and kernels),
 and added with fsum; so the same tensors give the same bits whatever the chunks, threads and memory.
 """
@@ -8,7 +8,7 @@ and added with fsum; so the same tensors give the same bits whatever the chunks,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,10 +206,11 @@ class Weights:
     precise: bool = False
     note: str = ""
 
-
-def linear_weights(sums: PairSums, t: float) -> Weights:
-    """Linear interpolation, (1 - t) x + t y."""
-    return Weights(1.0 - t, t, precise=not 0 <= t <= 1)
+    @property
+    def copied(self) -> int | None:
+        """Which of the two tensors this is, byte for byte: 0 or 1; None where it is neither."""
+        pair = self.w0, self.w1
+        return 0 if pair == (1, 0) else 1 if pair == (0, 1) else None
 
 
 def slerp_weights(sums: PairSums, t: float) -> Weights:
@@ -217,14 +218,14 @@ def slerp_weights(sums: PairSums, t: float) -> Weights:
 
     K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, applied to vectors of any norm.
     Linear where there is no arc (a zero tensor), where it is too short to tell (sin(theta) < 1e-9), and where
-    every arc is as good as another (antiparallel, within 1e-6 of pi).
+    every arc is as good as another (antiparallel, within 1e-6 of pi). At t = 0 and t = 1 exactly 1 and 0.
     """
     angle = pair_angle(sums)
     if angle is None:
         return Weights(1.0 - t, t, precise=not 0 <= t <= 1, note="zero norm: linear")
     if angle.to_pi < ANTIPARALLEL:
         return Weights(1.0 - t, t, precise=True, note="antiparallel: linear")
-    if angle.sine < SMALL_SINE:
+    if angle.sine < SMALL_SINE or t in (0, 1):
         return Weights(1.0 - t, t, precise=not 0 <= t <= 1)
     w0, w1 = (_arc_sine(share, angle) / angle.sine for share in (1.0 - t, t))
     return Weights(w0, w1, precise=angle.theta > PRECISE_ANGLE or not 0 <= t <= 1)
@@ -235,20 +236,6 @@ def _arc_sine(share: float, angle: Angle) -> float:
     if angle.theta < math.pi / 2:
         return math.sin(share * angle.theta)
     return math.sin(share * math.pi - share * angle.to_pi)
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One way to merge a pair: from its sums and t to the weights of the combine."""
-
-    weights: Callable[[PairSums, float], Weights]
-    summary: str
-
-
-METHODS: Mapping[str, Method] = {
-    "slerp": Method(slerp_weights, "spherical linear interpolation"),
-    "linear": Method(linear_weights, "linear interpolation"),
-}
 
 
 # ------------------------------------------------------------------------------------------- combine

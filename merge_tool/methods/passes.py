@@ -13,16 +13,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from merge_tool.arrays import Array
-from merge_tool.methods.inner import total
+from merge_tool.methods.inner import PairSums, total
 from merge_tool.methods.steps import (
     FLAT,
     ColumnSums,
     Combine,
     Given,
+    Method,
     OrderStatistics,
     Pass,
     Steps,
-    StepsMethod,
     Sums,
     Tile,
     tile_elements,
@@ -138,8 +138,9 @@ def start_pass(asked: Pass, given: Given, num_tiles: int) -> Running:
     raise TypeError(f"a method yields Sums, OrderStatistics or ColumnSums, not {type(asked).__name__}")
 
 
-def begin_steps(method: StepsMethod, given: Given) -> Steps:
+def begin_steps(method: Method, given: Given) -> Steps:
     """A method's passes under way; of one that needs none and gives its combine at once, an empty run of them."""
+    assert method.steps is not None
     found: Any = method.steps(given)
     return found if isinstance(found, Generator) else _without_passes(found)
 
@@ -163,14 +164,20 @@ def check_merged(merged: Any, tile: Tile) -> Array:
     return np.asarray(merged)
 
 
-def check_given(method: StepsMethod, given: Given) -> None:
+def check_given(method: Method, given: Given) -> None:
     """Raise the ValueError by which a method refuses its parameters; no tensor is needed."""
+    if method.is_weighted(given.num_inputs, has_base=given.has_base):
+        assert method.weights is not None
+        method.weights(PairSums(1.0, 0.0, 1.0), given)
+        return
+    if method.steps is None:
+        raise ValueError("it merges exactly two tensors")
     steps = begin_steps(method, given)
     next(steps, None)
     steps.close()
 
 
-def run_steps(method: StepsMethod, given: Given, base: Array | None, inputs: Sequence[Array]) -> Array:
+def run_steps(method: Method, given: Given, base: Array | None, inputs: Sequence[Array]) -> Array:
     """Merge arrays in memory, float64: what the streaming loop does from disk."""
     granularity = method.granularity(given)
     size = tile_elements(given, granularity)
@@ -193,7 +200,7 @@ def run_steps(method: StepsMethod, given: Given, base: Array | None, inputs: Seq
 
 
 def drive(
-    method: StepsMethod,
+    method: Method,
     given: Given,
     num_tiles: int,
     visit: Callable[[Callable[[int, Tile], None]], object],

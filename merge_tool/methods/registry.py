@@ -1,4 +1,4 @@
-"""The registry of methods for any number of models: names, parameters and defaults as mergekit has them.
+"""The registry of methods: names, parameters and defaults as mergekit has them. Nothing else lists methods by name.
 
 The functions live in `geometric` (inner products), `sparse` (masks and thresholds over a tensor) and `rowwise` (rows
 and elements); a new method is a function there and an entry here. `docs/methods.md` has a paragraph on each.
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_tool.methods import geometric, rowwise, sparse
-from merge_tool.methods.steps import FLAT, REQUIRED, ROWS, Given, StepsMethod
+from merge_tool.methods.steps import FLAT, REQUIRED, ROWS, Given, Method
 
 _HISTOGRAM_BYTES = 8 << 16  # of one half of all float32 bit patterns; one per array, and one per rank asked for
+
+_FRACTIONS = frozenset({"density", "gamma"})
 
 _SUM = {"normalize": False, "lambda": 1.0}  # what the task-vector methods share
 _DELTA = {"weight": REQUIRED}
@@ -43,22 +45,38 @@ def _columns_bytes(given: Given) -> int:
     return per_column * geometric.num_columns(given)
 
 
+def _divides_by_sum(shared: Mapping[str, Any]) -> bool:
+    return bool(shared["normalize"])
+
+
 def _histograms(per_input: int, once: int = 0) -> Any:
     return lambda given: _HISTOGRAM_BYTES * (per_input * given.num_inputs + once)
 
 
-STEPS_METHODS: Mapping[str, StepsMethod] = {
-    "linear": StepsMethod(
-        geometric.linear,
+METHODS: Mapping[str, Method] = {
+    "slerp": Method(
+        weights=geometric.slerp,
+        summary="spherical linear interpolation",
+        source="https://doi.org/10.1145/325334.325242",
+        shared={"t": REQUIRED},
+        fractions=frozenset({"t"}),
+        inputs=(2, 2),
+        base="first",
+        copies_equal=_always,
+    ),
+    "linear": Method(
+        steps=geometric.linear,
+        weights=geometric.linear_of_two,
         summary="weighted average",
         source="https://arxiv.org/abs/2203.05482",
         shared={"normalize": True},
         each={"weight": REQUIRED},
         base="none",
         copies_equal=_linear_copies,
+        divides_weights=lambda shared: bool(shared["normalize"]),
     ),
-    "nuslerp": StepsMethod(
-        geometric.nuslerp,
+    "nuslerp": Method(
+        steps=geometric.nuslerp,
         summary="spherical interpolation of two models or of their differences from a base, by weight",
         source="https://doi.org/10.1145/325334.325242",
         shared={"nuslerp_flatten": True, "nuslerp_row_wise": False},
@@ -66,28 +84,30 @@ STEPS_METHODS: Mapping[str, StepsMethod] = {
         inputs=(2, 2),
         base="optional",
         granularity=_rows_unless_flat,
+        divides_weights=lambda shared: True,
         copies_equal=_always,
         state_bytes=_columns_bytes,
     ),
-    "multislerp": StepsMethod(
-        geometric.multislerp,
+    "multislerp": Method(
+        steps=geometric.multislerp,
         summary="the direction of the averaged unit vectors, at the average norm",
         source="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
         shared={"normalize_weights": True, "eps": 1e-8},
         each={"weight": REQUIRED},
         base="optional",
         copies_equal=_multislerp_copies,
+        divides_weights=lambda shared: bool(shared["normalize_weights"]),
     ),
-    "karcher": StepsMethod(
-        geometric.karcher,
+    "karcher": Method(
+        steps=geometric.karcher,
         summary="the mean on the sphere (Karcher, Frechet), at the average norm",
         source="https://doi.org/10.1002/cpa.3160300502",
         shared={"max_iter": 10, "tol": 1e-5},
         base="none",
         copies_equal=_always,
     ),
-    "model_stock": StepsMethod(
-        geometric.model_stock,
+    "model_stock": Method(
+        steps=geometric.model_stock,
         summary="between base and average, as far as the models' differences from the base agree",
         source="https://arxiv.org/abs/2403.19522",
         shared={"filter_wise": False},
@@ -95,8 +115,8 @@ STEPS_METHODS: Mapping[str, StepsMethod] = {
         granularity=lambda given: ROWS if given["filter_wise"] else FLAT,
         copies_equal=_always,
     ),
-    "passthrough": StepsMethod(
-        geometric.passthrough,
+    "passthrough": Method(
+        steps=geometric.passthrough,
         summary="one model as it is, or scaled",
         source="https://arxiv.org/abs/2312.15166",
         each={"scale": None},
@@ -104,93 +124,105 @@ STEPS_METHODS: Mapping[str, StepsMethod] = {
         base="none",
         copies_equal=_passthrough_copies,
     ),
-    "task_arithmetic": StepsMethod(
-        sparse.task_arithmetic,
+    "task_arithmetic": Method(
+        steps=sparse.task_arithmetic,
         summary="base plus the weighted sum of the differences from it",
         source="https://arxiv.org/abs/2212.04089",
         shared=_SUM,
         each=_DELTA,
         copies_equal=_always,
+        divides_weights=_divides_by_sum,
     ),
-    "ties": StepsMethod(
-        sparse.ties,
+    "ties": Method(
+        steps=sparse.ties,
         summary="largest differences only, averaged where they agree in sign",
         source="https://arxiv.org/abs/2306.01708",
         shared={**_SUM, "normalize": True, "rescale": False},
         each={**_DELTA, "density": 1.0},
+        fractions=_FRACTIONS,
         copies_equal=_always,
         state_bytes=_histograms(2),
     ),
-    "dare_linear": StepsMethod(
-        sparse.dare_linear,
+    "dare_linear": Method(
+        steps=sparse.dare_linear,
         summary="differences dropped at random, the rest scaled up, summed",
         source="https://arxiv.org/abs/2311.03099",
         shared={**_SUM, "rescale": True},
         each={**_DELTA, "density": 1.0},
+        fractions=_FRACTIONS,
         copies_equal=_always,
+        divides_weights=_divides_by_sum,
     ),
-    "dare_ties": StepsMethod(
-        sparse.dare_ties,
+    "dare_ties": Method(
+        steps=sparse.dare_ties,
         summary="differences dropped at random, the rest scaled up, summed where they agree in sign",
         source="https://arxiv.org/abs/2311.03099",
         shared={**_SUM, "rescale": True},
         each={**_DELTA, "density": 1.0},
+        fractions=_FRACTIONS,
         copies_equal=_always,
     ),
-    "breadcrumbs": StepsMethod(
-        sparse.breadcrumbs,
+    "breadcrumbs": Method(
+        steps=sparse.breadcrumbs,
         summary="differences without the smallest and the very largest, summed",
         source="https://arxiv.org/abs/2312.06795",
         shared={**_SUM, "rescale": False},
         each={**_DELTA, "density": 1.0, "gamma": 0.01},
+        fractions=_FRACTIONS,
         copies_equal=_always,
         state_bytes=_histograms(3),
+        divides_weights=_divides_by_sum,
     ),
-    "breadcrumbs_ties": StepsMethod(
-        sparse.breadcrumbs_ties,
+    "breadcrumbs_ties": Method(
+        steps=sparse.breadcrumbs_ties,
         summary="differences without the smallest and the very largest, summed where they agree in sign",
         source="https://arxiv.org/abs/2312.06795",
         shared={**_SUM, "rescale": False},
         each={**_DELTA, "density": 1.0, "gamma": 0.01},
+        fractions=_FRACTIONS,
         copies_equal=_always,
         state_bytes=_histograms(3),
     ),
-    "della": StepsMethod(
-        rowwise.della,
+    "della": Method(
+        steps=rowwise.della,
         summary="differences dropped at random, small ones of a row rather, averaged where they agree in sign",
         source="https://arxiv.org/abs/2406.11617",
         shared={**_SUM, "normalize": True, "rescale": True},
         each={**_DELTA, "density": 1.0, "epsilon": 0.15},
+        fractions=_FRACTIONS,
         granularity=lambda given: ROWS,
         copies_equal=_always,
     ),
-    "della_linear": StepsMethod(
-        rowwise.della_linear,
+    "della_linear": Method(
+        steps=rowwise.della_linear,
         summary="differences dropped at random, small ones of a row rather, summed",
         source="https://arxiv.org/abs/2406.11617",
         shared={**_SUM, "rescale": True},
         each={**_DELTA, "density": 1.0, "epsilon": 0.15},
+        fractions=_FRACTIONS,
         granularity=lambda given: ROWS,
         copies_equal=_always,
+        divides_weights=_divides_by_sum,
     ),
-    "sce": StepsMethod(
-        sparse.sce,
+    "sce": Method(
+        steps=sparse.sce,
         summary="where the models vary most, differences weighted by energy and averaged where they agree in sign",
         source="https://arxiv.org/abs/2408.07990",
         shared={"select_topk": 1.0},
+        fractions=frozenset({"select_topk"}),
         copies_equal=_always,
         state_bytes=_histograms(0, 2),
     ),
-    "nearswap": StepsMethod(
-        rowwise.nearswap,
+    "nearswap": Method(
+        steps=rowwise.nearswap,
         summary="the base moved towards the model by at most t",
         source="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
         shared={"t": REQUIRED},
         inputs=(1, 1),
         copies_equal=_always,
     ),
-    "arcee_fusion": StepsMethod(
-        rowwise.arcee_fusion,
+    "arcee_fusion": Method(
+        steps=rowwise.arcee_fusion,
         summary="the model's values where they matter unusually much, else the base's",
         source="https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
         inputs=(1, 1),

@@ -1,7 +1,7 @@
 """What a merge method is made of: passes over the tensors, then one combine, tile by tile.
 
-A method is one generator function. It is told what was asked for a tensor (`Given`), yields passes and receives what
-they found, and returns the function that merges a tile:
+Most methods are one generator function. It gets what was asked for a tensor (`Given`), yields passes and receives their
+results, and returns the function that merges a tile:
 
     def difference_at(given):                         # base + lambda (x - base), where |x - base| is large
         least = yield OrderStatistics(lambda tile: [abs(x - tile.base) for x in tile.inputs], [[given.numel // 2]])
@@ -23,6 +23,7 @@ import numpy as np
 
 from merge_tool.arrays import TILE as PAIR_TILE
 from merge_tool.arrays import Array
+from merge_tool.methods.inner import PairSums, Weights
 
 TILE = PAIR_TILE // 2  # elements; a method holds many tiles at a time, in float64
 FLAT, ROWS = "flat", "rows"  # what a tile is: TILE elements of the flat tensor, or whole rows
@@ -132,25 +133,38 @@ REQUIRED: Any = object()  # a parameter without a default
 
 
 @dataclass(frozen=True)
-class StepsMethod:
-    """A method of any number of models: one generator function and what it may be asked.
+class Method:
+    """One way to merge the tensors of some models, and what a recipe may ask of it.
 
-    `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none). `inputs` are the fewest and
-    the most models beside the base. `base` is "none" (ignored), "optional" or "required". Where `copies_equal`, the
-    result of inputs (and base) that hold the same bytes is those bytes. A method of `ROWS` sees whole rows.
-    What `steps` cannot do with its parameters it says by a ValueError before its first pass.
+    `weights` is given where the result for two models without a base is a plain combination of the two: from their sums
+    to two weights. Everything else is `steps`: a generator function of passes, then a combine. What either cannot do
+    with its parameters it says by a ValueError, before the first pass.
+
+    `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none): one value for all models, or
+    one for each. `fractions` are the parameters that must be 0 to 1. `base` is "none" (ignored), "optional", "required"
+    (what the inputs are compared with), or "first" (the first of the inputs); `inputs` are the fewest and the most
+    models beside it, the first included. Where `copies_equal`, the result of inputs (and base) that hold the same bytes
+    is those bytes. A method of `ROWS` sees whole rows. `divides_weights` tells, from the shared parameters, whether
+    each model's share is its weight divided by the sum of all.
     """
 
-    steps: Callable[[Given], Steps]
     summary: str
     source: str
+    steps: Callable[[Given], Steps] | None = None
+    weights: Callable[[PairSums, Given], Weights] | None = None
     shared: Mapping[str, Any] = field(default_factory=dict)
     each: Mapping[str, Any] = field(default_factory=dict)
+    fractions: frozenset[str] = frozenset()
     inputs: tuple[int, int] = (1, 1_000)
     base: str = "required"
     granularity: Callable[[Given], str] = lambda given: FLAT
     copies_equal: Callable[[Given], bool] = lambda given: False
     state_bytes: Callable[[Given], int] = lambda given: 0  # what its passes hold besides tiles: histograms, say
+    divides_weights: Callable[[Mapping[str, Any]], bool] = lambda shared: False
+
+    def is_weighted(self, num_inputs: int, *, has_base: bool) -> bool:
+        """Whether so many tensors are merged by two weights rather than by steps."""
+        return self.weights is not None and num_inputs == 2 and not has_base
 
 
 def seed_key(seed: int, name: str) -> int:

@@ -1,4 +1,4 @@
-"""mergekit's YAML -> `ModelsRecipe`: whatever the text alone can get wrong is found here, with its line.
+"""mergekit's YAML -> `Recipe`: whatever the text alone can get wrong is found here, with its line.
 
 Written from the format's rules, which docs/mergekit.md states. Where mergekit ignores what it does not know, an
 unknown key is an error here, and a known one without effect a warning. Opens no checkpoint; `expand` goes on from here.
@@ -7,24 +7,19 @@ unknown key is an error here, and a known one without effect a warning. Opens no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields as fields_of
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from merge_tool.errors import RecipeError, shown
-from merge_tool.methods.steps import REQUIRED
+from merge_tool.methods.steps import REQUIRED, Method
 from merge_tool.recipe.mergekit_models import NamedModels
-from merge_tool.recipe.mergekit_parameters import INERT, Parameters
+from merge_tool.recipe.mergekit_parameters import INERT, Parameters, parse_values
 from merge_tool.recipe.mergekit_tokenizer import parse_tokenizer
 from merge_tool.recipe.model_ref import ModelRef
-from merge_tool.recipe.models_recipe import (
-    PAIRS,
-    ModelsRecipe,
-    Module,
-    Slice,
-    Source,
-    Terms,
-    all_terms,
-)
+from merge_tool.recipe.options import Options
+from merge_tool.recipe.recipe import Module, Recipe, Slice, Source
 from merge_tool.recipe.settings import Settings
 from merge_tool.recipe.templates import TEMPLATES
 from merge_tool.recipe.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
@@ -58,45 +53,81 @@ _KINDS = ("models", "slices", "modules")
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64", "half": "float16"}
 
 
-def parse_recipe(text: str, where: str, methods: Mapping[str, Terms], *, extrapolate: bool = False) -> ModelsRecipe:
-    """The recipe that `text` (of the file `where`) asks for. `methods` are those there
-    are beside slerp; their parameters and counts of models are used.
+def read_recipe(
+    recipe: str | Path | Mapping[str, Any],
+    methods: Mapping[str, Method],
+    *,
+    extrapolate: bool = False,
+    values: Sequence[str] | Mapping[str, Any] = (),
+    **options: Any,
+) -> Recipe:
+    """The recipe of a YAML file, or of the same as a mapping. `options` are the fields of Options; `values` stand in
+    place of the recipe's, as in parse_recipe. Raises RecipeError."""
+    text, where = recipe_text(recipe)
+    return parse_recipe(text, where, methods, extrapolate=extrapolate, values=values, options=make_options(**options))
+
+
+def parse_recipe(
+    text: str,
+    where: str,
+    methods: Mapping[str, Method],
+    *,
+    extrapolate: bool = False,
+    values: Sequence[str] | Mapping[str, Any] = (),
+    options: Options | None = None,
+) -> Recipe:
+    """The recipe that `text` (of the file `where`) asks for; `methods` are those that there are.
+
+    `values` are parameters for all tensors, in place of the recipe's own: NAME=VALUE[,VALUE...], or a mapping. Several
+    values of a parameter are an output each.
 
     Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
     parameters: with the file, the line, and what would be right.
     """
-    return _Parser(where, methods, extrapolate).recipe(parse_yaml(text, where), text)
+    parser = _Parser(where, methods, extrapolate, values, options or Options())
+    return parser.recipe(parse_yaml(text, where), text)
 
 
 class _Parser:
-    def __init__(self, where: str, methods: Mapping[str, Terms], extrapolate: bool) -> None:
-        self._methods = all_terms(methods)
-        parameters = {key for terms in self._methods.values() for key in (*terms.shared, *terms.each)}
+    def __init__(
+        self,
+        where: str,
+        methods: Mapping[str, Method],
+        extrapolate: bool,
+        values: Sequence[str] | Mapping[str, Any],
+        options: Options,
+    ) -> None:
+        self._methods, self._options, self._values = methods, options, parse_values(values)
+        parameters = {key for method in self._methods.values() for key in (*method.shared, *method.each)}
         self._text = Text(where, _UNUSED, {**dict.fromkeys(parameters, "it belongs under `parameters:`"), **_PLACES})
         self._models = NamedModels(self._text)
         self._extrapolate = extrapolate
 
-    def recipe(self, top: Value, text: str) -> ModelsRecipe:
+    def recipe(self, top: Value, text: str) -> Recipe:
         self._check_program(self._text.mapping(top, "the recipe"))
         fields = self._text.fields(top, "the recipe", TOP)
         name = self._method_name(top, fields)
         self._name, self._method = name, self._methods[name]
         self._parameters = Parameters(self._text, name, self._methods, self._extrapolate)
+        outputs = self._parameters.outputs(self._values)
         base = self._models.optional_ref(fields, "base_model")
         parameters = self._parameters.parse(fields.get("parameters"), "parameters")
         modules = self._modules(top, fields, base, parameters)
         base_number = self._models.number(base) if base else None
         tokenizer = parse_tokenizer(self._text, self._models, fields, has_base=base is not None)
-        return ModelsRecipe(
+        dtype, out_dtype = self._dtype(fields, "dtype"), self._dtype(fields, "out_dtype")
+        models = self._models.refs  # complete only now
+        return Recipe(
+            models=models,
+            names=tuple(f"model-{number}" for number in range(1, len(models) + 1)),
             base=base_number,
             method=name,
             modules=modules,
             parameters=parameters,
-            dtype=self._dtype(fields, "dtype"),
-            out_dtype=self._dtype(fields, "out_dtype"),
+            outputs=outputs,
+            options=replace(self._options, dtype=self._options.dtype or out_dtype or dtype),
             tokenizer=tokenizer,
             chat_template=self._chat_template(fields),
-            models=self._models.refs,  # complete only now
             text=text,
             warnings=tuple(self._text.warnings),
         )
@@ -237,27 +268,28 @@ class _Parser:
         if place is not None or self._method.base == "none" or (self._method.base == "optional" and base is None):
             return
         if base is None:
-            which = "the one at t = 0" if self._name in PAIRS else "the one that the others are compared with"
+            which = "the one at t = 0" if self._method.base == "first" else "the one that the others are compared with"
             raise self._text.error(value.line, f"{self._name} needs base_model: one of the models, {which}.")
         raise self._text.error(
             value.line, f"base_model {shown(base)} is not among the sources of the slice, which must give its layers."
         )
 
     def _check_count(self, value: Value, count: int, base: int | None) -> None:
-        fewest, most = (2, 2) if self._name in PAIRS else self._method.inputs
-        found = count if self._name in PAIRS or base is None else count - 1
+        fewest, most = self._method.inputs
+        is_apart = base is not None and self._method.base != "first"
+        found = count - is_apart
         if fewest <= found <= most:
             return
         wanted = (
             f"exactly {fewest}" if fewest == most else f"at least {fewest}" if found < fewest else f"at most {most}"
         )
         noun = "model" if wanted.endswith(" 1") else "models"
-        beside = "" if self._name in PAIRS or base is None else " beside base_model"
+        beside = " beside base_model" if is_apart else ""
         also = " with base_model, which is one of them" if beside == "" and base == count - 1 and found > most else ""
         raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {found}{also}.")
 
     def _check_required(self, value: Value, part: Slice, refs: list[ModelRef], scopes: list[Settings]) -> None:
-        given = {key for scope in scopes for key in scope}
+        given = {key for scope in (*scopes, self._values) for key in scope}
         for key, default in self._method.shared.items():
             if default is REQUIRED and key not in given:
                 raise self._text.error(value.line, f"{self._name} needs a '{key}': put it into `parameters:`.")
@@ -297,6 +329,14 @@ class _Parser:
             f"chat_template is '{shown(given)}'{nearest(given, TEMPLATES.keys())}, expected auto, one of "
             f"{', '.join(TEMPLATES)}, or a template in Jinja.",
         )
+
+
+def make_options(**options: Any) -> Options:
+    """Options of these names. Raises RecipeError for a name that there is not."""
+    known = [f.name for f in fields_of(Options)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise RecipeError(f"There is no option {shown(unknown[0])}; there are: {', '.join(sorted(known))}.")
+    return Options(**options)
 
 
 def _list_text(value: Value) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
-from merge_tool.errors import shown
-from merge_tool.recipe.models_recipe import PAIRS, Terms
-from merge_tool.recipe.settings import Choice, Setting, Settings
+from merge_tool.errors import RecipeError, shown
+from merge_tool.methods.steps import Method
+from merge_tool.recipe.recipe import Output, label_of
+from merge_tool.recipe.settings import Choice, Pattern, Setting, Settings, constant
 from merge_tool.recipe.yaml_text import Text, Value, kind
 
 # Keys that mergekit knows, knew or is often given, and that change nothing.
@@ -17,17 +19,17 @@ INERT = {
     "embed_slerp": "mergekit no longer reads it; a filter for embed_tokens or lm_head does what it did",
     "random_seed": "mergekit does not read it; the seed is given on the command line",
 }
-_FRACTIONS = frozenset({"density", "gamma", "select_topk"})
 
 
 class Parameters:
     """What the parameters of one method may be."""
 
-    def __init__(self, text: Text, name: str, methods: Mapping[str, Terms], extrapolate: bool) -> None:
+    def __init__(self, text: Text, name: str, methods: Mapping[str, Method], extrapolate: bool) -> None:
         self._text = text
         self._name = name
         self._extrapolate = extrapolate
-        self._shared, self._each = methods[name].shared, methods[name].each
+        self._method = methods[name]
+        self._shared, self._each = self._method.shared, self._method.each
         self._defaults: Mapping[str, Any] = {**self._shared, **self._each}
         self._elsewhere = {key for method in methods.values() for key in (*method.shared, *method.each)}
 
@@ -39,6 +41,20 @@ class Parameters:
         given = self._text.mapping(value, what)
         kept = {key: found for key, found in given.items() if self._counts(key, found, what, of_model)}
         return {key: self._setting(key, found) for key, found in kept.items()}
+
+    def outputs(self, values: Mapping[str, Sequence[Value]]) -> tuple[Output, ...]:
+        """One output for each combination of these values, which stand in place of the recipe's own."""
+        for key, several in values.items():
+            self._counts(key, several[0], "the values given beside the recipe", of_model=False)
+        chosen = [[(key, self._scalar(key, value)) for value in several] for key, several in values.items()]
+        found = []
+        for combination in product(*chosen):
+            words = {key: value for key, value in combination if len(values[key]) > 1}
+            settings = {key: constant(value) for key, value in combination}
+            found.append(Output(label_of(words), dict(combination), settings))
+        if len({output.label for output in found}) < len(found):
+            raise self._text.error(0, "two of the values given beside the recipe are the same.")
+        return tuple(found)
 
     def _counts(self, key: str, value: Value, what: str, of_model: bool) -> bool:
         if of_model and key in self._shared and key not in self._each and key not in INERT:
@@ -69,7 +85,7 @@ class Parameters:
         return Setting((Choice(None, self._values(key, value)),))
 
     def _reached(self, key: str, items: tuple[Value, ...], setting: Setting) -> Setting:
-        parts = [choice.part for choice in setting.choices]
+        parts = [choice.pattern for choice in setting.choices]
         if None in parts[:-1]:
             line = items[parts.index(None) + 1].line
             self._text.warn(line, key, "what stands after a value without a filter is never reached")
@@ -80,11 +96,10 @@ class Parameters:
         if "value" not in fields:
             raise self._text.error(value.line, f"an entry of '{key}' has no value; write {{filter: PART, value: 0.3}}.")
         part = fields.get("filter")
-        everywhere = part is None or part.plain in (None, "*")
-        return Choice(
-            None if everywhere or part is None else self._text.string(part, f"the filter of '{key}'"),
-            self._values(key, fields["value"]),
-        )
+        pattern = None
+        if part is not None and part.plain not in (None, "*"):
+            pattern = Pattern(self._text.string(part, f"the filter of '{key}'"), is_part=True)
+        return Choice(pattern, self._values(key, fields["value"]))
 
     def _values(self, key: str, value: Value) -> tuple[Any, ...]:
         if not isinstance(value.plain, tuple):
@@ -122,11 +137,11 @@ class Parameters:
         raise self._wrong(key, value, "a finite number, a list of them, or entries of {filter: PART, value: 0.3}")
 
     def _check_range(self, key: str, number: float, value: Value) -> None:
-        if 0 <= number <= 1:
+        if 0 <= number <= 1 or key not in self._method.fractions:
             return
-        if key in _FRACTIONS:
+        if key != "t":
             raise self._wrong(key, value, "a number from 0 to 1")
-        if key == "t" and self._name in PAIRS and not self._extrapolate:
+        if not self._extrapolate:
             raise self._text.error(
                 value.line,
                 f"'t' is {shown(value.text)}, expected 0 (base_model) to 1 (the other model). Give --extrapolate if "
@@ -135,3 +150,29 @@ class Parameters:
 
     def _wrong(self, key: str, value: Value, expected: str) -> Exception:
         return self._text.error(value.line, f"'{key}' is {kind(value)}, expected {expected}.")
+
+
+def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:
+    """NAME=VALUE[,VALUE...] texts, or the same as a mapping, by name. Raises RecipeError."""
+    pairs = list(values.items()) if isinstance(values, Mapping) else [_parse_value(text) for text in values]
+    found: dict[str, tuple[Value, ...]] = {}
+    for key, several in pairs:
+        if key in found:
+            raise RecipeError(f"'{shown(key)}' is given twice beside the recipe; write {shown(key)}=VALUE,VALUE.")
+        items = several if isinstance(several, (list, tuple)) else [several]
+        if not items:
+            raise RecipeError(f"'{shown(key)}' has no value; write {shown(key)}=VALUE.")
+        found[key] = tuple(Value(0, _plain(item), str(item)) for item in items)
+    return found
+
+
+def _parse_value(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    if not equals or not key.strip() or not all(part.strip() for part in values.split(",")):
+        raise RecipeError(f"'{shown(text)}' is not NAME=VALUE[,VALUE...], as in lambda=0.5 or t=0.3,0.5.")
+    return key.strip(), [part.strip() for part in values.split(",")]
+
+
+def _plain(value: Any) -> Any:
+    """A word of the command line as YAML would read it, as far as parameters go."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""`tokenizer_source` and `tokenizer` of a recipe's text -> `TokenizerAsk`."""
+"""`tokenizer_source` and `tokenizer` of a recipe's text -> `Tokenizer`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from merge_tool.errors import shown
 from merge_tool.recipe.mergekit_models import NamedModels
-from merge_tool.recipe.models_recipe import TokenizerAsk, TokenRow
+from merge_tool.recipe.recipe import Tokenizer, TokenRow
 from merge_tool.recipe.yaml_text import Fields, Text, Value, kind
 
 
-def parse_tokenizer(text: Text, models: NamedModels, fields: Fields, *, has_base: bool) -> TokenizerAsk | None:
+def parse_tokenizer(text: Text, models: NamedModels, fields: Fields, *, has_base: bool) -> Tokenizer | None:
     """What the recipe says of its vocabulary; None if nothing. Raises RecipeError."""
     return _Parser(text, models, has_base).parse(fields)
 
@@ -21,7 +21,7 @@ class _Parser:
         self._models = models
         self._has_base = has_base
 
-    def parse(self, fields: Fields) -> TokenizerAsk | None:
+    def parse(self, fields: Fields) -> Tokenizer | None:
         source, mapping = fields.get("tokenizer_source"), fields.get("tokenizer")
         if source and mapping and source.plain is not None and mapping.plain is not None:
             raise self._text.error(source.key_line, "there are tokenizer_source and tokenizer, expected one of them.")
@@ -29,12 +29,12 @@ class _Parser:
             inside = self._text.fields(mapping, "tokenizer", ("source", "tokens", "pad_to_multiple_of"))
             given = inside.get("tokens")
             tokens = {} if given is None or given.plain is None else self._text.mapping(given, "tokens")
-            return TokenizerAsk(
+            return Tokenizer(
                 self._vocabulary(inside["source"]) if "source" in inside else "union",
                 {token: self._token(token, value) for token, value in tokens.items()},
                 self._multiple(inside.get("pad_to_multiple_of")),
             )
-        return TokenizerAsk(self._vocabulary(source)) if source and source.plain is not None else None
+        return Tokenizer(self._vocabulary(source)) if source and source.plain is not None else None
 
     def _vocabulary(self, value: Value) -> str | int:
         if value.plain == "base" and not self._has_base:

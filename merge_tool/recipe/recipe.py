@@ -1,135 +1,162 @@
-"""What the user asks for, checked as far as that goes without opening a checkpoint."""
+"""`Recipe`: a merge of any number of models as it is asked for, by two paths and options (pair.py) or by a YAML file
+(mergekit.py). Frozen; says nothing of what the models hold."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from merge_tool.errors import RecipeError, shown
-from merge_tool.methods.inner import METHODS
-from merge_tool.recipe.schedule import Pattern, Rule, Rules, parse_rules
+from merge_tool.recipe.model_ref import ModelRef
+from merge_tool.recipe.options import OUTPUT_DTYPES, Options
+from merge_tool.recipe.settings import Settings
 
-DEFAULT_T = 0.5
-DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-OUTPUT_DTYPES = {"base": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-QUANTISE_LATER = (
-    "8 bits are written only as BASE has them, by --dtype base. Otherwise write bfloat16 (the default) and quantise it "
-    "afterwards, with llm-compressor or the tool that made the inputs."
-)
-_NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
-SIDES = ("base", "ft")
-ON_MISMATCH = ("error", "base")
-VOCABS = ("base", "ft", "union")
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model in a slice, by number. `layers` is [first, end); None is all of them."""
+
+    model: int
+    layers: tuple[int, int] | None
+    parameters: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Layers of the output and what they are merged from. `base` is the place of the base model among the sources,
+    None if there is none or the method ignores it."""
+
+    sources: tuple[Source, ...]
+    base: int | None
+    parameters: Settings
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many layers of the output this is; None if the models' own number."""
+        layers = self.sources[0].layers
+        return layers[1] - layers[0] if layers else None
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One stack of layers and what belongs to it. `name` is its name in `modules`; None is the whole model. A module
+    that is not sliced has one slice: all layers, as they are."""
+
+    name: str | None
+    slices: tuple[Slice, ...]
+    parameters: Settings
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many layers the slices make; None if the models' own number."""
+        lengths = [part.num_layers for part in self.slices]
+        return sum(length or 0 for length in lengths) if lengths[0] is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Where the embedding of a token comes from: `kind` is "model" (the token's own row there), "model_token" (the row
+    of `token` or `token_id` there), "zero", or "default" (as if it were not named). `force`: in all models, even those
+    that have the token."""
+
+    kind: str
+    model: int | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """The output's vocabulary: `source` is "union", "base" or a model's number; `tokens` are those given by name."""
+
+    source: str | int
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One of the outputs of a merge: its sub-folder (nothing when it is the only one), and the parameters that it has
+    in place of the recipe's: those of the whole, and of single models. `words` say the same in JSON: {"t": 0.3}."""
+
+    label: str = ""
+    words: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Settings = field(default_factory=dict)
+    of_models: Mapping[int, Settings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A merge as asked: nothing here depends on what the checkpoints hold.
+    """A merge of any number of models, as asked.
 
-    `ts` are the interpolation parameters, one output each: 0 is the base, 1 the finetune. `dtype` is a key of
-    OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats, which "base" writes as the
-    base has them, with scales where it has such. `files_from` names the
-    side whose configuration and tokenizer are copied. `on_mismatch` says what happens to integer tensors that
-    differ and to tensors of another shape or type, `on_missing` to those that only one side has. `t_for` gives some
-    tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping from patterns to values;
-    of those that match a tensor the first counts. Merged are the tensors that a pattern of `only` matches (all,
-    without one) and none of `exclude`; the rest is the base's. With `vocab` rows of embeddings and heads are matched by
-    token, and the output has the tokens of that side, or of both; its rows are padded to a multiple, if one is asked.
-    Raises RecipeError for values out of range.
+    `models` are all that are named, in the order of the text; `names` is what the report calls them. `base` is the
+    number of base_model. `outputs` differ in parameters only, and are made in one pass. `text` is the recipe's text, if
+    it has one; `words` say in JSON what it was made of otherwise. Where it `is_strict`, a pattern that matches no
+    tensor is an error, and so are vocabularies that differ; published recipes need leniency there. `rows_option` is how
+    this recipe asks for rows by token: for messages. `warnings` name what has no effect, and why.
     """
 
-    ts: tuple[float, ...] = (DEFAULT_T,)
-    method: str = "slerp"
-    dtype: str | None = None
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
-    files_from: str = "base"
-    on_mismatch: str = "error"
-    extrapolate: bool = False
-    t_for: Rules = ()
-    only: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    on_missing: str = "error"
-    vocab: str | None = None
-    pad_vocab_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        if self.dtype is not None:
-            if self.dtype.lower().startswith(_NOT_WRITTEN):
-                raise RecipeError(f"dtype is '{shown(self.dtype)}': {QUANTISE_LATER}")
-            _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
-        _check_choice("files_from", self.files_from, SIDES)
-        _check_choice("on_mismatch", self.on_mismatch, ON_MISMATCH)
-        _check_choice("on_missing", self.on_missing, ON_MISMATCH)
-        if self.vocab is not None:
-            _check_choice("vocab", self.vocab, VOCABS)
-        if self.pad_vocab_to_multiple_of is not None:
-            if self.vocab is None:
-                raise RecipeError("--pad-vocab-to-multiple-of goes with --vocab, which is not given.")
-            if not 1 <= self.pad_vocab_to_multiple_of <= 1_000_000:
-                raise RecipeError(
-                    f"The vocabulary's multiple is {self.pad_vocab_to_multiple_of}, expected 1 to 1000000."
-                )
-        if self.max_shard_bytes < 1:
-            raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
-        object.__setattr__(self, "ts", _check_ts(self.ts, self.extrapolate))
-        object.__setattr__(self, "t_for", parse_rules(self.t_for))
-        for field in ("only", "exclude"):
-            given = getattr(self, field)
-            object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
-            for text in getattr(self, field):
-                Pattern(text)
-        for rule in self.rules:
-            for t in rule.values:
-                _check_range(t, self.extrapolate, f" for {shown(rule.pattern.text)}")
+    models: tuple[ModelRef, ...]
+    names: tuple[str, ...]
+    base: int | None
+    method: str
+    modules: tuple[Module, ...]
+    parameters: Settings
+    outputs: tuple[Output, ...] = (Output(),)
+    options: Options = field(default_factory=Options)
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    text: str = ""
+    words: Mapping[str, Any] = field(default_factory=dict)
+    is_strict: bool = False
+    rows_option: str = "tokenizer_source: union (or base, or a model)"
+    warnings: tuple[str, ...] = ()
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
-        """`t_for`, parsed."""
-        return self.t_for  # type: ignore[return-value]  # set so in __post_init__
+    def first(self) -> int:
+        """The model whose names, shapes and dtypes the output's tensors have: base_model, else the first one listed."""
+        return 0 if self.base is None else self.base
 
     @property
-    def selection(self) -> dict[str, Any]:
-        """What is asked of some tensors only, in words; empty for a plain merge."""
-        found = {
-            "t_for": [str(rule) for rule in self.rules],
-            "only": list(self.only),
-            "exclude": list(self.exclude),
-            "on_missing": "" if self.on_missing == "error" else self.on_missing,
-            "vocab": self.vocab,
-            "pad_vocab_to_multiple_of": self.pad_vocab_to_multiple_of,
-        }
-        return {key: value for key, value in found.items() if value}
+    def donor(self) -> int:
+        """The model whose configuration and tokenizer are copied. Raises RecipeError for a name that no model has."""
+        wanted = self.options.files_from
+        if wanted == "base":
+            return self.first
+        named = [k for k, ref in enumerate(self.models) if wanted in (str(ref), self.names[k])]
+        if len(named) != 1:
+            known = ", ".join(dict.fromkeys(("base", *self.names, *map(shown, self.models))))
+            raise RecipeError(f"--files-from is '{shown(wanted)}', expected one of: {known}.")
+        return named[0]
+
+    @property
+    def num_layers(self) -> int | None:
+        """What config.json's num_hidden_layers must become; None if unchanged. (The layers of a module that has a name
+        are that module's: see `modules`.)"""
+        return self.modules[0].num_layers if self.modules[0].name is None else None
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """The models whose tensors are merged; the others lend a configuration or a tokenizer."""
+        return frozenset(source.model for m in self.modules for part in m.slices for source in part.sources)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(output.label for output in self.outputs)
+
+    @property
+    def dtype_code(self) -> str | None:
+        """The code of the dtype that all floats of the output have; None where each has its own."""
+        return None if self.options.dtype is None else OUTPUT_DTYPES[self.options.dtype]
 
 
-def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise RecipeError(f"{what} is '{shown(value)}', expected one of: {', '.join(choices)}.")
-
-
-def _check_ts(values: Iterable[float], extrapolate: bool) -> tuple[float, ...]:
-    try:
-        ts = tuple(float(t) + 0.0 for t in values)  # -0.0 is 0.0
-    except (TypeError, ValueError) as e:
-        raise RecipeError(f"t is not a number ({shown(e)}): 0 is the base, 1 the finetune.") from e
-    if not ts:
-        raise RecipeError("No t is given; 0 is the base, 1 the finetune.")
-    for t in ts:
-        if not math.isfinite(t):
-            raise RecipeError(f"t is {t}, expected a finite number: 0 is the base, 1 the finetune.")
-        _check_range(t, extrapolate)
-    if repeated := {t for t in ts if ts.count(t) > 1}:
-        raise RecipeError(f"t = {', '.join(label_t(t) for t in sorted(repeated))} is given more than once.")
-    return ts
-
-
-def _check_range(t: float, extrapolate: bool, where: str = "") -> None:
-    if not 0 <= t <= 1 and not extrapolate:
-        raise RecipeError(f"t{where} is {label_t(t)}, expected 0 to 1. Give --extrapolate if you mean it.")
+def label_of(words: Mapping[str, Any]) -> str:
+    """The sub-folder of an output that these values set apart: t-0.3."""
+    return "-".join(f"{key}-{label_t(value)}" for key, value in words.items())
 
 
 def label_t(t: float) -> str:
     """The shortest text that reads back as `t`: 0.3, 1, 1e-05."""
-    return repr(t).removesuffix(".0")
+    return repr(t).removesuffix(".0") if isinstance(t, float) else str(t)

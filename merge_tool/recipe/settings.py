@@ -1,33 +1,99 @@
-"""A parameter as a recipe sets it: a value, values along the layers, or those per part of a tensor's name.
-Strings, numbers and positions only."""
+"""A parameter's value for a tensor: by patterns of the tensor's name, and by its position along the layers.
+
+Names, numbers and positions only. A recipe's filter and an option such as --t-for are the same thing: a `Choice` of
+values with a pattern; the first choice that fits a tensor's name counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
+from merge_tool.errors import RecipeError, shown
 
-@dataclass(frozen=True, slots=True)
+# What Python users may give: {"self_attn": [0, 0.5, 1], "mlp": 0.2}, or the command line's "PATTERN=VALUES" texts.
+Rules: TypeAlias = "Mapping[str, float | Sequence[float]] | Iterable[str | Choice]"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which tensors are meant: `re:` and a regular expression, searched anywhere in the name; a glob (`*`, `?`, `[`)
+    for the whole name; anything else is a part of the name, and so is every text that `is_part`.
+
+    >>> [Pattern(text).matches("model.layers.1.mlp.up") for text in ("mlp", "*.mlp.*", "mlp.*", "re:layers.[12]")]
+    [True, True, False, True]
+    """
+
+    text: str
+    is_part: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_part:
+            return
+        if not self.text.removeprefix("re:") or not self.text.isprintable():
+            raise RecipeError(f"The pattern '{shown(self.text)}' is empty or not printable, expected a part of a name.")
+        try:
+            _ = self._compiled
+        except (re.error, RecursionError, OverflowError) as e:
+            raise RecipeError(f"The pattern '{shown(self.text)}' is not a regular expression ({shown(e)}).") from e
+
+    @cached_property
+    def _compiled(self) -> re.Pattern[str] | None:
+        if self.is_regex:
+            return re.compile(self.text.removeprefix("re:"))
+        return re.compile(fnmatch.translate(self.text)) if self._is_glob else None
+
+    @property
+    def is_regex(self) -> bool:
+        return not self.is_part and self.text.startswith("re:")
+
+    @property
+    def _is_glob(self) -> bool:
+        return not self.is_part and any(sign in self.text for sign in "*?[") and not self.text.startswith("re:")
+
+    def matches(self, name: str) -> bool:
+        if self._compiled is None:
+            return self.text in name
+        return (self._compiled.match if self._is_glob else self._compiled.search)(name) is not None
+
+    @property
+    def hint(self) -> str:
+        """What may be wrong with a pattern that matches nothing."""
+        return " A glob must match the whole name: write *PATTERN*, perhaps." if self._is_glob else ""
+
+
+@dataclass(frozen=True)
 class Choice:
-    """`values` for the tensors in whose names `part` occurs; for all of them, if it is None."""
+    """`values` for the tensors that `pattern` matches; for all of them, if it is None. Several lie along the layers."""
 
-    part: str | None
+    pattern: Pattern | None
     values: tuple[Any, ...]
 
-    def at(self, position: float) -> Any:
-        """The value at `position` in 0 to 1: numbers are interpolated, switches and words are not.
+    def __str__(self) -> str:
+        """As --t-for has it: PATTERN=VALUE[,VALUE...]."""
+        pattern = self.pattern.text if self.pattern else ""
+        return f"{pattern}={','.join(repr(value).removesuffix('.0') for value in self.values)}"
 
-        >>> Choice(None, (0.0, 1.0, 0.5)).at(0.75), Choice(None, (True, False)).at(0.75)
-        (0.75, True)
+    def at(self, position: float) -> Any:
+        """The value at `position`, 0 (first layer) to 1 (last layer): numbers are interpolated between neighbours,
+        switches and words are not.
+
+        >>> choice = Choice(Pattern("mlp"), (0.0, 0.4, 1.0))
+        >>> [choice.at(p) for p in (0, 0.25, 0.5, 1)], Choice(None, (True, False)).at(0.75)
+        ([0.0, 0.2, 0.4, 1.0], True)
         """
         last = len(self.values) - 1
-        place = position * last
-        before = int(place)
+        along = position * last
+        before = min(int(along), last)
         low, high = self.values[before], self.values[min(before + 1, last)]
         if not isinstance(low, float):
             return low
-        share = place - before
+        share = along - before
         return min(max((1 - share) * low + share * high, min(low, high)), max(low, high))  # never past a neighbour
 
 
@@ -38,17 +104,60 @@ class Setting:
     choices: tuple[Choice, ...]
 
     def find(self, name: str) -> Choice | None:
-        """The choice for a tensor, or None: then whatever stands further out decides."""
-        return next((choice for choice in self.choices if choice.part is None or choice.part in name), None)
+        """The choice for a tensor, or None: then the scope further out decides."""
+        return next((choice for choice in self.choices if choice.pattern is None or choice.pattern.matches(name)), None)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it has one value for all tensors."""
+        first = self.choices[0]
+        return first.pattern is None and len(first.values) == 1
 
 
 Settings: TypeAlias = Mapping[str, Setting]
-MISSING: Any = object()
 
 
-def resolve(key: str, scopes: Iterable[Settings], name: str, position: float) -> Any:
-    """The value of parameter `key` for a tensor: of the first scope that has a choice for it; MISSING if none has."""
+def constant(value: Any) -> Setting:
+    """A setting of one value for all tensors."""
+    return Setting((Choice(None, (value,)),))
+
+
+def find_choice(key: str, scopes: Iterable[Settings], name: str) -> Choice | None:
+    """The choice that gives a tensor its parameter `key`: that of the first scope that has one for it."""
     for scope in scopes:
         if key in scope and (choice := scope[key].find(name)):
-            return choice.at(position)
-    return MISSING
+            return choice
+    return None
+
+
+# ------------------------------------------------------------------------------- PATTERN=VALUE[,VALUE...]
+
+
+def parse_rules(rules: Rules) -> tuple[Choice, ...]:
+    """The rules in their order. Raises RecipeError for one that is not PATTERN=VALUE[,VALUE...] with finite values."""
+    if isinstance(rules, str):
+        rules = (rules,)
+    if isinstance(rules, Mapping):
+        return tuple(_rule(pattern, values) for pattern, values in rules.items())
+    return tuple(rule if isinstance(rule, Choice) else _parse_rule(rule) for rule in rules)
+
+
+def _parse_rule(text: str) -> Choice:
+    pattern, equals, values = text.rpartition("=")  # the last one: a regular expression may hold others
+    if not equals or not pattern:
+        raise RecipeError(f"'{shown(text)}' is not PATTERN=VALUE[,VALUE...], as in self_attn=0.3 or mlp=0,0.5,1.")
+    return _rule(pattern, values.split(","))
+
+
+def _rule(pattern: str, values: Any) -> Choice:
+    items = values if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+    try:
+        numbers = tuple(float(value) + 0.0 for value in items)
+    except (TypeError, ValueError) as e:
+        raise RecipeError(
+            f"The t of '{shown(pattern)}' is not a number or a list of numbers ({shown(e)}): 0 is the base, 1 the "
+            "finetune. Write --t-for 'PATTERN=0.3', or 'PATTERN=0,0.5,1' along the layers."
+        ) from e
+    if not numbers or not all(math.isfinite(value) for value in numbers):
+        raise RecipeError(f"The t of '{shown(pattern)}' has a value that is not finite, or none: 0 is the base.")
+    return Choice(Pattern(pattern), numbers)

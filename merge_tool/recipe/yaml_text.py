@@ -160,7 +160,8 @@ class Text:
         return f"{shown(self.where)}, line "
 
     def error(self, line: int, what: str) -> RecipeError:
-        return RecipeError(f"{self.start}{line}: {what}")
+        """The error for what stands in a line; line 0 is the whole."""
+        return RecipeError(f"{self.start}{line}: {what}" if line else f"{shown(self.where)}: {what}")
 
     def warn(self, line: int, key: str, why: str) -> None:
         self.warnings.setdefault(f"{self.start}{line}: '{shown(key)}' has no effect: {why}.")

@@ -1,0 +1,113 @@
+"""The options of a merge beside its models and their parameters: the same for a pair and for a recipe in YAML.
+
+One field each. The command line makes its options of these fields, the report stores them, the card prints them and
+`verify` reads them back; so a new option is a field here, and the code that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from merge_tool.arrays import NAMES
+from merge_tool.errors import RecipeError, shown
+from merge_tool.recipe.settings import Pattern
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+OUTPUT_DTYPES: Mapping[str, str | None] = {"base": None, **NAMES}
+QUANTISE_LATER = (
+    "8 bits are written only as BASE has them, by --dtype base. Otherwise write bfloat16 (the default) and quantise it "
+    "afterwards, with llm-compressor or the tool that made the inputs."
+)
+STOP_OR_BASE = ("error", "base")
+_NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
+
+
+def option(default: Any, flag: str, text: str, **kind: Any) -> Any:
+    """A field that the command line offers as `flag`; `text` is its help. `kind` says what values there are:
+    choices, metavar, is_size (bytes with a unit), is_many (may be repeated), is_whole (a whole number)."""
+    return field(default=default, metadata={"flag": flag, "help": text, **kind})
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is asked of a merge beside its models and their parameters. Raises RecipeError for values out of range.
+
+    `dtype` is a key of OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats, which
+    "base" writes as the base has them, with scales where it has such. Merged are the tensors that a pattern of `only`
+    matches (all, without one) and none of `exclude`; the rest is the base's. `on_mismatch` says what happens to integer
+    tensors that differ and to tensors of another shape or type, `on_missing` to tensors that some model lacks.
+    `files_from` names the model whose configuration and tokenizer files are copied: "base", "ft" for the second model
+    of a pair, or a model as the recipe names it. `seed` decides the random bits of methods that have any.
+    """
+
+    only: Sequence[str] = option(
+        (), "--only", "Merge only tensors whose names match; the others are BASE's, byte for byte. Several add up.",
+        metavar="PATTERN", is_many=True,
+    )  # fmt: skip
+    exclude: Sequence[str] = option(
+        (), "--exclude", "Do not merge tensors whose names match. Several add up.", metavar="PATTERN", is_many=True
+    )
+    dtype: str | None = option(
+        None, "--dtype",
+        "Type of the output's floats; base: BASE's, with fresh scales where its floats have 8 bits and scales.  "
+        "[default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
+        metavar=f"[{'|'.join(OUTPUT_DTYPES)}]",
+    )  # fmt: skip
+    max_shard_bytes: int = option(
+        DEFAULT_MAX_SHARD_BYTES, "--max-shard-size", "Largest size of one output file, in bytes or with a unit.",
+        metavar="SIZE", is_size=True, show_default="5GB",
+    )  # fmt: skip
+    files_from: str = option(
+        "base", "--files-from", "The model whose configuration and tokenizer files the output gets.", metavar="MODEL"
+    )
+    on_mismatch: str = option(
+        "error", "--on-mismatch",
+        "What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
+        choices=STOP_OR_BASE,
+    )  # fmt: skip
+    on_missing: str = option(
+        "error", "--on-missing", "What to do with tensors that one model lacks: stop, or have exactly BASE's tensors.",
+        choices=STOP_OR_BASE,
+    )  # fmt: skip
+    seed: int = option(0, "--seed", "Decides the random bits of dare and della.", is_whole=True)
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            if self.dtype.lower().startswith(_NOT_WRITTEN):
+                raise RecipeError(f"dtype is '{shown(self.dtype)}': {QUANTISE_LATER}")
+            check_choice("dtype", self.dtype, OUTPUT_DTYPES)
+        for name in ("on_mismatch", "on_missing"):
+            check_choice(name, getattr(self, name), STOP_OR_BASE)
+        if self.max_shard_bytes < 1:
+            raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
+        for name in ("only", "exclude"):
+            texts = getattr(self, name)
+            object.__setattr__(self, name, (texts,) if isinstance(texts, str) else tuple(texts))
+            for text in getattr(self, name):
+                Pattern(text)
+
+
+def as_json(options: Any, *, all_of_them: bool = False) -> dict[str, Any]:
+    """The options of a dataclass of such fields that are not the default (or all): what a report stores."""
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    plain = {k: [str(item) for item in v] if isinstance(v, tuple) else v for k, v in values.items()}
+    return {f.name: plain[f.name] for f in fields(options) if all_of_them or values[f.name] != f.default}
+
+
+def as_words(options: Any) -> list[str]:
+    """The options that are not the default as words of a command line."""
+    words: list[str] = []
+    stored = as_json(options)
+    for f in fields(options):
+        values = stored.get(f.name, [])
+        for value in values if isinstance(values, list) else [values]:
+            words += [f.metadata["flag"], str(value)]
+    return words
+
+
+def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raise RecipeError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise RecipeError(f"{what} is '{shown(value)}', expected one of: {', '.join(choices)}.")
