@@ -253,7 +253,7 @@ def _run(prepared: Prepared, work: Work, running: Running) -> None:
     except MemoryError as e:
         raise RecipeError(
             f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
-            "Give a smaller --memory, then run the same command: it continues."
+            "Give a smaller --memory or fewer --jobs, then run the same command: it continues."
         ) from e
 
 
