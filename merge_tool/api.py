@@ -173,7 +173,12 @@ def _carry_out(prepared: Prepared, running: Running, started: float) -> MergeRep
     check_exact_tensors(prepared.plan)
     flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
     with Work(
-        prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=running.check_resumed
+        prepared.target,
+        prepared.plan,
+        samples=prepared.samples,
+        flush_bytes=flush,
+        check_resumed=running.check_resumed,
+        inputs=prepared.inputs,
     ) as work:
         if _finds_it_complete(prepared, work, overwrite=overwrite):
             return _complete(prepared, report_path, started)

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,15 @@ def is_complete(prepared: Prepared) -> bool:
     try:
         if target.is_file:
             if target.path.exists():
-                raise OutputError(f"{shown(target.path)}: exists already. Give --overwrite to replace it.")
+                way = _way_on(prepared, "Give --overwrite to replace it.")
+                raise OutputError(f"{shown(target.path)}: exists already. {way}")
             return False
         if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
             return False
         if not all(_is_output(prepared, target.path / label, t) for label, t in labelled(prepared.plan)):
+            way = "Choose another folder, or give --overwrite to replace the model in it once the new one is complete."
             raise OutputError(
-                f"{shown(target.path)}: is not empty, and not the result of this merge. Choose another folder, or "
-                "give --overwrite to replace the model in it once the new one is complete."
+                f"{shown(target.path)}: is not empty, and not the result of this merge. {_way_on(prepared, way)}"
             )
         changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
@@ -53,6 +54,18 @@ def is_complete(prepared: Prepared) -> bool:
             "Give --overwrite to merge again."
         )
     return True
+
+
+def _way_on(prepared: Prepared, way: str) -> str:
+    """`way`, unless OUT seems to hold a file of an input, which is not to be replaced: under two names, some drivers
+    show one folder as two."""
+    target = prepared.target
+    sources = (source for job in prepared.plan.jobs() for source in job.sources)
+    for file in {id(file): file for source in sources for file in source.files}.values():
+        there = target.path if target.is_file else target.path / PurePath(file.name).name
+        if there.is_file() and (there.stat().st_size, there.stat().st_mtime_ns) == (file.size, file.mtime_ns):
+            return f"It may be an input under another name: it has {shown(file.name)}. Choose another one."
+    return way
 
 
 def labelled(plan: MergePlan) -> Iterable[tuple[str, float]]:

@@ -25,6 +25,7 @@ from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.journal import Journal
 from merge_tool.lock import FolderLock
 from merge_tool.older import is_model_file, older_labels, outdated, strangers
+from merge_tool.overlap import find_shared, find_showing, lies_in
 from merge_tool.plan import MergePlan, ShardPlan
 from merge_tool.side_files import WORK
 
@@ -55,17 +56,12 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
     """Raise OutputError where writing to `target` could touch an input, or where it is of the wrong kind."""
     path = target.path
     try:
-        out = path.resolve()
-        sources = [(source, source.resolve()) for source in inputs]
+        shared = next((source for source in inputs if lies_in(path, source) or lies_in(source, path)), None)
         is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
     except (OSError, RuntimeError) as e:
         raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
-    for source, real in sources:
-        if out == real or out.is_relative_to(real) or real.is_relative_to(out):
-            raise OutputError(
-                f"{shown(path)}: the output is, or lies inside or around, the input {shown(source)}. "
-                "Choose another folder."
-            )
+    if shared is not None:
+        raise OutputError(_shared(path, shared))
     if target.is_file and is_folder:
         raise OutputError(f"{shown(path)}: is a folder, but a name ending in .safetensors asks for a file.")
     if not target.is_file and exists and not is_folder:
@@ -74,11 +70,35 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
         raise OutputError(f"{shown(path)}: is a link that leads nowhere. Remove it, or choose another folder.")
 
 
+def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]) -> None:
+    """Raise OutputError where a folder in OUT, by a link or a mount, is an input's, and the merge would write into it
+    or remove files from it. `labels` are the outputs, `names` their files."""
+    path, new = target.path, list(names)
+    try:
+        places = {path: None}
+        for label in () if target.is_file else dict.fromkeys((*labels, *older_labels(path))):
+            folder = path / label
+            changed = (*new, *outdated(folder))
+            places |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
+        found = find_shared(places, inputs)
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    if found is not None:
+        raise OutputError(_shared(*found))
+
+
+def _shared(place: Path, source: Path) -> str:
+    return (
+        f"{shown(place)}: the output is, or lies inside or around, the input {shown(source)} (one folder may have two "
+        "names: by a link, a mount, or on a disk that ignores case). Choose another folder."
+    )
+
+
 # ------------------------------------------------------------------------------------------ the work
 
 
 class Work:
-    """The work folder of one merge, locked by this process from creation to `close`.
+    """The work folder of one merge, locked by this process from creation to `close`; it must not show up in `inputs`.
 
     Keeps what run_plan's sink is given. `done_shards` are the shards that an earlier run finished: those that its
     journal names, with their size, and with `check_resumed` their SHA-256.
@@ -92,6 +112,7 @@ class Work:
         samples: tuple[str, ...] = (),
         flush_bytes: int | None = None,
         check_resumed: bool = False,
+        inputs: Iterable[Path] = (),
     ) -> None:
         self.check_resumed = check_resumed
         self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
@@ -104,8 +125,22 @@ class Work:
         self._made = _make_folders(self.path)
         try:
             self._lock = FolderLock(self.path)
+            self._check_inputs(inputs)
         except BaseException:
             _remove_folders(self._made)
+            raise
+
+    def _check_inputs(self, inputs: Iterable[Path]) -> None:
+        """Raise OutputError if the lock that was just made shows up in an input: OUT is that input by another name."""
+        try:
+            mark = self._lock.mark()
+            shared = find_showing(self.path, FolderLock.NAME, mark, inputs, is_file=self.target.is_file)
+            if shared is not None:
+                raise OutputError(_shared(self.target.path, shared))
+        except BaseException:
+            if self.path in self._made:
+                self._lock.remove_with(self.path)
+            self._lock.release()
             raise
 
     def __enter__(self) -> Work:

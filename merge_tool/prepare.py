@@ -29,7 +29,8 @@ from merge_tool.memory import (
     resident_bytes,
 )
 from merge_tool.methods import as_bytes
-from merge_tool.output import Target, check_target
+from merge_tool.output import Target, check_folders, check_target
+from merge_tool.overlap import lies_in
 from merge_tool.parents import check_vocabularies, explain_rows, parent_warnings
 from merge_tool.plan import MergePlan, plan_merge
 from merge_tool.recipe import Recipe
@@ -54,8 +55,8 @@ class Prepared:
     """A merge that headers say will work: what `--dry-run` shows and `merge` carries out.
 
     `samples` are digests of a few bytes of many tensors of either input (none after a dry run, which reads no
-    weights): what tells two finetunes of one layout apart. `refs` are the models by local paths; `download` is what of
-    them was still to be fetched, after a dry run.
+    weights): what tells two finetunes of one layout apart. `refs` are the models by local paths, `inputs` all of these
+    paths, adapters' too; `download` is what of them was still to be fetched, after a dry run.
     """
 
     plan: MergePlan
@@ -69,6 +70,7 @@ class Prepared:
     warnings: tuple[str, ...]
     samples: tuple[str, ...]
     refs: tuple[Path, ...]
+    inputs: tuple[Path, ...]
     download: Download
 
     @property
@@ -208,6 +210,7 @@ def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, 
     if plan.chat_template and side_files.folder is not None:
         side_files = with_template(side_files, plan.chat_template)
         told += template_warnings(plan.chat_template, side_files)
+    check_folders(target, plan.labels, (file.target for file in side_files.copied), found.paths)
     way = "" if alignment is not None else "--vocab" if plan.is_pair else "tokenizer_source"
     first = models[plan.donor]
     base_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
@@ -223,7 +226,7 @@ def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, 
     held = resident_bytes()
     layout = plan_layout(plan, budget, jobs, held=held)
     facts = plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples
-    return Prepared(*facts, found.refs, found.download)
+    return Prepared(*facts, found.refs, found.paths, found.download)
 
 
 def _plan(plan_of: Callable[[Sequence[Checkpoint]], MergePlan], models: Sequence[Checkpoint]) -> MergePlan:
@@ -246,14 +249,13 @@ def _check_report_path(path: Path, recipe: Recipe, target: Target, inputs: Itera
     if len(recipe.ts) > 1:
         raise RecipeError(f"{where}: one report for one t; with several, each output folder has its own.")
     try:
-        real = path.resolve()
-        forbidden = [other.resolve() for other in (*inputs, target.path, target.work)]
+        is_harmful = any(lies_in(path, other) for other in (*inputs, target.path, target.work))
         is_folder, has_parent = path.is_dir(), path.parent.is_dir()
     except (OSError, RuntimeError) as e:
         raise OutputError(f"{where}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
     if is_folder or not has_parent:
         raise OutputError(f"{where}: {'is a folder' if is_folder else 'its folder is missing'}. Choose a file's path.")
-    if any(real == other or real.is_relative_to(other) for other in forbidden):
+    if is_harmful:
         raise OutputError(f"{where}: lies inside an input or the output. Choose a path beside them.")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from merge_tool.api import merge
 from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
 from merge_tool.lock import FolderLock
+from merge_tool.output import Target, check_target
 from merge_tool.prepare import Prepared, prepare
 from merge_tool.recipe import Recipe, label_t
 
@@ -101,6 +102,7 @@ def sweep(
     folder = Path(out)
     settings: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
     prepared = prepare(base, ft, folder / _name(recipe.ts[0]), recipe, read_samples=True, **settings)
+    check_target(Target(folder / MODELS), prepared.inputs)  # what is in there is removed
     base, ft = prepared.refs  # from here on the same: the Hub's newest revision may move meanwhile
     facts = _facts(prepared, command)
     del prepared

@@ -116,7 +116,11 @@ ARROWS: dict[str, set[str]] = {
     "older": {"checkpoint.folder", "errors", "side_files"},
     "journal": {"errors"},
     "lock": {"errors"},
-    "output": {"checkpoint.source", "checkpoint.writer", "errors", "journal", "lock", "older", "plan", "side_files"},
+    "overlap": set(),
+    "output": {
+        "checkpoint.source", "checkpoint.writer", "errors", "journal", "lock", "older", "overlap", "plan",
+        "side_files",
+    },
     "report": {"_version", "errors", "methods", "plan"},
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader", "inputs", "lora", "methods"},
@@ -125,7 +129,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "prepare": {
         "chat_template", "checkpoint.reader", "config_fit", "errors", "inputs", "lora", "memory", "methods", "output",
-        "parents", "plan", "recipe", "row_tensors", "side_files", "vocab",
+        "overlap", "parents", "plan", "recipe", "row_tensors", "side_files", "vocab",
     },
     "parents": {
         "checkpoint.folder", "checkpoint.reader", "errors", "row_tensors", "tokenizer_json", "tokens", "vocab",
@@ -152,7 +156,7 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "checks", "errors", "older", "remerge",
         "report", "side_files",
     },
-    "sweep": {"api", "errors", "lock", "prepare", "recipe"},
+    "sweep": {"api", "errors", "lock", "output", "prepare", "recipe"},
     "diff": {"checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report"},
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
