@@ -13,7 +13,6 @@ import hashlib
 import json
 import random
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import HeaderError, MergeToolError
 from merge_tool.journal import Journal
 from merge_tool.lora_config import read_settings
+from merge_tool.memory import peak_bytes
 from merge_tool.older import read_sums
 from merge_tool.parents import _settings
 from merge_tool.report import from_record, read_identity, stream_report
@@ -293,7 +293,7 @@ def fuzz(target: str, inputs: int, seed: int, seconds: float) -> dict[str, Any]:
     """Feed so many mutated inputs, or for so long; returns what became of them, and the slowest in seconds."""
     valid, make = TARGETS[target]
     check, chance, found, slowest = make(), random.Random(seed), Counter[str](), 0.0
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, started = peak_bytes(), time.monotonic()
     for number in range(inputs):
         raw = mutated(valid(chance), chance)
         begun = time.monotonic()
@@ -304,7 +304,7 @@ def fuzz(target: str, inputs: int, seed: int, seconds: float) -> dict[str, Any]:
         slowest = max(slowest, time.monotonic() - begun)
         if number % 1000 == 0 and time.monotonic() - started > seconds:
             break
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    grown = (peak_bytes() - before) // 1024**2
     return {"target": target, "inputs": sum(found.values()), "slowest_s": round(slowest, 3), "grown_mb": grown, **found}
 
 
