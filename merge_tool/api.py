@@ -18,7 +18,14 @@ from merge_tool.errors import DataError, OutputError, RecipeError, listed, outpu
 from merge_tool.files import write_whole
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
-from merge_tool.output.complete import check_exact_tensors, check_output, check_room, final_names, is_complete
+from merge_tool.output.complete import (
+    check_apart,
+    check_exact_tensors,
+    check_output,
+    check_room,
+    final_names,
+    is_complete,
+)
 from merge_tool.output.older import check_conflicts
 from merge_tool.output.report import (
     Summary,
@@ -159,13 +166,19 @@ def carry_out(prepare_it: Callable[..., Prepared], running: Running) -> MergeRep
 
 def _carry_out(prepared: Prepared, running: Running, started: float) -> MergeReport:
     overwrite, report_path = running.overwrite, running.report_path
+    check_apart(prepared)
     if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
         return _complete(prepared, report_path, started)
     check_room(prepared, overwrite=overwrite)
     check_exact_tensors(prepared.plan)
     flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
     with Work(
-        prepared.target, prepared.plan, samples=prepared.samples, flush_bytes=flush, check_resumed=running.check_resumed
+        prepared.target,
+        prepared.plan,
+        samples=prepared.samples,
+        flush_bytes=flush,
+        check_resumed=running.check_resumed,
+        inputs=prepared.inputs,
     ) as work:
         if _finds_it_complete(prepared, work, overwrite=overwrite):
             return _complete(prepared, report_path, started)
@@ -245,7 +258,7 @@ def _run(prepared: Prepared, work: Work, running: Running) -> None:
     except MemoryError as e:
         raise RecipeError(
             f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
-            "Give a smaller --memory, then run the same command: it continues."
+            "Give a smaller --memory or fewer --jobs, then run the same command: it continues."
         ) from e
 
 

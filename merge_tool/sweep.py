@@ -24,6 +24,7 @@ from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_
 from merge_tool.files import write_whole
 from merge_tool.output.lock import FolderLock
 from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.plan.target import Target, check_target
 from merge_tool.recipe.recipe import Recipe, label_t
 
 JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
@@ -102,6 +103,7 @@ def sweep(
     folder = Path(out)
     settings: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
     prepared = prepare(base, ft, folder / _name(recipe.ts[0]), recipe, read_samples=True, **settings)
+    check_target(Target(folder / MODELS), prepared.inputs)  # what is in there is removed
     base, ft = prepared.refs  # from here on the same: the Hub's newest revision may move meanwhile
     facts = _facts(prepared, command)
     del prepared

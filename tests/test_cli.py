@@ -50,6 +50,24 @@ def test_close_models_are_said_to_be_close(tmp_path: Path) -> None:
     assert "1.8 degrees" not in run(base, ft, tmp_path / "far").stdout
 
 
+@pytest.mark.parametrize("line", ["import no_such_library", "raise SystemError('error return without exception set')"])
+def test_a_library_that_cannot_be_loaded_is_an_error_and_the_next_run_continues(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """As when memory gets short: some libraries are imported late, here the one that looks at the output."""
+    (tmp_path / "broken/safetensors").mkdir(parents=True)
+    (tmp_path / "broken/safetensors/__init__.py").write_text(f"{line}\n")
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(tmp_path / "broken")
+        said = message(run(*pair, tmp_path / "out"))
+        sys.modules.pop("safetensors", None)
+    assert said.startswith("Error: A library cannot be loaded (")
+    assert not list((tmp_path / "out").glob("model*"))
+    assert run(*pair, tmp_path / "out").exit_code == 0
+
+
 def test_several_t(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     result = run(*pair, tmp_path / "out", "--t", "0.3", "--t", "0.5,0.7")
     assert result.exit_code == 0

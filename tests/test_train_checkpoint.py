@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from train.checkpoint import list_checkpoints, prune, read_progress, sweep
 from train.config import build_config, load_config
 from train.errors import TrainError
 from train.loop import finetune
+
+resource = pytest.importorskip("resource", reason="needs POSIX limits")
 
 
 @pytest.fixture(scope="module")

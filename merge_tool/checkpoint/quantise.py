@@ -50,7 +50,7 @@ def _round_up(values: Array, out: Array) -> None:
         out[...] = exponent.astype(np.uint8).view(POWERS_OF_TWO)
         return
     encode(values, out)
-    bits = out.view(np.uint16 if out.dtype.itemsize == 2 else np.uint32)
+    bits: Array = out.view(np.uint16 if out.dtype.itemsize == 2 else np.uint32)
     bits += decode(out, np.empty(values.shape)) < values
 
 

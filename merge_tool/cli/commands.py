@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -52,7 +53,7 @@ from merge_tool.cli.show import (
 from merge_tool.diff import diff_checkpoints
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.inspection import check_health, inspect_checkpoint
-from merge_tool.output.complete import check_room, is_complete
+from merge_tool.output.complete import check_apart, check_room, is_complete
 from merge_tool.plan.prepare import Prepared, prepare
 from merge_tool.recipe.recipe import (
     DEFAULT_T,
@@ -82,6 +83,13 @@ def _print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R
                     f"The system has too little memory left ({shown(e) or 'an allocation failed'}). Give it more, or a "
                     "smaller --memory, then run the same command."
                 ) from e
+            except Exception as e:
+                if not _is_in_import(e):
+                    raise
+                raise click.ClickException(
+                    f"A library cannot be loaded ({type(e).__name__}: {shown(e)}). Either memory is short, or its "
+                    "installation is damaged: give it more memory, or install it again, then run the same command."
+                ) from e
             except KeyboardInterrupt:
                 click.echo(f"\nInterrupted. {after_signal}", err=True)
                 sys.exit(130)
@@ -92,6 +100,12 @@ def _print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R
         return wrapped
 
     return decorate
+
+
+def _is_in_import(error: Exception) -> bool:
+    """Whether it happened while a module was loaded: some are loaded when they are first needed."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ImportError) or any(frame.f_code.co_name == "<module>" for frame in frames)
 
 
 _CONTINUES, _READS = "Run the same command to continue.", "Nothing was changed."
@@ -176,6 +190,7 @@ def slerp_merge(
 
 
 def _dry_run(prepared: Prepared, *, overwrite: bool, as_json: bool) -> None:
+    check_apart(prepared)
     complete = not overwrite and is_complete(prepared)
     if not complete:
         check_room(prepared, overwrite=overwrite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from merge_tool.errors import DataError, OutputError, listed, shown
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
 from merge_tool.output.older import check_conflicts, read_sums
 from merge_tool.output.report import labelled, read_identity, single_facts
+from merge_tool.output.work_folder import check_folders
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder
@@ -30,14 +31,15 @@ def is_complete(prepared: Prepared) -> bool:
     try:
         if target.is_file:
             if target.path.exists():
-                raise OutputError(f"{shown(target.path)}: exists already. Give --overwrite to replace it.")
+                way = _way_on(prepared, "Give --overwrite to replace it.")
+                raise OutputError(f"{shown(target.path)}: exists already. {way}")
             return False
         if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
             return False
         if not all(_is_output(prepared, target.path / label, t) for label, t in labelled(prepared.plan)):
+            way = "Choose another folder, or give --overwrite to replace the model in it once the new one is complete."
             raise OutputError(
-                f"{shown(target.path)}: is not empty, and not the result of this merge. Choose another folder, or "
-                "give --overwrite to replace the model in it once the new one is complete."
+                f"{shown(target.path)}: is not empty, and not the result of this merge. {_way_on(prepared, way)}"
             )
         changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
@@ -48,6 +50,18 @@ def is_complete(prepared: Prepared) -> bool:
             "Give --overwrite to merge again."
         )
     return True
+
+
+def _way_on(prepared: Prepared, way: str) -> str:
+    """`way`, unless OUT seems to hold a file of an input, which is not to be replaced: under two names, some drivers
+    show one folder as two."""
+    target = prepared.target
+    sources = (source for job in prepared.plan.jobs() for source in job.sources)
+    for file in {id(file): file for source in sources for file in source.files}.values():
+        there = target.path if target.is_file else target.path / PurePath(file.name).name
+        if there.is_file() and (there.stat().st_size, there.stat().st_mtime_ns) == (file.size, file.mtime_ns):
+            return f"It may be an input under another name: it has {shown(file.name)}. Choose another one."
+    return way
 
 
 def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
@@ -76,8 +90,15 @@ def _changed_since(prepared: Prepared, output: Path) -> list[str]:
     return changed
 
 
+def check_apart(prepared: Prepared) -> None:
+    """Raise OutputError where a folder in OUT is an input's, by a link or a mount."""
+    names = [file.target for file in prepared.side_files.copied]
+    check_folders(prepared.target, prepared.plan.labels, names, prepared.inputs)
+
+
 def check_output(prepared: Prepared, *, overwrite: bool) -> None:
     """What a merge checks of OUT, for before its inputs are fetched. Raises OutputError, FetchError."""
+    check_apart(prepared)
     if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
         return
     check_room(prepared, overwrite=overwrite)

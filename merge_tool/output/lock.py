@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import socket
 import sys
 from pathlib import Path
 
 from merge_tool.errors import OutputError, output_failed, shown
+
+_LOCKED_BYTE = 1 << 30  # on Windows: beyond all that the file holds
 
 
 class FolderLock:
@@ -43,6 +46,17 @@ class FolderLock:
                 if self._fd != fd:
                     os.close(fd)
 
+    def mark(self) -> bytes:
+        """Write into the lock file what no other file has, and return it: who sees it sees this very file."""
+        mark = secrets.token_hex(16).encode()
+        try:
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.write(self._fd, mark)
+        except OSError as e:
+            raise output_failed(self.path, e) from e
+        return mark
+
     def release(self) -> None:
         if self._fd >= 0:
             with contextlib.suppress(OSError):  # the lock is gone with the descriptor, whatever this says
@@ -74,6 +88,7 @@ def lock_file(fd: int) -> socket.socket | None:
         import msvcrt
 
         try:
+            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)  # nobody could read a byte that is locked
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         except OSError as e:
             raise BlockingIOError(*e.args) from e

@@ -25,8 +25,9 @@ from merge_tool.files import part_path, rename_synced, sync_folder
 from merge_tool.output.journal import Journal
 from merge_tool.output.lock import FolderLock
 from merge_tool.output.older import is_model_file, older_labels, outdated, strangers
+from merge_tool.plan.overlap import find_shared, find_showing
 from merge_tool.plan.plan import MergePlan, ShardPlan
-from merge_tool.plan.target import Target
+from merge_tool.plan.target import Target, shared_with
 
 _OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
 _LIBRARY_BYTES = 2_000  # what the safetensors library holds for each tensor of a file it has open, at most
@@ -35,8 +36,25 @@ _LIBRARY_BYTES = 2_000  # what the safetensors library holds for each tensor of 
 # ------------------------------------------------------------------------------------------ the work
 
 
+def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]) -> None:
+    """Raise OutputError where a folder in OUT, by a link or a mount, is an input's, and the merge would write into it
+    or remove files from it. `labels` are the outputs, `names` their files."""
+    path, new = target.path, list(names)
+    try:
+        places = {path: None}
+        for label in () if target.is_file else dict.fromkeys((*labels, *older_labels(path))):
+            folder = path / label
+            changed = (*new, *outdated(folder))
+            places |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
+        found = find_shared(places, inputs)
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    if found is not None:
+        raise shared_with(*found)
+
+
 class Work:
-    """The work folder of one merge, locked by this process from creation to `close`.
+    """The work folder of one merge, locked by this process from creation to `close`; it must not show up in `inputs`.
 
     Keeps what run_plan's sink is given. `done_shards` are the shards that an earlier run finished: those that its
     journal names, with their size, and with `check_resumed` their SHA-256.
@@ -50,6 +68,7 @@ class Work:
         samples: tuple[str, ...] = (),
         flush_bytes: int | None = None,
         check_resumed: bool = False,
+        inputs: Iterable[Path] = (),
     ) -> None:
         self.check_resumed = check_resumed
         self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
@@ -62,8 +81,22 @@ class Work:
         self._made = _make_folders(self.path)
         try:
             self._lock = FolderLock(self.path)
+            self._check_inputs(inputs)
         except BaseException:
             _remove_folders(self._made)
+            raise
+
+    def _check_inputs(self, inputs: Iterable[Path]) -> None:
+        """Raise OutputError if the lock that was just made shows up in an input: OUT is that input by another name."""
+        try:
+            mark = self._lock.mark()
+            shared = find_showing(self.path, FolderLock.NAME, mark, inputs, is_file=self.target.is_file)
+            if shared is not None:
+                raise shared_with(self.target.path, shared)
+        except BaseException:
+            if self.path in self._made:
+                self._lock.remove_with(self.path)
+            self._lock.release()
             raise
 
     def __enter__(self) -> Work:

@@ -54,8 +54,8 @@ class Prepared:
     """A merge that headers say will work: what `--dry-run` shows and `merge` carries out.
 
     `samples` are digests of a few bytes of many tensors of either input (none after a dry run, which reads no
-    weights): what tells two finetunes of one layout apart. `refs` are the models by local paths; `download` is what of
-    them was still to be fetched, after a dry run.
+    weights): what tells two finetunes of one layout apart. `refs` are the models by local paths, `inputs` all of these
+    paths, adapters' too; `download` is what of them was still to be fetched, after a dry run.
     """
 
     plan: MergePlan
@@ -69,6 +69,7 @@ class Prepared:
     warnings: tuple[str, ...]
     samples: tuple[str, ...]
     refs: tuple[Path, ...]
+    inputs: tuple[Path, ...]
     download: Download
 
     @property
@@ -223,7 +224,7 @@ def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, 
     held = resident_bytes()
     layout = plan_layout(plan, budget, jobs, held=held)
     facts = plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples
-    return Prepared(*facts, found.refs, found.download)
+    return Prepared(*facts, found.refs, found.paths, found.download)
 
 
 def _plan(plan_of: Callable[[Sequence[Checkpoint]], MergePlan], models: Sequence[Checkpoint]) -> MergePlan:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merge_tool.errors import OutputError, RecipeError, shown
 from merge_tool.models.side_files import WORK
+from merge_tool.plan.overlap import lies_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +34,12 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
     """Raise OutputError where writing to `target` could touch an input, or where it is of the wrong kind."""
     path = target.path
     try:
-        out = path.resolve()
-        sources = [(source, source.resolve()) for source in inputs]
+        shared = next((source for source in inputs if lies_in(path, source) or lies_in(source, path)), None)
         is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
     except (OSError, RuntimeError) as e:
         raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
-    for source, real in sources:
-        if out == real or out.is_relative_to(real) or real.is_relative_to(out):
-            raise OutputError(
-                f"{shown(path)}: the output is, or lies inside or around, the input {shown(source)}. "
-                "Choose another folder."
-            )
+    if shared is not None:
+        raise shared_with(path, shared)
     if target.is_file and is_folder:
         raise OutputError(f"{shown(path)}: is a folder, but a name ending in .safetensors asks for a file.")
     if not target.is_file and exists and not is_folder:
@@ -52,20 +48,27 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
         raise OutputError(f"{shown(path)}: is a link that leads nowhere. Remove it, or choose another folder.")
 
 
+def shared_with(out: Path, source: Path) -> OutputError:
+    """The error for an output that is an input, or lies inside or around one."""
+    return OutputError(
+        f"{shown(out)}: the output is, or lies inside or around, the input {shown(source)} (one folder may have two "
+        "names: by a link, a mount, or on a disk that ignores case). Choose another folder."
+    )
+
+
 def check_report_path(path: Path, ts: Sequence[float], target: Target, inputs: Iterable[Path]) -> None:
     """Raise RecipeError or OutputError where the report cannot be written at `path`."""
     where = f"--report {shown(path)}"
     if len(ts) > 1:
         raise RecipeError(f"{where}: one report for one t; with several, each output folder has its own.")
     try:
-        real = path.resolve()
-        forbidden = [other.resolve() for other in (*inputs, target.path, target.work)]
+        is_harmful = any(lies_in(path, other) for other in (*inputs, target.path, target.work))
         is_folder, has_parent = path.is_dir(), path.parent.is_dir()
     except (OSError, RuntimeError) as e:
         raise OutputError(f"{where}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
     if is_folder or not has_parent:
         raise OutputError(f"{where}: {'is a folder' if is_folder else 'its folder is missing'}. Choose a file's path.")
-    if any(real == other or real.is_relative_to(other) for other in forbidden):
+    if is_harmful:
         raise OutputError(f"{where}: lies inside an input or the output. Choose a path beside them.")
 
 
