@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from merge_tool._version import __version__
 
 if TYPE_CHECKING:
-    from merge_tool.api import MergeReport, merge, merge_models
+    from merge_tool.api import MergeReport, merge, merge_models, merge_recipe, plan_recipe
     from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
     from merge_tool.errors import (
         CheckpointError,
@@ -26,14 +26,21 @@ if TYPE_CHECKING:
         OutputError,
         RecipeError,
     )
+    from merge_tool.methods.steps import Method
     from merge_tool.plan.memory import Layout, plan_layout
-    from merge_tool.plan.plan import MergePlan, plan_merge
+    from merge_tool.plan.plan import MergePlan
+    from merge_tool.plan.plan_merge import plan_merge
+    from merge_tool.recipe.mergekit import read_recipe
+    from merge_tool.recipe.pair import pair
     from merge_tool.recipe.recipe import Recipe
     from merge_tool.run.run import run_plan
 
 _HOMES = {
     "MergeReport": "merge_tool.api",
     "merge": "merge_tool.api",
+    "merge_models": "merge_tool.api",
+    "merge_recipe": "merge_tool.api",
+    "plan_recipe": "merge_tool.api",
     "Checkpoint": "merge_tool.checkpoint.reader",
     "open_checkpoint": "merge_tool.checkpoint.reader",
     "CheckpointError": "merge_tool.errors",
@@ -44,11 +51,13 @@ _HOMES = {
     "MismatchError": "merge_tool.errors",
     "OutputError": "merge_tool.errors",
     "RecipeError": "merge_tool.errors",
+    "Method": "merge_tool.methods.steps",
     "Layout": "merge_tool.plan.memory",
     "plan_layout": "merge_tool.plan.memory",
-    "merge_models": "merge_tool.api",
     "MergePlan": "merge_tool.plan.plan",
-    "plan_merge": "merge_tool.plan.plan",
+    "plan_merge": "merge_tool.plan.plan_merge",
+    "pair": "merge_tool.recipe.pair",
+    "read_recipe": "merge_tool.recipe.mergekit",
     "Recipe": "merge_tool.recipe.recipe",
     "run_plan": "merge_tool.run.run",
 }
@@ -74,6 +83,7 @@ __all__ = [
     "MergePlan",
     "MergeReport",
     "MergeToolError",
+    "Method",
     "MismatchError",
     "OutputError",
     "Recipe",
@@ -81,8 +91,12 @@ __all__ = [
     "__version__",
     "merge",
     "merge_models",
+    "merge_recipe",
     "open_checkpoint",
+    "pair",
     "plan_layout",
     "plan_merge",
+    "plan_recipe",
+    "read_recipe",
     "run_plan",
 ]

@@ -1,6 +1,6 @@
-"""merge(...): the whole flow as one function, with the defaults. What both commands and Python users call.
+"""merge(...) and merge_models(...): a recipe, and the whole flow on one page. What the commands and Python users call.
 
-open -> plan -> check the output -> run -> side files, report, card -> publish
+look -> check -> fetch -> plan -> run -> publish
 """
 
 from __future__ import annotations
@@ -9,46 +9,31 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, shown
 from merge_tool.files import write_whole
+from merge_tool.methods.registry import METHODS
+from merge_tool.methods.steps import Method
+from merge_tool.models.inputs import Inputs
+from merge_tool.models.lora import parts
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
-from merge_tool.output.complete import (
-    check_apart,
-    check_exact_tensors,
-    check_output,
-    check_room,
-    final_names,
-    is_complete,
-)
+from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
 from merge_tool.output.older import check_conflicts
-from merge_tool.output.report import (
-    Summary,
-    alarms,
-    labelled,
-    load_tensors,
-    report_of,
-    summarise,
-    sums_text,
-)
-from merge_tool.output.work_folder import Work
-from merge_tool.plan.memory import (
-    peak_bytes,
-    resident_bytes,
-    under_pressure,
-)
-from merge_tool.plan.plan import ShardPlan
+from merge_tool.output.report import Summary, alarms, load_tensors, report_lines, summarise, sums_text
+from merge_tool.output.work_folder import WorkFolder
+from merge_tool.plan.memory import Machine, machine, peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.prepare import Prepared, prepare
-from merge_tool.plan.prepare_models import Methods, prepare_models
-from merge_tool.recipe.recipe import DEFAULT_MAX_SHARD_BYTES, DEFAULT_T, Recipe
-from merge_tool.recipe.schedule import Rules
-from merge_tool.run.findings import Findings, from_record, to_record
-from merge_tool.run.run import ShardDone, progress_bytes, run_plan
+from merge_tool.plan.target import Target, check_report_path, check_target
+from merge_tool.recipe.mergekit import read_recipe
+from merge_tool.recipe.pair import DEFAULT_T, pair
+from merge_tool.recipe.recipe import Recipe
+from merge_tool.run.findings import Findings, from_record
+from merge_tool.run.run import progress_bytes, run_plan
+from merge_tool.run.work import check_exact_tensors
 
 _FLUSH_BYTES = 8_000_000
 
@@ -57,12 +42,15 @@ _FLUSH_BYTES = 8_000_000
 class MergeReport:
     """What was done: where the outputs are, what was found out, what it took.
 
-    `already_complete` is true when the same merge was there and nothing was done. Sizes are bytes.
+    `ts` has the t of each output, where outputs have one; `models` are the models' names. `already_complete` is true
+    when the same merge was there and nothing was done. Sizes are bytes. `num_scheduled` tensors have parameters of
+    their own.
     """
 
     outputs: tuple[Path, ...]
     ts: tuple[float, ...]
     method: str
+    models: tuple[str, ...]
     summary: Summary
     warnings: tuple[str, ...]
     input_bytes: int
@@ -70,8 +58,7 @@ class MergeReport:
     seconds: float
     peak_bytes: int
     already_complete: bool = False
-    num_scheduled: int = 0  # tensors with a t of their own
-    models: tuple[str, ...] = ()  # of a recipe of any number of models, which has no one t
+    num_scheduled: int = 0
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -80,127 +67,211 @@ class MergeReport:
         return load_tensors(path) if path.exists() else []
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who hears of a running merge: `on_warning(message)`, `on_start(total)` and `on_progress(nbytes, tensor)`."""
+
+    on_warning: Callable[[str], None] | None = None
+    on_start: Callable[[int], None] | None = None
+    on_progress: Callable[[int, str], None] | None = None
+
+    def warn(self, messages: Iterable[str]) -> None:
+        for message in messages if self.on_warning is not None else ():
+            self.on_warning(message)  # type: ignore[misc]  # asked for above
+
+
 def merge(
     base: str | Path,
     ft: str | Path,
     out: str | Path,
     t: float | Sequence[float] = DEFAULT_T,
     *,
-    method: str = "slerp",
-    dtype: str | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    extrapolate: bool = False,
     memory_bytes: int | None = None,
     jobs: int | None = None,
     overwrite: bool = False,
     check_resumed: bool = False,
-    files_from: str = "base",
-    on_mismatch: str = "error",
-    extrapolate: bool = False,
-    t_for: Rules = (),
-    only: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    on_missing: str = "error",
-    vocab: str | None = None,
-    pad_vocab_to_multiple_of: int | None = None,
     report_path: str | Path | None = None,
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
+    **options: Any,
 ) -> MergeReport:
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
 
     `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each
-    (`t-0.3`), in one pass over the inputs. `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` gives some tensors a t of
-    their own, along the layers where it is a list; the first pattern that matches counts. `memory_bytes` bounds the
-    peak resident memory of the whole process, what it holds already included (default: see
-    `merge_tool.plan.memory.default_budget`); the rest is as in `Recipe`. `check_resumed` hashes what an earlier run
-    finished before it is kept. `on_start(total)` and
-    `on_progress(nbytes, tensor)` drive a progress bar.
+    (`t-0.3`), in one pass over the inputs. `options` are those of the command line: the fields of
+    `merge_tool.recipe.options.Options` (dtype, only, exclude, on_missing, on_mismatch, files_from, max_shard_bytes) and
+    of `merge_tool.recipe.pair.PairOptions` (method, t_for, vocab, pad_vocab_to_multiple_of):
+    `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` gives some tensors a t of their own, along the layers where it is a
+    list; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
+    what it holds already included (default: see `merge_tool.plan.memory.default_budget`). `check_resumed` hashes what
+    an earlier run finished before it is kept. `on_start(total)` and `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.
 
     >>> report = merge("memphis-cot", "scribe-ft", "memphis-scribe", t=0.4)  # doctest: +SKIP
     """
-    ts: tuple[Any, ...] = tuple(t) if isinstance(t, Iterable) and not isinstance(t, str) else (t,)
-    recipe = Recipe(
-        ts, method, dtype, max_shard_bytes, files_from, on_mismatch, extrapolate, t_for, only, exclude, on_missing,
-        vocab, pad_vocab_to_multiple_of,
-    )  # fmt: skip
-    running = Running(overwrite, check_resumed, report_path, on_warning, on_start, on_progress)
-    return carry_out(partial(prepare, base, ft, out, recipe, memory_bytes=memory_bytes, jobs=jobs), running)
+    return merge_recipe(
+        pair(base, ft, t, extrapolate=extrapolate, **options),
+        out,
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        overwrite=overwrite,
+        check_resumed=check_resumed,
+        report_path=report_path,
+        watch=Watch(on_warning, on_start, on_progress),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """How a merge is carried out; as in `merge`."""
+def merge_models(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    methods: Mapping[str, Method] | None = None,
+    values: Sequence[str] | Mapping[str, Any] = (),
+    extrapolate: bool = False,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    check_resumed: bool = False,
+    report_path: str | Path | None = None,
+    on_warning: Callable[[str], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, str], None] | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Merge the models that `recipe` names into `out`, tensor by tensor, in bounded memory.
 
-    overwrite: bool
-    check_resumed: bool
-    report: str | Path | None
-    on_warning: Callable[[str], None] | None
-    on_start: Callable[[int], None] | None
-    on_progress: Callable[[int, str], None] | None
+    `recipe` is a YAML file as mergekit reads it, or the same as a mapping. `methods` are further ones by name, beside
+    the built-in ones (docs/adding_a_method.md). `values` stand in place of the recipe's parameters, several of one
+    make an output each: `values={"lambda": [0.5, 1.0]}`. `options` are the fields of
+    `merge_tool.recipe.options.Options`. The rest is as in `merge`.
 
-    @property
-    def report_path(self) -> Path | None:
-        return None if self.report is None else Path(self.report)
+    Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with the same
+    call.
 
-    def warn(self, message: str) -> None:
-        if self.on_warning is not None:
-            self.on_warning(message)
+    >>> report = merge_models("ties.yaml", "merged")  # doctest: +SKIP
+    """
+    known = {**METHODS, **(methods or {})}
+    return merge_recipe(
+        read_recipe(recipe, known, extrapolate=extrapolate, values=values, **options),
+        out,
+        methods=known,
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        overwrite=overwrite,
+        check_resumed=check_resumed,
+        report_path=report_path,
+        watch=Watch(on_warning, on_start, on_progress),
+    )
 
 
-def carry_out(prepare_it: Callable[..., Prepared], running: Running) -> MergeReport:
-    """Plan a merge by `prepare_it`, of a pair or of many models, and make it. Raises a MergeToolError."""
-    started = time.monotonic()
-    before_fetch = partial(check_output, overwrite=running.overwrite)
-    prepared = prepare_it(report_path=running.report_path, read_samples=True, before_fetch=before_fetch)
-    for message in prepared.warnings:
-        running.warn(message)
+def merge_recipe(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    methods: Mapping[str, Method] = METHODS,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    check_resumed: bool = False,
+    report_path: str | Path | None = None,
+    watch: Watch | None = None,
+) -> MergeReport:
+    """Make the merge that a recipe asks for. Raises a MergeToolError."""
+    started, watch = time.monotonic(), watch or Watch()
+    target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path)
+
+    # ------------------------------------------------------------------------- look, check, fetch, plan
+    with Inputs(map(str, recipe.models)) as inputs:
+        check_target(target, inputs.paths)  # again: models of the Hub are elsewhere
+        if inputs.coming:
+            check_output(prepare(recipe, inputs, target, limits, methods=methods), overwrite=overwrite)
+            inputs.fetch()
+        prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=True)
+    watch.warn(prepared.warnings)
+
+    # ------------------------------------------------------------------------------------- run, publish
     try:
-        return _carry_out(prepared, running, started)
+        check_apart(prepared)
+        if not overwrite and not os.path.lexists(target.work) and is_complete(prepared):
+            return _found_complete(prepared, report, started)
+        check_room(prepared, overwrite=overwrite)
+        check_exact_tensors(prepared.plan)
+        with WorkFolder(
+            target,
+            prepared.plan,
+            samples=prepared.samples,
+            flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
+            check_resumed=check_resumed,
+            inputs=prepared.inputs,
+        ) as work:
+            if _begin(prepared, work, overwrite=overwrite):
+                return _found_complete(prepared, report, started)
+            _run(prepared, work, watch)
+            findings = work.findings()
+            summary = summarise(prepared.plan, findings)
+            _write_side_files(prepared, work, findings, summary)
+            if report is not None:
+                _write_report(report, report_lines(prepared.plan, findings, 0, prepared.samples))
+            strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     except OSError as e:  # of the many looks at OUT that have no message of their own
-        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else prepared.target.path, e) from e
-
-
-def _carry_out(prepared: Prepared, running: Running, started: float) -> MergeReport:
-    overwrite, report_path = running.overwrite, running.report_path
-    check_apart(prepared)
-    if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
-        return _complete(prepared, report_path, started)
-    check_room(prepared, overwrite=overwrite)
-    check_exact_tensors(prepared.plan)
-    flush = _FLUSH_BYTES if under_pressure(prepared.budget) else None
-    with Work(
-        prepared.target,
-        prepared.plan,
-        samples=prepared.samples,
-        flush_bytes=flush,
-        check_resumed=running.check_resumed,
-        inputs=prepared.inputs,
-    ) as work:
-        if _finds_it_complete(prepared, work, overwrite=overwrite):
-            return _complete(prepared, report_path, started)
-        try:
-            _run(prepared, work, running)
-        except DataError:
-            work.discard()
-            raise
-        findings = _findings(work)
-        summary = summarise(prepared.plan, findings)
-        _write_side_files(prepared, work, findings, summary)
-        if report_path is not None:
-            _write_report(report_path, report_of(prepared, findings, prepared.plan.ts[0]))
-        strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
+        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else target.path, e) from e
     if strangers:
-        running.warn(f"{shown(prepared.target.path)} also holds what was there before: {listed(strangers, 50)}.")
-    for message in alarms(summary):
-        running.warn(message)
+        watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
+    watch.warn(alarms(summary))
     return _report(prepared, summary, started)
 
 
-def _finds_it_complete(prepared: Prepared, work: Work, *, overwrite: bool) -> bool:
+def plan_recipe(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    methods: Mapping[str, Method] = METHODS,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    read_samples: bool = False,
+) -> Prepared:
+    """Plan the merge that a recipe asks for, from headers alone (and a few bytes of weights, with `read_samples`): no
+    weights are fetched, nothing is written. Raises a MergeToolError."""
+    target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None)
+    with Inputs(map(str, recipe.models)) as inputs:
+        check_target(target, inputs.paths)
+        if read_samples and inputs.coming:
+            prepare(recipe, inputs, target, limits, methods=methods).download.check_room()
+            inputs.fetch()
+        return prepare(recipe, inputs, target, limits, methods=methods, read_samples=read_samples)
+
+
+def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
+    """Whether the merge is there already; raises OutputError where OUT cannot take it. For a dry run."""
+    check_apart(prepared)
+    if not overwrite and is_complete(prepared):
+        return True
+    check_room(prepared, overwrite=overwrite)
+    return False
+
+
+# ------------------------------------------------------------------------------------------- the steps
+
+
+def _check_request(
+    recipe: Recipe, out: str | Path, memory_bytes: int | None, jobs: int | None, report_path: str | Path | None
+) -> tuple[Target, Machine, Path | None]:
+    """What can be checked before a model is looked for."""
+    target, report = Target(Path(out)), None if report_path is None else Path(report_path)
+    if target.is_file and len(recipe.outputs) > 1:
+        raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.outputs)} outputs need a folder.")
+    inputs = [part for ref in recipe.models for part in parts(str(ref))]
+    check_target(target, inputs)
+    if report is not None:
+        check_report_path(report, len(recipe.outputs), target, inputs)
+    return target, machine(memory_bytes, jobs), report
+
+
+def _begin(prepared: Prepared, work: WorkFolder, *, overwrite: bool) -> bool:
     """Begin the work, under its lock; true if another run has finished this very merge meanwhile.
 
     Raises OutputError when OUT turns out to hold something else, and leaves it as it was.
@@ -220,41 +291,19 @@ def _finds_it_complete(prepared: Prepared, work: Work, *, overwrite: bool) -> bo
     return False
 
 
-def _complete(prepared: Prepared, report_path: Path | None, started: float) -> MergeReport:
-    """The report of a merge that was there already."""
-    first = prepared.target.path / prepared.plan.labels[0] / REPORT
-    if report_path is not None:
-        _write_report(report_path, [first.read_text(encoding="utf-8")])
-    summary = summarise(prepared.plan, _findings_from_report(prepared))
-    return _report(prepared, summary, started, already_complete=True)
-
-
-# ----------------------------------------------------------------------------------------------- run
-
-
-class _WorkSink:
-    """What run_plan hands over, as the journal stores it."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
-        return self.work.open_shard(shard, header)
-
-    def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
-        records = (to_record(t.number, t.sums, t.equal, t.kept_base) for t in done.tensors)
-        self.work.finish_shard(done.shard, done.sha256, records, writers)
-
-
-def _run(prepared: Prepared, work: Work, running: Running) -> None:
-    skip = work.done_shards
-    if running.on_start is not None:
-        running.on_start(progress_bytes(prepared.plan, skip))
-    if len(skip) == len(prepared.plan.shards):
+def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
+    """Merge all shards that an earlier run has not finished."""
+    plan, skip = prepared.plan, work.done_shards
+    if watch.on_start is not None:
+        watch.on_start(progress_bytes(plan, skip))
+    if len(skip) == len(plan.shards):
         return
     try:
-        for _ in run_plan(prepared.plan, _WorkSink(work), prepared.layout, skip=skip, on_progress=running.on_progress):
+        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=watch.on_progress):
             pass
+    except DataError:
+        work.discard()
+        raise
     except MemoryError as e:
         raise RecipeError(
             f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
@@ -262,31 +311,13 @@ def _run(prepared: Prepared, work: Work, running: Running) -> None:
         ) from e
 
 
-def _findings(work: Work) -> Findings:
-    found = Findings()
-    for record in work.journal.records():
-        if record.get("record") == "tensor":
-            found.add(record["number"], from_record(record))
-    return found
-
-
-def _findings_from_report(prepared: Prepared) -> Findings:
-    report = prepared.target.path / prepared.plan.labels[0] / REPORT
-    by_name = {tensor["name"]: tensor for tensor in load_tensors(report)}
-    found = Findings()
-    for job in prepared.plan.jobs():
-        tensor = by_name[job.out.name]
-        found.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
-    return found
-
-
-def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summary: Summary) -> None:
+def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, summary: Summary) -> None:
     """Complete each output in the work folder: copies, index, card, report, checksums."""
     plan, side_files = prepared.plan, prepared.side_files
     if prepared.target.is_file or work.is_publishing:
         return
-    digests = {r["number"]: r["sha256"] for r in work.journal.records() if r.get("record") == "shard"}
-    for number, (label, t) in enumerate(labelled(plan)):
+    digests = work.digests()
+    for number, label in enumerate(plan.labels):
         sums = {shard.file_name: digests[shard.number][number] for shard in plan.shards}
         for file in side_files.copied:
             sums[file.target] = work.add(label, file.target, side_files.read(file, plan.config_dtype))
@@ -294,9 +325,9 @@ def _write_side_files(prepared: Prepared, work: Work, findings: Findings, summar
             sums[plan.index_name] = work.add(label, plan.index_name, [index])
         if plan.text:
             sums[RECIPE] = work.add(label, RECIPE, [plan.text.encode()])
-        report = report_of(prepared, findings, t)
+        report = report_lines(plan, findings, number, prepared.samples)
         sums[REPORT] = work.add(label, REPORT, (line.encode() for line in report))
-        sums[CARD] = work.add(label, CARD, [card_of(prepared, summary, t).encode()])
+        sums[CARD] = work.add(label, CARD, [card_of(prepared, summary, number).encode()])
         work.add(label, SUMS, [sums_text(sums)])
 
 
@@ -308,65 +339,32 @@ def _write_report(path: Path, lines: Iterable[str]) -> None:
         raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e
 
 
+def _found_complete(prepared: Prepared, report: Path | None, started: float) -> MergeReport:
+    """The report of a merge that was there already."""
+    stored = prepared.target.path / prepared.plan.labels[0] / REPORT
+    if report is not None:
+        _write_report(report, [stored.read_text(encoding="utf-8")])
+    by_name = {tensor["name"]: tensor for tensor in load_tensors(stored)}
+    findings = Findings()
+    for job in prepared.plan.jobs():
+        tensor = by_name[job.out.name]
+        findings.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
+    return _report(prepared, summarise(prepared.plan, findings), started, already_complete=True)
+
+
 def _report(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:
     plan, target = prepared.plan, prepared.target.path
     return MergeReport(
-        tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
-        plan.ts,
-        plan.method,
-        summary,
-        (*prepared.warnings, *alarms(summary)),
-        plan.input_bytes,
-        plan.output_bytes,
-        time.monotonic() - started,
-        peak_bytes(),
-        already_complete,
-        plan.num_scheduled,
-        () if plan.is_pair else plan.names,
+        outputs=tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
+        ts=tuple(output.words["t"] for output in plan.recipe.outputs if "t" in output.words),
+        method=plan.recipe.method,
+        models=plan.names,
+        summary=summary,
+        warnings=(*prepared.warnings, *alarms(summary)),
+        input_bytes=plan.input_bytes,
+        output_bytes=plan.output_bytes,
+        seconds=time.monotonic() - started,
+        peak_bytes=peak_bytes(),
+        already_complete=already_complete,
+        num_scheduled=plan.num_scheduled,
     )
-
-
-def merge_models(
-    recipe: str | Path | Mapping[str, Any],
-    out: str | Path,
-    *,
-    methods: Methods | None = None,
-    seed: int = 0,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    on_mismatch: str = "error",
-    on_missing: str = "error",
-    only: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    extrapolate: bool = False,
-    memory_bytes: int | None = None,
-    jobs: int | None = None,
-    overwrite: bool = False,
-    check_resumed: bool = False,
-    report_path: str | Path | None = None,
-    on_warning: Callable[[str], None] | None = None,
-    on_start: Callable[[int], None] | None = None,
-    on_progress: Callable[[int, str], None] | None = None,
-) -> MergeReport:
-    """Merge the models that `recipe` names into `out`, tensor by tensor, in bounded memory.
-
-    `recipe` is a YAML file as mergekit reads it, or the same as a mapping. `methods` are further ones by name, beside
-    the built-in ones (docs/adding_a_method.md). `seed` decides the random bits of the methods that have any. The rest
-    is as in `merge`.
-
-    Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with the same
-    call.
-
-    >>> report = merge_models("ties.yaml", "merged")  # doctest: +SKIP
-    """
-    options = Recipe(
-        max_shard_bytes=max_shard_bytes,
-        on_mismatch=on_mismatch,
-        extrapolate=extrapolate,
-        only=only,
-        exclude=exclude,
-        on_missing=on_missing,
-    )
-    plan_it = partial(
-        prepare_models, recipe, out, options, methods=methods, seed=seed, memory_bytes=memory_bytes, jobs=jobs
-    )
-    return carry_out(plan_it, Running(overwrite, check_resumed, report_path, on_warning, on_start, on_progress))

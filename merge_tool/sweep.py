@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_tool.api import merge
+from merge_tool.api import merge, plan_recipe
 from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
 from merge_tool.files import write_whole
 from merge_tool.output.lock import FolderLock
-from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, check_target
-from merge_tool.recipe.recipe import Recipe, label_t
+from merge_tool.recipe.pair import check_ts, pair
+from merge_tool.recipe.recipe import label_t
 
 JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
 HIDDEN = ".sweep"  # the lock, and files on their way; there while a sweep runs
@@ -95,14 +96,16 @@ def sweep(
 
     Raises EvaluationError when the command fails or its scores cannot be read; the errors of `merge`.
     """
-    recipe = Recipe(tuple(ts), **options)
+    extrapolate = bool(options.get("extrapolate"))
+    chosen_ts = check_ts(ts, extrapolate)
     if batch < 1:
         raise RecipeError(f"The batch is {batch} models, expected at least 1.")
     if not command:
         raise RecipeError("The evaluation command is empty, expected a program and its arguments.")
     folder = Path(out)
     settings: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
-    prepared = prepare(base, ft, folder / _name(recipe.ts[0]), recipe, read_samples=True, **settings)
+    recipe = pair(base, ft, chosen_ts[:1], **options)
+    prepared = plan_recipe(recipe, folder / _name(chosen_ts[0]), read_samples=True, **settings)
     check_target(Target(folder / MODELS), prepared.inputs)  # what is in there is removed
     base, ft = prepared.refs  # from here on the same: the Hub's newest revision may move meanwhile
     facts = _facts(prepared, command)
@@ -115,7 +118,7 @@ def sweep(
     try:
         found = journal.scores
         _put_away(folder, [t for t in journal.begun if t in found], keep=keep)
-        rest = [t for t in recipe.ts if t not in found]
+        rest = [t for t in chosen_ts if t not in found]
         for chosen in (rest[start : start + batch] for start in range(0, len(rest), batch)):
             folders = _merge(base, ft, folder, chosen, journal, {**settings, **options})
             results = _evaluate(command, folders, folder, journal.names)

@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -22,17 +22,13 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from merge_tool._version import __version__
-from merge_tool.api import MergeReport, merge
+from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
 from merge_tool.cli.options import (
-    CHOICE_OPTIONS,
     MACHINE_OPTIONS,
-    MISMATCH_OPTION,
-    MISSING_OPTION,
     OUTPUT_OPTIONS,
-    RECIPE_OPTIONS,
-    SHARD_OPTION,
     parse_share,
     parse_ts,
+    recipe_options,
     with_options,
 )
 from merge_tool.cli.plot import can_plot, check_plot_path, plot_diff, plot_sweep
@@ -44,8 +40,8 @@ from merge_tool.cli.show import (
     plan_json,
     plan_lines,
     report_json,
-    report_lines,
     scores_line,
+    summary_lines,
     sweep_lines,
     verification_json,
     verification_lines,
@@ -53,13 +49,11 @@ from merge_tool.cli.show import (
 from merge_tool.diff import diff_checkpoints
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.inspection import check_health, inspect_checkpoint
-from merge_tool.output.complete import check_apart, check_room, is_complete
-from merge_tool.plan.prepare import Prepared, prepare
-from merge_tool.recipe.recipe import (
-    DEFAULT_T,
-    Recipe,
-    label_t,
-)
+from merge_tool.methods.registry import METHODS
+from merge_tool.plan.prepare import Prepared
+from merge_tool.recipe.options import Options
+from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
+from merge_tool.recipe.recipe import Recipe, label_t
 from merge_tool.sweep import sweep
 from merge_tool.verify.verify import verify
 
@@ -148,16 +142,38 @@ def _terminable() -> Iterator[None]:
     metavar="NUMBER",
     help="How far to go from BASE (0) to FT (1). Several (0.3,0.5 or 0:1:0.1) are made in one pass.",
 )
-@with_options(RECIPE_OPTIONS)
+@with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
 @_print_errors(_CONTINUES)
-def slerp_merge(
-    base: Path,
-    ft: Path,
+def slerp_merge(base: Path, ft: Path, out: Path, ts: tuple[float, ...], **options: Any) -> None:
+    """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
+
+    BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
+    their headers, then fetched); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to
+    BASE. OUT is a folder, or one file if it ends in .safetensors.
+    A merge that was stopped continues with the same command.
+    """
+    run, chosen = _parted(options)
+    _make(lambda: pair(base, ft, ts, **chosen), out, **run)
+
+
+def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What says how a merge is made, and what says which."""
+    names = [option.name for option in _params((*MACHINE_OPTIONS, *OUTPUT_OPTIONS))]
+    return {n: options.pop(n) for n in names}, {n: value for n, value in options.items() if value not in (None, ())}
+
+
+def _params(options: Iterable[Callable[[Any], Any]]) -> list[click.Parameter]:
+    """The parameters that click's decorators stand for."""
+    return with_options(list(options))(click.Command("all", callback=lambda: None)).params  # type: ignore[no-any-return]
+
+
+def _make(
+    recipe_of: Callable[[], Recipe],
     out: Path,
-    ts: tuple[float, ...],
+    *,
     memory_bytes: int | None,
     jobs: int | None,
     overwrite: bool,
@@ -166,50 +182,31 @@ def slerp_merge(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    **options: Any,
 ) -> None:
-    """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
-
-    BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
-    their headers, then fetched); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to
-    BASE. OUT is a folder, or one file if it ends in .safetensors.
-    A merge that was stopped continues with the same command.
-    """
+    """Make a recipe's merge under a progress bar, or show what would be done, and print it."""
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    recipe = recipe_of()
     if dry_run:
-        prepared = prepare(base, ft, out, Recipe(ts, **options), memory_bytes=memory_bytes, jobs=jobs)
-        _dry_run(prepared, overwrite=overwrite, as_json=as_json)
+        prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
+        _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
         return
-    _carry_out(
-        partial(merge, base, ft, out, ts, report_path=report_path, overwrite=overwrite, check_resumed=check_resumed),
-        {"memory_bytes": memory_bytes, "jobs": jobs, **options},
-        as_json=as_json,
-        quiet=quiet,
-    )
-
-
-def _dry_run(prepared: Prepared, *, overwrite: bool, as_json: bool) -> None:
-    check_apart(prepared)
-    complete = not overwrite and is_complete(prepared)
-    if not complete:
-        check_room(prepared, overwrite=overwrite)
-    _print_plan(prepared, complete=complete, as_json=as_json)
-
-
-def _carry_out(merge_it: Callable[..., MergeReport], options: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
-    """Merge under a progress bar, and print what was done."""
     with _Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
-        report = merge_it(
-            on_warning=lambda message: click.echo(f"Warning: {message}", err=True),
-            on_start=bar.start,
-            on_progress=bar.advance,
-            **options,
+        watch = Watch(lambda message: click.echo(f"Warning: {message}", err=True), bar.start, bar.advance)
+        report = merge_recipe(
+            recipe,
+            out,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+            overwrite=overwrite,
+            check_resumed=check_resumed,
+            report_path=report_path,
+            watch=watch,
         )
     if as_json:
         click.echo(json.dumps(report_json(report), indent=2))
     elif not quiet:
-        click.echo("\n".join(report_lines(report)))
+        click.echo("\n".join(summary_lines(report)))
 
 
 class _Bar:
@@ -255,45 +252,27 @@ merge_tool.add_command(slerp_merge, "merge")
 @merge_tool.command("run", context_settings={"show_default": True})
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", type=int, default=0, help="Decides the random bits of dare and della.")
-@click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")
-@with_options([*CHOICE_OPTIONS, SHARD_OPTION, MISMATCH_OPTION, MISSING_OPTION])
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    metavar="NAME=VALUE[,VALUE...]",
+    help="A parameter for all tensors, in place of the recipe's; several values make an output each, in one pass.",
+)
+@with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @_print_errors(_CONTINUES)
-def run_command(
-    recipe: Path,
-    out: Path,
-    seed: int,
-    memory_bytes: int | None,
-    jobs: int | None,
-    overwrite: bool,
-    check_resumed: bool,
-    report_path: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def run_command(recipe: Path, out: Path, **options: Any) -> None:
     """Merge the models that RECIPE, a YAML file as mergekit reads it, names into OUT.
 
     Any number of models, by any of the methods in docs/methods.md. BASE is base_model, or else the first one listed.
     A merge that was stopped continues with the same command.
     """
-    from merge_tool.api import merge_models
-    from merge_tool.plan.prepare_models import prepare_models
+    from merge_tool.recipe.mergekit import read_recipe
 
-    machine: dict[str, Any] = {"seed": seed, "memory_bytes": memory_bytes, "jobs": jobs}
-    if dry_run:
-        prepared = prepare_models(recipe, out, Recipe(**options), **machine)
-        _dry_run(prepared, overwrite=overwrite, as_json=as_json)
-        return
-    _carry_out(
-        partial(merge_models, recipe, out, report_path=report_path, overwrite=overwrite, check_resumed=check_resumed),
-        {**machine, **options},
-        as_json=as_json,
-        quiet=quiet,
-    )
+    run, chosen = _parted(options)
+    _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
 
 
 @merge_tool.command("inspect")
@@ -329,14 +308,14 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
     "--recipe",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="RECIPE",
-    help="Of an output of `run`: also merge everything by this recipe again, and compare it bit for bit.",
+    help="Of an output of `run`: also merge elements by this recipe again, and compare them bit for bit.",
 )
 @click.option(
     "--sample",
     default="1%",
     callback=parse_share,
     metavar="SHARE",
-    help="How many elements --against compares: blocks of every tensor, others in every run.",
+    help="How many elements are compared: blocks of every tensor, others in every run.",
 )
 @click.option("--full", is_flag=True, help="Compare all elements, and make every sum and line of the report again.")
 @click.option(
@@ -356,7 +335,7 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
     if against is not None and options["recipe"] is not None:
         raise click.UsageError("Give either --against BASE FT or --recipe RECIPE.")
     if options["full"] and against is None and options["recipe"] is None:
-        raise click.UsageError("--full compares with the parents: give --against BASE FT.")
+        raise click.UsageError("--full compares with the parents: give --against BASE FT, or --recipe RECIPE.")
     found = verify(out, against, **options)
     if as_json:
         click.echo(json.dumps([verification_json(one) for one in found], indent=2))
@@ -416,7 +395,7 @@ def diff_command(
 @click.option(
     "--minimize", multiple=True, metavar="NAME", help="A score of which less is better.  [default: by its name]"
 )
-@with_options(RECIPE_OPTIONS)
+@with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Forget the scores that are in OUT and start anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
@@ -434,7 +413,8 @@ def sweep_command(
     except ValueError as e:
         raise click.BadParameter(f"'{shown(command)}' cannot be split into words ({e}).", param_hint="--eval") from e
     on_scores = lambda point: click.echo(f"  {scores_line(point)}", err=True)  # noqa: E731
-    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **options)
+    chosen = {name: value for name, value in options.items() if value not in (None, ())}
+    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **chosen)
     if can_plot():
         plot_sweep(report, out / "sweep.png")
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(sweep_lines(report)))

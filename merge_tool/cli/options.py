@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import Field, fields
 from decimal import Decimal
 from functools import reduce
 from pathlib import Path
@@ -12,9 +13,7 @@ from typing import Any
 import click
 
 from merge_tool.errors import shown
-from merge_tool.methods.inner import METHODS
 from merge_tool.plan.memory import LEAST_BYTES, MAX_JOBS
-from merge_tool.recipe.recipe import DEFAULT_MAX_SHARD_BYTES, ON_MISMATCH, OUTPUT_DTYPES, SIDES, VOCABS
 
 _UNITS = {
     "": 1,
@@ -90,76 +89,31 @@ def _parse_range(text: str) -> list[float]:
 
 # ---------------------------------------------------------------------------------------- options
 
-SHARD_OPTION = click.option(
-    "--max-shard-size",
-    "max_shard_bytes",
-    callback=parse_size,
-    metavar="SIZE",
-    default=str(DEFAULT_MAX_SHARD_BYTES),
-    show_default="5GB",
-    help="Largest size of one output file, in bytes or with a unit.",
-)
-MISMATCH_OPTION = click.option(
-    "--on-mismatch",
-    type=click.Choice(ON_MISMATCH),
-    default="error",
-    help="What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
-)
-MISSING_OPTION = click.option(
-    "--on-missing",
-    type=click.Choice(ON_MISMATCH),
-    default="error",
-    help="What to do with tensors that one side lacks: stop, or have exactly BASE's tensors.",
-)
-CHOICE_OPTIONS = [
-    click.option(
-        "--only",
-        multiple=True,
-        metavar="PATTERN",
-        help="Merge only tensors whose names match; the others are BASE's, byte for byte. Several add up.",
-    ),
-    click.option(
-        "--exclude", multiple=True, metavar="PATTERN", help="Do not merge tensors whose names match. Several add up."
-    ),
-]
-RECIPE_OPTIONS = [
-    click.option(
-        "--t-for",
-        multiple=True,
-        metavar="PATTERN=T[,T...]",
-        help="Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
-        "layers. Several: the first that matches counts.",
-    ),
-    *CHOICE_OPTIONS,
-    click.option("--method", type=click.Choice(list(METHODS)), default="slerp", help="How to interpolate."),
-    click.option(
-        "--dtype",
-        metavar=f"[{'|'.join(OUTPUT_DTYPES)}]",
-        help="Type of the output's floats; base: BASE's, with fresh scales where its floats have 8 bits and scales.  "
-        "[default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
-    ),
-    SHARD_OPTION,
-    click.option(
-        "--files-from",
-        type=click.Choice(SIDES),
-        default="base",
-        help="Whose configuration and tokenizer files the output gets.",
-    ),
-    MISMATCH_OPTION,
-    MISSING_OPTION,
-    click.option(
-        "--vocab",
-        type=click.Choice(VOCABS),
-        help="Match the rows of embeddings and heads by token; the output has BASE's tokens, FT's, or both.",
-    ),
-    click.option(
-        "--pad-vocab-to-multiple-of",
-        type=int,
-        metavar="N",
-        help="With --vocab: add rows until their number is a multiple of N.",
-    ),
-    click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1."),
-]
+
+def recipe_options(*kinds: type) -> list[Callable[[Any], Any]]:
+    """A click option for each field of these dataclasses of options, and --extrapolate."""
+    made = [_option_of(field) for kind in kinds for field in fields(kind)]
+    return [*made, click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")]
+
+
+def _option_of(field: Field[Any]) -> Callable[[Any], Any]:
+    about = dict(field.metadata)
+    settings: dict[str, Any] = {"help": about["help"], "default": field.default}
+    if "show_default" in about:
+        settings |= {"show_default": about["show_default"], "default": str(field.default)}
+    if "metavar" in about:
+        settings["metavar"] = about["metavar"]
+    if about.get("choices"):
+        settings["type"] = click.Choice(about["choices"])
+    if about.get("is_size"):
+        settings["callback"] = parse_size
+    if about.get("is_whole"):
+        settings["type"] = int
+    if about.get("is_many"):
+        settings |= {"multiple": True, "default": None}
+    return click.option(about["flag"], field.name, **settings)
+
+
 MACHINE_OPTIONS = [
     click.option(
         "--memory",

@@ -8,13 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from merge_tool.api import MergeReport
-from merge_tool.cli.show_plan import asked_json, effective_lines, first_line, table_lines, ts_text
+from merge_tool.cli.show_plan import effective_lines, first_line, recipe_json, table_lines
 from merge_tool.diff import Diff, GroupDiff, TensorDiff
 from merge_tool.errors import listed, shown
 from merge_tool.inspection import Inspection, TensorHealth
 from merge_tool.models.inputs import Download
 from merge_tool.output.report import remarks
-from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.stacks import Stacks
 from merge_tool.recipe.recipe import label_t
@@ -92,7 +91,7 @@ def verification_lines(found: Verification) -> Iterator[str]:
 def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
     plan, layout = prepared.plan, prepared.layout
     return {
-        **asked_json(plan),
+        **recipe_json(plan),
         "out": str(prepared.target.path),
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
@@ -117,18 +116,19 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
 
 def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     plan, layout = prepared.plan, prepared.layout
-    many = len(plan.ts) > 1
+    many = len(plan.labels) > 1
     yield first_line(plan)
     layers = Stacks(job.out.name for job in plan.jobs()).told
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters{f', {layers}' if layers else ''})"
     if plan.num_kept:
-        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are {_whose(plan)} as they are"
+        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are one model's as they are"
     if plan.num_quantised:
-        yield f"  8 bits    {plan.num_quantised:,} weights, quantised again as in {shown(plan.names[0])}"
+        base = shown(plan.names[plan.recipe.first])
+        yield f"  8 bits    {plan.num_quantised:,} weights, quantised again as in {base}"
     again = " (what does not fit the memory more than once)" if prepared.read_bytes > plan.input_bytes else ""
     yield f"  read      {_size(prepared.read_bytes)}{again}"
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
-        f" ({len(plan.ts)} outputs)" if many else ""
+        f" ({len(plan.labels)} outputs)" if many else ""
     )
     yield f"  disk      {_size(prepared.free_disk_bytes)} free"
     if told := _download(prepared.download):
@@ -162,16 +162,13 @@ def _what_was_read(fetched_bytes: int) -> str:
     )
 
 
-def _whose(plan: MergePlan) -> str:
-    return "BASE's" if plan.is_pair else "one model's"
-
-
 def report_json(report: MergeReport) -> dict[str, Any]:
     summary = report.summary
     return {
         "outputs": [str(path) for path in report.outputs],
         "method": report.method,
-        **({"models": list(report.models)} if report.models else {"t": list(report.ts)}),
+        "models": list(report.models),
+        **({"t": list(report.ts)} if report.ts else {}),
         "num_tensors": summary.num_tensors,
         "num_parameters": summary.num_parameters,
         "num_equal": summary.num_equal,
@@ -188,17 +185,17 @@ def report_json(report: MergeReport) -> dict[str, Any]:
     }
 
 
-def report_lines(report: MergeReport) -> Iterator[str]:
+def summary_lines(report: MergeReport) -> Iterator[str]:
     summary, where = report.summary, ", ".join(shown(path) for path in report.outputs)
     if report.already_complete:
         yield f"{where}: already complete, nothing to do."
         return
     moved = report.input_bytes + report.output_bytes
-    what = f"{report.method} at t = {ts_text(report.ts)}"
-    if report.models:
-        what = f"{report.method} of {len(report.models):,} models"
+    what = f"{report.method} of {len(report.models):,} models"
+    if report.ts:
+        what = f"{report.method} at t = {', '.join(map(label_t, report.ts))}"
     if report.num_scheduled:
-        what += f" ({report.num_scheduled:,} tensors at a t of their own)"
+        what += f" ({report.num_scheduled:,} tensors with {'a t' if report.ts else 'parameters'} of their own)"
     yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
     yield (
         f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "

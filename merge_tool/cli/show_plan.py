@@ -1,4 +1,4 @@
-"""What was asked, layer by layer, before anything is done: the effective t, or a recipe's parameters."""
+"""What a recipe comes to, layer by layer, before anything is done."""
 
 from __future__ import annotations
 
@@ -6,125 +6,88 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from merge_tool.errors import shown
-from merge_tool.plan.plan import MergePlan, TensorJob
-from merge_tool.plan.stacks import natural_key
-from merge_tool.recipe.recipe import label_t
-from merge_tool.recipe.schedule import Schedule, split_layer
+from merge_tool.methods.steps import Method
+from merge_tool.plan.plan import MergePlan, TensorJob, words_of
+from merge_tool.plan.stacks import natural_key, split_layer
+from merge_tool.recipe.pair import is_pair
 
 _MOST = 500  # lines of a table
-_AVERAGES = frozenset({
-    "linear", "nuslerp", "multislerp", "task_arithmetic", "dare_linear", "breadcrumbs", "della_linear",
-})  # fmt: skip
 
 
 def first_line(plan: MergePlan) -> str:
-    names = [shown(name) for name in plan.names]
-    if plan.is_pair:
-        return f"Plan: {plan.method} at t = {ts_text(plan.ts)}; t=0 is BASE ({names[0]}), t=1 is FT ({names[1]})"
-    return f"Plan: {plan.method} of {', '.join(names)}; configuration and tokenizer of {names[plan.donor]}"
+    recipe, names = plan.recipe, [shown(name) for name in plan.names]
+    values = [f"{key} = {', '.join(texts)}" for key, texts in words_of([o.words for o in recipe.outputs]).items()]
+    how = f"{recipe.method}{f' at {chr(32).join(values)}' if values else ''}"
+    if is_pair(recipe):
+        return f"Plan: {how}; t=0 is BASE ({names[0]}), t=1 is FT ({names[1]})"
+    return f"Plan: {how} of {', '.join(names)}; configuration and tokenizer of {names[recipe.donor]}"
 
 
-def asked_json(plan: MergePlan) -> dict[str, Any]:
-    if not plan.is_pair:
-        return {"models": list(plan.names), "method": plan.method, "settings": _settings_rows(plan)}
+def recipe_json(plan: MergePlan) -> dict[str, Any]:
     return {
-        "base": plan.names[0],
-        "ft": plan.names[1],
-        "method": plan.method,
-        "t": list(plan.ts),
-        "schedule": [
-            {"layer": place, "t": dict(zip(_columns(plan), ts, strict=True))} for place, ts in _schedule(plan)
-        ],
+        "models": list(plan.names),
+        "method": plan.recipe.method,
+        "outputs": [dict(output.words) for output in plan.recipe.outputs],
+        "settings": _rows(plan),
     }
 
 
 def effective_lines(plan: MergePlan) -> Iterator[str]:
-    """What the rules come to, a line per layer; nothing where one t holds for all."""
-    titles, rows = _schedule_table(plan) if plan.is_pair else _settings_table(plan)
-    if not rows:
+    """What gradients and patterns come to, a line for the tensors of one layer with the same models and parameters;
+    nothing where they are the same for all."""
+    rows = _rows(plan)
+    if is_pair(plan.recipe) and not plan.num_scheduled:
         return
+    table = [["layer", "tensors", "parameters", "models"]]
+    for row in rows[:_MOST]:
+        is_all = len(row["models"]) == len(set(plan.names))
+        table.append([
+            shown(row["layer"], 60),
+            _tensors(row),
+            _settings_text(plan.method, row["settings"]),
+            "all" if is_all else shown(", ".join(row["models"]), 80),
+        ])  # fmt: skip
     yield ""
-    yield from table_lines([titles, *rows[:_MOST]])
+    yield from table_lines(table)
     if len(rows) > _MOST:
         yield f"and {len(rows) - _MOST:,} more lines"
     yield ""
 
 
-# ------------------------------------------------------------------------------------ a pair's t by layer
-
-
-def _schedule_table(plan: MergePlan) -> tuple[list[str], list[list[str]]]:
-    """The t of each layer's tensors, a column per rule."""
-    titles = ["t of", *(shown(column, 40) for column in _columns(plan))]
-    return titles, [[shown(place, 60), *map(_ts_of, ts)] for place, ts in _schedule(plan)]
-
-
-def _columns(plan: MergePlan) -> list[str]:
-    return [*(rule.pattern.text for rule in plan.recipe.rules), "the rest"]
-
-
-def _schedule(plan: MergePlan) -> list[tuple[str, list[list[float]]]]:
-    """Each layer's name, and for each column the t of its tensors in every output; nothing for a plan without rules."""
-    schedule = Schedule(plan.recipe.rules, [job.out.name for job in plan.jobs()])
-    rows: dict[str, list[list[float]]] = {}
-    for job in plan.jobs() if schedule.rules else ():
-        if job.is_copied or job.is_scales:
+def _rows(plan: MergePlan) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for job in plan.jobs():
+        if job.is_scales:
             continue
-        rule = schedule.find(job.out.name)
-        columns = rows.setdefault(_place(job), [[] for _ in _columns(plan)])
-        columns[-1 if rule is None else rule] = list(job.ts)
-    return sorted(rows.items(), key=lambda row: _order(row[0]))
+        layer, settings = _layer(job), _settings(job)
+        models = sorted({plan.names[side] for side in job.sides})
+        row = {"layer": layer, "settings": settings, "models": models, "num_tensors": 0, "first": job.out.name}
+        rows.setdefault((layer, f"{settings}{models}"), row)["num_tensors"] += 1
+    return sorted(rows.values(), key=lambda row: (row["layer"] == "outside layers", natural_key(row["layer"])))
 
 
-def _place(job: TensorJob) -> str:
+def _layer(job: TensorJob) -> str:
     stack, layer = split_layer(job.out.name) or ("", None)
     return "outside layers" if layer is None else f"{stack}{layer}"
 
 
-def _order(place: str) -> tuple[bool, str]:
-    return place == "outside layers", natural_key(place)
-
-
-def _ts_of(values: Sequence[float]) -> str:
-    return ", ".join(f"{t:.4g}" for t in (values if len(set(values)) > 1 else values[:1])) or "-"
-
-
-# ------------------------------------------------------------------------------------ a recipe's parameters
-
-
-def _settings_rows(plan: MergePlan) -> list[dict[str, Any]]:
-    """The tensors of one layer with the same models and parameters, once: what gradients and filters come to."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for job in plan.jobs():
-        place, settings = _place(job), _settings(job)
-        models = sorted({plan.names[side] for side in job.sides})
-        row = {"layer": place, "settings": settings, "models": models, "num_tensors": 0, "first": job.out.name}
-        rows.setdefault((place, f"{settings}{models}"), row)["num_tensors"] += 1
-    return sorted(rows.values(), key=lambda row: _order(row["layer"]))
-
-
 def _settings(job: TensorJob) -> dict[str, Any]:
-    if job.given is not None:
-        return {**job.given.shared, **{name: list(values) for name, values in job.given.each.items()}}
-    return {} if job.is_copied or job.exact else {"t": job.ts[0]}
+    """The parameters of a tensor; a list, where outputs differ in one that all models share."""
+    if not job.values:
+        return {}
+    found: dict[str, Any] = {}
+    for key in job.values[0].shared:
+        values = [one.shared[key] for one in job.values]
+        found[key] = values[0] if len(set(values)) == 1 else values
+    for key in job.values[0].each:
+        several = [list(one.each[key]) for one in job.values]
+        found[key] = several[0] if all(one == several[0] for one in several) else several
+    return found
 
 
-def _settings_table(plan: MergePlan) -> tuple[list[str], list[list[str]]]:
-    rows = [
-        [
-            shown(row["layer"], 60),
-            _tensors(row),
-            _settings_text(plan.method, row["settings"]),
-            "all" if len(row["models"]) == len(set(plan.names)) else shown(", ".join(row["models"]), 80),
-        ]
-        for row in _settings_rows(plan)
-    ]
-    return ["layer", "tensors", "parameters", "models"], rows
-
-
-def _settings_text(method: str, settings: dict[str, Any]) -> str:
-    told = ", ".join(f"{name} {_value(value)}" for name, value in settings.items())
-    return told + _shares(method, settings) or "as they are"
+def _settings_text(method: Method, settings: dict[str, Any]) -> str:
+    text = ", ".join(f"{name} {_value(value)}" for name, value in settings.items())
+    return text + _shares(method, settings) or "as they are"
 
 
 def _tensors(row: dict[str, Any]) -> str:
@@ -133,11 +96,15 @@ def _tensors(row: dict[str, Any]) -> str:
     return shown(row["first"].removeprefix(f"{row['layer']}."), 60) + more
 
 
-def _shares(method: str, settings: dict[str, Any]) -> str:
+def _shares(method: Method, settings: dict[str, Any]) -> str:
     """What weights come to that are divided by their sum, where that is one sum for all elements."""
-    weights, total = settings.get("weight", ()), sum(settings.get("weight", ()))
-    is_divided = method == "nuslerp" or True in (settings.get("normalize"), settings.get("normalize_weights"))
-    if method not in _AVERAGES or not is_divided or not total or abs(total - 1) < 1e-9:
+    weights = settings.get("weight", ())
+    if any(isinstance(value, list) for value in settings.values() if value is not weights):
+        return ""
+    if not weights or isinstance(weights[0], list) or not method.divides_weights(settings):
+        return ""
+    total = sum(weights)
+    if not total or abs(total - 1) < 1e-9:
         return ""
     return f" (shares {_value([weight / total for weight in weights])})"
 
@@ -157,7 +124,3 @@ def table_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         yield "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
-
-
-def ts_text(ts: Sequence[float]) -> str:
-    return ", ".join(label_t(t) for t in ts)

@@ -6,7 +6,7 @@ A merge is planned and checked with the headers of what is still to come; then, 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,11 @@ from merge_tool.models.lora import Coming, known_parts
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """Weights of models of the Hub, in bytes: those to fetch, those in its cache already, which of these had to be
-    fetched to plan with, and what is there of those to fetch since an earlier try. `cache` is a folder in the cache, if
-    anything is to be fetched."""
+    """Weights of models of the Hub, in bytes.
+
+    `nbytes` are still to download, `cached_bytes` already in the cache, `fetched_bytes` of these fetched for planning;
+    `begun_bytes` were left by an interrupted download. `cache` is a folder in the cache, if anything is to download.
+    """
 
     nbytes: int = 0
     cached_bytes: int = 0
@@ -53,7 +55,7 @@ class Inputs:
     A model that is named twice is looked for once. Raises FetchError, CheckpointError.
     """
 
-    def __init__(self, refs: Sequence[str | Path]) -> None:
+    def __init__(self, refs: Iterable[str | Path]) -> None:
         self._held = ExitStack()
         self._found: dict[Path, Snapshot] = {}
         with ExitStack() as held:  # closed if one of them cannot be had

@@ -12,53 +12,41 @@ from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.errors import shown
-from merge_tool.methods.inner import METHODS
 from merge_tool.output.report import Summary, remarks
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
-from merge_tool.recipe.recipe import DEFAULT_MAX_SHARD_BYTES, label_t
+from merge_tool.recipe.options import as_words
+from merge_tool.recipe.pair import PairOptions, is_pair
+from merge_tool.recipe.recipe import label_t
 from merge_tool.run.findings import median
 
 
-def card_of(prepared: Prepared, summary: Summary, t: float) -> str:
-    """The model card of the output of `t`."""
+def card_of(prepared: Prepared, summary: Summary, output: int) -> str:
+    """The model card of the output of that number."""
     return card_text(
         prepared.plan,
         summary,
-        t,
-        _command(prepared.plan, t),
-        base_card=prepared.base_card,
+        output,
+        first_card=prepared.first_card,
         is_transformers=prepared.is_transformers,
         has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
     )
 
 
-def _command(plan: MergePlan, t: float) -> str:
+def _command(plan: MergePlan, output: int) -> str:
     """The command that makes this output, without the user's paths."""
-    recipe = plan.recipe
-    words = ["merge-tool", "run", "RECIPE.yaml", "OUT"]
-    if plan.is_pair:
-        words = ["slerp-merge", *(_quoted(name) for name in plan.names), "OUT", "--t", label_t(t)]
-    for option, value, default in (
-        ("--method", recipe.method, "slerp"),
-        ("--dtype", recipe.dtype if plan.is_pair else None, None),
-        ("--seed", plan.seed, 0),
-        ("--max-shard-size", recipe.max_shard_bytes, DEFAULT_MAX_SHARD_BYTES),
-        ("--files-from", recipe.files_from, "base"),
-        ("--on-mismatch", recipe.on_mismatch, "error"),
-        ("--on-missing", recipe.on_missing, "error"),
-        ("--vocab", recipe.vocab, None),
-        ("--pad-vocab-to-multiple-of", recipe.pad_vocab_to_multiple_of, None),
-    ):
-        if value != default:
-            words += [option, str(value)]
-    for rule in recipe.rules:
-        words += ["--t-for", _quoted(str(rule), 10_000)]
-    for option, patterns in (("--only", recipe.only), ("--exclude", recipe.exclude)):
-        for pattern in patterns:
-            words += [option, _quoted(pattern, 10_000)]
-    beyond = any(not 0 <= value <= 1 for value in (t, *(value for rule in recipe.rules for value in rule.values)))
-    return " ".join(words + ["--extrapolate"] * beyond)
+    recipe, words = plan.recipe, plan.recipe.outputs[output].words
+    if is_pair(recipe):
+        command = ["slerp-merge", *(_quoted(name) for name in plan.names), "OUT", "--t", label_t(words["t"])]
+    else:
+        command = ["merge-tool", "run", "RECIPE.yaml", "OUT"]
+        for key, value in words.items():
+            command += ["--set", f"{key}={label_t(value)}"]
+    own = PairOptions(**recipe.words) if is_pair(recipe) else None
+    options = [*(as_words(own) if own else ()), *as_words(recipe.options)]
+    command += [word if word.startswith("--") else _quoted(word, 10_000) for word in options]
+    ts = [words.get("t", 0), *(value for rule in (own.rules if own else ()) for value in rule.values)]
+    return " ".join(command + ["--extrapolate"] * any(not 0 <= t <= 1 for t in ts))
 
 
 def _quoted(name: str, limit: int = 200) -> str:
@@ -69,61 +57,63 @@ def _quoted(name: str, limit: int = 200) -> str:
 def card_text(
     plan: MergePlan,
     summary: Summary,
-    t: float,
-    command: str,
+    output: int,
     *,
-    base_card: Path | None,
+    first_card: Path | None,
     is_transformers: bool,
     has_code: bool,
 ) -> str:
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
     from huggingface_hub import ModelCardData  # 2 MB; ModelCard, which only joins the two parts, 13 MB more
 
-    inherited = _inherited(base_card)
+    inherited = _inherited(first_card)
     if is_transformers:
         inherited.setdefault("library_name", "transformers")
     names = (part for name in plan.names for part in name.split("+"))  # MODEL+ADAPTER are two
     parents, tags = list(dict.fromkeys(names)), ["merge", "slerp-merge"]
     data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **inherited)
-    body = "\n\n".join(_card_sections(plan, summary, t, command, has_code))
+    body = "\n\n".join(_card_sections(plan, summary, output, has_code))
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def _card_sections(plan: MergePlan, summary: Summary, t: float, command: str, has_code: bool) -> Iterator[str]:
+def _card_sections(plan: MergePlan, summary: Summary, output: int, has_code: bool) -> Iterator[str]:
     names = [_plain(name) for name in plan.names]
     yield f"# {' + '.join(names)}"
-    yield from _how(plan, t, names)
-    yield f"```\n{command}\n```"
-    donor = plan.donor if plan.recipe.files_from == "base" else 1
+    yield from _how(plan, output, names)
+    yield f"```\n{_command(plan, output)}\n```"
     yield (
         f"{summary.num_tensors:,} tensors, {summary.num_parameters:,} parameters. Side files (configuration, "
-        f"tokenizer) are those of {names[donor]}.{_tokenizer(plan, names)}"
+        f"tokenizer) are those of {names[plan.recipe.donor]}.{_tokenizer(plan, names)}"
     )
     if plan.num_quantised:
         yield (
-            f"{plan.num_quantised:,} weights are 8-bit floats with scales, as in {names[0]}: merged in their real "
-            "values and quantised again."
+            f"{plan.num_quantised:,} weights are 8-bit floats with scales, as in {names[plan.recipe.first]}: merged in "
+            "their real values and quantised again."
         )
     if has_code:
         yield "The folder holds Python code of that model, copied as it is and not run; read it before you trust it."
-    if summary.groups or plan.is_pair:
+    if summary.groups:
         yield "## How far apart the parents are"
         yield "\n".join(_angle_table(summary))
     yield from remarks(summary)
-    what = "angle, norms and weights" if plan.is_pair else "sources and parameters"
-    yield f"Every tensor's {what} are in `merge_report.json`; `SHA256SUMS` lists the files' digests."
+    yield (
+        "Every tensor's sources and parameters, and angle, norms and weights where it has any, are in "
+        "`merge_report.json`; `SHA256SUMS` lists the files' digests."
+    )
 
 
-def _how(plan: MergePlan, t: float, names: list[str]) -> Iterator[str]:
+def _how(plan: MergePlan, output: int, names: list[str]) -> Iterator[str]:
     made = f"made with slerp-merge {__version__}:"
-    if plan.is_pair:
+    words = plan.recipe.outputs[output].words
+    if is_pair(plan.recipe):
         yield (
-            f"A merge of **{names[0]}** (t = 0) and **{names[1]}** (t = 1) by {METHODS[plan.method].summary} at "
-            f"t = {label_t(t)}{_exceptions(plan)}, {made}"
+            f"A merge of **{names[0]}** (t = 0) and **{names[1]}** (t = 1) by {plan.method.summary} at "
+            f"t = {label_t(words['t'])}{_exceptions(plan)}, {made}"
         )
         return
-    summary = plan.steps.summary if plan.steps else METHODS[plan.method].summary
-    yield f"A merge of {', '.join(f'**{name}**' for name in names)} by {summary} (`{_plain(plan.method)}`), {made}"
+    values = "".join(f", {key} = {label_t(value)}" for key, value in words.items())
+    models = ", ".join(f"**{name}**" for name in names)
+    yield f"A merge of {models} by {plan.method.summary} (`{_plain(plan.recipe.method)}`{values}), {made}"
     yield f"```yaml\n{_fenced(plan.text)}\n```"
 
 
@@ -149,12 +139,11 @@ def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
 
 def _tokenizer(plan: MergePlan, names: Sequence[str]) -> str:
     """A sentence about a vocabulary that was chosen."""
-    chosen = {"base": f"tokens are those of {names[0]}", "ft": f"tokens are those of {names[-1]}"}
-    vocab = plan.recipe.vocab
-    if vocab is None:
+    if (asked := plan.recipe.tokenizer) is None:
         return ""
-    both = f"tokens are those of {names[0]}, then those that only {names[-1]} has"
-    return f" Rows were matched by token; the {chosen.get(vocab, both)}."
+    lead = names[asked.source if isinstance(asked.source, int) else plan.recipe.first]
+    more = ", then those that only other models have" if asked.source == "union" else ""
+    return f" Rows were matched by token; the tokens are those of {lead}{more}."
 
 
 def _plain(name: str) -> str:
@@ -166,10 +155,10 @@ _NOTHING = ("", "~", "null", "Null", "NULL")
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 
-def _inherited(base_card: Path | None) -> dict[str, Any]:
+def _inherited(first_card: Path | None) -> dict[str, Any]:
     """Licence, language, task and library of the base's card, as far as they are plain strings."""
     found: dict[str, Any] = {}
-    for key, value in _front_matter(base_card).items():
+    for key, value in _front_matter(first_card).items():
         is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
         is_text = isinstance(value, str) and value not in _NOTHING
         if key in _INHERITED and (is_text or is_list) and len(str(value)) < 4000:

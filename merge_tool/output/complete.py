@@ -6,15 +6,11 @@ import hashlib
 import os
 from pathlib import Path, PurePath
 
-import numpy as np
-
-from merge_tool.arrays import NUMPY_DTYPES, TILE, same_values
-from merge_tool.errors import DataError, OutputError, listed, shown
+from merge_tool.errors import OutputError, listed, shown
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
 from merge_tool.output.older import check_conflicts, read_sums
-from merge_tool.output.report import labelled, read_identity, single_facts
+from merge_tool.output.report import read_identity
 from merge_tool.output.work_folder import check_folders
-from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder
 
@@ -36,7 +32,9 @@ def is_complete(prepared: Prepared) -> bool:
             return False
         if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
             return False
-        if not all(_is_output(prepared, target.path / label, t) for label, t in labelled(prepared.plan)):
+        if not all(
+            _is_output(prepared, target.path / label, number) for number, label in enumerate(prepared.plan.labels)
+        ):
             way = "Choose another folder, or give --overwrite to replace the model in it once the new one is complete."
             raise OutputError(
                 f"{shown(target.path)}: is not empty, and not the result of this merge. {_way_on(prepared, way)}"
@@ -64,10 +62,9 @@ def _way_on(prepared: Prepared, way: str) -> str:
     return way
 
 
-def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
-    digest, _ = single_facts(prepared.plan, t)
-    found, samples = read_identity(folder / REPORT)
-    if found != digest or (prepared.samples and samples != prepared.samples):
+def _is_output(prepared: Prepared, folder: Path, output: int) -> bool:
+    digest, samples = read_identity(folder / REPORT)
+    if digest != prepared.plan.digest_of(output) or (prepared.samples and samples != prepared.samples):
         return False
     sizes = {shard.file_name: shard.size for shard in prepared.plan.shards}
     files = read_sums(folder).keys() | sizes.keys() | ({prepared.plan.index_name} if len(sizes) > 1 else set())
@@ -126,29 +123,6 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
 
 def _is_on_the_disk_of(target: Target, cache: Path | None) -> bool:
     return cache is not None and cache.stat().st_dev == existing_folder(target.path).stat().st_dev
-
-
-def check_exact_tensors(plan: MergePlan) -> None:
-    """Raise DataError naming all integer and boolean tensors that differ, unless the base's are to be kept."""
-    if plan.keeps_base_on_mismatch:
-        return
-    differing = [job.out.name for job in plan.jobs() if job.exact and not _same_values(job)]
-    if differing:
-        raise DataError(
-            f"{len(differing):,} integer tensors differ between {' and '.join(plan.names)}, and integers have "
-            f"nothing between them: {listed(differing)}. Give --on-mismatch base to keep the base's."
-        )
-
-
-def _same_values(job: TensorJob, chunk: int = TILE) -> bool:
-    buffers = [np.empty(min(chunk, job.out.numel), NUMPY_DTYPES[source.info.dtype]) for source in job.sources]
-    for start in range(0, job.out.numel, chunk):
-        parts = [buffer[: job.out.numel - start] for buffer in buffers]
-        for source, values in zip(job.sources, parts, strict=True):
-            source.read_into(start, values)
-        if not all(same_values(parts[0], other) for other in parts[1:]):
-            return False
-    return True
 
 
 def final_names(prepared: Prepared) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.errors import OutputError, shown
 from merge_tool.models.side_files import REPORT, SUMS, WORK
+from merge_tool.recipe.recipe import label_of
 
 # Files that loaders read by name: an older model's would mix with the new one's.
 _LOADED = re.compile(
@@ -18,6 +21,7 @@ _LOADED = re.compile(
     r"|(model_index|special_tokens_map|merge_report)\.json|(merges|vocab)\.txt|(tokenizer|spiece|[^/]*bpe|tiktoken)\.model"
     r"|README(\.base|\.ft)?\.md|SHA256SUMS|mergekit_config\.yml"
 )
+_PARAMETERS = re.compile(r'"parameters": (\{[^{}]*\})')  # in the head of a report
 _SUMS_LINE = re.compile(r"(\\?)[0-9a-f]{64} [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 
@@ -58,10 +62,24 @@ def outdated(folder: Path) -> list[str]:
 
 
 def older_labels(out: Path) -> Iterator[str]:
-    """Where in OUT models may lie: its root, and the folders `t-...` of ours."""
+    """Where in OUT models may lie: its root, and the sub-folders that are one output of several of ours."""
     yield ""
     if out.is_dir():
-        yield from (e.name for e in sorted(out.iterdir()) if e.name.startswith("t-") and is_ours(e))
+        yield from (e.name for e in sorted(out.iterdir()) if is_output_of_several(e))
+
+
+def is_output_of_several(folder: Path) -> bool:
+    """Whether a folder is one output of several: ours, and called by what sets it apart (`t-0.3`)."""
+    if "-" not in folder.name or not is_ours(folder):
+        return False
+    try:
+        with (folder / REPORT).open(encoding="utf-8") as file:
+            found = _PARAMETERS.search(file.read(65_536))
+        words = json.loads(found[1]) if found else {}
+    except (OSError, ValueError):
+        return False
+    chosen = (subset for count in range(1, len(words) + 1) for subset in combinations(words, count))
+    return any(label_of({key: words[key] for key in subset}) == folder.name for subset in chosen)
 
 
 def check_conflicts(out: Path, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a merge found out: journal records -> merge_report.json, SHA256SUMS, the model card, a summary.
+"""What a merge found out: findings -> merge_report.json, SHA256SUMS, a summary.
 
 Everything written here is a function of the inputs and the recipe: no times, budgets or paths.
 """
@@ -10,21 +10,19 @@ import math
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.errors import shown
-from merge_tool.methods.inner import METHODS, Weights, pair_angle
+from merge_tool.methods.inner import Weights, pair_angle
 from merge_tool.plan.plan import MergePlan, TensorJob
-from merge_tool.plan.prepare import Prepared
-from merge_tool.recipe.recipe import label_t
-from merge_tool.run.findings import Finding, Findings, hex_sums, median
+from merge_tool.recipe.options import as_json
+from merge_tool.run.findings import Finding, Findings, hex_results, hex_sums, median
 
-FORMAT = 1  # of merge_report.json
+FORMAT = 2  # of merge_report.json
 _LARGEST_HEAD = 32_000_000  # characters; 1,000 shards on each side have about 300,000
-_RECIPE_OPTIONS = ("dtype", "max_shard_bytes", "on_mismatch", "seed")
 _TENSORS = ',\n "tensors": [\n'
 CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relative, half a bfloat16 step is 2e-3
 
@@ -34,7 +32,7 @@ CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relativ
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """One merged tensor: angle in degrees, norms of base and finetune, |y - x| / |x|; None where there is none."""
+    """One merged tensor: angle in degrees, norms of its two inputs, |y - x| / |x|; None where there is none."""
 
     angle_degrees: float | None
     norms: tuple[float, float] | None
@@ -43,8 +41,8 @@ class TensorReport:
     note: str
 
 
-def describe(finding: Finding, method: str, t: float) -> TensorReport:
-    """The report of one tensor in the output of parameter `t`."""
+def describe(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> TensorReport:
+    """The report of one tensor in the output of that number."""
     note = "equal: copied" if finding.equal else "differs: base kept" if finding.kept_base else ""
     sums = finding.sums
     if sums is None or not math.isfinite(sums.xx + sums.xd + sums.dd):
@@ -53,7 +51,9 @@ def describe(finding: Finding, method: str, t: float) -> TensorReport:
     degrees = None if angle is None else math.degrees(angle.theta)
     n0, n1 = (norm / sums.scale for norm in sums.norms)
     change = math.sqrt(sums.dd / sums.xx) if sums.xx else None
-    weights = None if finding.equal else METHODS[method].weights(sums, t)
+    weights = None
+    if not finding.equal and plan.method.weights is not None:
+        weights = plan.method.weights(sums, job.given(plan.seed, output))
     return TensorReport(degrees, (n0, n1), change, weights, note or (weights.note if weights else ""))
 
 
@@ -63,47 +63,34 @@ def _finite(value: float) -> float | None:
 
 
 def _tensor_json(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> dict[str, Any]:
-    t = job.ts[output]
-    found = describe(finding, plan.method, t)
+    found = describe(plan, job, finding, output)
     content: dict[str, Any] = {"name": job.out.name, "shape": list(job.out.shape), "dtype": job.out.dtype}
-    content |= _pair_json(job, t) if plan.is_pair else _sources_json(plan, job, t)
+    content["sources"] = [
+        {"model": plan.recipe.names[side], "name": source.info.name, "dtype": source.info.dtype}
+        for side, source in zip(job.sides, job.sources, strict=True)
+    ]
+    if job.values:
+        values = job.values[output]
+        content["settings"] = {**values.shared, **{name: list(each) for name, each in values.each.items()}}
     content["equal"] = finding.equal
     if job.is_scales:
-        content["scales_of"] = job.base.info.name
-    elif plan.is_pair and job.ft is not None and job.ft.info.name != job.out.name:
-        content["name_ft"] = job.ft.info.name
+        content["scales_of"] = job.first.info.name
     if note := found.note or job.note:
         content["note"] = note
-    if job.is_copied and plan.is_pair:
-        content["weights"] = [1.0, 0.0]
     if found.norms is not None:
         n0, n1 = found.norms
         content["angle_degrees"] = found.angle_degrees
-        content["norm_base"], content["norm_ft"] = _finite(n0), _finite(n1)
+        content["norms"] = [_finite(n0), _finite(n1)]
         content["norm_ratio"] = _finite(n1 / n0) if n0 and math.isfinite(n0) else None
         content["relative_change"] = found.relative_change
     if found.weights is not None:
         content["weights"] = [found.weights.w0, found.weights.w1]
     if finding.sums is not None and found.norms is not None:
         content["sums"] = hex_sums(finding.sums)
+    if isinstance(finding.passes, list):
+        distinct = list(dict.fromkeys(job.values))
+        content["passes"] = [hex_results(finding.passes[distinct.index(job.values[output])])]
     return content
-
-
-def _pair_json(job: TensorJob, t: float) -> dict[str, Any]:
-    ft = job.ft.info.dtype if job.ft else None
-    return {"dtype_base": job.base.info.dtype, "dtype_ft": ft, "t": t}
-
-
-def _sources_json(plan: MergePlan, job: TensorJob, t: float) -> dict[str, Any]:
-    """Of a recipe's tensor: what it was made from, the method's base first if it has one, and by which parameters."""
-    sources = [
-        {"model": plan.sides[side], "name": source.info.name, "dtype": source.info.dtype}
-        for side, source in zip(job.sides, job.sources, strict=True)
-    ]
-    if job.given is None:
-        return {"sources": sources} | ({} if job.is_copied or job.exact else {"settings": {"t": t}})
-    settings = {**job.given.shared, **{name: list(values) for name, values in job.given.each.items()}}
-    return {"sources": sources, "settings": settings}
 
 
 def tensor_text(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> str:
@@ -138,7 +125,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
-        found = describe(findings[job.number], plan.method, job.ts[0])
+        found = describe(plan, job, findings[job.number], 0)
         if found.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
         if found.angle_degrees is None:
@@ -195,7 +182,7 @@ def alarms(summary: Summary) -> list[str]:
             if summary.num_copied
             else "every tensor: the output equals them"
         )
-        found.append(f"Both models are the same in {which}.")
+        found.append(f"The models are the same in {which}.")
     if summary.median_degrees is not None and summary.median_degrees > 60:
         found.append(
             f"The median angle is {summary.median_degrees:.0f} degrees: are these related models? "
@@ -213,39 +200,29 @@ def alarms(summary: Summary) -> list[str]:
 # ------------------------------------------------------------------------------------------ the files
 
 
-def report_lines(
-    plan: MergePlan,
-    findings: Findings,
-    t: float,
-    digest: str,
-    facts: Mapping[str, Any],
-    samples: Sequence[str],
-) -> Iterator[str]:
-    """merge_report.json, a line per tensor."""
+def report_lines(plan: MergePlan, findings: Findings, output: int, samples: Sequence[str]) -> Iterator[str]:
+    """merge_report.json of the output of that number: its head first, then a line per tensor."""
+    recipe, facts = plan.recipe, plan.facts_of(output)
     head: dict[str, Any] = {
         "format": FORMAT,
         "tool": f"slerp-merge {__version__}",
-        "plan_sha256": digest,
+        "plan_sha256": plan.digest_of(output),
         "samples_sha256": list(samples),
-        "method": plan.method,
-        "t": t if plan.is_pair else None,
-        "inputs": {side: facts[side] for side in plan.sides},
-        "options": _options(plan, facts),
+        "method": recipe.method,
+        "parameters": dict(recipe.outputs[output].words),
+        "words": dict(recipe.words),
+        "options": as_json(recipe.options),
+        "inputs": {name: facts[name] for name in recipe.names},
         "shards": {shard.file_name: shard.size for shard in plan.shards},
     }
-    if not plan.is_pair:
+    if plan.text:
         head["recipe"] = plan.text
     yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
-    count, number = plan.num_tensors, plan.ts.index(t)
-    for place, job in enumerate(plan.jobs(), 1):
-        line = tensor_text(plan, job, findings[job.number], number)
-        yield f"  {line}" + ("\n" if place == count else ",\n")
+    count = plan.num_tensors
+    for number, job in enumerate(plan.jobs(), 1):
+        line = tensor_text(plan, job, findings[job.number], output)
+        yield f"  {line}" + ("\n" if number == count else ",\n")
     yield " ]\n}\n"
-
-
-def _options(plan: MergePlan, facts: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("dtype", "max_shard_bytes", "files_from", "on_mismatch") if plan.is_pair else _RECIPE_OPTIONS
-    return {key: facts[key] for key in keys} | plan.recipe.selection
 
 
 def sums_text(digests: Mapping[str, str]) -> bytes:
@@ -307,19 +284,3 @@ def read_identity(report: Path) -> tuple[str | None, tuple[str, ...]]:
     digest = re.search(r'"plan_sha256": "([0-9a-f]{64})"', head)
     samples = re.search(r'"samples_sha256": \[\s*((?:"[0-9a-f]{64}",?\s*)*)\]', head)
     return digest and digest[1], tuple(re.findall("[0-9a-f]{64}", samples[1])) if samples else ()
-
-
-def labelled(plan: MergePlan) -> Iterable[tuple[str, float]]:
-    return zip(plan.labels, plan.ts, strict=True)
-
-
-def single_facts(plan: MergePlan, t: float) -> tuple[str, dict[str, Any]]:
-    """Digest and facts of the merge with this t alone: what one output of several says of itself."""
-    facts = {**plan.facts, "t": [label_t(t)]} if plan.is_pair else dict(plan.facts)
-    return replace(plan, facts=facts).digest, facts
-
-
-def report_of(prepared: Prepared, findings: Findings, t: float) -> Iterator[str]:
-    """merge_report.json of the output of `t`, its head first."""
-    digest, facts = single_facts(prepared.plan, t)
-    return report_lines(prepared.plan, findings, t, digest, facts, prepared.samples)

@@ -28,6 +28,8 @@ from merge_tool.output.older import is_model_file, older_labels, outdated, stran
 from merge_tool.plan.overlap import find_shared, find_showing
 from merge_tool.plan.plan import MergePlan, ShardPlan
 from merge_tool.plan.target import Target, shared_with
+from merge_tool.run.findings import Findings, from_record, to_record
+from merge_tool.run.run import ShardDone
 
 _OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
 _LIBRARY_BYTES = 2_000  # what the safetensors library holds for each tensor of a file it has open, at most
@@ -53,11 +55,11 @@ def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], i
         raise shared_with(*found)
 
 
-class Work:
+class WorkFolder:
     """The work folder of one merge, locked by this process from creation to `close`; it must not show up in `inputs`.
 
-    Keeps what run_plan's sink is given. `done_shards` are the shards that an earlier run finished: those that its
-    journal names, with their size, and with `check_resumed` their SHA-256.
+    The sink of `run_plan`: keeps the shards that it finishes, and what it found out. `done_shards` are the shards that
+    an earlier run finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Work:
             self._lock.release()
             raise
 
-    def __enter__(self) -> Work:
+    def __enter__(self) -> WorkFolder:
         return self
 
     def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -187,11 +189,11 @@ class Work:
         }
 
     def _inputs(self) -> dict[str, list[ByteSource]]:
-        sides: dict[str, dict[int, ByteSource]] = {side: {} for side in self.plan.sides}
+        sides: dict[str, dict[int, ByteSource]] = {side: {} for side in self.plan.recipe.names}
         for job in self.plan.jobs():
             for side, source in zip(job.sides, job.sources, strict=True):
                 for file in source.files:
-                    sides[self.plan.sides[side]].setdefault(id(file), file)
+                    sides[self.plan.recipe.names[side]].setdefault(id(file), file)
         return {side: list(files.values()) for side, files in sides.items()}
 
     def _wipe(self) -> None:
@@ -245,19 +247,26 @@ class Work:
             for label in self.plan.labels
         ]
 
-    def finish_shard(
-        self,
-        shard: ShardPlan,
-        sha256: tuple[str, ...],
-        tensors: Iterable[Mapping[str, Any]],
-        writers: list[ShardWriter],
-    ) -> None:
+    def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
         """Record a shard whose files are synced, then give them their names."""
-        done = {"record": "shard", "number": shard.number, "sha256": list(sha256)}
+        tensors = ({"record": "tensor", "number": n, **to_record(finding)} for n, finding in done.tensors)
+        last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256)}
         with self._finishing:
-            self.journal.append(chain(({"record": "tensor", **tensor} for tensor in tensors), [done]))
+            self.journal.append(chain(tensors, [last]))
         for writer in writers:
             writer.publish()
+
+    def findings(self) -> Findings:
+        """What this run and earlier ones found out, as the journal has it."""
+        findings = Findings()
+        for record in self.journal.records():
+            if record.get("record") == "tensor":
+                findings.add(record["number"], from_record(record))
+        return findings
+
+    def digests(self) -> dict[int, list[str]]:
+        """The SHA-256 of every finished shard, one an output."""
+        return {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
 
     # --------------------------------------------------------------------------------- side files
 

@@ -10,8 +10,8 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.models.renaming import is_head, says_tied
 from merge_tool.models.side_files import SideFiles
+from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows
-from merge_tool.vocabulary.vocab import config_sizes
 
 
 def fit_config(

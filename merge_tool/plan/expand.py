@@ -1,114 +1,32 @@
-"""`ModelsRecipe` + the models' tensor names -> one `Ask` per tensor of the output: what it is merged from, and with
-which parameters. Names and numbers only; no table of architectures, every layer is known by the number in its names."""
+"""Recipe + the models' tensor names -> for each name of the output: what it is merged from, and by which parameters.
+
+Names and numbers only; no table of architectures, every layer is known by the number in its names. Nothing is listed: a
+tensor's place follows from its name, so a plan of 100,000 tensors holds no more than the plan itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
-from merge_tool.errors import MismatchError, RecipeError, listed, shown
-from merge_tool.methods.steps import REQUIRED
+from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.methods.steps import REQUIRED, Method
 from merge_tool.models.renaming import Renaming
-from merge_tool.plan.stacks import Owners, Stacks, comes_last
-from merge_tool.recipe.models_recipe import PAIRS, ModelsRecipe, Module, Slice, Source, Terms, all_terms
-from merge_tool.recipe.schedule import split_layer
-from merge_tool.recipe.settings import MISSING, Settings, resolve
+from merge_tool.plan.plan import Values
+from merge_tool.plan.stacks import Owners, Stacks, comes_last, split_layer
+from merge_tool.recipe.recipe import Module, Output, Recipe, Slice, Source
+from merge_tool.recipe.settings import Choice, Settings, find_choice
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One tensor of the output. `base` and `inputs` are (model's number, the tensor's name there), the inputs in the
-    recipe's order; for slerp they are the two models, the one at t = 0 first, and `base` is None. `shared` holds the
-    method's parameters, `each` those with a value per input; defaults are filled in. A tensor that is not merged has
-    one input, the base's, and `kept` says why."""
-
-    name: str
-    base: tuple[int, str] | None
-    inputs: tuple[tuple[int, str], ...]
-    shared: Mapping[str, Any]
-    each: Mapping[str, tuple[Any, ...]]
-    kept: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Keeping:
-    """Which tensors are the base's as they are: of the output's names those that `unchosen` picks, for the reason
-    `not_chosen`; for the reason `missing`, those that some model lacks and may lack. What the base lacks then is left
-    out."""
-
-    unchosen: Callable[[Sequence[str]], Collection[str]] = lambda names: ()
-    not_chosen: str = ""
-    missing: str = ""
-    may_lack: Callable[[str], bool] = lambda name: False
-
-
-def expand(
-    recipe: ModelsRecipe,
-    names: Sequence[Collection[str]],
-    methods: Mapping[str, Terms],
-    renamings: Mapping[int, Renaming] | None = None,
-) -> list[Ask]:
-    """As `expand_keeping`, with every tensor merged."""
-    return expand_keeping(recipe, names, methods, renamings or {}, Keeping())[0]
-
-
-def expand_keeping(
-    recipe: ModelsRecipe,
-    names: Sequence[Collection[str]],
-    methods: Mapping[str, Terms],
-    renamings: Mapping[int, Renaming],
-    keeping: Keeping,
-) -> tuple[list[Ask], list[str]]:
-    """What is asked for every tensor of the output, with `names` of each model's tensors, the donor's order first; and
-    the names that are left out.
-
-    `renamings` say, by model, what it calls the tensors of `recipe.donor`, and which of its own have no place there.
-    Raises MismatchError, all at once, for tensors that some of the models lack and layers that they do not have;
-    RecipeError for stacks that cannot be told apart and for parameters that some tensors are left without.
-    """
-    tensors = _Tensors(recipe, names, renamings)
-    values = _Values(recipe, all_terms(methods)[recipe.method], tensors.known)
-    places = list(tensors.places())
-    unchosen = frozenset(keeping.unchosen([place.name for place in places]))
-    asks, left_out = [], []
-    for place in places:
-        may_lack = keeping.missing if keeping.may_lack(place.name) and tensors.lacks(place) else ""
-        why = keeping.not_chosen if place.name in unchosen else may_lack
-        kept = tensors.base_of(place) if why else None
-        if not why:
-            tensors.note_lacking(place)
-            asks.append(values.ask(place))
-        elif kept is not None:
-            asks.append(Ask(place.name, None, (kept,), {}, {}, why))
-        elif place.name not in unchosen:
-            left_out.append(place.name)
-    tensors.check()
-    values.check()
-    return asks, left_out
-
-
-def unused_filters(recipe: ModelsRecipe, asks: Iterable[Ask]) -> Iterator[str]:
-    """Warnings for filters that no tensor's name contains: written as globs or regular expressions, most often."""
-    found = {name for ask in asks for name in (ask.name, *(name for _, name in ask.inputs))}
-    scopes: list[Settings] = [recipe.parameters]
-    for module in recipe.modules:
-        scopes.append(module.parameters)
-        for part in module.slices:
-            scopes += [part.parameters, *(source.parameters for source in part.sources)]
-    filters = {choice.part: key for scope in scopes for key, setting in scope.items() for choice in setting.choices}
-    for text, key in filters.items():
-        if text is not None and not any(text in name for name in found):
-            yield (
-                f"The filter '{shown(text)}' of '{shown(key)}' is in no tensor's name. A filter is a part of the name, "
-                "no glob and no regular expression."
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A tensor of the output before its parameters: `names` are those in the slice's sources, in their order, as the
-    donor would call them."""
+class Place:
+    """A tensor of the output: the slice and module that it belongs to, its `position` along the layers, and what it is
+    called in each of the slice's sources, in their order, as the first model would call it there."""
 
     name: str
     names: tuple[str, ...]
@@ -117,13 +35,13 @@ class _Place:
     module: Module
 
 
-class _Known:
-    """A model's tensors under the donor's names: no copy, where nothing is renamed."""
+class _Names:
+    """A model's tensors under the first model's names: no copy, where nothing is renamed."""
 
-    def __init__(self, names: Collection[str], donor: Collection[str], renaming: Renaming) -> None:
+    def __init__(self, names: Collection[str], first: Collection[str], renaming: Renaming) -> None:
         self._names = names if isinstance(names, (Set, Mapping)) else dict.fromkeys(names)
         self._renamed = renaming.ft_names
-        self._hidden = {name for name in renaming.ft_names.values() if name not in donor} | renaming.copies.keys()
+        self._hidden = {name for name in renaming.ft_names.values() if name not in first} | renaming.copies.keys()
 
     def __contains__(self, name: str) -> bool:
         return name in self._renamed or (name in self._names and name not in self._hidden)
@@ -137,179 +55,281 @@ class _Known:
         return self._renamed.get(name, name)
 
 
-class _Tensors:
-    """Which tensors there are, and what they are called in each source."""
+class Expansion:
+    """All tensors that a recipe asks for, by name.
+
+    `names` are each model's tensors; `renamings` say, by model, what it calls the first model's, and which of its own
+    have no place there. `range_problems` tell of layers that models do not have. Raises RecipeError for stacks that
+    cannot be told apart.
+    """
 
     def __init__(
-        self, recipe: ModelsRecipe, names: Sequence[Collection[str]], renamings: Mapping[int, Renaming]
+        self,
+        recipe: Recipe,
+        method: Method,
+        names: Sequence[Collection[str]],
+        renamings: Mapping[int, Renaming] | None = None,
     ) -> None:
-        self._recipe = recipe
-        donor = names[recipe.donor]
-        self.known = [_Known(found, donor, renamings.get(k, Renaming())) for k, found in enumerate(names)]
-        self._stacks = Stacks(dict.fromkeys(name for k in self._donor_first(recipe.sources) for name in self.known[k]))
-        self._owners = None
-        if recipe.modules[0].name is not None:
-            self._owners = Owners(self._stacks, [module.name or "" for module in recipe.modules])
-        self._rests: dict[tuple[int, str], dict[int, list[str]]] = {}
-        self._ranges: dict[str, None] = {}
-        self._lacking: dict[int, dict[str, None]] = {}
+        self._recipe, self._method = recipe, method
+        first = names[recipe.first]
+        self.known = [_Names(own, first, (renamings or {}).get(k, Renaming())) for k, own in enumerate(names)]
+        self._by_name = {module.name or "": module for module in recipe.modules}
+        self._owners: Owners | None = None
+        self._sliced: dict[str, tuple[str, list[int]]] = {}  # module -> its stack, the first layer of each slice
+        self.range_problems: list[str] = []
+        if recipe.modules[0].name is not None or any(module.num_layers is not None for module in recipe.modules):
+            self._find_stacks()
+        self._values = _Values(recipe, method)
 
-    def places(self) -> Iterator[_Place]:
+    def _find_stacks(self) -> None:
+        sources = self._first_before(self._recipe.sources)
+        stacks = Stacks(dict.fromkeys(name for k in sources for name in self.known[k]))
+        if self._recipe.modules[0].name is not None:
+            self._owners = Owners(stacks, list(self._by_name))
+        for name, module in self._by_name.items():
+            if module.num_layers is not None:
+                stack = stacks.only() if self._owners is None else self._owners.stack(name)
+                self._sliced[name] = stack, [0, *accumulate(part.num_layers or 0 for part in module.slices)]
+                self._check_ranges(module, stack)
+
+    @cached_property
+    def _along(self) -> Stacks:
+        """The layers that a list of values lies along."""
+        return Stacks(iter(self.known[self._first_before(self._recipe.sources)[0]]))
+
+    # ------------------------------------------------------------------------------------- which there are
+
+    def names(self) -> Iterator[str]:
+        """Every name of the output, each once."""
         for module in self._recipe.modules:
-            yield from self._module(module) if module.num_layers is None else self._sliced(module)
+            if module.num_layers is None:
+                yield from self._names_in(module, module.slices[0])
+                continue
+            stack, _ = self._sliced[module.name or ""]
+            for part, last in ((module.slices[0], False), (module.slices[-1], True)):
+                for name in self._names_in(module, part):
+                    if (split_layer(name) or ("",))[0] != stack and comes_last(name) is last:
+                        yield name
+            yield from self._layer_names(module, stack)
 
-    def lacks(self, place: _Place) -> bool:
-        """Whether some of its models have no such tensor."""
-        return any(name not in self.known[s.model] for s, name in zip(place.part.sources, place.names, strict=True))
-
-    def note_lacking(self, place: _Place) -> None:
-        for source, name in zip(place.part.sources, place.names, strict=True):
-            if name not in self.known[source.model]:
-                self._lacking.setdefault(source.model, {})[name] = None
-
-    def base_of(self, place: _Place) -> tuple[int, str] | None:
-        """The tensor of the slice's base, else of the donor, else of the first source; None if that lacks it."""
-        sources = place.part.sources
-        of_donor = (k for k, source in enumerate(sources) if source.model == self._recipe.donor)
-        number = place.part.base if place.part.base is not None else next(of_donor, 0)
-        model, name = sources[number].model, place.names[number]
-        return (model, self.known[model].own(name)) if name in self.known[model] else None
-
-    def check(self) -> None:
-        """Raise MismatchError for all that does not fit."""
-        problems = list(self._ranges)
-        for k, lacking in self._lacking.items():
-            problems.append(f"{len(lacking):,} tensors are not in {self._shown(k)}: {listed(lacking)}")
-        if problems:
-            layers = "; ".join(filter(None, map(self._layers_of, self._donor_first(self._recipe.sources))))
-            raise MismatchError(
-                "The models do not fit together as the recipe says.\n  "
-                + "\n  ".join(problems)
-                + (f"\n(Layers: {layers}.)" if layers else "")
-                + "\nAll models must be of one architecture; give `slices` where their numbers of layers differ. With "
-                "--on-missing base, what some model lacks is the base's, and what the base lacks is left out."
-            )
-
-    def _module(self, module: Module) -> Iterator[_Place]:
-        """All layers, as they are."""
-        part = module.slices[0]
-        for name in self._names(module, part):
-            yield _Place(name, (name,) * len(part.sources), self._stacks.position(name), part, module)
-
-    def _sliced(self, module: Module) -> Iterator[_Place]:
-        """What is before the layers with the first slice's models, the layers, what is after them with the last's."""
-        stack = self._stacks.only() if self._owners is None else self._owners.stack(module.name or "")
-        yield from self._loose(module, stack, module.slices[0], last=False)
+    def _layer_names(self, module: Module, stack: str) -> Iterator[str]:
+        rests = {k: _rests(self.known[k], stack) for part in module.slices for k in {s.model for s in part.sources}}
         number = 0
         for part in module.slices:
-            has_layers = [self._has_layers(source, stack) for source in part.sources]
-            if all(has_layers):
-                yield from self._layers(module, stack, part, number)
+            for offset in range(part.num_layers or 0):
+                layers = ((s.model, (s.layers or (0, 0))[0] + offset) for s in part.sources)
+                for rest in dict.fromkeys(rest for k, layer in layers for rest in rests[k].get(layer, ())):
+                    yield f"{stack}{number + offset}{rest}"
             number += part.num_layers or 0
-        yield from self._loose(module, stack, module.slices[-1], last=True)
 
-    def _loose(self, module: Module, stack: str, part: Slice, *, last: bool) -> Iterator[_Place]:
-        for name in self._names(module, part):
-            if (split_layer(name) or ("",))[0] != stack and comes_last(name) is last:
-                yield _Place(name, (name,) * len(part.sources), 0.0, part, module)
+    def _names_in(self, module: Module, part: Slice) -> Iterator[str]:
+        """The names of a slice's sources that belong to the module, the first model's first."""
+        before: list[_Names] = []
+        for k in self._first_before({source.model for source in part.sources}):
+            for name in self.known[k]:
+                if any(name in other for other in before):
+                    continue
+                if self._owners is None or self._owners.owner(name) == module.name:
+                    yield name
+            before.append(self.known[k])
 
-    def _layers(self, module: Module, stack: str, part: Slice, number: int) -> Iterator[_Place]:
+    def _check_ranges(self, module: Module, stack: str) -> None:
+        for source in (source for part in module.slices for source in part.sources):
+            first, end = source.layers or (0, 0)
+            count = max(_rests(self.known[source.model], stack), default=-1) + 1
+            if end > count:
+                problem = (
+                    f"layer_range [{first}, {end}] of {shown(self._recipe.models[source.model])}: it has {count:,} "
+                    f"layers in {shown(stack)}, so the range ends at {count:,} at most"
+                )
+                self.range_problems += [problem] if problem not in self.range_problems else []
+
+    # -------------------------------------------------------------------------------------- what each is
+
+    def place(self, name: str) -> Place:
+        """Where a tensor of the output comes from."""
+        module = self._by_name[self._owners.owner(name) if self._owners is not None else ""]
+        if module.num_layers is None:
+            part = module.slices[0]
+            position = self._along.position(name) if self._values.lie_along_layers else 0.0
+            return Place(name, (name,) * len(part.sources), position, part, module)
+        found = split_layer(name)
+        stack, starts = self._sliced[module.name or ""]
+        if found is None or found[0] != stack:
+            part = module.slices[-1 if comes_last(name) else 0]
+            return Place(name, (name,) * len(part.sources), 0.0, part, module)
+        number = bisect_right(starts, found[1]) - 1
+        part, offset = module.slices[number], found[1] - starts[number]
+        rest = name[len(stack) + len(str(found[1])) :]
+        names = tuple(f"{stack}{(source.layers or (0, 0))[0] + offset}{rest}" for source in part.sources)
         length = part.num_layers or 0
-        for offset in range(length):
-            layers = [(source.layers or (0, 0))[0] + offset for source in part.sources]
-            rests: dict[str, None] = {}
-            for source, layer in zip(part.sources, layers, strict=True):
-                rests |= dict.fromkeys(self._layer(source.model, stack).get(layer, ()))
-            position = offset / (length - 1) if length > 1 else 1.0
-            for rest in rests:
-                names = tuple(f"{stack}{layer}{rest}" for layer in layers)
-                yield _Place(f"{stack}{number + offset}{rest}", names, position, part, module)
+        return Place(name, names, offset / (length - 1) if length > 1 else 1.0, part, module)
 
-    def _names(self, module: Module, part: Slice) -> list[str]:
-        """The names of a slice's sources that belong to the module, the donor's first."""
-        found: dict[str, None] = {}
-        for k in self._donor_first({source.model for source in part.sources}):
-            found |= dict.fromkeys(self.known[k])
-        return [name for name in found if self._owners is None or self._owners.owner(name) == module.name]
+    def has_base(self, place: Place) -> bool:
+        """Whether the method compares the inputs with a base, which then is the first of `sources`."""
+        return place.part.base is not None and self._method.base != "first"
 
-    def _layer(self, model: int, stack: str) -> dict[int, list[str]]:
-        """What stands behind the number in a model's names, by layer."""
-        if (model, stack) not in self._rests:
-            rests: dict[int, list[str]] = {}
-            for name in self.known[model]:
-                if (found := split_layer(name)) and found[0] == stack:
-                    rests.setdefault(found[1], []).append(name[len(stack) + len(str(found[1])) :])
-            self._rests[model, stack] = rests
-        return self._rests[model, stack]
+    def sources(self, place: Place) -> tuple[tuple[int, str], ...]:
+        """(model, the tensor's own name there): the base if the method has one, then the inputs in their order."""
+        base, order = place.part.base, _order(self._method, place.part)
+        numbers = [base, *order] if base is not None and self.has_base(place) else order
+        return tuple(self._own(place, number) for number in numbers)
 
-    def _has_layers(self, source: Source, stack: str) -> bool:
-        first, end = source.layers or (0, 0)
-        count = max(self._layer(source.model, stack), default=-1) + 1
-        if end > count:
-            self._ranges[
-                f"layer_range [{first}, {end}] of {self._shown(source.model)}: it has {count:,} layers in "
-                f"{shown(stack)}, so the range ends at {count:,} at most"
-            ] = None
-        return end <= count
+    def base_of(self, place: Place) -> tuple[int, str] | None:
+        """The tensor of the slice's base, else of the first model, else of the first source; None if that lacks it."""
+        sources = place.part.sources
+        of_first = (k for k, source in enumerate(sources) if source.model == self._recipe.first)
+        number = place.part.base if place.part.base is not None else next(of_first, 0)
+        model = sources[number].model
+        return self._own(place, number) if place.names[number] in self.known[model] else None
 
-    def _layers_of(self, model: int) -> str:
-        own = Stacks(iter(self.known[model]))
-        counts = ", ".join(f"{own.num_layers(stack):,} in {shown(stack.rstrip('.'))}" for stack in own.of_layers[:3])
-        return f"{self._shown(model)} has {counts}" if counts else ""
+    def lacking(self, place: Place) -> list[int]:
+        """The models that lack a tensor which they have a part in."""
+        pairs = zip(place.part.sources, place.names, strict=True)
+        return [source.model for source, name in pairs if name not in self.known[source.model]]
 
-    def _donor_first(self, models: Iterable[int]) -> list[int]:
-        return sorted(models, key=lambda k: (k != self._recipe.donor, k))
+    def values(self, place: Place) -> tuple[Values, ...]:
+        """The parameters of a tensor in each output."""
+        return self._values.of(place)
 
-    def _shown(self, model: int) -> str:
-        return shown(self._recipe.models[model])
+    @property
+    def num_scheduled(self) -> int:
+        """How many tensors, of those asked for so far, have parameters by a pattern or along the layers."""
+        return self._values.num_scheduled
 
+    def _own(self, place: Place, number: int) -> tuple[int, str]:
+        model = place.part.sources[number].model
+        return model, self.known[model].own(place.names[number])
 
-class _Values:
-    """Which parameters each tensor has, in one mapping for all that have the same."""
+    def _first_before(self, models: Iterable[int]) -> list[int]:
+        return sorted(models, key=lambda k: (k != self._recipe.first, k))
 
-    def __init__(self, recipe: ModelsRecipe, terms: Terms, known: Sequence[_Known]) -> None:
-        self._recipe = recipe
-        self._terms = terms
-        self._known = known
-        self._shelf: dict[Any, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {}
-        self._unset: dict[str, list[str]] = {}
+    # ------------------------------------------------------------------------------------------ checks
 
-    def ask(self, place: _Place) -> Ask:
-        part = place.part
-        order = self._order(part)
-        sources = [(s.model, self._known[s.model].own(name)) for s, name in zip(part.sources, place.names, strict=True)]
-        base = None if part.base is None or self._recipe.method in PAIRS else sources[part.base]
-        return Ask(place.name, base, tuple(sources[k] for k in order), *self._parameters(place, order))
-
-    def check(self) -> None:
+    def check_values(self) -> None:
         """Raise RecipeError for all tensors that a required parameter has no value for."""
-        if self._unset:
-            lines = [f"'{shown(key)}' of {len(names):,} tensors: {listed(names)}" for key, names in self._unset.items()]
+        if unset := self._values.unset:
+            lines = [f"'{shown(key)}' of {len(names):,} tensors: {listed(names)}" for key, names in unset.items()]
             raise RecipeError(
                 f"{self._recipe.method} needs values that the recipe's filters give to other tensors only.\n  "
                 + "\n  ".join(lines)
                 + "\nAdd an entry without a filter at the end: {value: ...}."
             )
 
-    def _order(self, part: Slice) -> list[int]:
-        """The places of a slice's inputs among its sources."""
-        others = [k for k in range(len(part.sources)) if k != part.base]
-        return [part.base, *others] if self._recipe.method in PAIRS and part.base is not None else others
+    def idle_choices(self) -> Iterator[tuple[str, Choice]]:
+        """(parameter, choice) of every pattern that gave no tensor its value."""
+        for scope in _scopes(self._recipe):
+            for key, setting in scope.items():
+                for choice in setting.choices:
+                    if choice.pattern is not None and choice not in self._values.used:
+                        yield key, choice
 
-    def _parameters(self, place: _Place, order: Sequence[int]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
-        scopes = [place.part.parameters, place.module.parameters, self._recipe.parameters]
+    def stacked_layers(self, models: Sequence[Collection[str]]) -> tuple[int, ...]:
+        """Which layer of its first source each of the output's layers was, in the sliced stack that has most tensors;
+        nothing if they are the donor's in their order."""
+        counts = Counter(found[0] for name in self.names() if (found := split_layer(name)))
+        if not self._sliced:
+            return ()
+        name = max(self._sliced, key=lambda name: counts[self._sliced[name][0]])
+        module, stack, origin = self._by_name[name], self._sliced[name][0], list[int]()
+        for part in module.slices:
+            number = part.base if part.base is not None else _order(self._method, part)[0]
+            first, end = part.sources[number].layers or (0, 0)
+            origin += range(first, end)
+        donor = models[self._recipe.donor]
+        num_layers = len({found[1] for name in donor if (found := split_layer(name)) and found[0] == stack})
+        return () if origin == list(range(num_layers)) else tuple(origin)
+
+
+def _order(method: Method, part: Slice) -> list[int]:
+    """The places of a slice's inputs among its sources."""
+    others = [k for k in range(len(part.sources)) if k != part.base]
+    return [part.base, *others] if method.base == "first" and part.base is not None else others
+
+
+def _rests(names: Iterable[str], stack: str) -> dict[int, list[str]]:
+    """What stands behind the number in names of a stack, by layer."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        if (layer := split_layer(name)) and layer[0] == stack:
+            found.setdefault(layer[1], []).append(name[len(stack) + len(str(layer[1])) :])
+    return found
+
+
+def _scopes(recipe: Recipe) -> Iterator[Settings]:
+    for output in recipe.outputs:
+        yield from (*output.of_models.values(), output.parameters)
+    yield recipe.parameters
+    for module in recipe.modules:
+        yield module.parameters
+        for part in module.slices:
+            yield from (part.parameters, *(source.parameters for source in part.sources))
+
+
+class _Values:
+    """Which parameters each tensor has, in one object for all that have the same."""
+
+    def __init__(self, recipe: Recipe, method: Method) -> None:
+        self._recipe, self._method = recipe, method
+        self._shelf: dict[Any, Values] = {}
+        self._tuples: dict[tuple[int, ...], tuple[Values, ...]] = {}
+        self._constant: dict[int, tuple[Values, ...] | None] = {}  # by slice: of those whose settings are constants
+        self.unset: dict[str, dict[str, None]] = {}
+        self.used: set[Choice] = set()
+        self.num_scheduled = 0
+        settings = [setting for scope in _scopes(recipe) for setting in scope.values()]
+        self.lie_along_layers = any(len(choice.values) > 1 for setting in settings for choice in setting.choices)
+
+    def of(self, place: Place) -> tuple[Values, ...]:
+        key = id(place.part)
+        if key not in self._constant:
+            is_constant = all(setting.is_constant for scope in self._all_scopes(place) for setting in scope.values())
+            self._constant[key] = self._make(place)[0] if is_constant else None
+        if (found := self._constant[key]) is not None:
+            return found
+        values, is_scheduled = self._make(place)
+        self.num_scheduled += is_scheduled
+        return values
+
+    def _make(self, place: Place) -> tuple[tuple[Values, ...], bool]:
+        choices: list[Choice] = []
+        made = tuple(self._values(place, output, choices) for output in self._recipe.outputs)
+        self.used.update(choice for choice in choices if choice.pattern is not None)
+        is_scheduled = any(choice.pattern or len(choice.values) > 1 for choice in choices)
+        return self._tuples.setdefault(tuple(map(id, made)), made), is_scheduled
+
+    def _all_scopes(self, place: Place) -> Iterator[Settings]:
+        for output in self._recipe.outputs:
+            for source in place.part.sources:
+                yield from self._scopes_of(place, output, source)
+
+    def _scopes_of(self, place: Place, output: Output, source: Source | None) -> list[Settings]:
+        """What decides, the innermost first: of one source, or of all."""
+        outer = [place.part.parameters, place.module.parameters, self._recipe.parameters]
+        if source is None:
+            return [output.parameters, *outer]
+        return [output.of_models.get(source.model, {}), output.parameters, source.parameters, *outer]
+
+    def _values(self, place: Place, output: Output, choices: list[Choice]) -> Values:
         shared, each = {}, {}
-        for key, default in self._terms.shared.items():
-            shared[key] = self._value(key, default, scopes, place.name, place.position)
-        for key, default in self._terms.each.items():
-            own = [([place.part.sources[k].parameters, *scopes], place.names[k]) for k in order]
-            each[key] = tuple(self._value(key, default, inner, name, place.position) for inner, name in own)
-        return self._shelf.setdefault((*shared.values(), *each.values()), (shared, each))
+        scopes = self._scopes_of(place, output, None)
+        for key, default in self._method.shared.items():
+            shared[key] = self._value(key, default, scopes, place.name, place.position, choices)
+        inputs = [(place.part.sources[k], place.names[k]) for k in _order(self._method, place.part)]
+        for key, default in self._method.each.items():
+            each[key] = tuple(
+                self._value(key, default, self._scopes_of(place, output, source), name, place.position, choices)
+                for source, name in inputs
+            )
+        return self._shelf.setdefault((*shared.values(), *each.values()), Values(shared, each))
 
-    def _value(self, key: str, default: Any, scopes: Sequence[Settings], name: str, position: float) -> Any:
-        value = resolve(key, scopes, name, position)
-        if value is MISSING:
-            value = default
-            if default is REQUIRED:
-                self._unset.setdefault(key, []).append(name)
-        return value
+    def _value(
+        self, key: str, default: Any, scopes: Sequence[Settings], name: str, position: float, choices: list[Choice]
+    ) -> Any:
+        choice = find_choice(key, scopes, name)
+        if choice is not None:
+            choices.append(choice)
+            return choice.at(position)
+        if default is REQUIRED:
+            self.unset.setdefault(key, {})[name] = None
+        return default

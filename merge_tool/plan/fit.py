@@ -1,162 +1,192 @@
-"""Which tensors are merged, and with which of FT's: names and shapes only. All mismatches are found at once."""
+"""What becomes of each tensor: merged, kept as the base has it, or left out. Or every mismatch at once.
+
+Names, shapes and dtypes only: all that can go wrong because of them goes wrong here, in one message.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from merge_tool.arrays import FLOAT_DTYPES
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
-from merge_tool.models.renaming import Renaming, find_renaming, is_derived, renaming_warnings
+from merge_tool.models.renaming import is_derived
+from merge_tool.plan.expand import Expansion, Place
 from merge_tool.plan.stacks import Stacks, natural_key
+from merge_tool.recipe.options import Options
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.recipe.schedule import Pattern
+from merge_tool.recipe.settings import Pattern
 
 NOT_CHOSEN = "not chosen: base kept"
-MISSING = "not in the finetune: base kept"
-UNLIKE = "another shape or type in the finetune: base kept"
-NOT_IN_ALL = "not in all models: base kept"
-UNLIKE_IN_SOME = "another shape or type in some model: base kept"
+MISSING = "not in all models: base kept"
+UNLIKE = "another shape or type in some model: base kept"
 NOTHING_CHOSEN = "--only and --exclude leave no tensor to merge."
+_MOST = 5  # mismatches of a kind that are named
 
 
 @dataclass(frozen=True, slots=True)
-class Matching:
-    """What becomes of BASE's tensors: those in `kept` stay as they are, for the reason told; the others are merged."""
+class Fit:
+    """The output's tensors in natural order (layer 2 before layer 10); those in `kept` stay as they are, for the reason
+    that stands there."""
 
+    names: Sequence[str]
     kept: Mapping[str, str]
-    ft_names: Mapping[str, str]  # where FT calls them otherwise
     warnings: tuple[str, ...]
 
 
-def match_tensors(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> Matching:
-    """Find each tensor's fate. Raises MismatchError with all that does not fit, unless the recipe says what to do then;
-    RecipeError for a pattern that matches nothing, and where nothing is left to merge."""
-    unchosen = find_unchosen(recipe, base.tensors.keys() | ft.tensors.keys())
-    renaming = find_renaming(base, ft)
-    differences = _differences(base, ft, renaming, unchosen)
-    _check(recipe, base, ft, differences)
-    kept = dict.fromkeys((name for name in base.tensors if name in unchosen), NOT_CHOSEN)
-    if len(kept) == len(base.tensors):
+@dataclass(slots=True)
+class _Differences:
+    """Names that models lack, by model; of tensors that do not fit, the two sides in words, by name."""
+
+    lacking: dict[int, list[str]] = field(default_factory=dict)
+    shapes: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+
+
+def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> Fit:
+    """Decide about every tensor.
+
+    Raises MismatchError with all that does not fit, unless the recipe says what to do then; RecipeError for a pattern
+    that matches nothing, and where nothing is left to merge.
+    """
+    options, found = recipe.options, _Differences()
+    names, kept, merged = list(expansion.names()), dict[str, str](), list[str]()
+    left_out: list[str] = []
+    unchosen = find_unchosen(options, names)
+    for name in names:
+        place = expansion.place(name)
+        reason = NOT_CHOSEN if name in unchosen else _reason(options, expansion, place, models, found)
+        if reason == "":
+            merged.append(name)
+        elif expansion.base_of(place) is not None:
+            kept[name] = reason
+        elif reason != NOT_CHOSEN:
+            left_out.append(name)
+    _check(recipe, expansion, models, found)
+    if not merged:
+        if any(reason != NOT_CHOSEN for reason in kept.values()):
+            raise MismatchError(f"{_all(models)} have no tensor in common that could be merged. Are they related?")
         raise RecipeError(NOTHING_CHOSEN)
-    kept |= dict.fromkeys(differences.lacking, MISSING)
-    kept |= dict.fromkeys((name for name, _ in (*differences.shapes, *differences.kinds)), UNLIKE)
-    if len(kept) == len(base.tensors):
+    ordered = sorted(sorted((*merged, *kept)), key=natural_key)
+    return Fit(ordered, kept, tuple(_warnings(recipe, models, kept, left_out)))
+
+
+def _reason(
+    options: Options, expansion: Expansion, place: Place, models: Sequence[Checkpoint], found: _Differences
+) -> str:
+    """Why a tensor is not merged; nothing if it is. What is not allowed is noted."""
+    if lacking := expansion.lacking(place):
+        if options.on_missing != "base" and not is_derived(place.name):
+            for model in lacking:
+                found.lacking.setdefault(model, []).append(place.name)
+        return MISSING
+    sources = expansion.sources(place)
+    infos = [models[model].tensors[name] for model, name in sources]
+    for (model, _), info in zip(sources[1:], infos[1:], strict=True):
+        here, there = models[sources[0][0]].name, models[model].name
+        if info.shape != infos[0].shape:
+            sides = f"{list(infos[0].shape)} in {here}, {list(info.shape)} in {there}{_vocabulary(infos[0], info)}"
+            found.shapes[place.name] = sides
+            return UNLIKE
+        if info.dtype != infos[0].dtype and not {info.dtype, infos[0].dtype} <= FLOAT_DTYPES:
+            found.dtypes[place.name] = f"{infos[0].dtype} in {here}, {info.dtype} in {there}"
+            return UNLIKE
+    return ""
+
+
+def _vocabulary(a: TensorInfo, b: TensorInfo) -> str:
+    is_embedding = re.search(r"embed|wte|lm_head|word_embeddings|output\.weight", a.name) is not None
+    if is_embedding and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
+        return f" (a vocabulary mismatch: {a.shape[0]:,} and {b.shape[0]:,} tokens)"
+    return ""
+
+
+def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], found: _Differences) -> None:
+    """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
+    problems, ways = list(expansion.range_problems), []
+    if found.lacking:
+        for model, names in found.lacking.items():
+            others = [k for k in sorted(recipe.sources) if k != model]
+            where = f"only in {models[others[0]].name}" if len(others) == 1 else f"not in {models[model].name}"
+            problems.append(f"{len(names):,} tensors {where}: {listed(_natural(names))}")
+        ways.append("--on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.")
+    if recipe.options.on_mismatch == "error":
+        for unlike, what in ((found.shapes, "shapes differ"), (found.dtypes, "dtypes cannot be merged")):
+            if unlike:
+                lines = [f"{shown(name)}: {unlike[name]}" for name in _natural(unlike)]
+                problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
+        if found.shapes or found.dtypes:
+            ways.append("--on-mismatch base: such tensors are BASE's as they are.")
+        if any("vocabulary mismatch" in sides for sides in found.shapes.values()):
+            ways.append(f"{recipe.rows_option}: rows are matched by token; the output has those tokens.")
+    if problems:
         raise MismatchError(
-            f"{base.name} and {ft.name} have no tensor in common that could be merged. Are these related models?"
+            f"{_all([models[k] for k in sorted(recipe.sources)])} do not have the same tensors.\n  "
+            + "\n  ".join(problems)
+            + f"\n{'; '.join(_size(models[k]) for k in sorted(recipe.sources))}."
+            + "\nAll must be the same architecture, with one vocabulary. If you know better:\n  "
+            + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
+            + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")
         )
-    told = (*renaming_warnings(base, ft, renaming, unchosen), *_warnings(base, ft, differences))
-    return Matching(kept, renaming.ft_names, told)
 
 
-def find_unchosen(recipe: Recipe, names: Iterable[str]) -> frozenset[str]:
+def _all(models: Sequence[Checkpoint]) -> str:
+    *some, last = (model.name for model in models)
+    return f"{', '.join(some)} and {last}" if some else last
+
+
+def _size(model: Checkpoint) -> str:
+    layers, count = Stacks(model.tensors).told, sum(info.numel for info in model.tensors.values())
+    return f"{model.name} has {count:,} parameters{f' and {layers}' if layers else ''}"
+
+
+def _warnings(
+    recipe: Recipe, models: Sequence[Checkpoint], kept: Mapping[str, str], left_out: Sequence[str]
+) -> Iterator[str]:
+    """What is kept and left out although nobody chose it tensor by tensor."""
+    base, others = models[recipe.first].name, [models[k].name for k in sorted(recipe.sources) if k != recipe.first]
+    other = others[0] if len(others) == 1 else "some model"
+    where = f"only in {other}" if len(others) == 1 else f"not in {base}"
+    missing, unlike = ([name for name, reason in kept.items() if reason == what] for what in (MISSING, UNLIKE))
+    for names, what in (
+        (missing, f"are not in {other}; {base}'s are kept"),
+        (left_out, f"are {where}; they are left out"),
+        (unlike, f"have another shape or type in {other}; {base}'s are kept"),
+    ):
+        if names:
+            yield f"{len(names):,} tensors {what}: {listed(_natural(names), 50)}."
+
+
+def _natural(names: Iterable[str]) -> list[str]:
+    return sorted(sorted(names), key=natural_key)
+
+
+def _first_lines(lines: list[str]) -> str:
+    more = [f"and {len(lines) - _MOST:,} more"] if len(lines) > _MOST else []
+    return "\n    ".join(lines[:_MOST] + more)
+
+
+# ------------------------------------------------------------------------------------------- patterns
+
+
+def find_unchosen(options: Options, names: Sequence[str]) -> frozenset[str]:
     """The names that --only and --exclude leave out. Raises RecipeError for a pattern that matches none."""
-    only, exclude = ([Pattern(text) for text in texts] for texts in (recipe.only, recipe.exclude))
-    if not (only or exclude):
-        return frozenset()
-    names = list(names)
+    only, exclude = ([Pattern(text) for text in texts] for texts in (options.only, options.exclude))
     for option, patterns in (("--only", only), ("--exclude", exclude)):
         for pattern in patterns:
             if not any(map(pattern.matches, names)):
                 raise RecipeError(no_match(f"{option} {shown(pattern.text)}", pattern, names))
     return frozenset(
         name
-        for name in names
+        for name in (names if only or exclude else ())
         if (only and not any(p.matches(name) for p in only)) or any(p.matches(name) for p in exclude)
     )
 
 
 def no_match(option: str, pattern: Pattern, names: Iterable[str]) -> str:
     """The message for a pattern that is probably a typo."""
-    some = sorted(sorted(names), key=natural_key)
+    some = _natural(names)
     return f"{option}: matches no tensor.{pattern.hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."
-
-
-# ---------------------------------------------------------------------------------------- differences
-
-
-@dataclass(frozen=True, slots=True)
-class _Differences:
-    """Names in natural order: those that one side lacks; (name, both sides in words) of those that do not fit."""
-
-    lacking: list[str]
-    extra: list[str]
-    shapes: list[tuple[str, str]]
-    kinds: list[tuple[str, str]]
-
-
-def _differences(base: Checkpoint, ft: Checkpoint, renaming: Renaming, unchosen: frozenset[str]) -> _Differences:
-    """All that does not fit, as far as it is chosen."""
-    ft_names = renaming.ft_names
-    lacking, extra = (
-        sorted(sorted(here.tensors.keys() - there.tensors.keys() - known - unchosen), key=natural_key)
-        for here, there, known in ((base, ft, ft_names.keys()), (ft, base, renaming.explained))
-    )
-    shapes, kinds = [], []
-    for name in sorted((base.tensors.keys() & ft.tensors.keys() | ft_names.keys()) - unchosen):
-        a, b = base.tensors[name], ft.tensors[ft_names.get(name, name)]
-        if a.shape != b.shape:
-            shapes.append((name, f"{list(a.shape)} in {base.name}, {list(b.shape)} in {ft.name}{_vocab(a, b)}"))
-        elif a.dtype != b.dtype and not {a.dtype, b.dtype} <= FLOAT_DTYPES:
-            kinds.append((name, f"{a.dtype} in {base.name}, {b.dtype} in {ft.name}"))
-    return _Differences(lacking, extra, shapes, kinds)
-
-
-def _check(recipe: Recipe, base: Checkpoint, ft: Checkpoint, found: _Differences) -> None:
-    """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
-    problems, ways = [], []
-    if recipe.on_missing == "error":
-        for all_names, where in ((found.lacking, base.name), (found.extra, ft.name)):
-            if names := [name for name in all_names if not is_derived(name)]:
-                problems.append(f"{len(names):,} tensors only in {where}: {listed(names)}")
-        if problems:
-            ways.append("--on-missing base: what only BASE has is taken as it is, what only FT has is left out.")
-    if recipe.on_mismatch == "error":
-        for unlike, what in ((found.shapes, "shapes differ"), (found.kinds, "dtypes cannot be merged")):
-            if unlike:
-                lines = [f"{shown(name)}: {sides}" for name, sides in unlike]
-                problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
-        if found.shapes or found.kinds:
-            ways.append("--on-mismatch base: such tensors are BASE's as they are.")
-        if any("vocabulary mismatch" in sides for _, sides in found.shapes):
-            ways.append("--vocab base, ft or union: rows are matched by token; the output has those tokens.")
-    if problems:
-        raise MismatchError(
-            f"{base.name} and {ft.name} do not have the same tensors.\n  "
-            + "\n  ".join(problems)
-            + f"\n{_sizes(base)}; {_sizes(ft)}."
-            + "\nBoth must be the same architecture, with one vocabulary. If you know better:\n  "
-            + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
-        )
-
-
-def _sizes(model: Checkpoint) -> str:
-    layers, count = Stacks(model.tensors).told, sum(info.numel for info in model.tensors.values())
-    return f"{model.name} has {count:,} parameters{f' and {layers}' if layers else ''}"
-
-
-def _warnings(base: Checkpoint, ft: Checkpoint, found: _Differences) -> Iterator[str]:
-    """What is kept and left out although nobody chose it tensor by tensor."""
-    unlike = [name for name, _ in (*found.shapes, *found.kinds)]
-    for names, what in (
-        (found.lacking, f"are not in {ft.name}; {base.name}'s are kept"),
-        (found.extra, f"are only in {ft.name}; they are left out"),
-        (unlike, f"have another shape or type in {ft.name}; {base.name}'s are kept"),
-    ):
-        if names:
-            yield f"{len(names):,} tensors {what}: {listed(names, 50)}."
-
-
-def _first_lines(lines: list[str], most: int = 5) -> str:
-    more = [f"and {len(lines) - most:,} more"] if len(lines) > most else []
-    return "\n    ".join(lines[:most] + more)
-
-
-def _vocab(a: TensorInfo, b: TensorInfo) -> str:
-    is_embedding = re.search(r"embed|wte|lm_head|word_embeddings|output\.weight", a.name) is not None
-    if is_embedding and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
-        return f" (a vocabulary mismatch: {a.shape[0]:,} and {b.shape[0]:,} tokens)"
-    return ""

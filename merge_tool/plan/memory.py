@@ -12,7 +12,7 @@ from merge_tool.arrays import STORED_DTYPES, TILE
 from merge_tool.checkpoint.quantise import extra_bytes
 from merge_tool.errors import RecipeError
 from merge_tool.methods.inner import Scratch
-from merge_tool.plan.plan import MergePlan, TensorJob, work_tile
+from merge_tool.plan.plan import MergePlan, TensorJob
 
 LEAST_BYTES = 64_000_000
 DEFAULT_MOST_BYTES = 256_000_000
@@ -46,6 +46,29 @@ class Layout:
         return self.jobs * each + self.arena_bytes + self.state_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a merge may use: `budget` bytes of resident memory for the whole process, and so many threads."""
+
+    budget: int
+    jobs: int
+
+    @property
+    def header_bytes(self) -> int:
+        """The largest header that is read into memory."""
+        return max(4_000_000, (self.budget - resident_bytes()) // 3)
+
+
+def machine(memory_bytes: int | None = None, jobs: int | None = None) -> Machine:
+    """The limits as asked, or the defaults. Raises RecipeError for limits that nothing can keep."""
+    if jobs is not None and jobs < 1:
+        raise RecipeError(f"jobs is {jobs}, expected at least 1.")
+    budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
+    if budget < LEAST_BYTES:
+        raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
+    return Machine(budget, jobs or default_jobs())
+
+
 def default_jobs() -> int:
     """The cores this process may use, at most MAX_JOBS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -72,7 +95,7 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
     state = _state_bytes(plan)
     fixed = held + _RESERVE_BYTES + _PER_TENSOR_BYTES * plan.num_tensors + state
     room = budget - fixed
-    unit = max((work_tile(plan, job) for job in plan.jobs()), default=TILE)
+    unit = max((plan.tile(job) for job in plan.jobs()), default=TILE)
     unit = max(TILE, -(-unit // TILE) * TILE)
     tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.numel // unit) for job in plan.jobs()), default=1) or 1)
     jobs = max(1, min(jobs, plan.num_tensors * tiles))
@@ -101,17 +124,21 @@ def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
         infos = (*(source.info for source in job.sources), job.out)
         slot = max(slot, sum(aligned(min(chunk, i.numel) * STORED_DTYPES[i.dtype].itemsize) for i in infos))
         reading = max(source.extra_bytes(min(chunk, source.info.numel)) for source in job.sources)
-        merging = 0 if job.given is None else 8 * (len(job.sources) + _STEPS_ROWS) * work_tile(plan, job)
+        merging = 8 * (len(job.sources) + _STEPS_ROWS) * plan.tile(job) if plan.has_steps(job) else 0
         temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
         finishing = max(finishing, _scales_bytes(plan, job))  # of a tensor whose last chunk the job may be writing
     return slot, temporary + finishing
 
 
 def _state_bytes(plan: MergePlan) -> int:
-    """What the passes over the one tensor that they are at may hold."""
-    if plan.steps is None:
-        return max((_scales_bytes(plan, job) for job in plan.jobs()), default=0)
-    return max((plan.steps.state_bytes(job.given) for job in plan.jobs() if job.given is not None), default=0)
+    """What the passes over the one tensor that they are at may hold, for every output."""
+    state = largest = 0
+    for job in plan.jobs():
+        largest = max(largest, _scales_bytes(plan, job))
+        if plan.has_steps(job):
+            outputs = range(len(plan.labels)) if len(set(job.values)) > 1 else (0,)
+            state = max(state, sum(plan.method.state_bytes(job.given(0, output)) for output in outputs))
+    return max(state, largest)
 
 
 def _scales_bytes(plan: MergePlan, job: TensorJob) -> int:
@@ -119,7 +146,7 @@ def _scales_bytes(plan: MergePlan, job: TensorJob) -> int:
     if job.scaling is None:
         return 0
     itemsize = STORED_DTYPES[job.scaling.like.scales.info.dtype].itemsize
-    return len(plan.ts) * job.scaling.num_scales * (8 + itemsize)
+    return len(plan.labels) * job.scaling.num_scales * (8 + itemsize)
 
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:

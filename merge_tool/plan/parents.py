@@ -9,10 +9,11 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import CheckpointError, MismatchError, shown
+from merge_tool.recipe.recipe import Recipe
+from merge_tool.vocabulary.align import TOKENIZER_FILES, explain
+from merge_tool.vocabulary.join import compare_tokenizers
 from merge_tool.vocabulary.row_tensors import rows_of
 from merge_tool.vocabulary.tokenizer_json import TOKENIZER
-from merge_tool.vocabulary.tokens import compare_tokenizers
-from merge_tool.vocabulary.vocab import TOKENIZER_FILES, explain, has_other_rows
 
 _COMPARED_SETTINGS = (
     "architectures",
@@ -39,9 +40,9 @@ def parent_warnings(models: Sequence[Checkpoint], way: str) -> Iterable[str]:
         yield from _tokenizer_differences(models[0], other, way)
 
 
-def check_vocabularies(models: Sequence[Checkpoint], *, is_pair: bool) -> None:
-    """Raise MismatchError where rows of one number mean other tokens in two models: of a pair wherever the tokenizers
-    differ, of a recipe's models where a token has another number."""
+def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
+    """Raise MismatchError where rows of one number mean other tokens in two models: wherever the tokenizers differ, if
+    the recipe is strict, else where a token has another number."""
     base, *others = models
     for other in others:
         here, there = base.tokenizer_folder, other.tokenizer_folder
@@ -53,20 +54,25 @@ def check_vocabularies(models: Sequence[Checkpoint], *, is_pair: bool) -> None:
             found = compare_tokenizers(here, there)
         except CheckpointError:
             continue  # a warning tells of it
-        if found.num_moved or (is_pair and any(found.num_only)):
-            way = "--vocab base, ft or union" if is_pair else "tokenizer_source: union (or base, or a model)"
+        if found.num_moved or (recipe.is_strict and any(found.num_alone)):
             raise MismatchError(
                 f"{base.name} and {other.name} have different vocabularies, so rows of one number mean other tokens. "
-                f"{explain(base, other)}.\nWith {way} rows are matched by token; --exclude PATTERN keeps what it "
-                "matches (embeddings, heads) as the base has it."
+                f"{explain(base, other)}.\nWith {recipe.rows_option} rows are matched by token; --exclude PATTERN "
+                "keeps what it matches (embeddings, heads) as the base has it."
             )
 
 
 def explain_rows(models: Sequence[Checkpoint]) -> str:
     """How far the vocabularies of models agree whose embeddings differ in their rows; nothing if they do not."""
     base, *others = models
-    told = [f"\n{text}." for other in others if has_other_rows(base, other) and (text := _compared(base, other))]
+    told = [f"\n{text}." for other in others if _has_other_rows(base, other) and (text := _compared(base, other))]
     return "".join(told)
+
+
+def _has_other_rows(base: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the embeddings differ in how many rows they have."""
+    rows = rows_of(base), rows_of(other)
+    return None not in rows and rows[0] != rows[1]
 
 
 def _compared(base: Checkpoint, ft: Checkpoint) -> str:

@@ -1,4 +1,5 @@
-"""Everything that can go wrong for the user before the first byte is written: open, plan, check, warn.
+"""The plan of a merge with all that goes with it: side files, warnings, memory. Everything that can go wrong for the
+user before the first byte is written goes wrong here.
 
 Reads headers, side files, and a few bytes of many tensors; writes nothing.
 """
@@ -7,60 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, RecipeError, listed, shown
+from merge_tool.errors import CheckpointError, MismatchError, listed, shown
+from merge_tool.methods.registry import METHODS
+from merge_tool.methods.steps import Method
 from merge_tool.models.inputs import Download, Inputs
-from merge_tool.models.lora import open_models, parts
-from merge_tool.models.side_files import (
-    BASE_CARD,
-    CARD,
-    FT_CARD,
-    SideFiles,
-    plan_side_files,
-)
+from merge_tool.models.lora import open_models
+from merge_tool.models.side_files import BASE_CARD, CARD, FT_CARD, SideFiles, plan_side_files
 from merge_tool.plan.config_fit import fit_config
-from merge_tool.plan.memory import (
-    LEAST_BYTES,
-    Layout,
-    default_budget,
-    default_jobs,
-    estimate_peak,
-    plan_layout,
-    region_bytes,
-    resident_bytes,
-)
+from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes, resident_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
-from merge_tool.plan.plan import MergePlan, plan_merge
-from merge_tool.plan.target import Target, check_report_path, check_target, existing_folder
+from merge_tool.plan.plan import MergePlan
+from merge_tool.plan.plan_merge import plan_merge
+from merge_tool.plan.target import Target, existing_folder
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.vocabulary.chat_template import template_warnings, with_template
+from merge_tool.vocabulary.align import Alignment, align, settings_warnings, side_files_of
+from merge_tool.vocabulary.chat_template import choose_template, template_warnings, with_template
 from merge_tool.vocabulary.row_tensors import has_row_tensors
-from merge_tool.vocabulary.vocab import (
-    Alignment,
-    align,
-    settings_warnings,
-    side_files_of,
-)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A merge that headers say will work: what `--dry-run` shows and `merge` carries out.
 
-    `samples` are digests of a few bytes of many tensors of either input (none after a dry run, which reads no
+    `samples` are digests of a few bytes of many tensors of each input (none after a dry run, which reads no
     weights): what tells two finetunes of one layout apart. `refs` are the models by local paths, `inputs` all of these
-    paths, adapters' too; `download` is what of them was still to be fetched, after a dry run.
+    paths, adapters' too; `download` is what of them was still to be fetched, after a dry run. `first_card` is the card
+    of the model whose licence and language the output inherits.
     """
 
     plan: MergePlan
     side_files: SideFiles
-    base_card: Path | None
+    first_card: Path | None
     is_transformers: bool
     layout: Layout
     budget: int
@@ -75,7 +59,7 @@ class Prepared:
     @property
     def disk_bytes(self) -> int:
         """Disk space that the outputs take."""
-        return self.plan.output_bytes + len(self.plan.ts) * self.side_files.size
+        return self.plan.output_bytes + len(self.plan.labels) * self.side_files.size
 
     @property
     def read_bytes(self) -> int:
@@ -96,143 +80,91 @@ class Prepared:
 
 
 def prepare(
-    base: str | Path,
-    ft: str | Path,
-    out: str | Path,
     recipe: Recipe,
+    inputs: Inputs,
+    target: Target,
+    machine: Machine,
     *,
-    memory_bytes: int | None = None,
-    jobs: int | None = None,
-    report_path: Path | None = None,
+    methods: Mapping[str, Method] = METHODS,
     read_samples: bool = False,
-    before_fetch: Callable[[Prepared], None] = lambda planned: None,
 ) -> Prepared:
-    """Open both checkpoints, plan the merge and check all that can be checked; writes nothing.
+    """Open the models, plan their merge into `target`, and check all that can be checked; writes nothing.
 
-    With `read_samples` a few hundred kilobytes of weights are read, too, to know the inputs again later. Weights of
-    models of the Hub are then fetched, once the plan of their headers stands and `before_fetch` has not refused it;
-    otherwise none are.
+    Of models of the Hub the headers are enough. With `read_samples` a few hundred kilobytes of weights are read, too,
+    to know the inputs again later. Raises a MergeToolError.
     """
-    target = Target(Path(out))
-    if target.is_file and len(recipe.ts) > 1:
-        raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.ts)} values of t need a folder.")
-    asked = Asked(
-        (str(base), str(ft)),
-        target,
-        recipe,
-        lambda models: align(recipe, *models),
-        lambda models: plan_merge(recipe, models, single_file=target.single_file),
-    )
-    return prepare_plan(
-        asked,
-        memory_bytes=memory_bytes,
-        jobs=jobs,
-        report_path=report_path,
-        read_samples=read_samples,
-        before_fetch=before_fetch,
-    )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A merge as asked: its models by name, where it goes, how they get rows of one vocabulary, and what their headers
-    are planned by."""
-
-    refs: Sequence[str]
-    target: Target
-    recipe: Recipe
-    align: Callable[[Sequence[Checkpoint]], tuple[list[Checkpoint], Alignment | None]]
-    plan: Callable[[Sequence[Checkpoint]], MergePlan]
-
-
-def prepare_plan(
-    asked: Asked,
-    *,
-    memory_bytes: int | None,
-    jobs: int | None,
-    report_path: Path | None,
-    read_samples: bool,
-    before_fetch: Callable[[Prepared], None],
-) -> Prepared:
-    """As `prepare`, for any merge."""
-    inputs = [part for ref in asked.refs for part in parts(ref)]
-    check_target(asked.target, inputs)
-    if report_path is not None:
-        check_report_path(report_path, asked.recipe.ts, asked.target, inputs)
-    if jobs is not None and jobs < 1:
-        raise RecipeError(f"jobs is {jobs}, expected at least 1.")
-    budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
-    if budget < LEAST_BYTES:
-        raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
-    most = max(4_000_000, (budget - resident_bytes()) // 3)
     try:
-        with Inputs(asked.refs) as found:
-            check_target(asked.target, found.paths)  # again: models of the Hub are elsewhere
-            plan_it = partial(_prepare, found, asked, budget, jobs or default_jobs(), most)
-            if read_samples and found.coming:
-                planned = plan_it(read_samples=False)
-                found.download.check_room()
-                before_fetch(planned)
-                del planned
-                found.fetch()
-            return plan_it(read_samples=read_samples)
+        opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
+        models, alignment = align(recipe, opened)
+        plan = _plan(recipe, models, methods, target)
+        warnings = [*plan.warnings, *parent_warnings(models, "" if alignment is not None else recipe.rows_option)]
+        side_files, more = _side_files(recipe, plan, models, alignment, target)
+        samples = tuple(_sample(model) for model in models) if read_samples else ()
     except OSError as e:
         raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+    first = models[recipe.first]
+    first_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
+    is_transformers = "architectures" in (first.config or {})
+    del opened, models, first  # for 10,000 tensors 2 MB that the plan does not need
+    held = resident_bytes()
+    return Prepared(
+        plan=plan,
+        side_files=side_files,
+        first_card=first_card,
+        is_transformers=is_transformers,
+        layout=plan_layout(plan, machine.budget, machine.jobs, held=held),
+        budget=machine.budget,
+        held_bytes=held,
+        target=target,
+        warnings=tuple(dict.fromkeys((*warnings, *_file_warnings(side_files), *more))),
+        samples=samples,
+        refs=inputs.refs,
+        inputs=inputs.paths,
+        download=inputs.download,
+    )
 
 
-def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, read_samples: bool) -> Prepared:
-    target, recipe = asked.target, asked.recipe
-    models, alignment = asked.align(open_models(found.refs, coming=found.coming, max_header_bytes=most))
-    plan = _plan(asked.plan, models)
-    if alignment is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
-        check_vocabularies(models, is_pair=plan.is_pair)
-    donor = models[recipe.files_from == "ft" if plan.is_pair else plan.donor]
+def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target) -> MergePlan:
+    """The plan; where the models do not fit because their vocabularies differ, with how far they do."""
     try:
-        side_files = plan_side_files(
+        plan = plan_merge(recipe, models, methods=methods, single_file=target.single_file)
+    except MismatchError as e:
+        raise MismatchError(f"{e}{explain_rows(models)}") from e
+    if recipe.tokenizer is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
+        check_vocabularies(recipe, models)
+    if recipe.chat_template is None:
+        return plan
+    template = choose_template(recipe.chat_template, models, recipe.first) or ""
+    lacking = () if template else ("chat_template: no model has one, so the output has none.",)
+    return replace(plan, chat_template=template, warnings=(*plan.warnings, *lacking))
+
+
+def _side_files(
+    recipe: Recipe, plan: MergePlan, models: Sequence[Checkpoint], alignment: Alignment | None, target: Target
+) -> tuple[SideFiles, list[str]]:
+    """The files that are copied and what is changed in them, with warnings."""
+    donor, warnings = models[recipe.donor], list[str]()
+    try:
+        found = plan_side_files(
             None if target.is_file else donor.folder,
             donor.weight_files,
-            card=FT_CARD if recipe.files_from == "ft" else BASE_CARD,
+            card=BASE_CARD if recipe.donor == recipe.first else FT_CARD,
         )
     except OSError as e:
         raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
-    side_files = replace(side_files, layers=plan.layers, keeps_quantization=plan.is_scaled)
-    told: list[str] = []
+    found = replace(found, layers=plan.layers, keeps_quantization=plan.is_scaled)
     if alignment is not None:
-        side_files = side_files_of(alignment, side_files)
+        found = side_files_of(alignment, found)
         if target.is_file:
-            told.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
-        of = next(k for k, model in enumerate(models) if model.folder is donor.folder)
-        told += settings_warnings(alignment, of, side_files.folder)
-    if side_files.folder is not None:
-        side_files, fitted = fit_config(side_files, (job.out for job in plan.jobs()), donor, models)
-        told += fitted
-    if plan.chat_template and side_files.folder is not None:
-        side_files = with_template(side_files, plan.chat_template)
-        told += template_warnings(plan.chat_template, side_files)
-    way = "" if alignment is not None else "--vocab" if plan.is_pair else "tokenizer_source"
-    first = models[plan.donor]
-    base_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
-    is_transformers = "architectures" in (first.config or {})
-    warnings = (
-        *plan.warnings,
-        *parent_warnings(models, way),
-        *_file_warnings(side_files),
-        *told,
-    )
-    samples = tuple(_sample(model) for model in models) if read_samples else ()
-    del models, donor, first  # for 10,000 tensors 2 MB that the plan does not need
-    held = resident_bytes()
-    layout = plan_layout(plan, budget, jobs, held=held)
-    facts = plan, side_files, base_card, is_transformers, layout, budget, held, target, warnings, samples
-    return Prepared(*facts, found.refs, found.paths, found.download)
-
-
-def _plan(plan_of: Callable[[Sequence[Checkpoint]], MergePlan], models: Sequence[Checkpoint]) -> MergePlan:
-    """The plan; where the models do not fit because their vocabularies differ, with how far they do."""
-    try:
-        return plan_of(models)
-    except MismatchError as e:
-        raise MismatchError(f"{e}{explain_rows(models)}") from e
+            warnings.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
+        warnings += settings_warnings(alignment, recipe.donor, found.folder)
+    if found.folder is not None:
+        found, fitted = fit_config(found, (job.out for job in plan.jobs()), donor, models)
+        warnings += fitted
+    if plan.chat_template and found.folder is not None:
+        found = with_template(found, plan.chat_template)
+        warnings += template_warnings(plan.chat_template, found)
+    return found, warnings
 
 
 def _file_warnings(side_files: SideFiles) -> Iterable[str]:

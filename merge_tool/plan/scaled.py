@@ -6,7 +6,7 @@ activations, copied. Reads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,8 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.methods.steps import Method
+from merge_tool.recipe.options import QUANTISE_LATER
 from merge_tool.recipe.recipe import Recipe
 
 
@@ -23,15 +25,15 @@ from merge_tool.recipe.recipe import Recipe
 class Scaling:
     """How two jobs write a weight in 8 bits, its codes and their scales, as `like`, which is BASE's.
 
-    `ft` is FT's, where it has the same grid and dtypes: a merge that is FT's may have its very bytes.
+    `other` is the second model's, where it has the same grid and dtypes: a merge that equals it may have its bytes.
     """
 
     like: ScaledTensor
-    ft: ScaledTensor | None
+    other: ScaledTensor | None
 
-    def handed_on(self, t: float, *, equal: bool) -> ScaledTensor | None:
-        """Whose codes and scales are taken byte for byte at this t; None where they are made anew."""
-        return self.like if equal or t == 0 else self.ft if t == 1 else None
+    def copied(self, side: int | None) -> ScaledTensor | None:
+        """The codes and scales that are taken byte for byte: of a result that is one of the two weights."""
+        return None if side is None else (self.like, self.other)[side]
 
     @property
     def num_scales(self) -> int:
@@ -57,10 +59,10 @@ class ScaledPlan:
             yield from (weight.codes.info, weight.scales.info)
         yield from (source.info for source in self.scaled.activations.values())
 
-    def scaling(self, weight: str, ft: TensorSource) -> Scaling:
-        """How codes and scales of BASE's `weight` and FT's are written."""
+    def scaling(self, weight: str, other: TensorSource) -> Scaling:
+        """How codes and scales of BASE's `weight`, merged with another, are written."""
         like = self.scaled.made[weight]
-        return Scaling(like, ft if isinstance(ft, ScaledTensor) and _is_alike(like, ft) else None)
+        return Scaling(like, other if isinstance(other, ScaledTensor) and _is_alike(like, other) else None)
 
     def kept(self, name: str) -> TensorSource:
         """BASE's codes or scales called `name`."""
@@ -75,15 +77,24 @@ class ScaledPlan:
             )
 
 
-def plan_scaled(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> ScaledPlan | None:
+def plan_scaled(recipe: Recipe, method: Method, models: Sequence[Checkpoint]) -> ScaledPlan | None:
     """BASE's format, if that is asked for and BASE has one.
 
-    Raises RecipeError where the output cannot have it: weights that are made of more than BASE's codes, or a
-    configuration that speaks of another format.
+    Raises RecipeError where the output cannot have it: a merge of more than two weights, weights that are made of more
+    than BASE's codes, or a configuration that speaks of another format.
     """
+    base, donor = models[recipe.first], models[recipe.donor]
     scaled = base.scaled
-    if recipe.dtype != "base" or scaled is None:
+    if recipe.options.dtype != "base" or scaled is None:
         return None
+    part = recipe.modules[0].slices[0]
+    is_pair = len(recipe.modules) == len(recipe.modules[0].slices) == 1 and part.sources[0].layers is None
+    has_base = part.base is not None and method.base != "first"
+    if not is_pair or not method.is_weighted(len(part.sources), has_base=has_base):
+        raise RecipeError(
+            f"dtype is 'base', and {base.name} has 8-bit floats with scales, which are written for slerp and linear of "
+            f"two whole models only. {QUANTISE_LATER}"
+        )
     changed = [name for name, weight in scaled.made.items() if base.source(name) is not weight]
     if changed:
         raise RecipeError(
@@ -95,10 +106,10 @@ def plan_scaled(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> ScaledPlan 
         if source.info.dtype not in STORED_DTYPES:
             what = f"{base.name} has {shown(source.info.name)} in {source.info.dtype}"
             raise RecipeError(f"dtype is 'base', and {what}, which is not written. Choose another dtype.")
-    theirs = ft.scaled.settings if ft.scaled is not None else None
-    if recipe.files_from == "ft" and theirs != scaled.settings:
+    theirs = donor.scaled.settings if donor.scaled is not None else None
+    if donor is not base and theirs != scaled.settings:
         raise RecipeError(
-            f"--files-from ft: config.json of {ft.name} does not speak of the 8 bits that {base.name} has and --dtype "
+            f"--files-from: config.json of {donor.name} does not speak of the 8 bits that {base.name} has and --dtype "
             "base writes. Take BASE's files, or another dtype."
         )
     return ScaledPlan(base, scaled)
@@ -107,6 +118,3 @@ def plan_scaled(recipe: Recipe, base: Checkpoint, ft: Checkpoint) -> ScaledPlan 
 def _is_alike(a: ScaledTensor, b: ScaledTensor) -> bool:
     dtypes = [(side.codes.info.dtype, side.scales.info.dtype) for side in (a, b)]
     return a.grid == b.grid and dtypes[0] == dtypes[1]
-
-
-__all__ = ["ScaledPlan", "Scaling", "plan_scaled"]

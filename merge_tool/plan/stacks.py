@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from merge_tool.errors import RecipeError, listed, shown
-from merge_tool.recipe.schedule import split_layer
 
+_LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
 _FEWEST_TENSORS = 3  # in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` is none
 
 # What stands after the layers, by the words that libraries use: output heads, and final norms.
@@ -17,6 +17,16 @@ _HEAD = re.compile(
 )
 _NORM = re.compile(r"(?!pre).*norm(?:_f|_out)?|ln(?:_f|_out|_post)?")
 _INPUT = re.compile(r"embed|conv|proj")  # a norm beside one of these is not the final one
+
+
+def split_layer(name: str) -> tuple[str, int] | None:
+    """The stack that a tensor belongs to, and its layer: what is before the first number, and that number.
+
+    >>> split_layer("model.layers.3.mlp.experts.7.w1.weight"), split_layer("lm_head.weight")
+    (('model.layers.', 3), None)
+    """
+    found = _LAYER.search(name)
+    return (name[: found.start()], int(found[0])) if found else None
 
 
 def comes_last(name: str) -> bool:
@@ -67,7 +77,7 @@ class Stacks:
         found = split_layer(name)
         if found is None:
             return 0.0
-        return found[1] / last if (last := self._last[found[0]]) else 1.0
+        return found[1] / last if (last := self._last.get(found[0], 0)) else 1.0
 
     def only(self) -> str:
         """The one stack of layers. Raises RecipeError, naming them, if there are several, or none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +56,11 @@ def shared_with(out: Path, source: Path) -> OutputError:
     )
 
 
-def check_report_path(path: Path, ts: Sequence[float], target: Target, inputs: Iterable[Path]) -> None:
+def check_report_path(path: Path, num_outputs: int, target: Target, inputs: Iterable[Path]) -> None:
     """Raise RecipeError or OutputError where the report cannot be written at `path`."""
     where = f"--report {shown(path)}"
-    if len(ts) > 1:
-        raise RecipeError(f"{where}: one report for one t; with several, each output folder has its own.")
+    if num_outputs > 1:
+        raise RecipeError(f"{where}: one report for one output; with several, each output folder has its own.")
     try:
         is_harmful = any(lies_in(path, other) for other in (*inputs, target.path, target.work))
         is_folder, has_parent = path.is_dir(), path.parent.is_dir()

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from merge_tool.errors import RecipeError, shown
 from merge_tool.recipe.model_ref import ModelRef
 from merge_tool.recipe.options import OUTPUT_DTYPES, Options
-from merge_tool.recipe.settings import Settings
+from merge_tool.recipe.settings import Setting, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,10 @@ class Output:
     words: Mapping[str, Any] = field(default_factory=dict)
     parameters: Settings = field(default_factory=dict)
     of_models: Mapping[int, Settings] = field(default_factory=dict)
+
+    def all_settings(self) -> Iterator[Setting]:
+        for scope in (*self.of_models.values(), self.parameters):
+            yield from scope.values()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
-"""The memory of the streaming loop: anonymous, allocated once, given back to the system at the end."""
+"""The memory of the streaming loop, allocated once and given back to the system at the end; and its threads."""
 
 from __future__ import annotations
 
+import _thread
 import mmap
+import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,6 +13,8 @@ from merge_tool.arrays import STORED_DTYPES, Array
 from merge_tool.methods.inner import Scratch
 from merge_tool.plan.memory import Layout, aligned
 from merge_tool.plan.plan import TensorJob
+
+_START_SECONDS = 30.0
 
 
 def anonymous(nbytes: int) -> Array:
@@ -58,3 +63,34 @@ class WorkerMemory:
             found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
             start += aligned(length * dtype.itemsize)
         return found[:-1], found[-1]
+
+
+class Worker:
+    """Runs `target` in a thread of its own, which does not keep the process alive. `target` deals with its errors.
+
+    threading.Thread.start waits for its thread to say that it runs, forever if the system has no memory for that thread
+    to get so far. A merge under a limit on memory must not hang, so this waits with a limit of its own.
+    """
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        self._begun, self._ended = threading.Event(), threading.Event()
+        try:
+            _thread.start_new_thread(self._run, (target,))
+        except RuntimeError as e:  # how Python says that the system has no memory for its stack
+            raise MemoryError("no thread can be started") from e
+        if not self._begun.wait(_START_SECONDS):
+            raise MemoryError("a thread was started and did not begin")
+
+    def _run(self, target: Callable[[], None]) -> None:
+        try:
+            self._begun.set()
+            target()
+        finally:
+            self._ended.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        self._ended.wait(timeout)
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended.is_set()

@@ -1,22 +1,34 @@
-"""What a run finds out about each tensor, and how the journal and the report store it: floats in hex, exactly."""
+"""What a run finds out about each tensor, and how journal and report store it. Floats in hex come back exactly.
+
+From its finding a tensor's merge can be begun again without the passes that made it: `verify` does, tile by tile.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from merge_tool.methods.inner import PairSums
+
+Results: TypeAlias = "float | list[Results]"  # of a pass: a number, or lists of them
+_MOST_KEPT = 256  # numbers; the passes of a tensor that found more are made again instead
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What the run found out about one tensor."""
+    """What the run found out about one tensor.
 
-    sums: PairSums | None
-    equal: bool
-    kept_base: bool
+    `sums` are those of two weighted tensors. `equal`: all inputs hold the same bytes, and the result is those.
+    `kept_base`: integers that differ, of which the base's are kept. `passes` has, for each output whose parameters are
+    its own, what the method's passes found, in their order; None where there were none, or where that is too much.
+    """
+
+    sums: PairSums | None = None
+    equal: bool = False
+    kept_base: bool = False
+    passes: Results | None = None
 
 
 class Findings:
@@ -27,6 +39,8 @@ class Findings:
         self._sums = array("d")
         self._flags = bytearray()
         self._rare: dict[int, PairSums] = {}  # those with a scale or a refinement
+        self._passes: dict[int, tuple[Any, array[float]]] = {}
+        self._shapes: dict[Any, Any] = {}  # one for all tensors with passes of the same shape
 
     def add(self, number: int, finding: Finding) -> None:
         sums = finding.sums
@@ -35,49 +49,104 @@ class Findings:
         self._sums.extend((sums.xx, sums.xd, sums.dd) if sums else (0.0, 0.0, 0.0))
         if sums is not None and (sums.scale != 1.0 or sums.refined):
             self._rare[number] = sums
+        if finding.passes is not None:
+            values = array("d")
+            shape = _flatten(finding.passes, values)
+            self._passes[number] = self._shapes.setdefault(shape, shape), values
 
     def __getitem__(self, number: int) -> Finding:
-        place = self._numbers[number]
-        flags = self._flags[place]
+        row = self._numbers[number]
+        flags = self._flags[row]
         sums = None
         if flags & 1:
-            xx, xd, dd = self._sums[3 * place : 3 * place + 3]
+            xx, xd, dd = self._sums[3 * row : 3 * row + 3]
             sums = self._rare.get(number) or PairSums(xx, xd, dd)
-        return Finding(sums, bool(flags & 2), bool(flags & 4))
+        passes = None
+        if number in self._passes:
+            shape, values = self._passes[number]
+            passes = _unflatten(shape, iter(values))
+        return Finding(sums, bool(flags & 2), bool(flags & 4), passes)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._numbers)
 
 
-def to_record(number: int, sums: PairSums | None, equal: bool, kept_base: bool) -> dict[str, Any]:
-    """A finding as the journal stores it: floats in hex, so that they come back exactly."""
-    record: dict[str, Any] = {"number": number, "equal": equal, "kept_base": kept_base}
-    if sums is not None:
-        record["sums"] = hex_sums(sums)
+def _flatten(results: Results, values: array[float]) -> Any:
+    """The numbers into `values`; returns the shape that they had: None for a number, a tuple for a list."""
+    if isinstance(results, float):
+        values.append(results)
+        return None
+    return tuple(_flatten(part, values) for part in results)
+
+
+def _unflatten(shape: Any, values: Iterator[float]) -> Results:
+    return next(values) if shape is None else [_unflatten(part, values) for part in shape]
+
+
+def keep_results(results: Any) -> Results | None:
+    """What passes found, as it is kept: numbers in lists; None if it is too much."""
+    plain = _plain(results)
+    return plain if _count(plain) <= _MOST_KEPT else None
+
+
+def _plain(results: Any) -> Results:
+    if hasattr(results, "tolist"):  # an array, or one of its numbers
+        results = results.tolist()
+    return [_plain(part) for part in results] if isinstance(results, (list, tuple)) else float(results)
+
+
+def _count(results: Results) -> int:
+    return 1 if isinstance(results, float) else sum(map(_count, results))
+
+
+# ------------------------------------------------------------------------------------- journal and report
+
+
+def to_record(finding: Finding) -> dict[str, Any]:
+    """A finding as journal and report store it: floats in hex."""
+    record: dict[str, Any] = {"equal": finding.equal, "kept_base": finding.kept_base}
+    if finding.sums is not None:
+        record["sums"] = hex_sums(finding.sums)
+    if finding.passes is not None:
+        record["passes"] = hex_results(finding.passes)
     return record
 
 
 def from_record(record: Mapping[str, Any]) -> Finding:
-    found = record.get("sums")
-    return Finding(_parse_sums(found) if found else None, record["equal"], record["kept_base"])
+    """What to_record stored. Raises KeyError, TypeError, ValueError for what it never stores."""
+    sums, passes = record.get("sums"), record.get("passes")
+    return Finding(
+        sums=_parse_sums(sums) if sums else None,
+        equal=record["equal"],
+        kept_base=record["kept_base"],
+        passes=None if passes is None else _parse_results(passes),
+    )
+
+
+def hex_results(results: Results) -> Any:
+    return results.hex() if isinstance(results, float) else [hex_results(part) for part in results]
+
+
+def _parse_results(stored: Any) -> Results:
+    return float.fromhex(stored) if isinstance(stored, str) else [_parse_results(part) for part in stored]
 
 
 def hex_sums(sums: PairSums) -> dict[str, Any]:
-    found: dict[str, Any] = {"xx": sums.xx.hex(), "xd": sums.xd.hex(), "dd": sums.dd.hex()}
+    stored: dict[str, Any] = {"xx": sums.xx.hex(), "xd": sums.xd.hex(), "dd": sums.dd.hex()}
     if sums.scale != 1.0:
-        found["scale"] = sums.scale.hex()
+        stored["scale"] = sums.scale.hex()
     if sums.refined:
         sign, factor, yy, ee = sums.refined
-        found["refined"] = {"sign": sign, "factor": factor.hex(), "yy": yy.hex(), "ee": ee.hex()}
-    return found
+        stored["refined"] = {"sign": sign, "factor": factor.hex(), "yy": yy.hex(), "ee": ee.hex()}
+    return stored
 
 
-def _parse_sums(found: Mapping[str, Any]) -> PairSums:
-    xx, xd, dd = (float.fromhex(found[key]) for key in ("xx", "xd", "dd"))
+def _parse_sums(stored: Mapping[str, Any]) -> PairSums:
+    xx, xd, dd = (float.fromhex(stored[key]) for key in ("xx", "xd", "dd"))
     refined = None
-    if more := found.get("refined"):
+    if more := stored.get("refined"):
         refined = (more["sign"], *(float.fromhex(more[key]) for key in ("factor", "yy", "ee")))
-    return PairSums(xx, xd, dd, float.fromhex(found.get("scale", "0x1p0")), refined)
+    return PairSums(xx, xd, dd, float.fromhex(stored.get("scale", "0x1p0")), refined)
 
 
 def median(values: Sequence[float]) -> float:

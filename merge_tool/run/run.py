@@ -1,7 +1,8 @@
 """The streaming loop: read chunks, sum, combine, write; in bounded memory, over a few threads.
 
 Sees a plan and never the recipe; parses nothing, prints nothing. The calling thread walks through the plan and
-queues tasks in file order; workers take them in that order, so whoever waits, waits for a task that has begun:
+queues tasks in file order; workers take them in that order, so a worker only ever waits for a task that is already
+running (no deadlock):
 
     tensor k+1: sum its chunks        (a tensor that fits the arena is read here once, and kept)
     tensor k:   combine its chunks    (a larger one is read again; some take more passes first)
@@ -25,9 +26,9 @@ from merge_tool.arrays import NUMPY_DTYPES, Array, as_bytes
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.plan.memory import Layout, aligned, region_bytes
 from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
-from merge_tool.run.buffers import Arena, WorkerMemory
-from merge_tool.run.work import TensorDone, Work, start_work
-from merge_tool.run.worker import Worker
+from merge_tool.run.buffers import Arena, Worker, WorkerMemory
+from merge_tool.run.findings import Finding
+from merge_tool.run.work import Work, start_work
 
 Progress = Callable[[int, str], None]
 _PATIENCE = 1.0  # seconds that a signal waits for the disk
@@ -36,11 +37,11 @@ _QUEUED_CHUNKS = 4  # for each worker: what is prefetched ahead of it
 
 @dataclass(frozen=True, slots=True)
 class ShardDone:
-    """One finished shard of all outputs: SHA-256 in hex, one per output, and its tensors."""
+    """One finished shard of all outputs: SHA-256 in hex, one per output, and its tensors by number."""
 
     shard: ShardPlan
     sha256: tuple[str, ...]
-    tensors: tuple[TensorDone, ...]
+    tensors: tuple[tuple[int, Finding], ...]
 
 
 class Writer(Protocol):
@@ -99,7 +100,7 @@ def run_plan(
 def progress_bytes(plan: MergePlan, skip: frozenset[int] = frozenset()) -> int:
     """The sum of all bytes that `on_progress` will be told."""
     jobs = (job for shard in plan.shards if shard.number not in skip for job in shard.jobs)
-    return sum(job.input_nbytes + len(plan.ts) * job.out.nbytes for job in jobs)
+    return sum(job.input_nbytes + len(plan.labels) * job.out.nbytes for job in jobs)
 
 
 # ---------------------------------------------------------------------------------- what is in flight
@@ -118,7 +119,7 @@ class _OpenShard:
     writers: Sequence[Writer] = ()
     turns: list[int] = field(default_factory=list)
     queued: int = 0
-    done: list[TensorDone] = field(default_factory=list)
+    done: dict[int, Finding] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -293,7 +294,7 @@ class _Run:
 
     def _queue_merge(self, tensor: _OpenTensor) -> None:
         """Queue its chunks to be merged; first, where one pass was not enough, the others."""
-        while tensor.job.has_passes and not tensor.is_ready:
+        while not tensor.is_ready and self.plan.may_take_passes(tensor.job):
             self._await(lambda: tensor.adds_left == 0)
             self._queue_pass(tensor)
         for start, stop in tensor.out_chunks():
@@ -426,7 +427,7 @@ class _Run:
             if tensor.writes_left:
                 return
             self.open_tensors.remove(tensor)
-            shard.done.append(tensor.work.done)
+            shard.done[job.number] = tensor.work.finding
             if tensor.region is not None:
                 self.arena.give_back(tensor.region)
             shard.tensors_left -= 1
@@ -441,7 +442,7 @@ class _Run:
         digests = tuple(writer.sync() for writer in shard.writers)
         if self.abandoned:  # the process is ending, and the work folder is no longer ours
             raise _Stopped
-        tensors = tuple(sorted(shard.done, key=lambda tensor: tensor.number))
+        tensors = tuple(sorted(shard.done.items()))
         done = ShardDone(shard.plan, digests, tensors)
         self.sink.finish_shard(done, shard.writers)
         with self.changed:

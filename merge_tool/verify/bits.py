@@ -1,81 +1,102 @@
-"""Tensors of an output in 8 bits against its parents, by sample: codes by the output's own scales, bit for bit, and
-rows of these scales, each from all the values that share them. One scale for a whole tensor takes all of it.
-"""
+"""A stored output against its parents, bit for bit: a sample of tiles, each tensor's merge begun again from what the
+report says that its passes found; or everything, by a whole merge whose writers compare instead of writing."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from merge_tool.arrays import STORED_DTYPES, TILE, Array, as_bytes, same_values
-from merge_tool.checkpoint.quantise import encode_scaled, largest_of
-from merge_tool.checkpoint.source import LocalFile, TensorSource
-from merge_tool.errors import shown
-from merge_tool.methods.inner import METHODS, Weights
+from merge_tool.checkpoint.quantise import largest_of
+from merge_tool.checkpoint.source import LocalFile
+from merge_tool.errors import MergeToolError, shown
 from merge_tool.models.side_files import REPORT
-from merge_tool.plan.plan import MergePlan, TensorJob
+from merge_tool.plan.plan import ShardPlan, TensorJob
+from merge_tool.plan.prepare import Prepared
 from merge_tool.run.buffers import WorkerMemory
 from merge_tool.run.findings import Findings
-from merge_tool.run.work import merge_wide, scales_of
-from merge_tool.verify.checks import Checks, check_bytes
+from merge_tool.run.run import ShardDone
+from merge_tool.run.weighted import Scaled, Weighted, scales_of
+from merge_tool.run.work import Work, start_work
+from merge_tool.verify.checks import Checks, check_bytes, first_difference
+
+_PIECE = 1 << 20
+# What a method may raise when it is given something that its passes never found.
+_UNREADABLE = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
 
 
-@dataclass(frozen=True, slots=True)
-class _Merge:
-    """How a weight's values come about at `t`, by the findings; `equal` parents need no weights."""
-
-    t: float
-    equal: bool
-    weights: Weights | None
-
-
-class ScaledSample:
-    """Checks codes and scales of one output; `share` is how much of each."""
+class Sample:
+    """Checks some tiles of every tensor, and of 8-bit outputs some rows of scales; `share` is how much of each."""
 
     def __init__(
-        self,
-        checks: Checks,
-        files: Mapping[int, LocalFile],
-        plan: MergePlan,
-        findings: Findings,
-        share: float,
-        worker: WorkerMemory,
+        self, checks: Checks, files: Mapping[int, LocalFile], prepared: Prepared, findings: Findings, share: float
     ) -> None:
-        self.checks, self.plan, self.findings, self.share, self.worker = checks, plan, findings, share, worker
-        self.chance = random.Random()
+        self.checks, self.plan, self.findings, self.share = checks, prepared.plan, findings, share
+        self.files = files
+        self.worker, self.chance = WorkerMemory(prepared.layout), random.Random()
+        self.room = bytearray(8 * TILE)
         self.places: dict[str, tuple[TensorJob, LocalFile]] = {
-            job.out.name: (job, files[shard.number]) for shard in plan.shards for job in shard.jobs if job.scaling
+            job.out.name: (job, files[shard.number]) for shard in self.plan.shards for job in shard.jobs if job.scaling
         }
 
-    def check(self, job: TensorJob) -> None:
-        assert job.scaling is not None
-        codes = self.places[job.base.info.name][0]
-        if self.findings[job.number].equal != self.findings[codes.number].equal:
-            self.checks.add(f"{REPORT}: {shown(job.out.name)}: says otherwise whether the parents are equal.")
-            return
-        how = self._how(codes)
-        if how is None:
+    def check(self) -> None:
+        for shard in self.plan.shards:
+            file = self.files[shard.number]
+            check_bytes(self.checks, file, 0, memoryview(shard.header()), "its header")
+            for job in shard.jobs:
+                self._check_tensor(file, job)
+
+    def _check_tensor(self, file: LocalFile, job: TensorJob) -> None:
+        if (work := self._begun(job)) is None:
             return
         with np.errstate(all="ignore"):  # scales of the output may be zero, or no numbers
-            if job.is_scales:
-                self._check_scales(job, how)
-            else:
-                self._check_codes(job, how)
-
-    def _how(self, codes: TensorJob) -> _Merge | None:
-        finding, t = self.findings[codes.number], codes.ts[0]
-        if finding.equal or t in (0, 1):
-            return _Merge(t, finding.equal, None)
-        if finding.sums is None:
-            self.checks.add(f"{REPORT}: {shown(codes.out.name)}: has no sums.")
-            return None
-        return _Merge(t, False, METHODS[self.plan.method].weights(finding.sums, t))
+            if isinstance(work, Scaled) and job.is_scales:
+                self._check_scales(file, job, work)
+                return
+            if isinstance(work, Scaled) and work.copied(0) is None:
+                work.scales[0] = self._scales_there(job)
+            for number in self._chosen(-(-job.numel // work.tile)):
+                if not self._check_tile(file, job, work, number * work.tile):
+                    break
 
     def _chosen(self, count: int) -> list[int]:
         return sorted(self.chance.sample(range(count), min(count, max(1, round(self.share * count)))))
+
+    def _begun(self, job: TensorJob) -> Work | None:
+        """The tensor's work as the report says that its passes left it, or with its passes made again."""
+        finding, work, what = self.findings[job.number], start_work(self.plan, job), shown(job.out.name)
+        if isinstance(work, Scaled):
+            codes = self.places[job.first.info.name][0]
+            if finding.equal != self.findings[codes.number].equal:
+                self.checks.add(f"{REPORT}: {what}: says otherwise whether the parents are equal.")
+                return None
+            finding = self.findings[codes.number]
+        try:
+            if work.resume(finding):
+                return work
+        except (*_UNREADABLE, MergeToolError) as e:
+            self.checks.add(f"{REPORT}: {what}: what its passes found cannot be ({shown(e)}).")
+            return None
+        if isinstance(work, Weighted | Scaled):
+            self.checks.add(f"{REPORT}: {what}: has no sums.")
+            return None
+        work = start_work(self.plan, job)
+        self._make_passes(job, work)
+        self.findings.add(job.number, work.finding)
+        return work
+
+    def _make_passes(self, job: TensorJob, work: Work) -> None:
+        def chunks() -> Iterator[tuple[int, list[Array]]]:
+            for start in range(0, max(job.numel, 1), work.tile):
+                yield start, self._inputs(job, start, min(start + work.tile, job.numel))[0]
+
+        while work.needs_chunks:
+            for start, inputs in chunks():
+                work.add(start, inputs, self.worker.scratch)
+            work.settle(chunks, self.worker.scratch)
 
     def _inputs(self, job: TensorJob, start: int, stop: int) -> tuple[list[Array], Array]:
         inputs, out = self.worker.arrays(job, stop - start)
@@ -83,30 +104,24 @@ class ScaledSample:
             source.read_into(start, values)
         return inputs, out
 
-    # ------------------------------------------------------------------------------------ codes
+    def _check_tile(self, file: LocalFile, job: TensorJob, work: Work, start: int) -> bool:
+        inputs, out = self._inputs(job, start, min(start + work.tile, job.numel))
+        if work.finding.equal and not all(same_values(inputs[0], other) for other in inputs[1:]):
+            self.checks.add(f"{REPORT}: {shown(job.out.name)}: says that the parents are equal; they are not.")
+            return False
+        try:
+            merged = work.merge(0, start, inputs, out, self.worker.scratch)
+        except (*_UNREADABLE, MergeToolError) as e:
+            self.checks.add(f"{shown(file.name)}: {shown(e, 600)}")
+            return False
+        return self._compare(file, job, start, merged)
 
-    def _check_codes(self, job: TensorJob, how: _Merge) -> None:
-        assert job.scaling is not None
-        stored = job.handed_on(0, equal=how.equal)
-        scales = None if stored else self._scales_there(job)
-        for tile in self._chosen(-(-job.numel // TILE)):
-            start, stop = tile * TILE, min((tile + 1) * TILE, job.numel)
-            inputs, out = self._inputs(job, start, stop)
-            if how.equal and not same_values(*inputs):
-                self.checks.add(f"{REPORT}: {shown(job.out.name)}: says that the parents are equal; they are not.")
-                return
-            if stored is not None:
-                stored.read_into(start, out)
-            else:
-                assert scales is not None
-                merged = self._merged(job, how, start, inputs)
-                encode_scaled(job.scaling.like.grid, start, merged, scales, out)
-            if not self._compare(job, start, out):
-                return
+    def _compare(self, file: LocalFile, job: TensorJob, start: int, expected: Array) -> bool:
+        self.checks.num_compared += len(expected)
+        offset = job.out.offset + start * expected.itemsize
+        return check_bytes(self.checks, file, offset, as_bytes(expected), job.out.name, self.room, job)
 
-    def _merged(self, job: TensorJob, how: _Merge, start: int, inputs: list[Array]) -> Array:
-        weights = how.weights or Weights(0.0, 1.0)  # of t = 1, which needs none
-        return merge_wide(job, how.t, weights, start, inputs, self.worker.scratch)
+    # ------------------------------------------------------------------------------------------ 8 bits
 
     def _scales_there(self, codes: TensorJob) -> Array:
         """The output's own."""
@@ -116,43 +131,78 @@ class ScaledSample:
         file.read_into(job.out.offset, as_bytes(found))
         return found
 
-    def _compare(self, job: TensorJob, start: int, expected: Array) -> bool:
-        self.checks.num_compared += len(expected)
-        offset = job.out.offset + start * expected.itemsize
-        file = self.places[job.out.name][1]
-        return check_bytes(self.checks, file, offset, as_bytes(expected), job.out.name, None, job)
-
-    # ----------------------------------------------------------------------------------- scales
-
-    def _check_scales(self, job: TensorJob, how: _Merge) -> None:
-        assert job.scaling is not None
-        columns = job.scaling.like.grid.scale_columns
+    def _check_scales(self, file: LocalFile, job: TensorJob, work: Scaled) -> None:
+        """Rows of scales, each from all the values that share them. One scale for a whole tensor takes all of it."""
+        columns = work.scaling.like.grid.scale_columns
         rows = self._chosen(job.out.numel // columns)
-        stored = job.handed_on(0, equal=how.equal)
-        found = self._stored(job, stored) if stored is not None else self._fresh(job, how, rows)
+        if (source := work.copied(0)) is not None:
+            found: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
+            source.read_into(0, found)
+        else:
+            found = self._fresh_scales(job, work, rows)
         for row in rows:
-            if not self._compare(job, row * columns, found[row * columns : (row + 1) * columns]):
+            if not self._compare(file, job, row * columns, found[row * columns : (row + 1) * columns]):
                 return
 
-    def _stored(self, job: TensorJob, source: TensorSource) -> Array:
-        found: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
-        source.read_into(0, found)
-        return found
-
-    def _fresh(self, job: TensorJob, how: _Merge, rows: list[int]) -> Array:
+    def _fresh_scales(self, job: TensorJob, work: Scaled, rows: list[int]) -> Array:
         """All scales, of which those in `rows` are right."""
-        assert job.scaling is not None
-        grid, codes = job.scaling.like.grid, self.places[job.base.info.name][0]
+        grid, codes = work.scaling.like.grid, self.places[job.first.info.name][0]
         largest = np.zeros(job.out.numel)
         whole = largest.reshape(-1, grid.scale_columns)
         for row in rows:
             begin, end = grid.elements(row)
             for start in range(begin, end, TILE):
                 inputs, _ = self._inputs(codes, start, min(start + TILE, end))
-                merged = self._merged(job, how, start, inputs)
+                merged = work.pair.merge_wide(0, start, inputs, self.worker.scratch)
                 for cut, values in largest_of(grid, start, np.abs(merged, out=merged)):
                     np.maximum(whole[cut], values, out=whole[cut])
         return scales_of(job, largest)
 
 
-__all__ = ["ScaledSample"]
+# --------------------------------------------------------------------------------------- everything
+
+
+class _Comparer:
+    """A shard's Writer that writes nothing: it compares with the file that is there, and keeps the first difference."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self.file, self.first, self.nbytes = file, -1, 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        place = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
+        if place is not None and (self.first < 0 or place < self.first):
+            self.first = place
+
+    def hash_next(self, data: memoryview) -> None:
+        self.nbytes += len(data)
+
+    def sync(self) -> str:
+        return ""
+
+    def abandon(self) -> None:
+        pass
+
+
+class Comparison:
+    """A Sink that keeps the findings and says where the shards that are there differ from the merge."""
+
+    def __init__(self, checks: Checks, files: Mapping[int, LocalFile]) -> None:
+        self.checks, self.files, self.findings = checks, files, Findings()
+
+    def open_shard(self, shard: ShardPlan, header: bytearray) -> Sequence[_Comparer]:
+        comparer = _Comparer(self.files[shard.number])
+        comparer.write(0, memoryview(header))
+        return [comparer]
+
+    def finish_shard(self, done: ShardDone, writers: Sequence[_Comparer]) -> None:
+        for number, finding in done.tensors:
+            self.findings.add(number, finding)
+        self.checks.num_compared += sum(job.out.numel for job in done.shard.jobs)
+        if (place := writers[0].first) >= 0:
+            jobs = done.shard.jobs
+            number = bisect_right([job.out.offset for job in jobs], place) - 1
+            what = f"tensor {jobs[number].out.name}" if number >= 0 else "its header"
+            self.checks.add(
+                f"{shown(done.shard.file_name)}: is not the merge of these parents: from byte {place:,} on "
+                f"({shown(what)}) it differs."
+            )

@@ -7,38 +7,38 @@ sums, or everything: a whole merge whose writers compare with what is there inst
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.arrays import TILE, as_bytes, same_values
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, OutputError, listed, shown
-from merge_tool.methods.inner import METHODS
+from merge_tool.methods.registry import METHODS
+from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import open_models
 from merge_tool.models.side_files import CARD, RECIPE, REPORT
 from merge_tool.output.card import card_of
-from merge_tool.output.report import report_of, stream_report, summarise, tensor_text
-from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
+from merge_tool.output.report import report_lines, stream_report, summarise, tensor_text
+from merge_tool.plan.memory import machine
+from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared, prepare
-from merge_tool.recipe.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
-from merge_tool.run.buffers import WorkerMemory
+from merge_tool.plan.target import Target, check_target
+from merge_tool.recipe.mergekit import read_recipe
+from merge_tool.recipe.options import DEFAULT_MAX_SHARD_BYTES
+from merge_tool.recipe.pair import is_pair, pair_again
+from merge_tool.recipe.recipe import Recipe
+from merge_tool.recipe.settings import Pattern
 from merge_tool.run.findings import Finding, Findings, from_record
-from merge_tool.run.run import ShardDone, run_plan
-from merge_tool.run.work import merge_chunk
-from merge_tool.verify.bits import ScaledSample
-from merge_tool.verify.checks import Checks, check_bytes, first_difference
+from merge_tool.run.run import run_plan
+from merge_tool.verify.bits import Comparison, Sample
+from merge_tool.verify.checks import Checks
 
-_PIECE = 1 << 20
 _MATCH_SECONDS = 20
 _MATCH = """
 import json, re, sys
@@ -69,71 +69,56 @@ class StoredReport:
 def plan_again(
     out: Path,
     report: StoredReport,
-    against: tuple[str | Path, str | Path],
+    against: tuple[str | Path, str | Path] | None,
+    recipe_path: str | Path | None,
     memory_bytes: int | None,
     jobs: int | None,
 ) -> Prepared:
-    """The merge's own plan, from its parents' headers and the options in the report."""
-    head, options = report.head, report.head["options"]
-    if head["t"] is None:
-        raise OutputError(f"{REPORT}: is that of a recipe's output. Give --recipe RECIPE.yaml instead of --against.")
+    """The merge's own plan: from its parents or the recipe, their headers, and the options in the report."""
+    recipe, target = _recipe_again(report.head, against, recipe_path), Target(out)
+    limits = machine(memory_bytes, jobs)
+    with Inputs(map(str, recipe.models)) as inputs:
+        check_target(target, inputs.paths)
+        inputs.fetch()
+        if patterns := _regular_expressions(recipe):
+            models = open_models(inputs.refs, max_header_bytes=limits.header_bytes)
+            _check_patterns(patterns, {name for model in models for name in model.tensors})
+            del models
+        return prepare(recipe, inputs, target, limits, read_samples=True)
+
+
+def _recipe_again(
+    head: Mapping[str, Any], against: tuple[str | Path, str | Path] | None, recipe_path: str | Path | None
+) -> Recipe:
+    if ("recipe" in head) != (recipe_path is not None):
+        of_recipe, of_pair = "a recipe's output. Give --recipe RECIPE.yaml", "a pair. Give --against BASE FT"
+        raise OutputError(f"{REPORT}: is that of {of_recipe if 'recipe' in head else of_pair}.")
     try:
-        recipe = Recipe(
-            (float(head["t"]),),
-            head["method"],
-            options["dtype"],
-            options["max_shard_bytes"] or DEFAULT_MAX_SHARD_BYTES,
-            options["files_from"],
-            options["on_mismatch"],
-            extrapolate=True,
-            t_for=options.get("t_for", ()),
-            only=options.get("only", ()),
-            exclude=options.get("exclude", ()),
-            on_missing=options.get("on_missing") or "error",
-            vocab=options.get("vocab"),
-            pad_vocab_to_multiple_of=options.get("pad_vocab_to_multiple_of"),
-        )
-    except (KeyError, TypeError, AttributeError) as e:
+        if recipe_path is not None:
+            return read_recipe(
+                recipe_path, METHODS, extrapolate=True, values=head["parameters"], **_options(head["options"])
+            )
+        assert against is not None
+        return pair_again(*against, {**head, "options": _options(head["options"])})
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
-    texts = [rule.pattern.text for rule in recipe.rules] + [*recipe.only, *recipe.exclude]
-    if _regular_expressions(texts):
-        _check_patterns(texts, {name for model in open_models(against) for name in model.tensors})
-    return prepare(*against, out, recipe, memory_bytes=memory_bytes, jobs=jobs, read_samples=True)
 
 
-def plan_recipe_again(
-    out: Path, report: StoredReport, recipe: str | Path, memory_bytes: int | None, jobs: int | None
-) -> Prepared:
-    """The plan of a recipe's merge, from the recipe, its models' headers and the options in the report."""
-    from merge_tool.plan.prepare_models import prepare_models
-
-    options = report.head["options"]
-    if report.head["t"] is not None:
-        raise OutputError(f"{REPORT}: is that of a pair. Give --against BASE FT instead of --recipe.")
-    try:
-        seed, on_mismatch = int(options["seed"]), str(options["on_mismatch"])
-        max_shard_bytes = int(options["max_shard_bytes"] or DEFAULT_MAX_SHARD_BYTES)
-        only, exclude = ([str(text) for text in options.get(key, ())] for key in ("only", "exclude"))
-    except (KeyError, TypeError, ValueError) as e:
-        raise OutputError(f"{REPORT}: its options are not those of a recipe's merge ({shown(e)}).") from e
-    options_of = partial(Recipe, max_shard_bytes=max_shard_bytes, extrapolate=True)
-    plan_it = partial(prepare_models, recipe, out, seed=seed, memory_bytes=memory_bytes, jobs=jobs)
-    if _regular_expressions([*only, *exclude]):
-        whole = plan_it(options_of(on_mismatch="base", on_missing="base"))
-        _check_patterns([*only, *exclude], {job.out.name for job in whole.plan.jobs()})
-    on_missing = str(options.get("on_missing") or "error")
-    chosen = options_of(on_mismatch=on_mismatch, on_missing=on_missing, only=only, exclude=exclude)
-    return plan_it(chosen, read_samples=True)
+def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {**stored, "max_shard_bytes": stored.get("max_shard_bytes") or DEFAULT_MAX_SHARD_BYTES}
 
 
-def _regular_expressions(patterns: Iterable[str]) -> list[str]:
-    return [text.removeprefix("re:") for text in patterns if text.startswith("re:")]
+def _regular_expressions(recipe: Recipe) -> list[str]:
+    """The patterns that came from the report, which may be a stranger's."""
+    patterns = [Pattern(text) for text in (*recipe.options.only, *recipe.options.exclude)]
+    for setting in (setting for output in recipe.outputs for setting in output.all_settings()):
+        patterns += [choice.pattern for choice in setting.choices if choice.pattern is not None]
+    return [pattern.text.removeprefix("re:") for pattern in dict.fromkeys(patterns) if pattern.is_regex]
 
 
-def _check_patterns(texts: Iterable[str], names: Iterable[str]) -> None:
+def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
     """Raise OutputError for a stranger's regular expression that does not come to an end on the parents' names: nothing
     interrupts one, so another process tries them first."""
-    patterns = _regular_expressions(texts)
     task = json.dumps([patterns, sorted(names)]).encode("utf-8", "surrogatepass")
     try:
         subprocess.run([sys.executable, "-I", "-c", _MATCH], input=task, timeout=_MATCH_SECONDS, check=False)
@@ -160,13 +145,13 @@ def check_parents(
         checks.add(f"{REPORT}: its tensors cannot be read ({shown(e)}); no element was compared.")
         return
     if full:
-        sink = _Comparison(checks, files)
+        sink = Comparison(checks, files)
         for _ in run_plan(plan, sink, prepared.layout):
             pass
         findings = sink.findings
         _check_lines(checks, report, plan, findings)
     else:
-        _check_sample(checks, files, prepared, findings, sample)
+        Sample(checks, files, prepared, findings, sample).check()
         _check_lines(checks, report, plan, findings)
     if _is_told_alike(report, plan):
         _check_words(checks, folder, report, prepared, findings)
@@ -178,8 +163,8 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
     """Whether the report is of a merge of these very parents; folders may have been renamed since."""
     head, plan = report.head, prepared.plan
     before = len(checks.problems)
-    arguments = ("BASE", "FT") if plan.is_pair else plan.names
-    for side, argument in zip(plan.sides, arguments, strict=True):
+    arguments = ("BASE", "FT") if is_pair(plan.recipe) else plan.names
+    for side, argument in zip(plan.recipe.names, arguments, strict=True):
         told = head["inputs"].get(side)
         if not isinstance(told, dict) or told.get("files") != plan.facts[side]["files"]:
             checks.add(f"{argument}: its files are not those that the report names; no element was compared.")
@@ -199,7 +184,7 @@ def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Fin
         if job is None or told is None or told[1].get("name") != job.out.name:
             raise ValueError("they are not the plan's tensors in its order")
         if job.is_copied:  # the base's: nothing is to be found out about it
-            findings.add(job.number, Finding(None, equal=False, kept_base=False))
+            findings.add(job.number, Finding())
             continue
         kept = job.exact and told[1].get("note") == "differs: base kept"
         findings.add(job.number, from_record({**told[1], "kept_base": kept}))
@@ -222,20 +207,19 @@ def _difference(text: str, expected: str) -> str:
 
 def _is_told_alike(report: StoredReport, plan: MergePlan) -> bool:
     """Whether the report is of this version, and its parents' folders still have their names: it holds both."""
-    names = [report.head["inputs"][side].get("name") for side in plan.sides]
+    names = [report.head["inputs"][side].get("name") for side in plan.recipe.names]
     return report.head.get("tool") == f"slerp-merge {__version__}" and names == list(plan.names)
 
 
 def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared: Prepared, findings: Findings) -> None:
     """The report's head, and the card but for its YAML, whose form is another library's."""
-    t = prepared.plan.ts[0]
-    head = next(report_of(prepared, findings, t))
+    head = next(report_lines(prepared.plan, findings, 0, prepared.samples))
     with report.path.open(encoding="utf-8", newline="") as lines:
         if lines.read(len(head)) != head:
             checks.add(f"{REPORT}: its head is not that of a merge of these parents.")
     if not prepared.target.path.is_dir():
         return
-    card = card_of(prepared, summarise(prepared.plan, findings), t)
+    card = card_of(prepared, summarise(prepared.plan, findings), 0)
     try:
         told = folder.regular(CARD).read_text(encoding="utf-8")
     except (CheckpointError, OSError, ValueError) as e:
@@ -268,105 +252,3 @@ def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> Non
             continue
         if not same:
             checks.add(f"{shown(name)}: is not what a merge of these parents has there.")
-
-
-# --------------------------------------------------------------------------------------- bit for bit
-
-
-def _check_sample(
-    checks: Checks, files: Mapping[int, LocalFile], prepared: Prepared, findings: Findings, share: float
-) -> None:
-    """Merge some tiles of every tensor again, with the sums of the report."""
-    worker, chance = WorkerMemory(prepared.layout), random.Random()
-    scaled = ScaledSample(checks, files, prepared.plan, findings, share, worker)
-    there = bytearray(max((TILE * 8), 1))
-    for shard in prepared.plan.shards:
-        check_bytes(checks, files[shard.number], 0, memoryview(shard.header()), "its header")
-        for job in shard.jobs:
-            if job.scaling is not None:
-                scaled.check(job)
-                continue
-            tiles = -(-job.out.numel // TILE)
-            most = max(1, round(share * tiles))
-            for tile in sorted(chance.sample(range(tiles), min(tiles, most))):
-                if not _check_tile(
-                    checks, files[shard.number], prepared.plan, job, findings, tile * TILE, worker, there
-                ):
-                    break
-
-
-def _check_tile(
-    checks: Checks,
-    file: LocalFile,
-    plan: MergePlan,
-    job: TensorJob,
-    findings: Findings,
-    start: int,
-    worker: WorkerMemory,
-    there: bytearray,
-) -> bool:
-    stop = min(start + TILE, job.out.numel)
-    inputs, out = worker.arrays(job, stop - start)
-    for source, values in zip(job.sources, inputs, strict=True):
-        source.read_into(start, values)
-    arrays = inputs[0], inputs[-1], out
-    finding, t = findings[job.number], job.ts[0]
-    if finding.equal and not same_values(arrays[0], arrays[1]):
-        checks.add(f"{REPORT}: {shown(job.out.name)}: says that the parents are equal; they are not.")
-        return False
-    weights = None
-    if not (finding.equal or finding.kept_base or job.exact or job.is_copied):
-        if finding.sums is None:
-            checks.add(f"{REPORT}: {shown(job.out.name)}: has no sums.")
-            return False
-        weights = METHODS[plan.method].weights(finding.sums, t)
-    merged = merge_chunk(job, t, weights, start, arrays, worker.scratch)
-    data = as_bytes(merged)
-    checks.num_compared += stop - start
-    return check_bytes(checks, file, job.out.offset + start * merged.itemsize, data, job.out.name, there, job)
-
-
-class _Comparer:
-    """A shard's Writer that writes nothing: it compares with the file that is there, and keeps the first difference."""
-
-    def __init__(self, file: LocalFile) -> None:
-        self.file, self.first, self.nbytes = file, -1, 0
-
-    def write(self, offset: int, data: memoryview) -> None:
-        place = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
-        if place is not None and (self.first < 0 or place < self.first):
-            self.first = place
-
-    def hash_next(self, data: memoryview) -> None:
-        self.nbytes += len(data)
-
-    def sync(self) -> str:
-        return ""
-
-    def abandon(self) -> None:
-        pass
-
-
-class _Comparison:
-    """A Sink that keeps the sums and says where the shards that are there differ from the merge."""
-
-    def __init__(self, checks: Checks, files: Mapping[int, LocalFile]) -> None:
-        self.checks, self.files, self.findings = checks, files, Findings()
-
-    def open_shard(self, shard: ShardPlan, header: bytearray) -> Sequence[_Comparer]:
-        comparer = _Comparer(self.files[shard.number])
-        comparer.write(0, memoryview(header))
-        return [comparer]
-
-    def finish_shard(self, done: ShardDone, writers: Sequence[_Comparer]) -> None:
-        for tensor in done.tensors:
-            self.findings.add(tensor.number, Finding(tensor.sums, tensor.equal, tensor.kept_base))
-        self.checks.num_compared += sum(job.out.numel for job in done.shard.jobs)
-        if (place := writers[0].first) >= 0:
-            jobs = done.shard.jobs
-            number = bisect_right([job.out.offset for job in jobs], place) - 1
-            what = f"tensor {jobs[number].out.name}" if number >= 0 else "its header"
-            self.checks.add(
-                f"{shown(done.shard.file_name)}: is not the merge of these parents: from byte {place:,} on "
-                f"({shown(what)}) it differs."
-            )

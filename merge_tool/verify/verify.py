@@ -19,14 +19,14 @@ from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.checkpoint.source import sha256_of
 from merge_tool.errors import CheckpointError, MergeToolError, OutputError, shown
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
-from merge_tool.output.older import read_sums, strangers
+from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
 from merge_tool.verify.checks import Checks
-from merge_tool.verify.remerge import StoredReport, check_parents, plan_again, plan_recipe_again
+from merge_tool.verify.remerge import StoredReport, check_parents, plan_again
 
 _MOST = 50  # tensors too many that are named
 _HEAD: Mapping[str, type | tuple[type, ...]] = {
-    "method": str, "t": (int, float, type(None)), "inputs": dict, "options": dict, "shards": dict,
+    "method": str, "parameters": dict, "words": dict, "inputs": dict, "options": dict, "shards": dict,
     "samples_sha256": list,
 }  # fmt: skip
 
@@ -63,17 +63,16 @@ def verify(
 ) -> tuple[Verification, ...]:
     """Check the output at `out` (each of its outputs, where it holds several `t-...`) and say what is wrong.
 
-    `against` are BASE and FT: a `sample` of the elements (0 to 1, whole tiles, at least one of every tensor,
-    others in every run) is merged again with the sums of the report and compared bit for bit; with `full` all
-    elements, and the sums, and every line of the report. For the output of a `recipe` of any number of models it is
-    always all. A one-file output needs its `report_path`.
+    `against` are BASE and FT, or give the `recipe` of an output that was made by one: a `sample` of the elements (0 to
+    1, whole tiles, at least one of every tensor, others in every run) is merged again with what the report says that
+    the passes found, and compared bit for bit; with `full` all elements, and the passes, and every line of the report.
+    A one-file output needs its `report_path`.
 
     Raises MergeToolError where `out` is no output, or a parent cannot be read.
     """
     path = Path(out)
     if not 0 < sample <= 1:
         raise OutputError(f"The sample is {sample:g}, expected a share above 0 and at most 1 (or 100%).")
-    full = full or recipe is not None
     check = partial(
         _verify, against=against, recipe=recipe, sample=sample, full=full, memory_bytes=memory_bytes, jobs=jobs
     )
@@ -89,7 +88,7 @@ def _outputs(path: Path) -> list[Path]:
         raise OutputError(f"{shown(path)}: {'is not a folder' if path.exists() else 'no such file or folder'}.")
     if (path / REPORT).exists() or (path / SUMS).exists():
         return [path]
-    found = sorted(p for p in path.iterdir() if p.name.startswith("t-") and (p / REPORT).exists())
+    found = sorted(p for p in path.iterdir() if is_output_of_several(p))
     if not found:
         unfinished = f" The merge in {WORK} is not finished: run its command again." if (path / WORK).exists() else ""
         raise OutputError(f"{shown(path)}: holds no {REPORT}, so it is no output of slerp-merge.{unfinished}")
@@ -125,11 +124,7 @@ def _verify(
         )
     if (against or recipe) and report is not None:
         out = root if file_name is None else root / file_name
-        if recipe is not None:
-            prepared = plan_recipe_again(out, report, recipe, memory_bytes, jobs)
-        else:
-            assert against is not None
-            prepared = plan_again(out, report, against, memory_bytes, jobs)
+        prepared = plan_again(out, report, against, recipe, memory_bytes, jobs)
         check_parents(checks, folder, report, prepared, sample=sample, full=full)
     if checks.more:
         checks.problems.append(f"and {checks.more:,} more")

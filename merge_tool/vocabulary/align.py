@@ -1,79 +1,104 @@
-"""A recipe's vocabulary: all models with a row for each of the output's tokens, as `tokenizer_source` or `tokenizer`
-asks; and what becomes of the tokenizer's files."""
+"""The models with a row for each of the output's tokens, as `--vocab` or a recipe's tokenizer asks; and what the
+tokenizer's files and the settings say then.
+
+Every checkpoint gets rows in the output's order here; what is merged then has one shape.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.checkpoint.source import TensorSource, sha256_of
-from merge_tool.errors import CheckpointError
-from merge_tool.recipe.models_recipe import ModelsRecipe, TokenizerAsk
-from merge_tool.vocabulary.join import Joined, join_tokenizers
-from merge_tool.vocabulary.row_plan import JoinedRows, Side
+from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile
+from merge_tool.checkpoint.source import LocalFile, TensorSource, sha256_of
+from merge_tool.errors import CheckpointError, shown
+from merge_tool.models.side_files import SideFile, SideFiles
+from merge_tool.recipe.recipe import Recipe, Tokenizer
+from merge_tool.vocabulary.join import Joined, compare_tokenizers, join_tokenizers
+from merge_tool.vocabulary.row_plan import RowPlan, Side
 from merge_tool.vocabulary.row_tensors import align_rows, known_rows, rows_of
 from merge_tool.vocabulary.tokenizer_json import TOKENIZER
-from merge_tool.vocabulary.vocab import TOKENIZER_FILES, Alignment, config_sizes, pieces_told, tokenizer_file
+
+TOKENIZER_FILES = (
+    TOKENIZER, "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json",
+    "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+_IDS = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos|image|audio)_token_id")
 
 
-def join_vocabularies(asked: ModelsRecipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint], Alignment | None]:
+@dataclass(frozen=True)
+class Alignment:
+    """How the output's vocabulary came about: what its files and settings must say.
+
+    `tokenizer` is whose tokenizer the output has; `insert` are the bytes that are put into its tokenizer.json, and
+    where. `sizes_before` are the numbers of rows that models have, or say that they have, `rows` is the output's.
+    `new_id(model, number)` is the output's id of the token that has this one in a model; None if it lacks that.
+    """
+
+    tokenizer: Folder
+    insert: tuple[int, bytes] | None
+    sizes_before: frozenset[int]
+    rows: int
+    new_id: Callable[[int, int], int | None]
+
+
+def align(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint], Alignment | None]:
     """The models with their rows by token, as far as the recipe asks for it; None where all are alike already.
 
     Raises RecipeError for tokens that are not where the recipe says, CheckpointError for tokenizers that cannot be
     read, MismatchError where rows cannot be matched.
     """
-    ask = asked.tokenizer
+    ask = recipe.tokenizer
     if ask is None:
         return list(models), None
-    lead, lent = _lead(asked, ask), {row.model for row in ask.tokens.values() if row.model is not None}
-    folders = _folders(ask, models, {*asked.sources, *lent, asked.donor, lead}, lead, asked.donor)
-    asks_for_more = ask.tokens or ask.pad_to_multiple_of or lead != asked.donor
-    if not asks_for_more and _are_alike(models, folders, {*asked.sources, asked.donor}):
+    lead, lent = _lead(recipe, ask), {row.model for row in ask.tokens.values() if row.model is not None}
+    folders = _folders(recipe, models, {*recipe.sources, *lent, recipe.first, lead}, lead)
+    asks_for_more = ask.tokens or ask.pad_to_multiple_of or lead != recipe.first
+    if not asks_for_more and _are_alike(models, folders, {*recipe.sources, recipe.first}):
         return list(models), None
-    numbers = {k: place for place, k in enumerate(folders)}
+    numbers = {k: position for position, k in enumerate(folders)}
     joined = _joined(ask, folders, numbers, lead)
     sides = [
-        Side(k, models[k].name, known_rows(models[k]), k in asked.sources, numbers[k])
-        for k in sorted({*asked.sources, *lent})
+        Side(k, models[k].name, known_rows(models[k]), k in recipe.sources, numbers[k])
+        for k in sorted({*recipe.sources, *lent})
     ]
-    rows = JoinedRows(ask, joined, sides, lead=lead, base=asked.base)
-    of_donor = rows.places.get(asked.donor, rows.merged[0])
+    plan = RowPlan(ask, joined, sides, lead=lead, base=recipe.base)
+    of_first = plan.places.get(recipe.first, plan.merged[0])
     made, notices = align_rows(
-        [models[side.number] for side in sides], of_donor, [side.rows for side in sides], rows.rows()
+        [models[side.number] for side in sides], of_first, [side.rows for side in sides], plan.rows()
     )
-    first = models[lead].name
-    told = (*rows.told(f"all, {first}'s first" if ask.source == "union" else first), *_added(joined), *notices)
+    warnings = (*_warnings(recipe, ask, models, folders, joined, plan), *notices)
     sizes = {size for model in models for size in config_sizes(model)} | {side.rows for side in sides}
-    insert = joined.insert if joined.added[0] else None
 
     def new_id(model: int, number: int) -> int | None:
         ids = joined.ids[numbers[model]] if model in numbers else ()
         return ids.index(number) if number in ids else None
 
-    alignment = Alignment(folders[lead], insert, frozenset(sizes), rows.size, new_id)
-    return _aligned(models, folders, sides, made, told), alignment
+    insert = joined.insert if joined.added[0] else None
+    alignment = Alignment(folders[lead], insert, frozenset(sizes), plan.size, new_id)
+    return _aligned(models, folders, sides, made, warnings), alignment
 
 
-def _lead(asked: ModelsRecipe, ask: TokenizerAsk) -> int:
+def _lead(recipe: Recipe, ask: Tokenizer) -> int:
     """The model whose ids the output has; a union's other tokens come behind them."""
-    return ask.source if isinstance(ask.source, int) else asked.donor
+    return ask.source if isinstance(ask.source, int) else recipe.first
 
 
-def _folders(
-    ask: TokenizerAsk, models: Sequence[Checkpoint], numbers: set[int], lead: int, donor: int
-) -> dict[int, Folder]:
-    """Every model's tokenizer; a model that has none, but as many rows as the donor, is taken to have the donor's."""
+def _folders(recipe: Recipe, models: Sequence[Checkpoint], numbers: set[int], lead: int) -> dict[int, Folder]:
+    """Every model's tokenizer; a model that has none, but as many rows as the first, is taken to have the first's."""
     found: dict[int, Folder] = {}
     for k in sorted(numbers):
         folder = models[k].tokenizer_folder
         if folder is None or not any(map(folder.has, TOKENIZER_FILES)):
-            folder = models[donor].tokenizer_folder
-            if k == lead or folder is None or known_rows(models[k]) != known_rows(models[donor]):
-                source = "a model" if isinstance(ask.source, int) else ask.source
+            folder = models[recipe.first].tokenizer_folder
+            if k == lead or folder is None or known_rows(models[k]) != known_rows(models[recipe.first]):
                 raise CheckpointError(
-                    f"{models[k].name}: has no tokenizer, which the recipe's tokenizer (source: {source}) needs. "
-                    f"Put its {TOKENIZER} beside it."
+                    f"{models[k].name}: has no tokenizer, which rows by token ({recipe.rows_option}) need. Put its "
+                    f"{TOKENIZER} beside it."
                 )
         found[k] = folder
     return found
@@ -85,7 +110,7 @@ def _are_alike(models: Sequence[Checkpoint], folders: Mapping[int, Folder], numb
     return len(digests) == 1 and len({rows_of(models[k]) for k in numbers}) == 1
 
 
-def _joined(ask: TokenizerAsk, folders: Mapping[int, Folder], numbers: Mapping[int, int], lead: int) -> Joined:
+def _joined(ask: Tokenizer, folders: Mapping[int, Folder], numbers: Mapping[int, int], lead: int) -> Joined:
     wanted = [
         (numbers[row.model], row.token)
         for row in ask.tokens.values()
@@ -95,24 +120,111 @@ def _joined(ask: TokenizerAsk, folders: Mapping[int, Folder], numbers: Mapping[i
     return join_tokenizers(list(folders.values()), numbers[lead], union=union, named=list(ask.tokens), wanted=wanted)
 
 
-def _added(joined: Joined) -> Iterator[str]:
-    added, pieces = joined.added
-    if pieces:
-        yield pieces_told(f"{pieces:,} of the {added:,} tokens that were added", "another")
-
-
 def _aligned(
     models: Sequence[Checkpoint],
     folders: Mapping[int, Folder],
     sides: Sequence[Side],
     made: Sequence[Mapping[str, TensorSource]],
-    told: Sequence[str],
+    warnings: Sequence[str],
 ) -> list[Checkpoint]:
-    """The models with what was made in place of their own tensors; the first one tells."""
+    """The models with what was made in place of their own tensors; the first one has the warnings."""
     found = list(models)
     for side, sources in zip(sides, made, strict=True):
         model = models[side.number]
         files = (tokenizer_file(folders[side.number]),)
         found[side.number] = model.with_made(model.name, files, sources, model.notices)
-    found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, *told))
+    found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, *warnings))
     return found
+
+
+def tokenizer_file(folder: Folder) -> CheckpointFile:
+    """What decided the rows, as an input by its digest."""
+    path = folder.regular(TOKENIZER)
+    return CheckpointFile(f"tokenizer/{TOKENIZER}", LocalFile(path, f"{folder.name}/{TOKENIZER}"), sha256_of(path))
+
+
+# ---------------------------------------------------------------------------------------------- warnings
+
+
+def _warnings(
+    recipe: Recipe, ask: Tokenizer, models: Sequence[Checkpoint], folders: Iterable[int], joined: Joined, plan: RowPlan
+) -> Iterator[str]:
+    first = models[_lead(recipe, ask)].name
+    of = f"all, {first}'s first" if ask.source == "union" else first
+    yield from plan.warnings(of, joined.figures([models[k].name for k in folders]) if len(joined.sizes) == 2 else "")
+    added, pieces = joined.added
+    if pieces:
+        yield (
+            f"{pieces:,} of the {added:,} tokens that were added are pieces of another tokenizer's model; in "
+            f"{TOKENIZER} they are added tokens, spelled as there. Its merges and scores cannot be taken over: added "
+            "tokens come before all else, so text with such pieces is split in another way than before."
+        )
+    if len(kinds := sorted(set(joined.kinds))) > 1:
+        names = ", ".join(map(shown, kinds))
+        yield f"The tokenizers are of {len(kinds)} kinds ({names}), which may spell a token in two ways."
+
+
+def explain(base: Checkpoint, other: Checkpoint) -> str:
+    """How far the vocabularies agree, and how many rows have no token: what an error and a warning say."""
+    here, there = base.tokenizer_folder, other.tokenizer_folder
+    if here is None or there is None or not any(f.has(n) for f in (here, there) for n in TOKENIZER_FILES):
+        return ""
+    found = compare_tokenizers(here, there)
+    padding = [
+        f"{rows - size:,} in {model.name}"
+        for model, size in zip((base, other), found.sizes, strict=True)
+        if (rows := rows_of(model)) is not None
+    ]
+    text = found.figures((base.name, other.name))
+    return text + (f"; rows beyond the tokenizer (padding): {', '.join(padding)}" if padding else "")
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def config_sizes(model: Checkpoint) -> Iterator[int]:
+    config = model.config or {}
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
+            yield part["vocab_size"]
+
+
+def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
+    """The side files with the chosen tokenizer's in place of the donor's, and config.json's vocab_size."""
+    copied = list(found.copied)
+    if found.folder is not None and alignment.tokenizer is not found.folder:
+        copied = [file for file in copied if file.source not in TOKENIZER_FILES]
+        folder = alignment.tokenizer
+        copied += [
+            SideFile(name, name, folder.regular(name).stat().st_size, folder)
+            for name in TOKENIZER_FILES
+            if folder.has(name)
+        ]
+    if (insert := alignment.insert) is not None:
+        copied = [
+            replace(file, size=file.size + len(insert[1]), insert=insert) if file.source == TOKENIZER else file
+            for file in copied
+        ]
+    before, rows = alignment.sizes_before, alignment.rows
+    return replace(found, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
+
+
+def settings_warnings(alignment: Alignment, model: int, folder: Folder | None) -> Iterator[str]:
+    """What the copied settings of a model, by its number, say of tokens that the output numbers otherwise."""
+    if folder is None:
+        return
+    for name in ("config.json", "generation_config.json"):
+        config = folder.load_json(name) if folder.has(name) else {}
+        for part in (config, config.get("text_config")):
+            for key, value in part.items() if isinstance(part, dict) else ():
+                if _IDS.fullmatch(key):
+                    yield from _moved(alignment, model, f"{folder.name}/{name}: {shown(key)}", value)
+
+
+def _moved(alignment: Alignment, model: int, what: str, value: Any) -> Iterator[str]:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
+            new = alignment.new_id(model, number)
+            if new != number:
+                where = "does not have" if new is None else f"has as {new:,}"
+                yield f"{what} is {number:,}, a token that the output's tokenizer {where}. Correct that file of OUT."

@@ -1,32 +1,38 @@
-"""Any number of tokenizer.json -> one vocabulary, and which of each model's tokens its tokens are."""
+"""Any number of tokenizer.json -> one vocabulary, which of each model's tokens its tokens are, how far they agree."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
+from merge_tool.errors import listed
 from merge_tool.vocabulary.tokenizer_json import TokenizerJson, added_entry, answer_apart, ask_apart
 
 _NONE = -1
+_SOME = 3  # tokens that are named
 
 
 @dataclass(frozen=True)
 class Joined:
     """A vocabulary: `ids[k][i]` is model k's id of its token i, -1 if that lacks it, or no token has that id.
 
-    `sizes` are the models' own numbers of ids (the largest and one). `lacking[k]` are those of model k's tokens that
-    are not in it: how many, and some. `added` are its tokens behind the lead's: how many, and how many of them are
-    pieces of another tokenizer's model. `insert` is what makes the lead's tokenizer.json that of all: bytes, and where
+    `sizes` are the models' own numbers of ids (the largest and one), `kinds` those of their tokenizers' models.
+    `lacking[k]` are those of model k's tokens that are not in it: how many, and some; `alone[k]` are some that no
+    other model has. `added` are its tokens behind the lead's: how many, and how many of them are pieces of another
+    tokenizer's model. `insert` is what makes the lead's tokenizer.json that of all: bytes, and where
     they are put in. `named` are the vocabulary's ids of the tokens asked for, `wanted` those of models, -1 where there
     is no such token.
     """
 
     ids: tuple[array[int], ...]
     sizes: tuple[int, ...]
+    kinds: tuple[str, ...]
     lacking: tuple[tuple[int, tuple[str, ...]], ...]
+    alone: tuple[tuple[str, ...], ...]
     added: tuple[int, int]
     insert: tuple[int, bytes]
     named: Mapping[str, int]
@@ -35,6 +41,33 @@ class Joined:
     @property
     def size(self) -> int:
         return len(self.ids[0])
+
+    @property
+    def num_moved(self) -> int:
+        """Of two models: how many tokens have another id in the second."""
+        return sum(a != b for a, b in zip(*self.ids, strict=True) if a >= 0 and b >= 0)
+
+    @property
+    def num_alone(self) -> tuple[int, int]:
+        """Of two models: how many tokens only the first and only the second has."""
+        here, there = self.ids
+        first = sum(a >= 0 > b for a, b in zip(here, there, strict=True)) + self.lacking[0][0]
+        second = sum(b >= 0 > a for a, b in zip(here, there, strict=True)) + self.lacking[1][0]
+        return first, second
+
+    def figures(self, names: Sequence[str]) -> str:
+        """How far two models' vocabularies agree, in one clause."""
+        shared = sum(a >= 0 and b >= 0 for a, b in zip(*self.ids, strict=True))
+        only = " and ".join(
+            f"{count:,} only in {name}" + (f" ({listed(some, _SOME)})" if some else "")
+            for count, name, some in zip(self.num_alone, names, self.alone, strict=True)
+        )
+        return f"{shared:,} tokens are in both, {self.num_moved:,} of them with another id, {only}"
+
+
+def compare_tokenizers(first: Folder, second: Folder) -> Joined:
+    """How far two tokenizers agree. Raises CheckpointError where there is none, or none that can be read."""
+    return join_tokenizers([first, second], 0, union=True)
 
 
 def join_tokenizers(
@@ -57,7 +90,9 @@ def join_tokenizers(
     return Joined(
         tuple(ids[size * k : size * (k + 1)] for k in range(count)),
         tuple(told["sizes"]),
+        tuple(told["kinds"]),
         tuple((number, tuple(some)) for number, some in told["lacking"]),
+        tuple(map(tuple, told["alone"])),
         (told["added"], told["pieces"]),
         (told["place"], rest[4 * len(ids) :]),
         told["named"],
@@ -81,13 +116,21 @@ def _joined(found: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[An
     told = {
         "size": len(tokens), "sizes": [one.size for one in found], "place": lead.place, "added": len(new),
         "pieces": sum(not any(token in one.added for one in found) for token in new if token not in question["named"]),
-        "lacking": [[len(some), some[:3]] for some in lacking],
+        "lacking": [[len(some), some[:_SOME]] for some in lacking],
+        "kinds": [one.kind for one in found], "alone": [_alone(one, found) for one in found],
         "named": {token: ids[token] for token in question["named"]},
         "wanted": [found[model].ids.get(token, _NONE) for model, token in question["wanted"]],
     }  # fmt: skip
     entries = [added_entry(token, ids[token], _settings(token, found)) for token in new]
     maps = b"".join(array("i", (one.ids.get(t, _NONE) if t is not None else _NONE for t in tokens)) for one in found)
     return told, maps + (lead.insertion(entries) if entries else b"")
+
+
+def _alone(one: TokenizerJson, all_of_them: Sequence[TokenizerJson]) -> list[str]:
+    """Some tokens that only one tokenizer has: added ones first, which people know."""
+    others = [other.ids for other in all_of_them if other is not one]
+    only = (token for token in dict.fromkeys((*one.added, *one.ids)) if not any(token in ids for ids in others))
+    return list(islice(only, _SOME))
 
 
 def _new_tokens(lead: TokenizerJson, others: Sequence[TokenizerJson], named: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Which rows of any number of models the rows of a recipe's vocabulary are made of. Arrays and numbers only.
+"""Which rows of the models the rows of the output's vocabulary are made of. Arrays and numbers only.
 
 A token that a model lacks has there the row of the only model that has it, else of base_model, else the mean of those
 that have it; or what the recipe says of it by name. So all models have a row for each of the output's tokens.
@@ -13,7 +13,7 @@ import numpy as np
 
 from merge_tool.arrays import Array
 from merge_tool.errors import RecipeError, listed, shown
-from merge_tool.recipe.models_recipe import TokenizerAsk, TokenRow
+from merge_tool.recipe.recipe import Tokenizer, TokenRow
 from merge_tool.vocabulary.join import Joined
 from merge_tool.vocabulary.rows import FIRST_AVERAGE, MEAN, ZERO, Rows, code, kept
 
@@ -30,16 +30,14 @@ class Side:
     tokenizer: int
 
 
-class JoinedRows:
+class RowPlan:
     """The rows of the output in each of `sides`. `lead` is the model (by its number) whose ids the output has, `base`
     the base_model, if there is one. Raises RecipeError for tokens whose rows are not where `ask` says.
 
     `size` counts the output's rows, `num_new` those of padding that no model has.
     """
 
-    def __init__(
-        self, ask: TokenizerAsk, joined: Joined, sides: Sequence[Side], *, lead: int, base: int | None
-    ) -> None:
+    def __init__(self, ask: Tokenizer, joined: Joined, sides: Sequence[Side], *, lead: int, base: int | None) -> None:
         self.ask, self.joined, self.sides = ask, joined, sides
         self.places = {side.number: place for place, side in enumerate(sides)}
         self.lead, self.base = self.places.get(lead), self.places.get(-1 if base is None else base)
@@ -130,18 +128,21 @@ class JoinedRows:
 
     # ------------------------------------------------------------------------------- what to tell
 
-    def told(self, of: str) -> Iterator[str]:
-        """Where the rows come from; `of` names the models whose tokens the output has."""
+    def warnings(self, of: str, figures: str) -> Iterator[str]:
+        """Where the rows come from; `of` names the models whose tokens the output has, `figures` say how far these
+        agree."""
         padding = max(0, self.size - self.joined.size)
         new = f", {self.num_new:,} of them new: the mean of the rows with tokens" if self.num_new else ""
         yield (
-            f"Rows were matched by token: the output has the tokens of {of}, {self.size:,} rows, {padding:,} of them "
-            f"without a token{new if padding else ''}."
+            f"Rows were matched by token{f': {figures}' if figures else ''}. The output has the tokens of {of}, "
+            f"{self.size:,} rows, {padding:,} of them without a token{new if padding else ''}."
         )
         for side in self.sides:
             count, some = self.joined.lacking[side.tokenizer]
             if count and side.is_merged:
                 yield f"{count:,} tokens of {side.name} are not in the output's vocabulary: {listed(some)}."
+            if (beyond := self.joined.sizes[side.tokenizer] - side.rows) > 0:
+                yield f"{side.name}: {beyond:,} ids of its tokenizer are beyond its embedding's {side.rows:,} rows."
         if without := self._without_rows():
             named = [token for token, place in self.joined.named.items() if place in without]
             which = f" ({listed(named)})" if named else ""

@@ -168,14 +168,16 @@ class RowTensor:
                 self._means.append(totals / max(count, 1))
             return self._means[0]
 
-    def merged_mean(self, start: int, parts: tuple[Array, Array], weights: tuple[float, float]) -> Array:
+    def merged_mean(
+        self, start: int, parts: tuple[Array, Array], weights: tuple[float, float], alone_weight: float
+    ) -> Array:
         """Elements from `start` on of a row that is the mean of the merged rows, from both sides' `parts`, the means of
-        theirs: what a head says of it is below what it says of the best of them. Rows of one side alone are handed on,
-        and so is their part of the mean."""
+        theirs: such a padding row never gets the highest logit. Rows of one side alone are copied times
+        `alone_weight`, and so is their part of the mean."""
         begin = start % self.columns
         alone = self._mean_rows()[1][begin : begin + len(parts[0])]
         x, y = (decode(values, np.empty(len(values))) for values in parts)
-        merged: Array = weights[0] * x + weights[1] * y + (1 - sum(weights)) * alone
+        merged: Array = weights[0] * x + weights[1] * y + (alone_weight - sum(weights)) * alone
         return merged
 
     def chosen(self, rows: Array, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,245 @@
+"""Recipe + headers -> MergePlan: every output byte's place, or every mismatch at once. Reads no weights."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from merge_tool._version import __version__
+from merge_tool.arrays import FLOAT_DTYPES
+from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.source import TensorSource
+from merge_tool.errors import RecipeError, shown
+from merge_tool.methods.passes import check_given
+from merge_tool.methods.registry import METHODS
+from merge_tool.methods.steps import Method
+from merge_tool.models.renaming import find_renaming, renaming_warnings
+from merge_tool.plan.expand import Expansion
+from merge_tool.plan.fit import Fit, fit, no_match
+from merge_tool.plan.layout import lay_out, output_dtype, output_stem
+from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
+from merge_tool.plan.scaled import ScaledPlan, Scaling, plan_scaled
+from merge_tool.plan.stacks import natural_key
+from merge_tool.recipe.options import as_json
+from merge_tool.recipe.recipe import Recipe
+from merge_tool.vocabulary.rows import rows_note
+
+_SCALES = "scales of the merged values"
+_CALIBRATED = "scale of activations: the base's"
+_ONE_HAS_IT = "only one model has it: copied"
+
+
+def plan_merge(
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    *,
+    methods: Mapping[str, Method] = METHODS,
+    single_file: str | None = None,
+) -> MergePlan:
+    """Plan the merge of `models`, opened in the recipe's order. `single_file` names the one file to write, if that is
+    asked.
+
+    Raises MismatchError with all mismatches at once; RecipeError when files are asked of a model without any, a
+    pattern matches no tensor, or a parameter has no value for some.
+    """
+    method, first = methods[recipe.method], models[recipe.first]
+    donor = models[recipe.donor]
+    if donor.folder is None and first.folder is not None:
+        raise RecipeError(f"--files-from: {donor.name} is a single file, it has no other files to copy.")
+    renamings = {k: find_renaming(first, model) for k, model in enumerate(models) if k != recipe.first}
+    expansion = Expansion(recipe, method, [model.tensors.keys() for model in models], renamings)
+    fitted = fit(recipe, expansion, models)
+    scaled = plan_scaled(recipe, method, models)
+    jobs = _Jobs(recipe, method, models, expansion, fitted.kept, scaled)
+    stem, max_bytes = output_stem(first), None if single_file else recipe.options.max_shard_bytes
+    shards = lay_out(jobs.infos(fitted), first, stem, max_bytes, single_file, jobs)
+    expansion.check_values()
+    warnings = [
+        *recipe.warnings,
+        *(w for k, renaming in renamings.items() if k in recipe.sources
+          for w in renaming_warnings(first, models[k], renaming, fitted.kept.keys())),
+        *fitted.warnings,
+        *(scaled.warnings() if scaled else ()),
+        *_idle_choices(recipe, expansion, fitted.names),
+    ]  # fmt: skip
+    text = _published(recipe, models)
+    plan = MergePlan(
+        recipe=recipe,
+        method=method,
+        names=tuple(model.name for model in models),
+        shards=shards,
+        stem=stem,
+        facts=_facts(recipe, models, stem, text, single_file),
+        warnings=tuple(dict.fromkeys(warnings)),
+        layers=expansion.stacked_layers([model.tensors.keys() for model in models]),
+        text=text,
+        num_scheduled=expansion.num_scheduled,
+        is_scaled=scaled is not None,
+    )
+    _check_outputs_differ(plan)
+    return plan
+
+
+@dataclass(slots=True)
+class _Jobs:
+    """From an output tensor to its job: what it is made of."""
+
+    recipe: Recipe
+    method: Method
+    models: Sequence[Checkpoint]
+    expansion: Expansion
+    kept: Mapping[str, str]
+    scaled: ScaledPlan | None
+    _shared: dict[str, tuple[TensorJob, Scaling]] = field(default_factory=dict)
+    _checked: set[tuple[int, int, bool]] = field(default_factory=set)
+
+    def infos(self, fitted: Fit) -> list[TensorInfo]:
+        """The output's tensors in natural order, in the dtypes that they will have."""
+        stored = {info.name: info for info in (self.scaled.infos() if self.scaled else ())}
+        names: Sequence[str] = fitted.names
+        if stored.keys() - set(names):
+            names = sorted(sorted({*names, *stored}), key=natural_key)
+        return [stored.get(name) or self._info(name) for name in names]
+
+    def _info(self, name: str) -> TensorInfo:
+        model, own = self._sources(name)[0]
+        info, stored = self.models[model].tensors[own], self.models[model].stored_dtype(own)
+        dtype = stored if name in self.kept else output_dtype(self.recipe, stored)
+        return info if (info.name, info.dtype) == (name, dtype) else replace(info, name=name, dtype=dtype)
+
+    def _sources(self, name: str) -> tuple[tuple[int, str], ...]:
+        place = self.expansion.place(name)
+        if name not in self.kept:
+            return self.expansion.sources(place)
+        base = self.expansion.base_of(place)
+        assert base is not None  # else it is left out
+        return (base,)
+
+    def __call__(self, number: int, out: TensorInfo) -> TensorJob:
+        if self.scaled is not None:
+            if (source := self.scaled.scaled.activations.get(out.name)) is not None:
+                return TensorJob(number, out, (source,), (self.recipe.first,), note=_CALIBRATED)
+            if (weight := self.scaled.weights.get(out.name)) is not None:
+                return self._in_8_bits(number, out, weight, self.scaled)
+        return self._plain(number, out)
+
+    def _plain(self, number: int, out: TensorInfo) -> TensorJob:
+        places = self._sources(out.name)
+        sources: tuple[TensorSource, ...] = tuple(self.models[k].source(name) for k, name in places)
+        sides = tuple(k for k, _ in places)
+        if (reason := self.kept.get(out.name)) is not None:
+            return TensorJob(number, out, sources, sides, note=reason)
+        if out.numel == 0:
+            return TensorJob(number, out, sources[:1], sides[:1], note="empty: copied")
+        exact = sources[0].info.dtype not in FLOAT_DTYPES
+        if exact and len(sources) > 1:
+            return TensorJob(number, out, sources, sides, exact=True)
+        place = self.expansion.place(out.name)
+        has_base = self.expansion.has_base(place)
+        values = self.expansion.values(place)
+        job = TensorJob(number, out, sources, sides, values, has_base, note=rows_note(sources[0]))
+        if len(sources) == 1 and (exact or self.method.steps is None or all(map(_is_plain_copy, values))):
+            return replace(job, values=(), note=_ONE_HAS_IT)
+        self._check(job)
+        return job
+
+    def _check(self, job: TensorJob) -> None:
+        """Raise RecipeError for parameters that the method cannot work with, before anything is read."""
+        for output, values in enumerate(job.values):
+            key = id(values), len(job.sources), job.has_base
+            if key in self._checked:
+                continue
+            self._checked.add(key)
+            try:
+                check_given(self.method, job.given(0, output))
+            except ValueError as e:
+                raise RecipeError(f"{shown(job.out.name)}: {e}") from e
+        if len({self.method.granularity(job.given(0, output)) for output in range(len(job.values))}) > 1:
+            raise RecipeError(
+                f"{shown(job.out.name)}: is merged by rows in one output and as a whole in another, which is not one "
+                "pass. Make them one after the other."
+            )
+
+    def _in_8_bits(self, number: int, out: TensorInfo, weight: str, scaled: ScaledPlan) -> TensorJob:
+        """Codes and scales have the fate of the weight that they are of."""
+        if (reason := self.kept.get(weight)) is not None:
+            return TensorJob(number, out, (scaled.kept(out.name),), (self.recipe.first,), note=reason)
+        if weight not in self._shared:
+            job = self._plain(number, self.models[self.recipe.first].tensors[weight])
+            self._shared[weight] = job, scaled.scaling(weight, job.sources[1])
+        job, scaling = self._shared[weight]
+        note = "" if out.name == weight else _SCALES
+        return replace(job, number=number, out=out, note=note, scaling=scaling)
+
+
+def _is_plain_copy(values: Values) -> bool:
+    """Whether a single input is taken as it is."""
+    return set(values.each) <= {"scale"} and all(scale in (None, 1, 1.0) for scale in values.each.get("scale", ()))
+
+
+def _idle_choices(recipe: Recipe, expansion: Expansion, names: Sequence[str]) -> Iterator[str]:
+    """Warnings of patterns without effect. RecipeError for one that matches no tensor, if the recipe is strict."""
+    for key, choice in expansion.idle_choices():
+        assert choice.pattern is not None
+        matches = any(map(choice.pattern.matches, names))
+        if recipe.is_strict:
+            option = f"--{key}-for {shown(choice)}"
+            if not matches:
+                raise RecipeError(no_match(option, choice.pattern, names))
+            yield f"{option} has no effect: what it matches is not merged, or has its {key} from one before it."
+        elif not matches:
+            yield (
+                f"The filter '{shown(choice.pattern.text)}' of '{shown(key)}' is in no tensor's name. A filter is a "
+                "part of the name, no glob and no regular expression."
+            )
+
+
+def _check_outputs_differ(plan: MergePlan) -> None:
+    if len(plan.labels) > 1 and not any(len(set(job.values)) > 1 for job in plan.jobs()):
+        key = next(iter(plan.recipe.outputs[0].words))
+        raise RecipeError(
+            f"No tensor has its {key} from the several values given, so all outputs would be the same. Give one value."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+
+def _facts(
+    recipe: Recipe, models: Sequence[Checkpoint], stem: str, text: str, single_file: str | None
+) -> dict[str, Any]:
+    """What decides the output's bytes, in words that can be compared when a merge is resumed."""
+    options = as_json(recipe.options, all_of_them=True)
+    if single_file:
+        options["max_shard_bytes"] = None
+    return {
+        "version": __version__,
+        "method": recipe.method,
+        **words_of([output.words for output in recipe.outputs]),
+        **recipe.words,
+        **({"recipe_sha256": hashlib.sha256(text.encode()).hexdigest()} if text else {}),
+        **options,
+        "one_file": single_file is not None,
+        "stem": stem,
+        **{name: input_facts(model) for name, model in zip(recipe.names, models, strict=True)},
+    }
+
+
+def input_facts(model: Checkpoint) -> dict[str, Any]:
+    """What tells one input from another, as far as headers show it."""
+    files = {f.file_name: {"size": f.source.size, "header_sha256": f.header_sha256} for f in model.files}
+    return {"name": model.name, "files": files}
+
+
+def _published(recipe: Recipe, models: Sequence[Checkpoint]) -> str:
+    """The recipe's text as the output tells it: a model on this disk by its name, not by the user's path."""
+    text: str = recipe.text
+    names = {ref.path: model.name for ref, model in zip(recipe.models, models, strict=True) if Path(ref.path).exists()}
+    for path in sorted(names, key=len, reverse=True) if text else ():
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])", names[path].replace("\\", "/"), text)
+    return text
