@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from merge_tool.vocabulary.tokens import compared
 from safetensors import SafetensorError, deserialize
 
 from merge_tool.checkpoint import header as header_module
@@ -46,7 +47,6 @@ from merge_tool.output.report import read_identity, stream_report
 from merge_tool.plan.parents import _settings
 from merge_tool.run.findings import from_record
 from merge_tool.vocabulary.tokenizer_json import TokenizerJson
-from merge_tool.vocabulary.tokens import compared
 
 # What the library accepts and we refuse, by our message; argued in docs/reliability.md.
 DIFFERENCES = {

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import tomllib
 from click.testing import CliRunner
 
 from corpus_cases import CASES, TWINS, Case

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from merge_tool.recipe.models_recipe import ModelsRecipe, TokenizerAsk, TokenRow
 
 from merge_tool.errors import MismatchError, RecipeError
 from merge_tool.methods.registry import STEPS_METHODS
@@ -15,7 +16,6 @@ from merge_tool.models.renaming import Renaming
 from merge_tool.plan.expand import Ask, expand, unused_filters
 from merge_tool.recipe.mergekit import TOP, parse_recipe
 from merge_tool.recipe.model_ref import ModelRef
-from merge_tool.recipe.models_recipe import ModelsRecipe, TokenizerAsk, TokenRow
 from merge_tool.recipe.settings import Choice
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("merge_*.yaml"))

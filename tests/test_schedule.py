@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from merge_tool.recipe.schedule import Pattern, Rule, Schedule, parse_rules, split_layer
 
 from checkpoints import contents, language_model, load_folder, save_model
 from merge_tool import RecipeError, merge
 from merge_tool.cli import slerp_merge
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.recipe.schedule import Pattern, Rule, Schedule, parse_rules, split_layer
 from oracle import float64_merge
 
 

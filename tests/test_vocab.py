@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from merge_tool.vocabulary.tokens import compare_tokenizers
 
 from checkpoints import BF16, contents, load_folder, save_model
 from merge_tool import CheckpointError, DataError, MismatchError, RecipeError, merge
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.cli import merge_tool
-from merge_tool.vocabulary.tokens import compare_tokenizers
 from oracle import float64_merge
 from test_lora import normal, save_adapter
 from test_memory import linux_only, measured, write_model
