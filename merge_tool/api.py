@@ -28,7 +28,6 @@ from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine, peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.prepare import Prepared, prepare
 from merge_tool.plan.target import Target, check_report_path, check_target
-from merge_tool.recipe.mergekit import read_recipe
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.run.findings import Findings, from_record
@@ -154,6 +153,8 @@ def merge_models(
 
     >>> report = merge_models("ties.yaml", "merged")  # doctest: +SKIP
     """
+    from merge_tool.recipe.mergekit import read_recipe  # a megabyte that a pair does not need
+
     known = {**METHODS, **(methods or {})}
     return merge_recipe(
         read_recipe(recipe, known, extrapolate=extrapolate, values=values, **options),

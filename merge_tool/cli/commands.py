@@ -1,6 +1,7 @@
 """The two commands: parse, call, print, exit code. Never a tensor, an offset or a default value.
 
-`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command.
+`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. What only one command needs is
+imported by it: a merge has neither the time nor the memory for it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from merge_tool.cli.options import (
     recipe_options,
     with_options,
 )
-from merge_tool.cli.plot import can_plot, check_plot_path, plot_diff, plot_sweep
 from merge_tool.cli.show import (
     diff_lines,
     health_json,
@@ -46,16 +46,12 @@ from merge_tool.cli.show import (
     verification_json,
     verification_lines,
 )
-from merge_tool.diff import diff_checkpoints
 from merge_tool.errors import MergeToolError, shown
-from merge_tool.inspection import check_health, inspect_checkpoint
 from merge_tool.methods.registry import METHODS
 from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
-from merge_tool.sweep import sweep
-from merge_tool.verify.verify import verify
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -285,6 +281,8 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
 
     With --health the exit code is 1 if a value is NaN or infinite.
     """
+    from merge_tool.inspection import check_health, inspect_checkpoint
+
     found = inspect_checkpoint(path)
     tensors = check_health(path) if health else []
     if as_json:
@@ -332,6 +330,8 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
 
     The exit code is 1 if anything is wrong. Nothing is written.
     """
+    from merge_tool.verify.verify import verify
+
     if against is not None and options["recipe"] is not None:
         raise click.UsageError("Give either --against BASE FT or --recipe RECIPE.")
     if options["full"] and against is None and options["recipe"] is None:
@@ -366,6 +366,9 @@ def diff_command(
     Any two checkpoints will do; tensors that only one has are listed. The angle is that between the two tensors as
     vectors, the norm ratio |FT| / |BASE|, the relative change |FT - BASE| / |BASE|.
     """
+    from merge_tool.cli.plot import check_plot_path, plot_diff
+    from merge_tool.diff import diff_checkpoints
+
     if picture is not None:
         check_plot_path(picture)
     found = diff_checkpoints(base, ft, **machine)
@@ -408,6 +411,9 @@ def sweep_command(
     OUT gets sweep.jsonl, sweep.csv and (with matplotlib) sweep.png. A sweep that was stopped continues with the
     same command; more values of t may be added. No shell sees the COMMAND: it is split into words as a shell would.
     """
+    from merge_tool.cli.plot import can_plot, plot_sweep
+    from merge_tool.sweep import sweep
+
     try:
         words = shlex.split(command, posix=os.name == "posix")
     except ValueError as e:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from merge_tool.api import MergeReport
 from merge_tool.cli.show_plan import effective_lines, first_line, recipe_json, table_lines
-from merge_tool.diff import Diff, GroupDiff, TensorDiff
 from merge_tool.errors import listed, shown
-from merge_tool.inspection import Inspection, TensorHealth
-from merge_tool.models.inputs import Download
 from merge_tool.output.report import remarks
-from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.stacks import Stacks
 from merge_tool.recipe.recipe import label_t
-from merge_tool.sweep import SweepPoint, SweepReport
-from merge_tool.verify.verify import Verification
+
+if TYPE_CHECKING:  # what is shown is made before: nothing of it need be loaded here
+    from merge_tool.api import MergeReport
+    from merge_tool.diff import Diff, GroupDiff, TensorDiff
+    from merge_tool.inspection import Inspection, TensorHealth
+    from merge_tool.models.inputs import Download
+    from merge_tool.plan.prepare import Prepared
+    from merge_tool.sweep import SweepPoint, SweepReport
+    from merge_tool.verify.verify import Verification
 
 
 def inspection_lines(found: Inspection) -> Iterator[str]:

@@ -90,8 +90,7 @@ class _RunningOrder:
 
     def add(self, number: int, tile: Tile) -> None:
         for k, values in enumerate(self.asked.of(tile)):
-            bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
-            bits = np.where(bits == 0x80000000, np.uint32(0), bits)  # -0.0 is 0.0
+            bits = _bits(values)
             high = (bits >> np.uint32(16)).astype(np.int64)
             if not self.places:
                 counts = np.bincount(high, minlength=_HALF)
@@ -118,6 +117,32 @@ class _RunningOrder:
         return float(np.array([bucket << 16 | low], np.uint32).view(np.float32)[0])
 
 
+class _SortedOrder:
+    """The same for a tensor of one tile, which is sorted: a histogram has more places than it has values."""
+
+    in_order = False
+
+    def __init__(self, asked: OrderStatistics) -> None:
+        self.asked = asked
+        self.found: list[list[float]] = []
+
+    def add(self, number: int, tile: Tile) -> None:
+        for values, ranks in zip(self.asked.of(tile), self.asked.ranks, strict=True):
+            bits = np.sort(_bits(values))
+            if wrong := [rank for rank in ranks if not 0 <= rank < len(bits)]:
+                raise ValueError(f"rank {wrong[0]} of {len(bits)} values")
+            self.found.append(bits[list(ranks)].view(np.float32).tolist())
+
+    def settle(self) -> bool:
+        return False
+
+
+def _bits(values: Array) -> Array:
+    """Values >= 0 as float32's bit patterns, whose order is the values' own."""
+    bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+    return np.where(bits == 0x80000000, np.uint32(0), bits)  # -0.0 is 0.0
+
+
 def _locate(counts: Array, rank: int) -> tuple[int, int]:
     """The bucket that holds a rank, and the rank within it."""
     ends = np.cumsum(counts)
@@ -132,7 +157,7 @@ def start_pass(asked: Pass, given: Given, num_tiles: int) -> Running:
     if isinstance(asked, Sums):
         return _RunningSums(asked, num_tiles)
     if isinstance(asked, OrderStatistics):
-        return _RunningOrder(asked)
+        return _SortedOrder(asked) if num_tiles == 1 else _RunningOrder(asked)
     if isinstance(asked, ColumnSums):
         return _RunningColumnSums(asked, given.columns if asked.columns is None else asked.columns)
     raise TypeError(f"a method yields Sums, OrderStatistics or ColumnSums, not {type(asked).__name__}")

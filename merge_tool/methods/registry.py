@@ -50,7 +50,7 @@ def _divides_by_sum(shared: Mapping[str, Any]) -> bool:
 
 
 def _histograms(per_input: int, once: int = 0) -> Any:
-    return lambda given: _HISTOGRAM_BYTES * (per_input * given.num_inputs + once)
+    return lambda given: min(_HISTOGRAM_BYTES, 8 * given.numel) * (per_input * given.num_inputs + once)
 
 
 METHODS: Mapping[str, Method] = {

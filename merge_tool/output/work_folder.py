@@ -249,7 +249,7 @@ class WorkFolder:
 
     def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
         """Record a shard whose files are synced, then give them their names."""
-        tensors = ({"record": "tensor", "number": n, **to_record(finding)} for n, finding in done.tensors)
+        tensors = ({"record": "tensor", "number": n, **to_record(done.findings[n])} for n in sorted(done.findings))
         last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256)}
         with self._finishing:
             self.journal.append(chain(tensors, [last]))

@@ -30,19 +30,21 @@ MAX_JOBS = 8
 class Layout:
     """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once.
 
-    `temporary_bytes` are what each job holds beside them for a moment, `state_bytes` what a method's passes hold.
+    `scratch_bytes` are each job's for the sums and the combine of two weights; `temporary_bytes` what it holds beside
+    them for a moment, `state_bytes` what a method's passes hold.
     """
 
     jobs: int
     chunk_elements: int
     slot_bytes: int
     arena_bytes: int
+    scratch_bytes: int
     temporary_bytes: int = 0
     state_bytes: int = 0
 
     @property
     def buffer_bytes(self) -> int:
-        each = self.slot_bytes + Scratch.NBYTES + self.temporary_bytes
+        each = self.slot_bytes + self.scratch_bytes + self.temporary_bytes
         return self.jobs * each + self.arena_bytes + self.state_bytes
 
 
@@ -99,22 +101,31 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
     unit = max(TILE, -(-unit // TILE) * TILE)
     tiles = min(_LARGEST_CHUNK_TILES, max((-(-job.numel // unit) for job in plan.jobs()), default=1) or 1)
     jobs = max(1, min(jobs, plan.num_tensors * tiles))
+    scratch = Scratch.NBYTES if any(plan.is_weighted(job) for job in plan.jobs()) else 0
     slot_bytes, temporary = _job_bytes(plan, tiles * unit)
-    while jobs * (slot_bytes + temporary + Scratch.NBYTES) > room // 2 and (tiles > 1 or jobs > 1):
+    while jobs * (slot_bytes + temporary + scratch) > room // 2 and (tiles > 1 or jobs > 1):
         if tiles > 1:
             tiles //= 2
             slot_bytes, temporary = _job_bytes(plan, tiles * unit)
         else:
             jobs -= 1
-    needed = max(fixed + jobs * (slot_bytes + temporary + Scratch.NBYTES), held + _CARD_BYTES)
+    needed = max(fixed + jobs * (slot_bytes + temporary + scratch), held + _CARD_BYTES)
     if needed > budget:
         enough = _megabytes(needed + _SLACK_BYTES)
         raise RecipeError(
             f"This merge of {plan.num_tensors:,} tensors needs at least {enough} of memory, the budget is "
             f"{_megabytes(budget)}. Give --memory {enough} or more."
         )
-    rest = room - jobs * (slot_bytes + temporary + Scratch.NBYTES)
-    return Layout(jobs, tiles * unit, slot_bytes, _arena_bytes(plan, rest), temporary, state)
+    rest = room - jobs * (slot_bytes + temporary + scratch)
+    return Layout(
+        jobs=jobs,
+        chunk_elements=tiles * unit,
+        slot_bytes=slot_bytes,
+        arena_bytes=_arena_bytes(plan, rest),
+        scratch_bytes=scratch,
+        temporary_bytes=temporary,
+        state_bytes=state,
+    )
 
 
 def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
@@ -124,7 +135,8 @@ def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
         infos = (*(source.info for source in job.sources), job.out)
         slot = max(slot, sum(aligned(min(chunk, i.numel) * STORED_DTYPES[i.dtype].itemsize) for i in infos))
         reading = max(source.extra_bytes(min(chunk, source.info.numel)) for source in job.sources)
-        merging = 8 * (len(job.sources) + _STEPS_ROWS) * plan.tile(job) if plan.has_steps(job) else 0
+        rows = len(job.sources) + _STEPS_ROWS
+        merging = 8 * rows * min(plan.tile(job), job.numel) if plan.has_steps(job) else 0
         temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
         finishing = max(finishing, _scales_bytes(plan, job))  # of a tensor whose last chunk the job may be writing
     return slot, temporary + finishing

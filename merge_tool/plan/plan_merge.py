@@ -96,6 +96,7 @@ class _Jobs:
     kept: Mapping[str, str]
     scaled: ScaledPlan | None
     _shared: dict[str, tuple[TensorJob, Scaling]] = field(default_factory=dict)
+    _sides: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # one object for all that have them
     _checked: set[tuple[int, int, bool]] = field(default_factory=set)
 
     def infos(self, fitted: Fit) -> list[TensorInfo]:
@@ -131,7 +132,7 @@ class _Jobs:
     def _plain(self, number: int, out: TensorInfo) -> TensorJob:
         places = self._sources(out.name)
         sources: tuple[TensorSource, ...] = tuple(self.models[k].source(name) for k, name in places)
-        sides = tuple(k for k, _ in places)
+        sides = self._sides.setdefault(sides := tuple(k for k, _ in places), sides)
         if (reason := self.kept.get(out.name)) is not None:
             return TensorJob(number, out, sources, sides, note=reason)
         if out.numel == 0:

@@ -39,8 +39,10 @@ class Findings:
         self._sums = array("d")
         self._flags = bytearray()
         self._rare: dict[int, PairSums] = {}  # those with a scale or a refinement
-        self._passes: dict[int, tuple[Any, array[float]]] = {}
-        self._shapes: dict[Any, Any] = {}  # one for all tensors with passes of the same shape
+        self._values = array("d")  # of all passes, one tensor's after another
+        self._places = array("q", [0])  # where each tensor's begin, and the last one's end
+        self._shape_of = array("i")  # which of the shapes they have; -1 is none
+        self._shapes: list[tuple[Any]] = []  # few: a method's passes are alike for all tensors
 
     def add(self, number: int, finding: Finding) -> None:
         sums = finding.sums
@@ -49,10 +51,11 @@ class Findings:
         self._sums.extend((sums.xx, sums.xd, sums.dd) if sums else (0.0, 0.0, 0.0))
         if sums is not None and (sums.scale != 1.0 or sums.refined):
             self._rare[number] = sums
-        if finding.passes is not None:
-            values = array("d")
-            shape = _flatten(finding.passes, values)
-            self._passes[number] = self._shapes.setdefault(shape, shape), values
+        shape = None if finding.passes is None else (_flatten(finding.passes, self._values),)
+        self._places.append(len(self._values))
+        if shape is not None and shape not in self._shapes:
+            self._shapes.append(shape)
+        self._shape_of.append(-1 if shape is None else self._shapes.index(shape))
 
     def __getitem__(self, number: int) -> Finding:
         row = self._numbers[number]
@@ -62,9 +65,9 @@ class Findings:
             xx, xd, dd = self._sums[3 * row : 3 * row + 3]
             sums = self._rare.get(number) or PairSums(xx, xd, dd)
         passes = None
-        if number in self._passes:
-            shape, values = self._passes[number]
-            passes = _unflatten(shape, iter(values))
+        if self._shape_of[row] >= 0:
+            (shape,) = self._shapes[self._shape_of[row]]
+            passes = _unflatten(shape, iter(self._values[self._places[row] : self._places[row + 1]]))
         return Finding(sums, bool(flags & 2), bool(flags & 4), passes)
 
     def __iter__(self) -> Iterator[int]:

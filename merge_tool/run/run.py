@@ -27,7 +27,7 @@ from merge_tool.checkpoint.source import TensorSource
 from merge_tool.plan.memory import Layout, aligned, region_bytes
 from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.run.buffers import Arena, Worker, WorkerMemory
-from merge_tool.run.findings import Finding
+from merge_tool.run.findings import Findings
 from merge_tool.run.work import Work, start_work
 
 Progress = Callable[[int, str], None]
@@ -37,11 +37,11 @@ _QUEUED_CHUNKS = 4  # for each worker: what is prefetched ahead of it
 
 @dataclass(frozen=True, slots=True)
 class ShardDone:
-    """One finished shard of all outputs: SHA-256 in hex, one per output, and its tensors by number."""
+    """One finished shard of all outputs: SHA-256 in hex, one per output, and what was found out of its tensors."""
 
     shard: ShardPlan
     sha256: tuple[str, ...]
-    tensors: tuple[tuple[int, Finding], ...]
+    findings: Findings
 
 
 class Writer(Protocol):
@@ -119,7 +119,7 @@ class _OpenShard:
     writers: Sequence[Writer] = ()
     turns: list[int] = field(default_factory=list)
     queued: int = 0
-    done: dict[int, Finding] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
 
 
 @dataclass(slots=True, eq=False)
@@ -427,7 +427,7 @@ class _Run:
             if tensor.writes_left:
                 return
             self.open_tensors.remove(tensor)
-            shard.done[job.number] = tensor.work.finding
+            shard.findings.add(job.number, tensor.work.finding)
             if tensor.region is not None:
                 self.arena.give_back(tensor.region)
             shard.tensors_left -= 1
@@ -442,8 +442,7 @@ class _Run:
         digests = tuple(writer.sync() for writer in shard.writers)
         if self.abandoned:  # the process is ending, and the work folder is no longer ours
             raise _Stopped
-        tensors = tuple(sorted(shard.done.items()))
-        done = ShardDone(shard.plan, digests, tensors)
+        done = ShardDone(shard.plan, digests, shard.findings)
         self.sink.finish_shard(done, shard.writers)
         with self.changed:
             self.open_shards.remove(shard)

@@ -195,8 +195,8 @@ class Comparison:
         return [comparer]
 
     def finish_shard(self, done: ShardDone, writers: Sequence[_Comparer]) -> None:
-        for number, finding in done.tensors:
-            self.findings.add(number, finding)
+        for number in done.findings:
+            self.findings.add(number, done.findings[number])
         self.checks.num_compared += sum(job.out.numel for job in done.shard.jobs)
         if (place := writers[0].first) >= 0:
             jobs = done.shard.jobs
