@@ -429,5 +429,7 @@ def sweep_command(
 def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:
     for warning in prepared.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    content = plan_json(prepared, complete)
-    click.echo(json.dumps(content, indent=2) if as_json else "\n".join(plan_lines(prepared, complete)))
+    if as_json:
+        click.echo(json.dumps(plan_json(prepared, complete), indent=2))
+    else:
+        click.echo("\n".join(plan_lines(prepared, complete)))

@@ -9,10 +9,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.methods.steps import REQUIRED, Method
@@ -23,8 +22,7 @@ from merge_tool.recipe.recipe import Module, Output, Recipe, Slice, Source
 from merge_tool.recipe.settings import Choice, Settings, find_choice
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A tensor of the output: the slice and module that it belongs to, its `position` along the layers, and what it is
     called in each of the slice's sources, in their order, as the first model would call it there."""
 
@@ -44,7 +42,7 @@ class _Names:
         self._hidden = {name for name in renaming.ft_names.values() if name not in first} | renaming.copies.keys()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._renamed or (name in self._names and name not in self._hidden)
+        return (name in self._names and name not in self._hidden) or name in self._renamed
 
     def __iter__(self) -> Iterator[str]:
         yield from (name for name in self._names if name not in self._hidden and name not in self._renamed)
@@ -74,8 +72,10 @@ class Expansion:
         first = names[recipe.first]
         self.known = [_Names(own, first, (renamings or {}).get(k, Renaming())) for k, own in enumerate(names)]
         self._by_name = {module.name or "": module for module in recipe.modules}
+        self._whole = recipe.modules[0]
         self._owners: Owners | None = None
         self._sliced: dict[str, tuple[str, list[int]]] = {}  # module -> its stack, the first layer of each slice
+        self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (place among its sources, model)
         self.range_problems: list[str] = []
         if recipe.modules[0].name is not None or any(module.num_layers is not None for module in recipe.modules):
             self._find_stacks()
@@ -126,11 +126,10 @@ class Expansion:
         """The names of a slice's sources that belong to the module, the first model's first."""
         before: list[_Names] = []
         for k in self._first_before({source.model for source in part.sources}):
-            for name in self.known[k]:
-                if any(name in other for other in before):
-                    continue
-                if self._owners is None or self._owners.owner(name) == module.name:
-                    yield name
+            new: Iterable[str] = self.known[k]
+            for other in before:
+                new = [name for name in new if name not in other]
+            yield from (name for name in new if self._owners is None or self._owners.owner(name) == module.name)
             before.append(self.known[k])
 
     def _check_ranges(self, module: Module, stack: str) -> None:
@@ -148,8 +147,8 @@ class Expansion:
 
     def place(self, name: str) -> Place:
         """Where a tensor of the output comes from."""
-        module = self._by_name[self._owners.owner(name) if self._owners is not None else ""]
-        if module.num_layers is None:
+        module = self._by_name[self._owners.owner(name)] if self._owners is not None else self._whole
+        if (module.name or "") not in self._sliced:
             part = module.slices[0]
             position = self._along.position(name) if self._values.lie_along_layers else 0.0
             return Place(name, (name,) * len(part.sources), position, part, module)
@@ -171,17 +170,20 @@ class Expansion:
 
     def sources(self, place: Place) -> tuple[tuple[int, str], ...]:
         """(model, the tensor's own name there): the base if the method has one, then the inputs in their order."""
-        base, order = place.part.base, _order(self._method, place.part)
-        numbers = [base, *order] if base is not None and self.has_base(place) else order
-        return tuple(self._own(place, number) for number in numbers)
+        key = id(place.part)
+        if key not in self._numbers:
+            base, order = place.part.base, _order(self._method, place.part)
+            numbers = [base, *order] if base is not None and self.has_base(place) else order
+            self._numbers[key] = tuple((number, place.part.sources[number].model) for number in numbers)
+        return tuple((model, self.known[model].own(place.names[number])) for number, model in self._numbers[key])
 
     def base_of(self, place: Place) -> tuple[int, str] | None:
         """The tensor of the slice's base, else of the first model, else of the first source; None if that lacks it."""
         sources = place.part.sources
         of_first = (k for k, source in enumerate(sources) if source.model == self._recipe.first)
         number = place.part.base if place.part.base is not None else next(of_first, 0)
-        model = sources[number].model
-        return self._own(place, number) if place.names[number] in self.known[model] else None
+        model, name = sources[number].model, place.names[number]
+        return (model, self.known[model].own(name)) if name in self.known[model] else None
 
     def lacking(self, place: Place) -> list[int]:
         """The models that lack a tensor which they have a part in."""
@@ -196,10 +198,6 @@ class Expansion:
     def num_scheduled(self) -> int:
         """How many tensors, of those asked for so far, have parameters by a pattern or along the layers."""
         return self._values.num_scheduled
-
-    def _own(self, place: Place, number: int) -> tuple[int, str]:
-        model = place.part.sources[number].model
-        return model, self.known[model].own(place.names[number])
 
     def _first_before(self, models: Iterable[int]) -> list[int]:
         return sorted(models, key=lambda k: (k != self._recipe.first, k))

@@ -70,8 +70,10 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
         if any(reason != NOT_CHOSEN for reason in kept.values()):
             raise MismatchError(f"{_all(models)} have no tensor in common that could be merged. Are they related?")
         raise RecipeError(NOTHING_CHOSEN)
-    ordered = sorted(sorted((*merged, *kept)), key=natural_key)
-    return Fit(ordered, kept, tuple(_warnings(recipe, models, kept, left_out)))
+    merged += kept
+    merged.sort()
+    merged.sort(key=natural_key)
+    return Fit(merged, kept, tuple(_warnings(recipe, models, kept, left_out)))
 
 
 def _reason(

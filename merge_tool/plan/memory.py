@@ -144,6 +144,8 @@ def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
 
 def _state_bytes(plan: MergePlan) -> int:
     """What the passes over the one tensor that they are at may hold, for every output."""
+    if not any(plan.may_take_passes(job) for job in plan.jobs()):
+        return 0
     state = largest = 0
     for job in plan.jobs():
         largest = max(largest, _scales_bytes(plan, job))

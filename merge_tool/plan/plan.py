@@ -143,7 +143,7 @@ class MergePlan:
         return bool(job.values) and self.method.is_weighted(job.num_inputs, has_base=job.has_base)
 
     def has_steps(self, job: TensorJob) -> bool:
-        return bool(job.values) and not self.is_weighted(job)
+        return self.method.steps is not None and bool(job.values) and not self.is_weighted(job)
 
     def may_take_passes(self, job: TensorJob) -> bool:
         """Whether there may be more than one pass over its inputs before anything is merged."""

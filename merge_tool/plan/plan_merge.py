@@ -19,7 +19,7 @@ from merge_tool.methods.passes import check_given
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.renaming import find_renaming, renaming_warnings
-from merge_tool.plan.expand import Expansion
+from merge_tool.plan.expand import Expansion, Place
 from merge_tool.plan.fit import Fit, fit, no_match
 from merge_tool.plan.layout import lay_out, output_dtype, output_stem
 from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
@@ -108,14 +108,13 @@ class _Jobs:
         return [stored.get(name) or self._info(name) for name in names]
 
     def _info(self, name: str) -> TensorInfo:
-        model, own = self._sources(name)[0]
+        model, own = self._sources(self.expansion.place(name))[0]
         info, stored = self.models[model].tensors[own], self.models[model].stored_dtype(own)
         dtype = stored if name in self.kept else output_dtype(self.recipe, stored)
         return info if (info.name, info.dtype) == (name, dtype) else replace(info, name=name, dtype=dtype)
 
-    def _sources(self, name: str) -> tuple[tuple[int, str], ...]:
-        place = self.expansion.place(name)
-        if name not in self.kept:
+    def _sources(self, place: Place) -> tuple[tuple[int, str], ...]:
+        if place.name not in self.kept:
             return self.expansion.sources(place)
         base = self.expansion.base_of(place)
         assert base is not None  # else it is left out
@@ -130,9 +129,10 @@ class _Jobs:
         return self._plain(number, out)
 
     def _plain(self, number: int, out: TensorInfo) -> TensorJob:
-        places = self._sources(out.name)
-        sources: tuple[TensorSource, ...] = tuple(self.models[k].source(name) for k, name in places)
-        sides = self._sides.setdefault(sides := tuple(k for k, _ in places), sides)
+        place = self.expansion.place(out.name)
+        origin = self._sources(place)
+        sources: tuple[TensorSource, ...] = tuple(self.models[k].source(name) for k, name in origin)
+        sides = self._sides.setdefault(sides := tuple(k for k, _ in origin), sides)
         if (reason := self.kept.get(out.name)) is not None:
             return TensorJob(number, out, sources, sides, note=reason)
         if out.numel == 0:
@@ -140,7 +140,6 @@ class _Jobs:
         exact = sources[0].info.dtype not in FLOAT_DTYPES
         if exact and len(sources) > 1:
             return TensorJob(number, out, sources, sides, exact=True)
-        place = self.expansion.place(out.name)
         has_base = self.expansion.has_base(place)
         values = self.expansion.values(place)
         job = TensorJob(number, out, sources, sides, values, has_base, note=rows_note(sources[0]))
@@ -157,14 +156,14 @@ class _Jobs:
                 continue
             self._checked.add(key)
             try:
-                check_given(self.method, job.given(0, output))
+                check_given(self.method, given := job.given(0, output))
             except ValueError as e:
                 raise RecipeError(f"{shown(job.out.name)}: {e}") from e
-        if len({self.method.granularity(job.given(0, output)) for output in range(len(job.values))}) > 1:
-            raise RecipeError(
-                f"{shown(job.out.name)}: is merged by rows in one output and as a whole in another, which is not one "
-                "pass. Make them one after the other."
-            )
+            if self.method.granularity(given) != self.method.granularity(job.given(0)):
+                raise RecipeError(
+                    f"{shown(job.out.name)}: is merged by rows in one output and as a whole in another, which is not "
+                    "one pass. Make them one after the other."
+                )
 
     def _in_8_bits(self, number: int, out: TensorInfo, weight: str, scaled: ScaledPlan) -> TensorJob:
         """Codes and scales have the fate of the weight that they are of."""
