@@ -129,7 +129,8 @@ class _Exact:
         self.done = TensorDone(job.number, None, equal=True)
 
     def add(self, start: int, inputs: Sequence[Array], scratch: Scratch) -> None:
-        self.equal = self.equal and all(same_values(inputs[0], other) for other in inputs[1:])
+        if self.equal and not all(same_values(inputs[0], other) for other in inputs[1:]):
+            self.equal = False  # only ever set so: what another thread has found stays
 
     def settle(self, chunks: Chunks, scratch: Scratch) -> None:
         self.needs_chunks = False
