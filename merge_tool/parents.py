@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.sub_configs import sub_configs
 from merge_tool.errors import CheckpointError, MismatchError, shown
 from merge_tool.row_tensors import rows_of
 from merge_tool.tokenizer_json import TOKENIZER
@@ -102,15 +103,15 @@ def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, way: str) -> Iterab
             yield f"{told} {_compared(base, ft)}. With {way} rows are matched by token."
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that matter, those of sub-configs as `text_config.num_attention_heads`."""
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config = {"rope_theta": rope["rope_theta"], **config}
-    found = {f"{prefix}{key}": config[key] for key in _COMPARED_SETTINGS if config.get(key) is not None}
-    for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("_config") and not prefix:
-            found |= _settings(value, f"{key}.")
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that matter, those of a part as `text_config.num_attention_heads`."""
+    found: dict[str, Any] = {}
+    for place, part in sub_configs(config):
+        rope = part.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            part = {"rope_theta": rope["rope_theta"], **part}
+        named = {key: ".".join((*place, key)) for key in _COMPARED_SETTINGS}
+        found |= {name: part[key] for key, name in named.items() if part.get(key) is not None}
     return found
 
 

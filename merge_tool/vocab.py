@@ -15,6 +15,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile
 from merge_tool.checkpoint.source import LocalFile, sha256_of
+from merge_tool.checkpoint.sub_configs import text_configs
 from merge_tool.errors import CheckpointError, listed, shown
 from merge_tool.recipe import Recipe
 from merge_tool.row_tensors import align_rows, known_rows, rows_of
@@ -116,10 +117,8 @@ def _new_id(choice: str, found: Vocabularies, side: int, number: int) -> int | N
 
 
 def config_sizes(model: Checkpoint) -> Iterator[int]:
-    config = model.config or {}
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
-            yield part["vocab_size"]
+    """Every vocab_size that a model's config.json says of its language model."""
+    return (part["vocab_size"] for part in text_configs(model.config) if type(part.get("vocab_size")) is int)
 
 
 def tokenizer_file(folder: Folder) -> CheckpointFile:
@@ -181,8 +180,8 @@ def settings_warnings(alignment: Alignment, model: int, folder: Folder | None) -
         return
     for name in ("config.json", "generation_config.json"):
         config = folder.load_json(name) if folder.has(name) else {}
-        for part in (config, config.get("text_config")):
-            for key, value in part.items() if isinstance(part, dict) else ():
+        for part in text_configs(config):
+            for key, value in part.items():
                 if _IDS.fullmatch(key):
                     yield from _moved(alignment, model, f"{folder.name}/{name}: {shown(key)}", value)
 

@@ -28,9 +28,10 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint.pickle": {
         "checkpoint.header", "checkpoint.lookalikes", "checkpoint.source", "checkpoint.strided", "errors",
     },
+    "checkpoint.sub_configs": set(),
     "checkpoint.grid": {"checkpoint.strided"},
-    "checkpoint.fp8": {"checkpoint.grid", "checkpoint.header", "checkpoint.source", "errors"},
-    "checkpoint.quantised": {"checkpoint.header", "errors"},
+    "checkpoint.fp8": {"checkpoint.grid", "checkpoint.header", "checkpoint.source", "checkpoint.sub_configs", "errors"},
+    "checkpoint.quantised": {"checkpoint.header", "checkpoint.sub_configs", "errors"},
     "checkpoint.reader": {
         "checkpoint.folder", "checkpoint.fp8", "checkpoint.header", "checkpoint.hub", "checkpoint.lookalikes",
         "checkpoint.pickle", "checkpoint.quantised", "checkpoint.source", "errors",
@@ -47,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "methods.many": {"methods", "methods.steps"},
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
-    "renaming": {"checkpoint.reader", "errors"},
+    "renaming": {"checkpoint.reader", "checkpoint.sub_configs", "errors"},
     "low_rank": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
     "lora_config": {"checkpoint.folder", "checkpoint.source", "errors"},
     "lora": {
@@ -82,7 +83,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "vocab_rows": {"methods", "recipe", "rows", "tokens"},
     "vocab": {
-        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "errors", "recipe", "row_tensors", "side_files",
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.source", "checkpoint.sub_configs", "errors", "recipe",
+        "row_tensors", "side_files",
         "tokenizer_json", "tokens", "vocab_rows",
     },
     "joined_rows": {"errors", "joined_tokens", "methods", "recipes.models_recipe", "rows"},
@@ -112,7 +114,7 @@ ARROWS: dict[str, set[str]] = {
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
     "run": {"buffers", "checkpoint.reader", "checkpoint.source", "memory", "methods", "plan", "work", "worker"},
     "worker": set(),
-    "side_files": {"checkpoint.folder", "errors"},
+    "side_files": {"checkpoint.folder", "checkpoint.sub_configs", "errors"},
     "older": {"checkpoint.folder", "errors", "side_files"},
     "journal": {"errors"},
     "lock": {"errors"},
@@ -132,7 +134,8 @@ ARROWS: dict[str, set[str]] = {
         "overlap", "parents", "plan", "recipe", "row_tensors", "side_files", "vocab",
     },
     "parents": {
-        "checkpoint.folder", "checkpoint.reader", "errors", "row_tensors", "tokenizer_json", "tokens", "vocab",
+        "checkpoint.folder", "checkpoint.reader", "checkpoint.sub_configs", "errors", "row_tensors", "tokenizer_json",
+        "tokens", "vocab",
     },
     "complete": {
         "checkpoint.reader", "errors", "methods", "older", "output", "plan", "prepare", "recipe", "report",
