@@ -25,7 +25,7 @@ from merge_tool.complete import (
     labelled,
     single_facts,
 )
-from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, shown
+from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, reason, shown
 from merge_tool.memory import (
     peak_bytes,
     resident_bytes,
@@ -40,6 +40,7 @@ from merge_tool.report import (
     Findings,
     Summary,
     alarms,
+    damaged,
     from_record,
     load_tensors,
     report_lines,
@@ -223,9 +224,9 @@ def _finds_it_complete(prepared: Prepared, work: Work, *, overwrite: bool) -> bo
 def _complete(prepared: Prepared, report_path: Path | None, started: float) -> MergeReport:
     """The report of a merge that was there already."""
     first = prepared.target.path / prepared.plan.labels[0] / REPORT
+    summary = summarise(prepared.plan, _findings_from_report(prepared))
     if report_path is not None:
         _write_report(report_path, [first.read_text(encoding="utf-8")])
-    summary = summarise(prepared.plan, _findings_from_report(prepared))
     return _report(prepared, summary, started, already_complete=True)
 
 
@@ -271,12 +272,14 @@ def _findings(work: Work) -> Findings:
 
 
 def _findings_from_report(prepared: Prepared) -> Findings:
-    report = prepared.target.path / prepared.plan.labels[0] / REPORT
-    by_name = {tensor["name"]: tensor for tensor in load_tensors(report)}
-    found = Findings()
-    for job in prepared.plan.jobs():
-        tensor = by_name[job.out.name]
-        found.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
+    report, found = prepared.target.path / prepared.plan.labels[0] / REPORT, Findings()
+    try:
+        by_name = {tensor["name"]: tensor for tensor in load_tensors(report)}
+        for job in prepared.plan.jobs():
+            tensor = by_name[job.out.name]
+            found.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise damaged(report, e) from e
     return found
 
 
@@ -362,7 +365,7 @@ def _write_report(path: Path, lines: Iterable[str]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as e:
-        raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e
+        raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
 
 
 def _report(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:

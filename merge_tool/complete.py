@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
-from merge_tool.errors import DataError, OutputError, listed, shown
+from merge_tool.errors import DataError, OutputError, listed, reason, shown
 from merge_tool.methods import TILE, same_values
 from merge_tool.older import check_conflicts, read_sums
 from merge_tool.output import Target
@@ -47,7 +47,7 @@ def is_complete(prepared: Prepared) -> bool:
             )
         changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
-        raise OutputError(f"{shown(target.path)}: cannot be read ({e.strerror}: {shown(e.filename)}).") from e
+        raise OutputError(f"{shown(target.path)}: cannot be read ({reason(e)}).") from e
     if changed:
         raise OutputError(
             f"{shown(target.path)}: holds this merge, but {listed(changed)} changed since. "

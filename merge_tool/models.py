@@ -11,7 +11,7 @@ from typing import Any
 from merge_tool.api import MergeReport, Running, carry_out
 from merge_tool.chat_template import choose_template
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.errors import RecipeError, listed, reason, shown
 from merge_tool.joined_vocab import join_vocabularies
 from merge_tool.matching import NOT_CHOSEN, NOT_IN_ALL, NOTHING_CHOSEN, find_unchosen
 from merge_tool.methods.many import STEPS_METHODS
@@ -161,7 +161,10 @@ def _recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
     if isinstance(recipe, Mapping):
         import yaml
 
-        return yaml.safe_dump(dict(recipe), sort_keys=False), "the recipe"
+        try:
+            return yaml.safe_dump(dict(recipe), sort_keys=False), "the recipe"
+        except yaml.YAMLError as e:
+            raise RecipeError(f"The recipe holds what YAML cannot: {shown(e)}. Give texts, numbers and lists.") from e
     path = Path(recipe)
     try:
         if path.stat().st_size > _LARGEST_RECIPE:
@@ -169,7 +172,5 @@ def _recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
                 f"{shown(path)}: has {path.stat().st_size:,} bytes, at most {_LARGEST_RECIPE:,} are read."
             )
         return path.read_text(encoding="utf-8"), path.name
-    except OSError as e:
-        raise RecipeError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
-    except UnicodeDecodeError as e:
-        raise RecipeError(f"{shown(path)}: is not a text in UTF-8 ({e.reason} at byte {e.start:,}).") from e
+    except (OSError, ValueError) as e:
+        raise RecipeError(f"{shown(path)}: cannot be read ({reason(e)}).") from e

@@ -21,7 +21,7 @@ from typing import Any
 
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter, part_path, rename_synced, sync_folder
-from merge_tool.errors import OutputError, listed, output_failed, shown
+from merge_tool.errors import OutputError, listed, output_failed, reason, shown
 from merge_tool.journal import Journal
 from merge_tool.lock import FolderLock
 from merge_tool.older import is_model_file, older_labels, outdated, strangers
@@ -58,8 +58,8 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
     try:
         shared = next((source for source in inputs if lies_in(path, source) or lies_in(source, path)), None)
         is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
-    except (OSError, RuntimeError) as e:
-        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    except (OSError, RuntimeError, ValueError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
     if shared is not None:
         raise OutputError(_shared(path, shared))
     if target.is_file and is_folder:
@@ -81,8 +81,8 @@ def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], i
             changed = (*new, *outdated(folder))
             places |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
         found = find_shared(places, inputs)
-    except (OSError, RuntimeError) as e:
-        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    except (OSError, RuntimeError, ValueError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
     if found is not None:
         raise OutputError(_shared(*found))
 

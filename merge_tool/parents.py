@@ -9,7 +9,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import sub_configs
-from merge_tool.errors import CheckpointError, MismatchError, shown
+from merge_tool.errors import CheckpointError, MismatchError, reason, shown
 from merge_tool.row_tensors import rows_of
 from merge_tool.tokenizer_json import TOKENIZER
 from merge_tool.tokens import compare_tokenizers
@@ -126,4 +126,4 @@ def _same_bytes(base: Folder, ft: Folder, name: str) -> bool:
                 if left != right or not left:
                     return left == right
     except OSError as e:
-        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+        raise CheckpointError(f"{name} of {base.name} or {ft.name}: cannot be read ({reason(e)}).") from e

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from merge_tool.chat_template import template_warnings, with_template
 from merge_tool.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from merge_tool.config_fit import fit_config
-from merge_tool.errors import CheckpointError, MismatchError, OutputError, RecipeError, listed, shown
+from merge_tool.errors import CheckpointError, MismatchError, OutputError, RecipeError, listed, reason, shown
 from merge_tool.inputs import Download, Inputs
 from merge_tool.lora import open_models, parts
 from merge_tool.memory import (
@@ -178,7 +178,8 @@ def prepare_plan(
                 found.fetch()
             return plan_it(read_samples=read_samples)
     except OSError as e:
-        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+        file = f"{PurePath(e.filename).name} of" if isinstance(e.filename, str) else "A file of"
+        raise CheckpointError(f"{shown(file)} the inputs cannot be read ({reason(e)}).") from e
 
 
 def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, read_samples: bool) -> Prepared:
@@ -188,14 +189,11 @@ def _prepare(found: Inputs, asked: Asked, budget: int, jobs: int, most: int, *, 
     if alignment is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
         check_vocabularies(models, is_pair=plan.is_pair)
     donor = models[recipe.files_from == "ft" if plan.is_pair else plan.donor]
-    try:
-        side_files = plan_side_files(
-            None if target.is_file else donor.folder,
-            donor.weight_files,
-            card=FT_CARD if recipe.files_from == "ft" else BASE_CARD,
-        )
-    except OSError as e:
-        raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
+    side_files = plan_side_files(
+        None if target.is_file else donor.folder,
+        donor.weight_files,
+        card=FT_CARD if recipe.files_from == "ft" else BASE_CARD,
+    )
     side_files = replace(side_files, layers=plan.layers, keeps_quantization=plan.is_scaled)
     told: list[str] = []
     if alignment is not None:
@@ -251,8 +249,8 @@ def _check_report_path(path: Path, recipe: Recipe, target: Target, inputs: Itera
     try:
         is_harmful = any(lies_in(path, other) for other in (*inputs, target.path, target.work))
         is_folder, has_parent = path.is_dir(), path.parent.is_dir()
-    except (OSError, RuntimeError) as e:
-        raise OutputError(f"{where}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    except (OSError, RuntimeError, ValueError) as e:
+        raise OutputError(f"{where}: cannot be used ({reason(e)}).") from e
     if is_folder or not has_parent:
         raise OutputError(f"{where}: {'is a folder' if is_folder else 'its folder is missing'}. Choose a file's path.")
     if is_harmful:

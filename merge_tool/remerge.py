@@ -25,7 +25,7 @@ from merge_tool.buffers import WorkerMemory
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checks import Checks, check_bytes, first_difference
-from merge_tool.errors import CheckpointError, OutputError, listed, shown
+from merge_tool.errors import CheckpointError, OutputError, listed, reason, shown
 from merge_tool.lora import open_models
 from merge_tool.methods import METHODS, TILE, as_bytes, same_values
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
@@ -93,7 +93,7 @@ def plan_again(
             pad_vocab_to_multiple_of=options.get("pad_vocab_to_multiple_of"),
         )
     except (KeyError, TypeError, AttributeError) as e:
-        raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
+        raise OutputError(f"{REPORT}: its options are not those of a merge ({reason(e)}).") from e
     texts = [rule.pattern.text for rule in recipe.rules] + [*recipe.only, *recipe.exclude]
     if _regular_expressions(texts):
         _check_patterns(texts, {name for model in open_models(against) for name in model.tensors})
@@ -114,7 +114,7 @@ def plan_recipe_again(
         max_shard_bytes = int(options["max_shard_bytes"] or DEFAULT_MAX_SHARD_BYTES)
         only, exclude = ([str(text) for text in options.get(key, ())] for key in ("only", "exclude"))
     except (KeyError, TypeError, ValueError) as e:
-        raise OutputError(f"{REPORT}: its options are not those of a recipe's merge ({shown(e)}).") from e
+        raise OutputError(f"{REPORT}: its options are not those of a recipe's merge ({reason(e)}).") from e
     options_of = partial(Recipe, max_shard_bytes=max_shard_bytes, extrapolate=True)
     plan_it = partial(prepare_models, recipe, out, seed=seed, memory_bytes=memory_bytes, jobs=jobs)
     if _regular_expressions([*only, *exclude]):
@@ -156,7 +156,7 @@ def check_parents(
     try:
         findings = _load_findings(checks, report, plan)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        checks.add(f"{REPORT}: its tensors cannot be read ({shown(e)}); no element was compared.")
+        checks.add(f"{REPORT}: its tensors cannot be read ({reason(e)}); no element was compared.")
         return
     if full:
         sink = _Comparison(checks, files)
@@ -238,7 +238,7 @@ def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared:
     try:
         told = folder.regular(CARD).read_text(encoding="utf-8")
     except (CheckpointError, OSError, ValueError) as e:
-        checks.add(f"{CARD}: {shown(e)}")
+        checks.add(f"{CARD}: {reason(e)}")
         return
     if _body(told) != _body(card):
         checks.add(f"{CARD}: is not the card of a merge of these parents.")
@@ -263,7 +263,7 @@ def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> Non
             with folder.regular(name).open("rb") as file:
                 same = all(file.read(len(piece)) == piece for piece in pieces) and not file.read(1)
         except (CheckpointError, OSError) as e:
-            checks.add(f"{shown(name)}: {shown(e)}")
+            checks.add(f"{shown(name)}: {reason(e)}")
             continue
         if not same:
             checks.add(f"{shown(name)}: is not what a merge of these parents has there.")

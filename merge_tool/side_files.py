@@ -16,7 +16,7 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
 from merge_tool.checkpoint.sub_configs import Place, is_of_text, is_sub_config, text_configs
-from merge_tool.errors import CheckpointError, shown
+from merge_tool.errors import CheckpointError, reason, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
 RECIPE = "mergekit_config.yml"  # where other tools look for a recipe; verbatim
@@ -90,9 +90,9 @@ class SideFiles:
                     yield text
                 while chunk := content.read(_COPY_BYTES):
                     yield chunk
-        except OSError as e:
+        except (OSError, ValueError) as e:  # no JSON any more: it has changed since it was looked at
             raise CheckpointError(
-                f"{folder.name}/{shown(file.source)}: cannot be read ({e.strerror}). Mend that, then run the same "
+                f"{folder.name}/{shown(file.source)}: cannot be read ({reason(e)}). Mend that, then run the same "
                 "command: it continues where it stopped."
             ) from e
 
@@ -128,7 +128,7 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
         path = folder.path(relative)
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"{folder.name}/{shown(relative)}: may not be read (permission denied).")
-        copied.append(SideFile(relative, card if relative == CARD else relative, path.stat().st_size))
+        copied.append(SideFile(relative, card if relative == CARD else relative, folder.size(relative)))
     unmerged = tuple(file.source for file in copied if is_weight_file(file.source))
     return SideFiles(folder, tuple(copied), tuple(skipped), unmerged)
 
@@ -147,11 +147,10 @@ def _module_folders(folder: Folder) -> frozenset[str]:
 
 
 def _load_modules(folder: Folder) -> Iterable[Any]:
-    path = folder.regular("modules.json")
-    if path.stat().st_size > 1_000_000:
+    if folder.size("modules.json") > 1_000_000:
         return []
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(folder.read("modules.json"))
     except (ValueError, RecursionError):
         return []
     return found if isinstance(found, list) else []

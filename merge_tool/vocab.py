@@ -160,11 +160,7 @@ def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
     if found.folder is not None and alignment.tokenizer is not found.folder:
         copied = [file for file in copied if file.source not in TOKENIZER_FILES]
         folder = alignment.tokenizer
-        copied += [
-            SideFile(name, name, folder.regular(name).stat().st_size, folder)
-            for name in TOKENIZER_FILES
-            if folder.has(name)
-        ]
+        copied += [SideFile(name, name, folder.size(name), folder) for name in TOKENIZER_FILES if folder.has(name)]
     if (insert := alignment.insert) is not None:
         copied = [
             replace(file, size=file.size + len(insert[1]), insert=insert) if file.source == TOKENIZER else file
