@@ -40,6 +40,7 @@ from merge_tool.methods import (
     total,
 )
 from merge_tool.report import median
+from merge_tool.worker import cannot_start
 
 _WORKER_BYTES = Scratch.NBYTES + 2 * 8 * TILE
 _RESERVE_BYTES = 8_000_000  # threads' stacks, malloc's own, the results
@@ -175,11 +176,18 @@ def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: in
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            yield from pool.map(work, names)
+            yield from _started(pool, work, names)
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _started(pool: ThreadPoolExecutor, work: Callable[[str], _Found], names: Sequence[str]) -> Iterator[_Found]:
+    try:
+        return pool.map(work, names)
+    except RuntimeError as e:
+        raise cannot_start(e) from e
 
 
 def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Found:

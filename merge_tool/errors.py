@@ -8,7 +8,8 @@
     ├── MismatchError       two inputs do not fit together: names, shapes
     ├── DataError           values that cannot be merged: NaN, infinity, overflow, unequal integers
     ├── OutputError         the output cannot be written: not empty, in use, disk full
-    └── EvaluationError     a sweep's evaluation command failed, or its scores cannot be read
+    ├── EvaluationError     a sweep's evaluation command failed, or its scores cannot be read
+    └── WorkerError         a thread of ours could not be started, or ended unexpectedly
 
 A message says which file or tensor, what was found, what was expected, and what to do next.
 Anything else that escapes is a bug of ours and may show a traceback.
@@ -54,6 +55,10 @@ class OutputError(MergeToolError):
 
 class EvaluationError(MergeToolError):
     """The user's evaluation command failed or printed no scores."""
+
+
+class WorkerError(MergeToolError):
+    """A worker thread could not be started, or ended unexpectedly; its cause, if one is known, is `__cause__`."""
 
 
 def shown(name: object, limit: int = 200) -> str:

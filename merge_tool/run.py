@@ -24,11 +24,12 @@ import numpy as np
 from merge_tool.buffers import Arena, WorkerMemory
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
 from merge_tool.checkpoint.source import TensorSource
+from merge_tool.errors import WorkerError
 from merge_tool.memory import Layout, aligned, region_bytes
 from merge_tool.methods import Array, as_bytes
 from merge_tool.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.work import TensorDone, Work, start_work
-from merge_tool.worker import Worker
+from merge_tool.worker import Worker, ended
 
 Progress = Callable[[int, str], None]
 _PATIENCE = 1.0  # seconds that a signal waits for the disk
@@ -172,7 +173,7 @@ class _Run:
         try:
             for _ in range(layout.jobs):
                 self.workers.append(Worker(self._work))
-        except MemoryError:
+        except (MemoryError, WorkerError):
             self.close()
             raise
 
@@ -317,8 +318,11 @@ class _Run:
         """Block the calling thread; with a time limit a turn, so that a signal is seen on every system."""
         with self.changed:
             while not self.changed.wait_for(lambda: self.failure is not None or condition(), timeout=1.0):
-                if not all(worker.is_alive for worker in self.workers):  # and could not even say why
-                    raise MemoryError("a thread has ended")
+                dead = next((worker for worker in self.workers if not worker.is_alive), None)
+                if dead is not None and isinstance(dead.error, MemoryError):
+                    raise dead.error
+                if dead is not None:
+                    raise ended(dead.error) from dead.error
             if self.failure is not None:
                 raise self.failure
 

@@ -112,8 +112,10 @@ ARROWS: dict[str, set[str]] = {
     },
     "memory": {"checkpoint.reader", "errors", "methods", "plan", "quantise", "work"},
     "buffers": {"checkpoint.reader", "memory", "methods", "plan"},
-    "run": {"buffers", "checkpoint.reader", "checkpoint.source", "memory", "methods", "plan", "work", "worker"},
-    "worker": set(),
+    "run": {
+        "buffers", "checkpoint.reader", "checkpoint.source", "errors", "memory", "methods", "plan", "work", "worker",
+    },
+    "worker": {"errors"},
     "side_files": {"checkpoint.folder", "checkpoint.sub_configs", "errors"},
     "older": {"checkpoint.folder", "errors", "side_files"},
     "journal": {"errors"},
@@ -160,7 +162,9 @@ ARROWS: dict[str, set[str]] = {
         "report", "side_files",
     },
     "sweep": {"api", "errors", "lock", "output", "prepare", "recipe"},
-    "diff": {"checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report"},
+    "diff": {
+        "checkpoint.header", "checkpoint.reader", "errors", "lora", "matching", "memory", "methods", "report", "worker",
+    },
     "plot": {"diff", "errors", "recipe", "sweep"},
     "show": {
         "api", "compare", "diff", "errors", "inputs", "plan", "prepare", "recipe", "recipes.stacks", "report",
