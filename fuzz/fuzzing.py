@@ -267,7 +267,14 @@ CARD = (
 SUMS = b"%s  config.json\n\\%s  a\\nb\n" % ((b"0" * 64,) * 2)
 MODULES = b'[{"idx": 0, "path": "1_Dense", "type": "x"}, {"path": ""}]'
 MODEL_INDEX = b'{"_class_name": "X", "unet": ["diffusers", "UNet"], "vae": [null, null]}'
-JOURNAL = b'{"record": "plan", "facts": {}}\n{"record": "shard", "number": 0, "sha256": ["00"]}\n'
+
+
+def valid_journal(chance: random.Random) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "j")
+        journal.append([{"record": "plan", "facts": {}}, {"record": "shard", "number": 0, "sha256": ["00"]}])
+        return journal.path.read_bytes()
+
 
 TARGETS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[], Callable[[bytes], str]]]] = {
     "header": (valid_header, lambda: check_header),
@@ -280,7 +287,7 @@ TARGETS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[], Callable
     "sums": (lambda c: SUMS, lambda: in_folder("SHA256SUMS", lambda f: read_sums(f.root))),
     "modules": (lambda c: MODULES, lambda: in_folder("modules.json", _module_folders)),
     "model_index": (lambda c: MODEL_INDEX, lambda: in_folder("model_index.json", _module_folders)),
-    "journal": (lambda c: JOURNAL, lambda: in_folder("j", lambda f: list(Journal(f.root / "j").records()))),
+    "journal": (valid_journal, lambda: in_folder("j", lambda f: list(Journal(f.root / "j").records()))),
 }
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, shown
+from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, reason, shown
 from merge_tool.files import write_whole
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -23,7 +23,7 @@ from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
 from merge_tool.output.older import check_conflicts
-from merge_tool.output.report import Summary, alarms, load_tensors, report_lines, summarise, sums_text
+from merge_tool.output.report import Summary, alarms, damaged, load_tensors, report_lines, summarise, sums_text
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine, peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.prepare import Prepared, prepare
@@ -337,20 +337,28 @@ def _write_report(path: Path, lines: Iterable[str]) -> None:
     try:
         write_whole(path, (line.encode() for line in lines))
     except OSError as e:
-        raise OutputError(f"{shown(path)}: the report cannot be written ({e.strerror}).") from e
+        raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
 
 
 def _found_complete(prepared: Prepared, report: Path | None, started: float) -> MergeReport:
     """The report of a merge that was there already."""
     stored = prepared.target.path / prepared.plan.labels[0] / REPORT
+    summary = summarise(prepared.plan, _stored_findings(prepared, stored))
     if report is not None:
         _write_report(report, [stored.read_text(encoding="utf-8")])
-    by_name = {tensor["name"]: tensor for tensor in load_tensors(stored)}
+    return _report(prepared, summary, started, already_complete=True)
+
+
+def _stored_findings(prepared: Prepared, stored: Path) -> Findings:
     findings = Findings()
-    for job in prepared.plan.jobs():
-        tensor = by_name[job.out.name]
-        findings.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
-    return _report(prepared, summarise(prepared.plan, findings), started, already_complete=True)
+    try:
+        by_name = {tensor["name"]: tensor for tensor in load_tensors(stored)}
+        for job in prepared.plan.jobs():
+            tensor = by_name[job.out.name]
+            findings.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise damaged(stored, e) from e
+    return findings
 
 
 def _report(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:

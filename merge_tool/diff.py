@@ -28,6 +28,7 @@ from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, s
 from merge_tool.models.lora import open_models
 from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
 from merge_tool.plan.stacks import natural_key
+from merge_tool.run.buffers import cannot_start
 from merge_tool.run.findings import median
 
 _WORKER_BYTES = Scratch.NBYTES + 2 * 8 * TILE
@@ -164,11 +165,18 @@ def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: in
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            yield from pool.map(work, names)
+            yield from _started(pool, work, names)
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _started(pool: ThreadPoolExecutor, work: Callable[[str], _Found], names: Sequence[str]) -> Iterator[_Found]:
+    try:
+        return pool.map(work, names)
+    except RuntimeError as e:
+        raise cannot_start(e) from e
 
 
 def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Found:

@@ -8,7 +8,8 @@
     ├── MismatchError       two inputs do not fit together: names, shapes
     ├── DataError           values that cannot be merged: NaN, infinity, overflow, unequal integers
     ├── OutputError         the output cannot be written: not empty, in use, disk full
-    └── EvaluationError     a sweep's evaluation command failed, or its scores cannot be read
+    ├── EvaluationError     a sweep's evaluation command failed, or its scores cannot be read
+    └── WorkerError         a thread of ours could not be started, or ended unexpectedly
 
 A message says which file or tensor, what was found, what was expected, and what to do next.
 Anything else that escapes is a bug of ours and may show a traceback.
@@ -56,6 +57,10 @@ class EvaluationError(MergeToolError):
     """The user's evaluation command failed or printed no scores."""
 
 
+class WorkerError(MergeToolError):
+    """A worker thread could not be started, or ended unexpectedly; its cause, if one is known, is `__cause__`."""
+
+
 def shown(name: object, limit: int = 200) -> str:
     """`name` as it may be printed: control characters escaped, at most `limit` characters.
 
@@ -75,8 +80,23 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     return head if len(names) <= most else f"{head} and {len(names) - most:,} more"
 
 
+def reason(e: BaseException) -> str:
+    """What an error says is wrong: without the whole path of the user's that the system's errors carry.
+
+    >>> reason(FileNotFoundError(2, "No such file or directory", "/home/me/model/config.json"))
+    'No such file or directory'
+    >>> reason(UnicodeDecodeError("utf-8", b"abc", 1, 2, "invalid start byte"))
+    'it is no text in utf-8, at byte 1'
+    """
+    if isinstance(e, OSError) and e.strerror:
+        return shown(e.strerror)
+    if isinstance(e, UnicodeDecodeError):
+        return f"it is no text in {e.encoding}, at byte {e.start:,}"
+    return shown(str(e) or type(e).__name__, 600)
+
+
 def output_failed(path: Path, e: OSError) -> OutputError:
     """The system refused something about the output at `path`."""
     return OutputError(
-        f"{shown(path)}: {e.strerror or e}. Mend that, then run the same command: it continues where it stopped."
+        f"{shown(path)}: {reason(e)}. Mend that, then run the same command: it continues where it stopped."
     )

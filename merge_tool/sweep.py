@@ -332,6 +332,11 @@ class _Journal:
                 self.begun = line.get("begun", self.begun)
                 if "scores" in line:
                     self.scores[line["t"]] = line["scores"]
+            if len({frozenset(scores) for scores in self.scores.values()}) > 1:
+                raise OutputError(
+                    f"{shown(self._path)}: its points have different scores. Choose another folder, or --overwrite to "
+                    "start anew."
+                )
         except BaseException:
             self.close()
             raise
@@ -361,17 +366,32 @@ class _Journal:
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines; the last may have been cut short by a kill."""
+    """The whole lines; the last may have been cut short by a kill. Raises OutputError for one that is damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except FileNotFoundError:
         return
-    for line in text.splitlines():
+    for number, line in enumerate(text.splitlines(keepends=True)):
+        if not line.endswith(b"\n"):
+            return
         try:
             found = json.loads(line)
-        except ValueError:
-            return
+        except (ValueError, RecursionError):
+            found = None
+        if not _is_whole(found):
+            raise OutputError(
+                f"{shown(path)}: line {number + 1} is damaged. Choose another folder, or --overwrite to start anew."
+            )
         yield found
+
+
+def _is_whole(line: Any) -> bool:
+    """Whether it is a sweep's facts, or what a sweep adds to them."""
+    if not isinstance(line, dict):
+        return False
+    begun, scores = line.get("begun", []), line.get("scores", {"": 0})
+    numbers = [*begun, *scores.values()] if isinstance(begun, list) and isinstance(scores, dict) else [None]
+    return all(map(_is_number, numbers)) and len(scores) > 0 and ("scores" not in line or _is_number(line.get("t")))
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

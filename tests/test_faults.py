@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 
 from checkpoints import contents, language_model, save_model
-from merge_tool import CheckpointError, MergeToolError, OutputError, RecipeError, merge
+from merge_tool import CheckpointError, MergeToolError, OutputError, merge
 from merge_tool.checkpoint.source import LocalFile
+from merge_tool.diff import diff_checkpoints
+from merge_tool.errors import WorkerError
 from merge_tool.plan.memory import resident_bytes
 from merge_tool.run.run import _Run
 from power import Tree, lay_out, watched
@@ -349,11 +351,49 @@ def test_a_thread_that_the_system_has_no_memory_for_hangs_nothing(
         return 0 if which == "never begins" else start(function, (lambda: None,))
 
     with monkeypatch.context() as patch:
-        patch.setattr("merge_tool.run.worker._START_SECONDS", 0.2)
-        patch.setattr("merge_tool.run.worker._thread.start_new_thread", starved)
-        with pytest.raises(RecipeError, match=r"less memory left than .* it continues"):
+        patch.setattr("merge_tool.run.buffers._START_SECONDS", 0.2)
+        patch.setattr("merge_tool.run.buffers._thread.start_new_thread", starved)
+        said = "did not begin within 0.2 s" if which == "never begins" else r"ended unexpectedly \(it left no message\)"
+        with pytest.raises(WorkerError, match=f"A worker thread {said}.* it continues"):
             merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
     merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), MemoryError("2 bytes")])
+def test_a_thread_that_ends_unexpectedly_names_its_cause(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A fault of ours is not the user's lack of memory; where memory was the cause, that is said."""
+
+    def fail(run: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_work", fail)
+        with pytest.raises(MergeToolError) as caught:
+            merge(*pair, tmp_path / "out", jobs=2)
+    assert caught.value.__cause__ is error
+    is_memory = isinstance(error, MemoryError)
+    assert ("less memory left than" in str(caught.value)) == is_memory
+    assert ("ended unexpectedly (ZeroDivisionError: by zero)" in str(caught.value)) != is_memory
+    merge(*pair, tmp_path / "out")
+
+
+def test_a_system_that_starts_no_thread_is_not_said_to_lack_memory_alone(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a merge, and for a comparison."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("merge_tool.run.buffers._thread.start_new_thread", refuse)
+        patch.setattr(threading.Thread, "start", refuse)
+        for work in (lambda: merge(*pair, tmp_path / "out"), lambda: diff_checkpoints(*pair)):
+            with pytest.raises(WorkerError, match=r"memory, or the number of threads, is limited\. Give fewer --jobs"):
+                work()
+    merge(*pair, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -404,7 +404,7 @@ def test_a_tied_heads_copy_is_left_out_aloud_and_one_trained_apart_refused(tmp_p
         ({"init_lora_weights": "corda"}, "was initialised by 'corda'"),
         ({"init_lora_weights": "loftq"}, "was initialised by 'loftq'"),
         *(
-            ({"peft_type": kind}, f"is a {kind} adapter; only LORA is read. Merge it with peft")
+            ({"peft_type": kind}, f"peft_type in adapter_config.json is {kind}; only LORA is read. Merge it with peft")
             for kind in ("ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "NEW\\x1b"[:3])
         ),
         (

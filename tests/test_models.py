@@ -26,6 +26,7 @@ from merge_tool.methods.steps import Given, OrderStatistics, Steps, StepsMethod,
 from merge_tool.plan.memory import resident_bytes
 from merge_tool.verify.verify import verify
 from test_memory import linux_only, write_model
+from test_sub_configs import NESTINGS, nested
 
 EACH: dict[str, dict[str, Any]] = {  # what an input needs beside nothing
     "linear": {"weight": 0.5}, "nuslerp": {"weight": 0.5}, "multislerp": {"weight": 0.4}, "karcher": {},
@@ -217,6 +218,25 @@ def test_stacked_layers_are_renumbered_and_the_configuration_follows(models: lis
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["num_hidden_layers"] == 4
     assert config["layer_types"] == ["a", "b", "b", "c"]
+
+
+@pytest.mark.parametrize("place", NESTINGS)
+def test_stacked_layers_are_counted_wherever_the_configuration_does(
+    models: list[Path], tmp_path: Path, place: tuple[str, ...]
+) -> None:
+    """And nothing else is; where no number of layers is known, a warning tells of it."""
+    base = models[0]
+    slices = [{"sources": [{"model": str(base), "layer_range": span}]} for span in ([0, 2], [1, 3])]
+    vision = {"vision_config": {"num_hidden_layers": LAYERS}}
+    for inner in ({"model_type": "x", "num_hidden_layers": LAYERS}, {"model_type": "x", "depth": LAYERS}):
+        (base / "config.json").write_text(json.dumps(nested(place, inner) | vision))
+        told: list[str] = []
+        merge_models(
+            {"merge_method": "passthrough", "slices": slices}, tmp_path / "out", overwrite=True, on_warning=told.append
+        )
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config == nested(place, inner | {"num_hidden_layers": 4} if "depth" not in inner else inner) | vision
+        assert any("set that number" in text for text in told) == ("depth" in inner)
 
 
 def test_the_output_tells_its_recipe_and_no_path(models: list[Path], tmp_path: Path) -> None:

@@ -236,16 +236,32 @@ def test_another_merge_over_unfinished_work_names_the_difference(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"record": "plan"}\n', b"\xff\xfe", b"[]\n"])
-def test_a_damaged_journal_starts_anew_or_says_so(
+def test_a_journal_that_is_not_ours_starts_anew(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, damage: bytes
 ) -> None:
     out = unfinished(tmp_path, pair, monkeypatch)
     (out / ".slerp-merge/journal.jsonl").write_bytes(damage)
-    if damage.startswith(b'{"record'):
-        assert "unfinished merge that differs" in refusal(*pair, out, **SMALL)
-    merge(*pair, out, overwrite=True, **SMALL)
+    merge(*pair, out, **SMALL)
     merge(*pair, tmp_path / "whole", **SMALL)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_journal_ends_at_the_first_line_that_is_damaged(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digit, a letter or a bracket changed, in any line: what it and those after it speak of is merged again."""
+    merge(*pair, tmp_path / "whole", **SMALL)
+    out = unfinished(tmp_path, pair, monkeypatch)
+    shutil.copytree(out, tmp_path / "kept")
+    lines = (out / ".slerp-merge/journal.jsonl").read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "kept", out)
+        place = len(line) * (number + 1) // (len(lines) + 1)
+        damaged = line[:place] + bytes([line[place] ^ 1]) + line[place + 1 :]
+        (out / ".slerp-merge/journal.jsonl").write_bytes(b"".join([*lines[:number], damaged, *lines[number + 1 :]]))
+        merge(*pair, out, **SMALL)
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------- other people's files, other models

@@ -18,7 +18,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, WEIGHT_SUFFIXES, find_weights, weight_map_files
 from merge_tool.checkpoint.hub import REFUSED
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
-from merge_tool.errors import CheckpointError, FetchError, shown
+from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
 # Never part of a merge, and often larger than the model: other formats, checkpoints of its training, originals.
 _UNWANTED = [
@@ -172,8 +172,8 @@ def _indexed_files(repo: str, folder: Path, index: str, commit: str) -> list[str
         snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(index)])
     try:
         return weight_map_files(json.loads((folder / index).read_bytes()))
-    except (ValueError, OSError) as e:
-        raise FetchError(f"{repo}/{index}: is not an index of weights ({shown(e)}).") from e
+    except (ValueError, OSError, RecursionError) as e:
+        raise FetchError(f"{repo}/{index}: is not an index of weights ({reason(e)}).") from e
 
 
 def _module_weights(listing: Sequence[str]) -> list[str]:

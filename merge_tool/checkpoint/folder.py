@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.lookalikes import known_start
-from merge_tool.errors import CheckpointError, listed, shown
+from merge_tool.errors import CheckpointError, listed, reason, shown
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
@@ -50,7 +50,7 @@ class Folder:
             what = f"a link to {shown(link.readlink())}, which is missing" if link.is_symlink() else "missing"
             raise CheckpointError(f"{where}: is {what}.") from e
         except (OSError, RuntimeError) as e:
-            raise CheckpointError(f"{where}: cannot be followed ({getattr(e, 'strerror', e)}).") from e
+            raise CheckpointError(f"{where}: cannot be followed ({reason(e)}).") from e
         if not target.is_relative_to(self.root) and not (self._blobs and target.is_relative_to(self._blobs)):
             raise CheckpointError(
                 f"{where}: is a link to {shown(target)}, outside the folder. "
@@ -61,9 +61,31 @@ class Folder:
     def regular(self, relative: str) -> Path:
         """As `path`, for a regular file: opening it does not wait, as opening a pipe would."""
         target = self.path(relative)
-        if not stat.S_ISREG(target.stat().st_mode):
+        if not stat.S_ISREG(self._status(relative, target).st_mode):
             raise CheckpointError(f"{self.name}/{shown(relative)}: is not a regular file.")
         return target
+
+    def _status(self, relative: str, target: Path) -> os.stat_result:
+        try:
+            return target.stat()
+        except OSError as e:
+            raise self.unreadable(relative, e) from e
+
+    def size(self, relative: str) -> int:
+        """How many bytes a regular file has."""
+        return self._status(relative, self.regular(relative)).st_size
+
+    def read(self, relative: str) -> bytes:
+        """The content of a regular file. Raises CheckpointError where it cannot be read."""
+        path = self.regular(relative)
+        try:
+            return path.read_bytes()
+        except OSError as e:
+            raise self.unreadable(relative, e) from e
+
+    def unreadable(self, relative: str, e: Exception) -> CheckpointError:
+        """What to raise where a file of the folder cannot be read."""
+        return CheckpointError(f"{self.name}/{shown(relative)}: cannot be read ({reason(e)}).")
 
     def has(self, relative: str) -> bool:
         return os.path.lexists(self.root / relative)
@@ -76,12 +98,16 @@ class Folder:
         yield from self._walk("", frozenset({self.root}), skip)
 
     def _walk(self, prefix: str, above: frozenset[Path], skip: Callable[[str], bool]) -> Iterator[str]:
-        for name in sorted(entry.name for entry in (self.root / prefix).iterdir()):
+        try:
+            names = sorted(entry.name for entry in (self.root / prefix).iterdir())
+        except OSError as e:
+            raise CheckpointError(f"{self.name}/{shown(prefix)}: cannot be listed ({reason(e)}).") from e
+        for name in names:
             relative = f"{prefix}{name}"
             if skip(relative):
                 continue
             target = self.path(relative)
-            mode = target.stat().st_mode
+            mode = self._status(relative, target).st_mode
             if stat.S_ISDIR(mode):
                 if target in above:
                     raise CheckpointError(f"{self.name}/{shown(relative)}: is a link to a folder above it.")
@@ -94,18 +120,13 @@ class Folder:
     def load_json(self, relative: str, *, unique_keys: bool = False) -> dict[str, Any]:
         """The JSON object in a file; CheckpointError if it is anything else, or too large."""
         where = f"{self.name}/{shown(relative)}"
-        path = self.regular(relative)
-        status = path.stat()
-        if status.st_size > LARGEST_JSON:
-            raise CheckpointError(f"{where}: has {status.st_size:,} bytes, at most {LARGEST_JSON:,} are read.")
-        raw = b""
+        if (size := self.size(relative)) > LARGEST_JSON:
+            raise CheckpointError(f"{where}: has {size:,} bytes, at most {LARGEST_JSON:,} are read.")
+        raw = self.read(relative)
         try:
-            raw = path.read_bytes()
             value = json.loads(raw, object_pairs_hook=_unique_keys if unique_keys else None)
         except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{where}: {known_start(raw) or f'is not valid JSON ({shown(e)})'}.") from e
-        except OSError as e:
-            raise CheckpointError(f"{where}: cannot be read ({e.strerror}).") from e
+            raise CheckpointError(f"{where}: {known_start(raw) or f'is not valid JSON ({reason(e)})'}.") from e
         if not isinstance(value, dict):
             raise CheckpointError(f"{where}: holds a {type(value).__name__}, expected a JSON object.")
         if _is_deeper(value, _DEEPEST_JSON):

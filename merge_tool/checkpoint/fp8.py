@@ -17,6 +17,7 @@ from merge_tool.arrays import FLOAT8_DTYPES, FLOAT8_TABLES, SCALE_DTYPES, Array
 from merge_tool.checkpoint.grid import Grid
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.source import ByteSource, TensorSource
+from merge_tool.checkpoint.sub_configs import is_sub_config, sub_configs
 from merge_tool.errors import CheckpointError, listed, shown
 
 SCALES = ("_scale_inv", "_scale")  # what the name of a weight's scales adds to the weight's own
@@ -147,8 +148,8 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
 
 
 def quantization_of(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The quantization_config of a model's config.json, or of its first sub-config that has one."""
-    for part in (config or {}, *(v for k, v in (config or {}).items() if isinstance(v, dict) and k.endswith("config"))):
+    """The first quantization_config in a model's config.json: its own, or a part's."""
+    for _, part in sub_configs(config or {}):
         if found := part.get("quantization_config"):
             return found if isinstance(found, dict) else {}
     return None
@@ -158,9 +159,7 @@ def without_quantization(config: Mapping[str, Any] | None) -> dict[str, Any] | N
     """What config.json says of a checkpoint that is read as real values."""
     if config is None:
         return None
-    inner = {
-        k: without_quantization(v) if isinstance(v, dict) and k.endswith("config") else v for k, v in config.items()
-    }
+    inner = {key: without_quantization(value) if is_sub_config(key, value) else value for key, value in config.items()}
     return {key: value for key, value in inner.items() if key != "quantization_config"}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.sub_configs import sub_configs
 from merge_tool.errors import shown
 
 _ORIGINAL = "Merge the original weights, and quantise the result."
@@ -107,7 +108,7 @@ _SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale"
 
 def why_quantised(config: Mapping[str, Any] | None, tensors: _Names) -> str | None:
     """Which quantised format a checkpoint is in, by what, why it is not merged, and what to do; None if in none."""
-    for settings in _with_sub_configs(config or {}):
+    for _, settings in sub_configs(config or {}):
         if quantisation := settings.get("quantization_config"):
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
             sign = f"quantization_config in config.json{f', method {shown(method)}' if method else ''}"
@@ -156,8 +157,3 @@ def _lone_scales(tensors: _Names) -> str | None:
         if (has_fp8 and is_named_so) or name.endswith((".quant_map", ".scale_weight")) or name == "scaled_fp8":
             return name
     return None
-
-
-def _with_sub_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield config
-    yield from (value for key, value in config.items() if isinstance(value, dict) and key.endswith("config"))

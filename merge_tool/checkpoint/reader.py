@@ -24,7 +24,7 @@ from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
-from merge_tool.errors import CheckpointError, HeaderError, listed, shown
+from merge_tool.errors import CheckpointError, HeaderError, listed, reason, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +215,8 @@ def open_found(
             raise CheckpointError(f"{shown(path)}: is neither a folder nor a regular file.")
         else:
             raise CheckpointError(f"{shown(path)}: no such file or folder. Check the spelling.")
-    except OSError as e:
-        raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
+    except (OSError, RuntimeError) as e:
+        raise CheckpointError(f"{shown(path)}: cannot be read ({reason(e)}).") from e
     if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.name}: holds no tensors.")
     if not as_stored:

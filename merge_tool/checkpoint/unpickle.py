@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-from merge_tool.errors import CheckpointError, listed, shown
+from merge_tool.errors import CheckpointError, listed, reason, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
 _OLDEST_TORCH = (2, 6)  # before, weights_only could be made to run code (CVE-2025-32434)
@@ -67,7 +67,7 @@ def answer(path: str, where: str) -> dict[str, Any]:
     except MemoryError:
         return {"refused": f"{where}: there is not enough memory to read it."}
     except OSError as e:
-        return {"refused": f"{where}: cannot be read ({e.strerror or shown(e)})."}
+        return {"refused": f"{where}: cannot be read ({reason(e)})."}
 
 
 def tensors_in(path: str) -> dict[str, Any]:

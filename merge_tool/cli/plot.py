@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_tool.errors import RecipeError, shown
+from merge_tool.errors import RecipeError, output_failed, shown
 from merge_tool.recipe.recipe import label_t
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def check_plot_path(path: Path) -> None:
         raise RecipeError("A picture needs matplotlib: pip install 'slerp-merge[plot]'")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise RecipeError(f"{shown(path)}: a picture is .png, .svg or .pdf.")
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):  # noqa: PTH112 - which raises where a name is too long
         raise RecipeError(f"{shown(path)}: there is no such folder.")
 
 
@@ -130,4 +131,7 @@ def _subplots(
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as e:
+        raise output_failed(path, e) from e

@@ -20,7 +20,7 @@ from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, FileTensor, open_found, open_one_file
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.checkpoint.strided import StridedTensor
-from merge_tool.errors import CheckpointError, MismatchError, listed, shown
+from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
 from merge_tool.models.lora_config import CONFIG, Settings, read_settings
 from merge_tool.models.low_rank import Factor, LowRankTensor
 from merge_tool.models.renaming import Names, is_head, tied_embedding
@@ -72,7 +72,8 @@ def is_adapter(path: Path, coming: Coming = NOTHING) -> bool:
     """Whether a folder holds an adapter and no model."""
     names = ("model.safetensors", "model.safetensors.index.json")
     have = coming.get(path, {})
-    return (path / CONFIG).is_file() and not any(name in have or os.path.lexists(path / name) for name in names)
+    has_config = os.path.isfile(path / CONFIG)  # noqa: PTH113 - which raises where a name is too long
+    return has_config and not any(name in have or os.path.lexists(path / name) for name in names)
 
 
 # ---------------------------------------------------------------------------------------------- opening
@@ -150,7 +151,7 @@ def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_H
         settings = read_settings(folder)
         weights = open_one_file(folder, settings.weights, max_header_bytes=max_header_bytes)
     except OSError as e:
-        raise CheckpointError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
+        raise CheckpointError(f"{shown(path)}: cannot be read ({reason(e)}).") from e
     if not weights.tensors:
         raise CheckpointError(f"{weights.name}: holds no tensors.")
     matched = _Matcher(base, folder.name, settings, weights)

@@ -102,7 +102,7 @@ def read_settings(folder: Folder) -> Settings:
     saved = tuple(map(str, saved)) if isinstance(saved, list) else ()
     unknown = tuple(sorted(key for key, value in config.items() if key not in _KNOWN and value))
     return Settings(
-        LocalFile(path, where), hashlib.sha256(path.read_bytes()).hexdigest(), where, weights, int(rank), alpha,
+        LocalFile(path, where), hashlib.sha256(folder.read(CONFIG)).hexdigest(), where, weights, int(rank), alpha,
         bool(config.get("use_rslora")), bool(config.get("fan_in_fan_out")),
         str(config.get("base_model_name_or_path") or ""), ranks, alphas, saved, unknown,
     )  # fmt: skip
@@ -138,13 +138,13 @@ def _check_patterns(where: str, key: str, patterns: Any) -> None:
 
 def _refuse(name: str, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the adapter's effect is a sum of products with a scale."""
-    kind = str(config.get("peft_type"))
+    kind = str(config.get("peft_type") or "nameless")
     if kind in _NOTHING_TO_MERGE:
         raise CheckpointError(f"{name}: is a {kind} adapter: it has inputs of its own and no weights to merge.")
     if kind in _BY_INPUT:
         raise CheckpointError(f"{name}: is a {kind} adapter, which weighs its parts by the input: it has no merge.")
     if kind != "LORA":
-        raise CheckpointError(f"{name}: is a {shown(kind)} adapter; only LORA is read. {_PEFT_MERGES}")
+        raise CheckpointError(f"{name}: peft_type in {CONFIG} is {shown(kind)}; only LORA is read. {_PEFT_MERGES}")
     for key, what in _REFUSED.items():
         if config.get(key):
             raise CheckpointError(f"{name}: uses {what}, which is not W + scale * B A. {_PEFT_MERGES}")

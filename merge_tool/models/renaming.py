@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.sub_configs import text_configs
 from merge_tool.errors import shown
 
 # What model classes and training wrappers put before a tensor's own name, one or several of them.
@@ -153,9 +154,8 @@ def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """What config.json or its sub-configs say of tie_word_embeddings; None if nothing, or both."""
-    parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
-    said = {part["tie_word_embeddings"] for part in parts if isinstance(part.get("tie_word_embeddings"), bool)}
+    """What config.json says of tie_word_embeddings, in all its parts about text; None if nothing, or both."""
+    said = {tied for part in text_configs(config) if isinstance(tied := part.get("tie_word_embeddings"), bool)}
     return said.pop() if len(said) == 1 else None
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
-from merge_tool.errors import CheckpointError, shown
+from merge_tool.checkpoint.sub_configs import Place, is_of_text, is_sub_config, text_configs
+from merge_tool.errors import CheckpointError, reason, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
 RECIPE = "mergekit_config.yml"  # where other tools look for a recipe; verbatim
@@ -29,7 +30,6 @@ _SKIPPED_FILES = re.compile(
     r"|[^/]*\.(safetensors|bin)\.index\.json|\.DS_Store"
 )
 _SPACE = re.compile(r"[ \t\n\r]*")
-_CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")(torch\.)?((?:[^"\\]|\\.)*)(")')
 _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -90,9 +90,9 @@ class SideFiles:
                     yield text
                 while chunk := content.read(_COPY_BYTES):
                     yield chunk
-        except OSError as e:
+        except (OSError, ValueError) as e:  # no JSON any more: it has changed since it was looked at
             raise CheckpointError(
-                f"{folder.name}/{shown(file.source)}: cannot be read ({e.strerror}). Mend that, then run the same "
+                f"{folder.name}/{shown(file.source)}: cannot be read ({reason(e)}). Mend that, then run the same "
                 "command: it continues where it stopped."
             ) from e
 
@@ -128,7 +128,7 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
         path = folder.path(relative)
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"{folder.name}/{shown(relative)}: may not be read (permission denied).")
-        copied.append(SideFile(relative, card if relative == CARD else relative, path.stat().st_size))
+        copied.append(SideFile(relative, card if relative == CARD else relative, folder.size(relative)))
     unmerged = tuple(file.source for file in copied if is_weight_file(file.source))
     return SideFiles(folder, tuple(copied), tuple(skipped), unmerged)
 
@@ -147,69 +147,109 @@ def _module_folders(folder: Folder) -> frozenset[str]:
 
 
 def _load_modules(folder: Folder) -> Iterable[Any]:
-    path = folder.regular("modules.json")
-    if path.stat().st_size > 1_000_000:
+    if folder.size("modules.json") > 1_000_000:
         return []
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(folder.read("modules.json"))
     except (ValueError, RecursionError):
         return []
     return found if isinstance(found, list) else []
 
 
 def _edit_config(config: bytes, dtype: str | None) -> bytes:
-    if b"quantization_config" in config:
-        plain = without_quantization_config(config)
-        dtype = dtype or ("BF16" if plain != config else None)
-        config = plain
-    return config if dtype is None else edit_config_dtype(config, dtype)
+    plain = without_quantization_config(config)
+    dtype = dtype or ("BF16" if plain != config else None)
+    return plain if dtype is None else edit_config_dtype(plain, dtype)
 
 
 def without_quantization_config(config: bytes) -> bytes:
-    """config.json without its quantization_config, and without those of its sub-configs; else byte for byte."""
-    text = config.decode("utf-8", "surrogatepass")
-    for begin, end in reversed(list(_quantization_spans(text, text.index("{")))):
-        text = text[:begin] + text[end:]
-    return text.encode("utf-8", "surrogatepass")
+    """config.json without its quantization_config, and without those of its parts; else byte for byte."""
+    return _replaced(config, lambda text: ((begin, end, "") for begin, end in _quantization_spans(text, _first(text))))
 
 
-def _quantization_spans(text: str, place: int) -> Iterator[tuple[int, int]]:
-    """Where in the JSON object at `place` the members to remove stand, each with one comma; in the text's order."""
-    members, previous, gone = list(_members(text, place)), None, None
-    for key, begin, value, end in members:
-        if key == "quantization_config" and text[value:end] != "null":
-            gone = begin if gone is None else gone
+def _quantization_spans(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """Where in the JSON object at `start` the members to remove stand, each with one comma; in the text's order."""
+    members, previous, gone = list(_members(text, start)), None, None
+    for member in members:
+        if member.key == "quantization_config" and member.value is not None:
+            gone = member.begin if gone is None else gone
             continue
         if gone is not None:
-            yield gone, begin
-        previous, gone = end, None
-        if key.endswith("config") and text[value] == "{":
-            yield from _quantization_spans(text, value)
+            yield gone, member.begin
+        previous, gone = member.end, None
+        if is_sub_config(member.key, member.value):
+            yield from _quantization_spans(text, member.start)
     if gone is not None:
-        yield gone if previous is None else previous, members[-1][3]
+        yield gone if previous is None else previous, members[-1].end
 
 
 def with_member(content: bytes, key: str, value: Any) -> bytes:
     """A JSON object with another value for a key that it has; else byte for byte."""
-    text = content.decode("utf-8", "surrogatepass")
-    for found, _, start, stop in reversed(list(_members(text, text.index("{")))):
-        if found == key:
-            text = text[:start] + json.dumps(value, ensure_ascii=False) + text[stop:]
-    return text.encode("utf-8", "surrogatepass")
+    new = json.dumps(value, ensure_ascii=False)
+
+    def edits(text: str) -> Iterator[tuple[int, int, str]]:
+        return ((m.start, m.end, new) for m in _members(text, _first(text)) if m.key == key)
+
+    return _replaced(content, edits)
 
 
-def _members(text: str, place: int) -> Iterator[tuple[str, int, int, int]]:
-    """(key, where it begins, where its value begins and ends) of an object of valid JSON."""
+def _replaced(content: bytes, edits: Callable[[str], Iterable[tuple[int, int, str]]]) -> bytes:
+    """A JSON file with other text in some places (begin, end, text), in their order; else byte for byte."""
+    encoding = json.detect_encoding(content)  # as json.loads does
+    text = content.decode(encoding, "surrogatepass")
+    for begin, end, new in reversed(list(edits(text))):
+        text = text[:begin] + new + text[end:]
+    return text.encode(encoding, "surrogatepass")
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A member of an object in a JSON text: where it begins, and where its value stands, from `start` to `end`."""
+
+    key: str
+    value: Any
+    begin: int
+    start: int
+    end: int
+
+
+def _first(text: str) -> int:
+    """Where the JSON object that a file holds begins."""
+    return text.index("{")
+
+
+def _members(text: str, start: int) -> Iterator[_Member]:
+    """The members of the object of valid JSON that begins at `start`."""
     decoder = json.JSONDecoder()
-    place = _after(text, place + 1)
-    while text[place] != "}":
-        begin = place
-        key, place = decoder.raw_decode(text, place)
-        value = _after(text, _after(text, place) + 1)
-        _, end = decoder.raw_decode(text, value)
-        yield key, begin, value, end
-        place = _after(text, end)
-        place = _after(text, place + 1) if text[place] == "," else place
+    start = _after(text, start + 1)
+    while text[start] != "}":
+        key, place = decoder.raw_decode(text, start)
+        begin, start = start, _after(text, _after(text, place) + 1)
+        value, end = decoder.raw_decode(text, start)
+        yield _Member(key, value, begin, start, end)
+        start = _after(text, end)
+        start = _after(text, start + 1) if text[start] == "," else start
+
+
+def _config_members(text: str, start: int, place: Place = ()) -> Iterator[tuple[Place, _Member]]:
+    """The members of the configuration at `start` and, where they stand, those of its parts' configurations."""
+    for member in _members(text, start):
+        if is_sub_config(member.key, member.value):
+            yield from _config_members(text, member.start, (*place, member.key))
+        else:
+            yield place, member
+
+
+def _set(config: bytes, new: Callable[[Place, str, Any], Any]) -> bytes:
+    """config.json with `new(place, key, value)` as the value of each member that is no part's configuration."""
+
+    def edits(text: str) -> Iterator[tuple[int, int, str]]:
+        for place, member in _config_members(text, _first(text)):
+            value = new(place, member.key, member.value)
+            if value != member.value:
+                yield member.start, member.end, json.dumps(value, ensure_ascii=False)
+
+    return _replaced(config, edits)
 
 
 def _after(text: str, place: int) -> int:
@@ -218,67 +258,69 @@ def _after(text: str, place: int) -> int:
 
 
 def edit_config_dtype(config: bytes, dtype: str) -> bytes:
-    """config.json with `dtype` and `torch_dtype` set to `dtype` (a code such as BF16), in sub-configs too.
+    """config.json with `dtype` and `torch_dtype` set to `dtype` (a code such as BF16), in its parts, too.
 
-    Only those words change: spaces, order and line ends stay as they are. Other objects' keys stay as well, and so
-    do values that name no float type.
+    Only those words change: spaces, order and line ends stay as they are. So do values that name no float type.
     """
-    name = _CONFIG_NAMES[dtype].encode()
-    ours = iter(list(_dtype_keys(json.loads(config), is_config=True)))
 
-    def replace(match: re.Match[bytes]) -> bytes:
-        before, prefix, old, quote = match.groups()
-        is_ours = next(ours, False) and old.startswith((b"float", b"bfloat"))
-        return before + (prefix or b"") + (name if is_ours else old) + quote
+    def new(place: Place, key: str, value: Any) -> Any:
+        if key not in {"dtype", "torch_dtype"} or not isinstance(value, str):
+            return value
+        prefix = "torch." if value.startswith("torch.") else ""
+        is_float = value.removeprefix(prefix).startswith(("float", "bfloat"))
+        return f"{prefix}{_CONFIG_NAMES[dtype]}" if is_float else value
 
-    return _CONFIG_DTYPE.sub(replace, config)
+    return _set(config, new)
 
 
 def edit_vocab_size(config: bytes, before: frozenset[int], after: int) -> bytes:
-    """config.json with `after` wherever a vocab_size is one of those `before`; nothing else changes."""
-
-    def replace(match: re.Match[bytes]) -> bytes:
-        return match[1] + (str(after).encode() if int(match[2]) in before else match[2])
-
-    return re.sub(rb'("vocab_size"\s*:\s*)([0-9]{1,12})', replace, config)
+    """config.json with `after` wherever a vocab_size of the language model is one of those `before`; the rest stays."""
+    return _set(
+        config,
+        lambda place, key, value: (
+            after if key == "vocab_size" and type(value) is int and value in before and is_of_text(place) else value
+        ),
+    )
 
 
 def edit_ties(config: bytes, ties: bool) -> bytes:
-    """config.json with `tie_word_embeddings` wherever it stands, or else in front; nothing else changes."""
-    word = b"true" if ties else b"false"
-    edited, count = re.subn(rb'("tie_word_embeddings"\s*:\s*)(?:true|false)', rb"\g<1>" + word, config)
-    return edited if count else config.replace(b"{", b'{\n  "tie_word_embeddings": ' + word + b",", 1)
+    """config.json with `tie_word_embeddings` wherever it stands for the language model, or else in front; the rest
+    stays."""
+
+    def edits(text: str) -> Iterator[tuple[int, int, str]]:
+        word, first = json.dumps(ties), _first(text)
+        members = (member for place, member in _config_members(text, first) if is_of_text(place))
+        found = [m for m in members if m.key == "tie_word_embeddings" and isinstance(m.value, bool)]
+        for member in found:
+            yield member.start, member.end, word
+        if not found:
+            comma = "" if text[_after(text, first + 1)] == "}" else ","
+            yield first + 1, first + 1, f'\n  "tie_word_embeddings": {word}{comma}'
+
+    return _replaced(config, edits)
 
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
+def counts_layers(config: Mapping[str, Any] | None) -> bool:
+    """Whether config.json says how many layers the language model has."""
+    return any(type(part.get(key)) is int for part in text_configs(config) for key in _LAYER_COUNTS)
+
+
 def edit_config_layers(config: bytes, layers: Sequence[int]) -> bytes:
-    """config.json for a model whose layer k was layer `layers[k]`: their number, and every list that has one entry per
-    layer, in the sub-config of the text model, too."""
+    """config.json for a language model whose layer k was layer `layers[k]`: their number, and every list that has one
+    entry per layer, wherever the configuration speaks of that model."""
     content = json.loads(config)
-    for part in (content, content.get("text_config")):
-        if isinstance(part, dict):
-            _restack(part, layers)
+    for part in text_configs(content):
+        _restack(part, layers)
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def _restack(part: dict[str, Any], layers: Sequence[int]) -> None:
+def _restack(part: Any, layers: Sequence[int]) -> None:
     counts = [part[key] for key in _LAYER_COUNTS if isinstance(part.get(key), int)]
     for key, value in part.items():
         if key in _LAYER_COUNTS and isinstance(value, int):
             part[key] = len(layers)
         elif isinstance(value, list) and len(value) in counts and "layer" in key and max(layers) < len(value):
             part[key] = [value[k] for k in layers]
-
-
-def _dtype_keys(value: Any, *, is_config: bool) -> Iterator[bool]:
-    """For every string-valued dtype key below `value`, in the text's order: whether a configuration holds it."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _dtype_keys(item, is_config=False)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key in {"dtype", "torch_dtype"} and isinstance(item, str):
-                yield is_config
-            yield from _dtype_keys(item, is_config=is_config and key.endswith("config"))

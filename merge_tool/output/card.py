@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.errors import shown
+from merge_tool.errors import CheckpointError, reason, shown
 from merge_tool.output.report import Summary, remarks
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
@@ -171,8 +171,14 @@ def _front_matter(card: Path | None) -> dict[str, Any]:
 
     if card is None:
         return {}
-    with card.open("rb") as file:
-        head = file.read(65_536).decode("utf-8", "replace")
+    try:
+        with card.open("rb") as file:
+            head = file.read(65_536).decode("utf-8", "replace")
+    except OSError as e:
+        raise CheckpointError(
+            f"{shown(card.name)}, the model card of the first model: cannot be read ({reason(e)}). Mend that, then run "
+            "the same command: it continues where it stopped."
+        ) from e
     match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
     if not match:
         return {}

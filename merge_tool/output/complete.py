@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path, PurePath
 
-from merge_tool.errors import OutputError, listed, shown
+from merge_tool.errors import OutputError, listed, reason, shown
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
 from merge_tool.output.older import check_conflicts, read_sums
 from merge_tool.output.report import read_identity
@@ -41,7 +41,7 @@ def is_complete(prepared: Prepared) -> bool:
             )
         changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
-        raise OutputError(f"{shown(target.path)}: cannot be read ({e.strerror}: {shown(e.filename)}).") from e
+        raise OutputError(f"{shown(target.path)}: cannot be read ({reason(e)}).") from e
     if changed:
         raise OutputError(
             f"{shown(target.path)}: holds this merge, but {listed(changed)} changed since. "

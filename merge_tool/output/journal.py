@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from merge_tool.errors import output_failed
 
+_SUM = b', "crc32": "'  # and eight digits, `"}`: of the line before that, as the last member
+
 
 class Journal:
-    """Append-only lines of JSON. A last line that a crash cut short does not count."""
+    """Append-only lines of JSON, each with its checksum. It ends at the first line that a crash or a disk damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,11 +25,7 @@ class Journal:
         try:
             with self.path.open("rb") as lines:
                 for line in lines:
-                    try:
-                        record = json.loads(line)
-                    except (ValueError, RecursionError):
-                        return
-                    if not line.endswith(b"\n") or not isinstance(record, dict):
+                    if (record := _parsed(line)) is None:
                         return
                     yield record
         except FileNotFoundError:
@@ -35,11 +34,13 @@ class Journal:
             raise output_failed(self.path, e) from e
 
     def trim(self) -> None:
-        """Drop a last line that a crash cut short, so that the next one starts a line of its own."""
+        """Drop what follows the complete records, so that the next one is read again."""
         with self.path.open("r+b") as file:
             content = 0
             for line in file:
-                content += len(line) if line.endswith(b"\n") else 0
+                if _parsed(line) is None:
+                    break
+                content += len(line)
             file.truncate(content)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -47,8 +48,21 @@ class Journal:
         try:
             with self.path.open("ab") as file:
                 for record in records:
-                    file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+                    text = json.dumps(record, sort_keys=True).encode()[:-1]
+                    file.write(text + _SUM + b'%08x"}\n' % zlib.crc32(text))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
             raise output_failed(self.path, e) from e
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None if it is not as it was written."""
+    text, _, end = line.rpartition(_SUM)
+    if end != b'%08x"}\n' % zlib.crc32(text):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(text + b"}")
+    except (ValueError, RecursionError):
+        return None
+    return record

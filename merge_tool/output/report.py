@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.errors import shown
+from merge_tool.errors import OutputError, reason, shown
 from merge_tool.methods.inner import Weights, pair_angle
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.recipe.options import as_json
@@ -269,9 +269,16 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def load_tensors(report: Path) -> list[dict[str, Any]]:
-    """The tensors of a merge_report.json."""
-    tensors = json.loads(report.read_text(encoding="utf-8"))["tensors"]
-    return [tensor for tensor in tensors if isinstance(tensor, dict)]
+    """The tensors of a merge_report.json. Raises OutputError where that is damaged."""
+    try:
+        return list(json.loads(report.read_text(encoding="utf-8"))["tensors"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise damaged(report, e) from e
+
+
+def damaged(report: Path, e: Exception) -> OutputError:
+    """What to raise where a merge_report.json is not as it was written."""
+    return OutputError(f"{shown(report)}: cannot be read ({reason(e)}). Give --overwrite to merge again.")
 
 
 def read_identity(report: Path) -> tuple[str | None, tuple[str, ...]]:

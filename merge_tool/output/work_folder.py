@@ -20,7 +20,7 @@ from typing import Any
 
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.errors import OutputError, listed, output_failed, shown
+from merge_tool.errors import OutputError, listed, output_failed, reason, shown
 from merge_tool.files import part_path, rename_synced, sync_folder
 from merge_tool.output.journal import Journal
 from merge_tool.output.lock import FolderLock
@@ -49,8 +49,8 @@ def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], i
             changed = (*new, *outdated(folder))
             places |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
         found = find_shared(places, inputs)
-    except (OSError, RuntimeError) as e:
-        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    except (OSError, RuntimeError, ValueError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
     if found is not None:
         raise shared_with(*found)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.models.renaming import is_head, says_tied
-from merge_tool.models.side_files import SideFiles
+from merge_tool.models.side_files import SideFiles, counts_layers
 from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows
 
@@ -30,6 +30,11 @@ def fit_config(
         told.append(
             f"vocab_size in config.json is {rows:,}, the rows of the output's embedding; {donor.name} says "
             f"{', '.join(f'{size:,}' for size in sorted(said))}. Its tokenizer may name other tokens."
+        )
+    if found.layers and donor.config is not None and not counts_layers(donor.config):
+        told.append(
+            f"config.json of {donor.name} does not say under a known name how many layers there are. The output has "
+            f"{len(found.layers):,}: set that number in its config.json."
         )
     return replace(found, ties=ties, vocab_sizes=sizes), told
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, shown
+from merge_tool.checkpoint.sub_configs import sub_configs
+from merge_tool.errors import CheckpointError, MismatchError, reason, shown
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import TOKENIZER_FILES, explain
 from merge_tool.vocabulary.join import compare_tokenizers
@@ -108,15 +109,15 @@ def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, way: str) -> Iterab
             yield f"{told} {_compared(base, ft)}. With {way} rows are matched by token."
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that matter, those of sub-configs as `text_config.num_attention_heads`."""
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config = {"rope_theta": rope["rope_theta"], **config}
-    found = {f"{prefix}{key}": config[key] for key in _COMPARED_SETTINGS if config.get(key) is not None}
-    for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("_config") and not prefix:
-            found |= _settings(value, f"{key}.")
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that matter, those of a part as `text_config.num_attention_heads`."""
+    found: dict[str, Any] = {}
+    for place, part in sub_configs(config):
+        rope = part.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            part = {"rope_theta": rope["rope_theta"], **part}
+        named = {key: ".".join((*place, key)) for key in _COMPARED_SETTINGS}
+        found |= {name: part[key] for key, name in named.items() if part.get(key) is not None}
     return found
 
 
@@ -131,4 +132,4 @@ def _same_bytes(base: Folder, ft: Folder, name: str) -> bool:
                 if left != right or not left:
                     return left == right
     except OSError as e:
-        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+        raise CheckpointError(f"{name} of {base.name} or {ft.name}: cannot be read ({reason(e)}).") from e

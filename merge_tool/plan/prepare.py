@@ -10,11 +10,11 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, listed, shown
+from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.inputs import Download, Inputs
@@ -101,7 +101,8 @@ def prepare(
         side_files, more = _side_files(recipe, plan, models, alignment, target)
         samples = tuple(_sample(model) for model in models) if read_samples else ()
     except OSError as e:
-        raise CheckpointError(f"{shown(e.filename)}: cannot be read ({e.strerror}).") from e
+        file = f"{PurePath(e.filename).name} of" if isinstance(e.filename, str) else "A file of"
+        raise CheckpointError(f"{shown(file)} the inputs cannot be read ({reason(e)}).") from e
     first = models[recipe.first]
     first_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
@@ -144,14 +145,11 @@ def _side_files(
 ) -> tuple[SideFiles, list[str]]:
     """The files that are copied and what is changed in them, with warnings."""
     donor, warnings = models[recipe.donor], list[str]()
-    try:
-        found = plan_side_files(
-            None if target.is_file else donor.folder,
-            donor.weight_files,
-            card=BASE_CARD if recipe.donor == recipe.first else FT_CARD,
-        )
-    except OSError as e:
-        raise CheckpointError(f"{donor.name}: its files cannot be listed ({e.strerror}: {shown(e.filename)}).") from e
+    found = plan_side_files(
+        None if target.is_file else donor.folder,
+        donor.weight_files,
+        card=BASE_CARD if recipe.donor == recipe.first else FT_CARD,
+    )
     found = replace(found, layers=plan.layers, keeps_quantization=plan.is_scaled)
     if alignment is not None:
         found = side_files_of(alignment, found)

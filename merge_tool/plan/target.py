@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_tool.errors import OutputError, RecipeError, shown
+from merge_tool.errors import OutputError, RecipeError, reason, shown
 from merge_tool.models.side_files import WORK
 from merge_tool.plan.overlap import lies_in
 
@@ -36,8 +36,8 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
     try:
         shared = next((source for source in inputs if lies_in(path, source) or lies_in(source, path)), None)
         is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
-    except (OSError, RuntimeError) as e:
-        raise OutputError(f"{shown(path)}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    except (OSError, RuntimeError, ValueError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
     if shared is not None:
         raise shared_with(path, shared)
     if target.is_file and is_folder:
@@ -64,8 +64,8 @@ def check_report_path(path: Path, num_outputs: int, target: Target, inputs: Iter
     try:
         is_harmful = any(lies_in(path, other) for other in (*inputs, target.path, target.work))
         is_folder, has_parent = path.is_dir(), path.parent.is_dir()
-    except (OSError, RuntimeError) as e:
-        raise OutputError(f"{where}: cannot be used ({getattr(e, 'strerror', None) or e}).") from e
+    except (OSError, RuntimeError, ValueError) as e:
+        raise OutputError(f"{where}: cannot be used ({reason(e)}).") from e
     if is_folder or not has_parent:
         raise OutputError(f"{where}: {'is a folder' if is_folder else 'its folder is missing'}. Choose a file's path.")
     if is_harmful:

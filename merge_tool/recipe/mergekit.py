@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import RecipeError, shown
+from merge_tool.errors import RecipeError, reason, shown
 from merge_tool.methods.steps import REQUIRED, Method
 from merge_tool.recipe.mergekit_models import NamedModels
 from merge_tool.recipe.mergekit_parameters import INERT, Parameters, parse_values
@@ -350,7 +350,10 @@ def recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
     if isinstance(recipe, Mapping):
         import yaml
 
-        return yaml.safe_dump(dict(recipe), sort_keys=False), "the recipe"
+        try:
+            return yaml.safe_dump(dict(recipe), sort_keys=False), "the recipe"
+        except yaml.YAMLError as e:
+            raise RecipeError(f"The recipe holds what YAML cannot: {shown(e)}. Give texts, numbers and lists.") from e
     path = Path(recipe)
     try:
         if path.stat().st_size > _LARGEST_RECIPE:
@@ -358,7 +361,5 @@ def recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
                 f"{shown(path)}: has {path.stat().st_size:,} bytes, at most {_LARGEST_RECIPE:,} are read."
             )
         return path.read_text(encoding="utf-8"), path.name
-    except OSError as e:
-        raise RecipeError(f"{shown(path)}: cannot be read ({e.strerror}).") from e
-    except UnicodeDecodeError as e:
-        raise RecipeError(f"{shown(path)}: is not a text in UTF-8 ({e.reason} at byte {e.start:,}).") from e
+    except (OSError, ValueError) as e:
+        raise RecipeError(f"{shown(path)}: cannot be read ({reason(e)}).") from e

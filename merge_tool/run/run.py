@@ -24,9 +24,10 @@ import numpy as np
 
 from merge_tool.arrays import NUMPY_DTYPES, Array, as_bytes
 from merge_tool.checkpoint.source import TensorSource
+from merge_tool.errors import WorkerError
 from merge_tool.plan.memory import Layout, aligned, region_bytes
 from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
-from merge_tool.run.buffers import Arena, Worker, WorkerMemory
+from merge_tool.run.buffers import Arena, Worker, WorkerMemory, ended
 from merge_tool.run.findings import Findings
 from merge_tool.run.work import Work, start_work
 
@@ -172,7 +173,7 @@ class _Run:
         try:
             for _ in range(layout.jobs):
                 self.workers.append(Worker(self._work))
-        except MemoryError:
+        except (MemoryError, WorkerError):
             self.close()
             raise
 
@@ -317,8 +318,11 @@ class _Run:
         """Block the calling thread; with a time limit a turn, so that a signal is seen on every system."""
         with self.changed:
             while not self.changed.wait_for(lambda: self.failure is not None or condition(), timeout=1.0):
-                if not all(worker.is_alive for worker in self.workers):  # and could not even say why
-                    raise MemoryError("a thread has ended")
+                dead = next((worker for worker in self.workers if not worker.is_alive), None)
+                if dead is not None and isinstance(dead.error, MemoryError):
+                    raise dead.error
+                if dead is not None:
+                    raise ended(dead.error) from dead.error
             if self.failure is not None:
                 raise self.failure
 

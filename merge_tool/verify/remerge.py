@@ -18,7 +18,7 @@ from typing import Any
 from merge_tool._version import __version__
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.errors import CheckpointError, OutputError, listed, shown
+from merge_tool.errors import CheckpointError, OutputError, listed, reason, shown
 from merge_tool.methods.registry import METHODS
 from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import open_models
@@ -101,7 +101,7 @@ def _recipe_again(
         assert against is not None
         return pair_again(*against, {**head, "options": _options(head["options"])})
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise OutputError(f"{REPORT}: its options are not those of a merge ({shown(e)}).") from e
+        raise OutputError(f"{REPORT}: its options are not those of a merge ({reason(e)}).") from e
 
 
 def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def check_parents(
     try:
         findings = _load_findings(checks, report, plan)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        checks.add(f"{REPORT}: its tensors cannot be read ({shown(e)}); no element was compared.")
+        checks.add(f"{REPORT}: its tensors cannot be read ({reason(e)}); no element was compared.")
         return
     if full:
         sink = Comparison(checks, files)
@@ -223,7 +223,7 @@ def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared:
     try:
         told = folder.regular(CARD).read_text(encoding="utf-8")
     except (CheckpointError, OSError, ValueError) as e:
-        checks.add(f"{CARD}: {shown(e)}")
+        checks.add(f"{CARD}: {reason(e)}")
         return
     if _body(told) != _body(card):
         checks.add(f"{CARD}: is not the card of a merge of these parents.")
@@ -248,7 +248,7 @@ def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> Non
             with folder.regular(name).open("rb") as file:
                 same = all(file.read(len(piece)) == piece for piece in pieces) and not file.read(1)
         except (CheckpointError, OSError) as e:
-            checks.add(f"{shown(name)}: {shown(e)}")
+            checks.add(f"{shown(name)}: {reason(e)}")
             continue
         if not same:
             checks.add(f"{shown(name)}: is not what a merge of these parents has there.")

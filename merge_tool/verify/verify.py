@@ -17,7 +17,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.checkpoint.source import sha256_of
-from merge_tool.errors import CheckpointError, MergeToolError, OutputError, shown
+from merge_tool.errors import CheckpointError, MergeToolError, OutputError, reason, shown
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
 from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
@@ -76,11 +76,14 @@ def verify(
     check = partial(
         _verify, against=against, recipe=recipe, sample=sample, full=full, memory_bytes=memory_bytes, jobs=jobs
     )
-    if path.suffix == ".safetensors":
-        return (check(path.parent, path.name, None if report_path is None else Path(report_path)),)
-    if report_path is not None:
-        raise OutputError(f"{shown(path)}: --report is for one-file outputs; a folder has its own.")
-    return tuple(check(folder, None, None) for folder in _outputs(path))
+    try:
+        if path.suffix == ".safetensors":
+            return (check(path.parent, path.name, None if report_path is None else Path(report_path)),)
+        if report_path is not None:
+            raise OutputError(f"{shown(path)}: --report is for one-file outputs; a folder has its own.")
+        return tuple(check(folder, None, None) for folder in _outputs(path))
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{shown(path)}: cannot be read ({reason(e)}).") from e
 
 
 def _outputs(path: Path) -> list[Path]:
@@ -116,7 +119,7 @@ def _verify(
             report = _open_report(report_path or folder.regular(REPORT))
         weights = _check_weights(checks, folder, file_name, report)
     except (MergeToolError, ValueError, OSError, RecursionError) as e:
-        checks.add(f"{REPORT if report is None else 'the weights'}: {shown(e, 600)}")
+        checks.add(f"{REPORT if report is None else 'the weights'}: {reason(e)}")
         report, weights = None, (0, 0)
     if (against or recipe) and file_name is not None and report_path is None:
         raise OutputError(
@@ -146,7 +149,7 @@ def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
         path = folder.regular(SUMS)
         text = path.read_bytes()
     except (CheckpointError, OSError) as e:
-        checks.add(f"{SUMS}: {shown(e)}")
+        checks.add(f"{SUMS}: {reason(e)}")
         return []
     sums = read_sums(folder.root)
     if sums_text(sums) != text:
@@ -172,7 +175,7 @@ def _check_digest(checks: Checks, folder: Folder, name: str, expected: str) -> N
         digest = sha256_of(path)
         checks.nbytes += path.stat().st_size
     except (CheckpointError, OSError) as e:
-        checks.add(f"{shown(name)}: {shown(e)}")
+        checks.add(f"{shown(name)}: {reason(e)}")
         return
     checks.num_files += 1
     if digest != expected:
@@ -233,7 +236,7 @@ def _library_view(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
                 view = opened.get_slice(name)
                 yield name, tuple(view.get_shape()), view.get_dtype()
     except SafetensorError as e:
-        raise CheckpointError(f"{shown(path.name)}: the safetensors library refuses it ({shown(e)}).") from e
+        raise CheckpointError(f"{shown(path.name)}: the safetensors library refuses it ({reason(e)}).") from e
 
 
 def _check_tensor(checks: Checks, tensor: Mapping[str, Any], held: dict[str, Any]) -> int:

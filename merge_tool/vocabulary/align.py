@@ -14,6 +14,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile
 from merge_tool.checkpoint.source import LocalFile, TensorSource, sha256_of
+from merge_tool.checkpoint.sub_configs import text_configs
 from merge_tool.errors import CheckpointError, shown
 from merge_tool.models.side_files import SideFile, SideFiles
 from merge_tool.recipe.recipe import Recipe, Tokenizer
@@ -183,10 +184,8 @@ def explain(base: Checkpoint, other: Checkpoint) -> str:
 
 
 def config_sizes(model: Checkpoint) -> Iterator[int]:
-    config = model.config or {}
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
-            yield part["vocab_size"]
+    """Every vocab_size that a model's config.json says of its language model."""
+    return (part["vocab_size"] for part in text_configs(model.config) if type(part.get("vocab_size")) is int)
 
 
 def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
@@ -195,11 +194,7 @@ def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
     if found.folder is not None and alignment.tokenizer is not found.folder:
         copied = [file for file in copied if file.source not in TOKENIZER_FILES]
         folder = alignment.tokenizer
-        copied += [
-            SideFile(name, name, folder.regular(name).stat().st_size, folder)
-            for name in TOKENIZER_FILES
-            if folder.has(name)
-        ]
+        copied += [SideFile(name, name, folder.size(name), folder) for name in TOKENIZER_FILES if folder.has(name)]
     if (insert := alignment.insert) is not None:
         copied = [
             replace(file, size=file.size + len(insert[1]), insert=insert) if file.source == TOKENIZER else file
@@ -215,8 +210,8 @@ def settings_warnings(alignment: Alignment, model: int, folder: Folder | None) -
         return
     for name in ("config.json", "generation_config.json"):
         config = folder.load_json(name) if folder.has(name) else {}
-        for part in (config, config.get("text_config")):
-            for key, value in part.items() if isinstance(part, dict) else ():
+        for part in text_configs(config):
+            for key, value in part.items():
                 if _IDS.fullmatch(key):
                     yield from _moved(alignment, model, f"{folder.name}/{name}: {shown(key)}", value)
 

@@ -47,13 +47,12 @@ def template_of(folder: Folder | None) -> str | None:
 
 
 def _text(folder: Folder, name: str) -> str:
-    path = folder.regular(name)
+    if folder.size(name) > _LARGEST:
+        raise CheckpointError(f"{folder.name}/{name}: has more than {_LARGEST:,} bytes; that is no template.")
     try:
-        if path.stat().st_size > _LARGEST:
-            raise CheckpointError(f"{folder.name}/{name}: has more than {_LARGEST:,} bytes; that is no template.")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{folder.name}/{name}: cannot be read ({e}).") from e
+        return folder.read(name).decode()
+    except UnicodeDecodeError as e:
+        raise folder.unreadable(name, e) from e
 
 
 def with_template(found: SideFiles, text: str) -> SideFiles:
@@ -69,7 +68,7 @@ def _edited(found: SideFiles, file: SideFile, text: str) -> SideFile:
     folder = file.folder or found.folder
     if file.source != CONFIG or folder is None or "chat_template" not in folder.load_json(CONFIG):
         return file
-    content = with_member(folder.regular(CONFIG).read_bytes(), "chat_template", text)
+    content = with_member(folder.read(CONFIG), "chat_template", text)
     return replace(file, content=content, size=len(content))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.lookalikes import known_start
-from merge_tool.errors import CheckpointError, listed, shown
+from merge_tool.errors import CheckpointError, listed, reason, shown
 
 TOKENIZER = "tokenizer.json"
 _SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
@@ -41,10 +41,9 @@ def tokenizer_path(folder: Folder) -> Path:
         raise CheckpointError(
             f"{folder.name}: has no {TOKENIZER}, nor another tokenizer. Put the model's {TOKENIZER} beside its weights."
         )
-    path = folder.regular(TOKENIZER)
-    if path.stat().st_size > _MOST_BYTES:
+    if folder.size(TOKENIZER) > _MOST_BYTES:
         raise CheckpointError(f"{folder.name}/{TOKENIZER}: has more than {_MOST_BYTES:,} bytes; that is no tokenizer.")
-    return path
+    return folder.regular(TOKENIZER)
 
 
 def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> tuple[Any, bytes]:
@@ -55,7 +54,10 @@ def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> t
     names = [f"{folder.name}/{TOKENIZER}" for folder in folders]
     asked = json.dumps([[str(tokenizer_path(folder)) for folder in folders], names, question])
     command = [sys.executable, "-c", _START.format(module=module), os.pathsep.join(sys.path)]
-    done = subprocess.run(command, input=asked.encode(), stdout=subprocess.PIPE, check=False)
+    try:
+        done = subprocess.run(command, input=asked.encode(), stdout=subprocess.PIPE, check=False)
+    except OSError as e:
+        raise CheckpointError(f"{' and '.join(names)}: Python cannot be started to read them ({reason(e)}).") from e
     if done.returncode == _REFUSED:
         raise CheckpointError(done.stdout.decode())
     if done.returncode == 130:
@@ -76,7 +78,7 @@ def answer_apart(answer: Callable[[list[TokenizerJson], Any], tuple[Any, bytes]]
         told, rest = answer([TokenizerJson(Path(p), n) for p, n in zip(paths, names, strict=True)], question)
         sys.stdout.buffer.write(json.dumps(told).encode() + b"\n" + rest)
     except CheckpointError as e:
-        sys.stdout.write(str(e))
+        sys.stdout.buffer.write(str(e).encode("utf-8", "backslashreplace"))  # whatever the terminal's encoding is
         sys.exit(_REFUSED)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -103,7 +105,7 @@ class TokenizerJson:
                 f"{name}: is not a tokenizer that can be read: {e}. Fetch it again, or save it again with transformers."
             ) from e
         except OSError as e:
-            raise CheckpointError(f"{name}: cannot be read ({e.strerror}).") from e
+            raise CheckpointError(f"{name}: cannot be read ({reason(e)}).") from e
         for content, entry in self.added.items():
             self.ids.setdefault(content, entry["id"])  # of a token of the model's, the library takes the model's id
         self._check_ids()
