@@ -58,8 +58,8 @@ class Expansion:
     """All tensors that a recipe asks for, by name.
 
     `names` are each model's tensors; `renamings` say, by model, what it calls the first model's, and which of its own
-    have no place there. `range_problems` tell of layers that models do not have. Raises RecipeError for stacks that
-    cannot be told apart.
+    have no place there: `copies`. `range_problems` tell of layers that models do not have. Raises RecipeError for
+    stacks that cannot be told apart.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Expansion:
         self._recipe, self._method = recipe, method
         first = names[recipe.first]
         self.known = [_Names(own, first, (renamings or {}).get(k, Renaming())) for k, own in enumerate(names)]
+        self.copies = [name for renaming in (renamings or {}).values() for name in renaming.copies]
         self._by_name = {module.name or "": module for module in recipe.modules}
         self._owners: Owners | None = None
         self._stacks: dict[int, Stacks] = {}  # by model: the layers that a list of values lies along

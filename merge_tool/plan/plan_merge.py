@@ -63,7 +63,7 @@ def plan_merge(
     warnings = [
         *recipe.warnings,
         *(w for k, renaming in renamings.items() if k in recipe.sources
-          for w in renaming_warnings(first, models[k], renaming, fitted.kept.keys())),
+          for w in renaming_warnings(first, models[k], renaming, {*fitted.kept, *fitted.unchosen})),
         *fitted.warnings,
         *(scaled.warnings() if scaled else ()),
         *_idle_choices(recipe, expansion, fitted.names),
