@@ -15,14 +15,16 @@ import os
 import random
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from merge_tool.errors import MergeToolError
-from merge_tool.methods.registry import STEPS_METHODS
-from merge_tool.plan.expand import Ask, expand
+from merge_tool.methods import registry
+from merge_tool.plan.expand import Expansion
+from merge_tool.plan.plan import Values
 from merge_tool.recipe.mergekit import parse_recipe
 
 LAYERS = 5
@@ -130,26 +132,43 @@ def mergekits(text: str) -> dict[str, Any] | None:
     return {weight.name: task for weight, task in planner._tensors}
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What is asked for a tensor: (model, the tensor's name there), the base first where there is one."""
+
+    base: tuple[int, str] | None
+    inputs: tuple[tuple[int, str], ...]
+    values: Values
+
+
 def ours(text: str, names: list[str]) -> tuple[list[str], dict[str, Ask]] | None:
+    """The models, and our plan, by tensor of the output; None where we refuse."""
+    asks = {}
     try:
-        recipe = parse_recipe(text, "recipe", STEPS_METHODS)
-        asks = expand(recipe, [names] * len(recipe.models), STEPS_METHODS)
+        recipe = parse_recipe(text, "recipe", registry.METHODS)
+        method = registry.METHODS[recipe.method]
+        expansion = Expansion(recipe, method, [names] * len(recipe.models))
+        for name in expansion.names():
+            place = expansion.place(name)
+            sources, (found,) = expansion.sources(place), expansion.values(place)
+            base = sources[0] if expansion.has_base(place) or method.base == "first" else None
+            asks[name] = Ask(base, sources[expansion.has_base(place) :], found)
+        expansion.check_values()
     except MergeToolError:
         return None
-    return [str(ref) for ref in recipe.models], {ask.name: ask for ask in asks}
+    return None if expansion.range_problems else ([str(ref) for ref in recipe.models], asks)
 
 
 def values(models: list[str], ask: Ask, task: Any) -> list[tuple[Any, Any]]:
     """What must be the same: inputs, base and parameters, ours and mergekit's."""
     theirs = {str(model): weight.name for model, weight in task.gather_tensors.weight_info.items()}
     pairs: list[tuple[Any, Any]] = [(name, theirs[models[k]]) for k, name in ask.inputs]
-    if ask.base:
+    if ask.base is not None:
         pairs.append((models[ask.base[0]], str(task.base_model)))
-    elif "t" in ask.shared:  # slerp: the base is the first input
-        pairs.append((models[ask.inputs[0][0]], str(task.base_model)))
-    pairs += [(ask.shared[key], value) for key, value in task.parameters.items() if key in ask.shared]
+    shared = ask.values.shared
+    pairs += [(shared[key], value) for key, value in task.parameters.items() if key in shared]
     each = {str(model): found for model, found in task.input_parameters.items()}
-    for key, own in ask.each.items():
+    for key, own in ask.values.each.items():
         pairs += [(value, each[models[k]][key]) for value, (k, _) in zip(own, ask.inputs, strict=True)]
     return pairs
 

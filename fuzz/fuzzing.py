@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merge_tool.vocabulary.tokens import compared
 from safetensors import SafetensorError, deserialize
 
 from merge_tool.checkpoint import header as header_module
@@ -46,6 +45,7 @@ from merge_tool.output.older import read_sums
 from merge_tool.output.report import read_identity, stream_report
 from merge_tool.plan.parents import _settings
 from merge_tool.run.findings import from_record
+from merge_tool.vocabulary.join import _joined
 from merge_tool.vocabulary.tokenizer_json import TokenizerJson
 
 # What the library accepts and we refuse, by our message; argued in docs/reliability.md.
@@ -218,9 +218,9 @@ def read_tokenizer(folder: Folder) -> None:
     found, other = TokenizerJson(path, "t"), TokenizerJson(path, "t")
     other.ids["only here"] = other.size
     other.size += 1
-    _, rest = compared(found, other)
+    told, rest = _joined([found, other], {"lead": 0, "union": True, "named": [], "wanted": []})
     place, raw = found.place, path.read_bytes()
-    end = rest[4 * (found.size + other.size) :]
+    end = rest[4 * 2 * told["size"] :]
     if json.loads(raw[:place] + end + raw[place:])["added_tokens"][-1]["content"] != "only here":
         raise Wrong("a token is put in somewhere else")
 
@@ -249,14 +249,15 @@ CONFIG = json.dumps(
 ).encode()
 INDEX = b'{"metadata": {"total_size": 8}, "weight_map": {"a": "m-1.safetensors", "b": "sub/m-2.safetensors"}}'
 REPORT = b"""{
- "format": 1,
+ "format": 2,
  "plan_sha256": "%s",
  "samples_sha256": [
   "%s",
   "%s"
  ],
  "tensors": [
-  {"name": "a", "equal": false, "sums": {"xx": "0x1.8p+1", "xd": "0x0.0p+0", "dd": "0x1p-3", "scale": "0x1p0"}}
+  {"name": "a", "equal": false, "sums": {"xx": "0x1.8p+1", "xd": "0x0.0p+0", "dd": "0x1p-3", "scale": "0x1p0"}},
+  {"name": "b", "equal": false, "passes": [[["0x1.8p+1", "0x0.0p+0"], [["0x1p-3"]]]]}
  ]
 }
 """ % ((b"0" * 64,) * 3)

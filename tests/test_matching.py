@@ -13,11 +13,10 @@ from click.testing import CliRunner, Result
 
 from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
 from merge_tool import merge
-from merge_tool.api import merge_models
+from merge_tool.api import merge_models, plan_recipe
 from merge_tool.arrays import TILE
 from merge_tool.cli import slerp_merge
-from merge_tool.plan.prepare import prepare
-from merge_tool.recipe.recipe import Recipe
+from merge_tool.recipe.pair import pair as recipe_of_pair
 from oracle import float64_merge
 
 
@@ -28,6 +27,11 @@ def run(*words: Any) -> Result:
 def report(out: Path) -> dict[str, Any]:
     content = json.loads((out / "merge_report.json").read_text())
     return {tensor["name"]: tensor for tensor in content["tensors"]}
+
+
+def names_of(told: dict[str, Any]) -> list[str]:
+    """What a tensor is called in each model, as the report has it."""
+    return [source["name"] for source in told["sources"]]
 
 
 def check_parts(out: Path, whole: Path, base: dict[str, Any], kept: set[str]) -> None:
@@ -65,8 +69,9 @@ def test_what_is_not_chosen_is_the_bases(tmp_path: Path, pair: tuple[Path, Path]
     for name in x:
         if name in names:
             assert told[name] == {
-                "name": name, "shape": list(x[name].shape), "dtype": "BF16", "dtype_base": "BF16", "dtype_ft": None,
-                "t": 0.0, "equal": False, "note": "not chosen: base kept", "weights": [1.0, 0.0],
+                "name": name, "shape": list(x[name].shape), "dtype": "BF16",
+                "sources": [{"model": "base", "name": name, "dtype": "BF16"}],
+                "equal": False, "note": "not chosen: base kept",
             }  # fmt: skip
         else:
             assert told[name] == whole[name]
@@ -120,7 +125,7 @@ def test_copies_take_part_in_several_outputs_and_in_resuming(tmp_path: Path, pai
 
     with pytest.raises(Stop):
         merge(*pair, tmp_path / "stopped", 0.2, on_progress=stop, **options)
-    assert "only was ['mlp'], now None" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
+    assert "only was ['mlp'], now []" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
     merge(*pair, tmp_path / "stopped", 0.2, **options)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "0.2")
 
@@ -131,8 +136,8 @@ def test_progress_and_the_plan_count_what_is_read(tmp_path: Path, pair: tuple[Pa
     nbytes = sum(a.nbytes for a in x.values())
     assert total == [sum(seen)] == [2 * nbytes + sum(a.nbytes for name, a in x.items() if "mlp" in name)]
     result = run(*pair, tmp_path / "plan", "--only", "mlp", "--dry-run")
-    assert f"  merged    3; {len(x) - 3} are BASE's as they are\n" in result.stdout
-    assert prepare(*pair, tmp_path / "plan", Recipe(only="mlp")).read_bytes == total[0] - nbytes
+    assert f"  merged    3; {len(x) - 3} are one model's as they are\n" in result.stdout
+    assert plan_recipe(recipe_of_pair(*pair, only="mlp"), tmp_path / "plan").read_bytes == total[0] - nbytes
 
 
 def test_the_cards_command_chooses_the_same(tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -210,7 +215,7 @@ def test_what_ft_lacks_or_has_otherwise_is_the_bases_if_asked(tmp_path: Path, pa
         "Warning: 1 tensors are not in ft; base's are kept: model.norm.bias.",
         "Warning: 1 tensors are only in ft; they are left out: value_head.weight.",
         "Warning: 3 tensors have another shape or type in ft; base's are kept: "
-        "lm_head.weight, model.embed_tokens.weight, ids.",
+        "ids, lm_head.weight, model.embed_tokens.weight.",
     ]
     kept = UNLIKE | {"model.norm.bias"}
     whole = load_folder(tmp_path / "out")
@@ -220,8 +225,8 @@ def test_what_ft_lacks_or_has_otherwise_is_the_bases_if_asked(tmp_path: Path, pa
     for name in x:
         assert whole[name].tobytes() == (x[name] if name in kept else plain[name]).tobytes()
     told = report(tmp_path / "out")
-    assert told["model.norm.bias"]["note"] == "not in the finetune: base kept"
-    assert {n for n in x if told[n].get("note") == "another shape or type in the finetune: base kept"} == UNLIKE
+    assert told["model.norm.bias"]["note"] == "not in all models: base kept"
+    assert {n for n in x if told[n].get("note") == "another shape or type in some model: base kept"} == UNLIKE
     words = shlex.split((tmp_path / "out/README.md").read_text().split("```")[1])[4:]
     run(base, ft, tmp_path / "again", *words)
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
@@ -263,7 +268,7 @@ def test_models_without_a_tensor_in_common_are_no_merge(tmp_path: Path) -> None:
     ft = save_model(tmp_path / "ft", {"a": np.zeros(4), "c": np.zeros(3)})
     result = run(base, ft, tmp_path / "out", "--on-missing", "base", "--on-mismatch", "base")
     assert result.exit_code == 1
-    assert "base and ft have no tensor in common that could be merged. Are these related models?" in result.stderr
+    assert "base and ft have no tensor in common that could be merged. Are they related?" in result.stderr
 
 
 # --------------------------------------------------------------------------------- prefixes and heads
@@ -305,8 +310,8 @@ def test_prefixes_of_one_side_do_not_matter(tmp_path: Path, base_prefix: str, ft
     assert f"Warning: {count} tensors have the prefix '{ft_prefix}' in ft, '{base_prefix}' in base: " in result.stderr
     check_same_weights(tmp_path / "out", tmp_path / "whole")
     told = report(tmp_path / "out")
-    assert told[f"{base_prefix}norm.bias"]["name_ft"] == f"{ft_prefix}norm.bias"
-    assert "name_ft" not in told["lm_head.weight"]
+    assert names_of(told[f"{base_prefix}norm.bias"]) == [f"{base_prefix}norm.bias", f"{ft_prefix}norm.bias"]
+    assert names_of(told["lm_head.weight"]) == ["lm_head.weight"] * 2
 
 
 def test_a_wrapper_around_everything_does_not_matter(tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -357,7 +362,8 @@ def test_a_head_that_ft_ties_is_its_embedding(tmp_path: Path, tied: bool | None,
         f"{prefix}embed_tokens.weight. The output has a head of its own, as base.\n"
     ) in result.stderr
     check_same_weights(tmp_path / "out", tmp_path / "whole")
-    assert report(tmp_path / "out")["lm_head.weight"]["name_ft"] == f"{prefix}embed_tokens.weight"
+    told = report(tmp_path / "out")["lm_head.weight"]
+    assert names_of(told) == ["lm_head.weight", f"{prefix}embed_tokens.weight"]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +383,9 @@ def test_a_head_that_base_ties_stays_tied(tmp_path: Path, ft_tied: bool, reason:
     del y["lm_head.weight"]
     merge(base, save_model(tmp_path / "headless", y), tmp_path / "whole", 0.4)
     check_same_weights(tmp_path / "out", tmp_path / "whole")
-    assert run(base, ft, tmp_path / "mlp", "--only", "mlp").stderr.count("ties its head") == 0
+    for number, words in enumerate((["--only", "mlp"], ["--exclude", "lm_head"])):
+        chosen = run(base, ft, tmp_path / f"{number}", *words)
+        assert (chosen.exit_code, chosen.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

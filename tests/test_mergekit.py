@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from merge_tool.recipe.models_recipe import ModelsRecipe, TokenizerAsk, TokenRow
 
+from checkpoints import save_model
+from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.errors import MismatchError, RecipeError
-from merge_tool.methods.registry import STEPS_METHODS
+from merge_tool.methods.registry import METHODS
 from merge_tool.models.renaming import Renaming
-from merge_tool.plan.expand import Ask, expand, unused_filters
+from merge_tool.plan.expand import Expansion
+from merge_tool.plan.plan import MergePlan
+from merge_tool.plan.plan_merge import plan_merge
 from merge_tool.recipe.mergekit import TOP, parse_recipe
 from merge_tool.recipe.model_ref import ModelRef
+from merge_tool.recipe.options import Options
+from merge_tool.recipe.recipe import Recipe, Tokenizer, TokenRow
 from merge_tool.recipe.settings import Choice
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("merge_*.yaml"))
@@ -27,21 +36,53 @@ def llama(layers: int = 5, *, head: bool = True) -> list[str]:
     return ["model.embed_tokens.weight", *inside, "model.norm.weight", *(["lm_head.weight"] if head else [])]
 
 
-def parse(text: str, **options: Any) -> ModelsRecipe:
-    return parse_recipe(text, "recipe.yaml", STEPS_METHODS, **options)
+def parse(text: str, **more: Any) -> Recipe:
+    return parse_recipe(text, "recipe.yaml", METHODS, **more)
 
 
-def asks(text: str, *names: list[str], renamings: dict[int, Renaming] | None = None) -> dict[str, Ask]:
+@dataclass(frozen=True)
+class Ask:
+    """What is asked for a tensor of the output: (model, the tensor's name there), and the parameters."""
+
+    base: tuple[int, str] | None
+    inputs: tuple[tuple[int, str], ...]
+    shared: Mapping[str, Any]
+    each: Mapping[str, tuple[Any, ...]]
+
+
+def names_of(recipe: Recipe, names: Sequence[list[str]]) -> Sequence[list[str]]:
+    """The tensors of each model: of all models the same, unless several lists are given."""
+    return names if len(names) > 1 else [names[0] if names else llama()] * len(recipe.models)
+
+
+def asks(text: str, *names: list[str], renamings: dict[int, Renaming] | None = None, **more: Any) -> dict[str, Ask]:
     """The asks by name; every model has the names of a 5-layer Llama, unless they are given."""
+    recipe = parse(text, **more)
+    expansion = Expansion(recipe, METHODS[recipe.method], names_of(recipe, names), renamings)
+    found: dict[str, Ask] = {}
+    for name in expansion.names():
+        assert name not in found
+        place = expansion.place(name)
+        sources, (values,) = expansion.sources(place), expansion.values(place)
+        base = sources[0] if expansion.has_base(place) else None
+        found[name] = Ask(base, sources[base is not None :], values.shared, values.each)
+    return found
+
+
+def plan(text: str, *names: list[str]) -> MergePlan:
+    """The whole plan, of models that have one value in each tensor."""
     recipe = parse(text)
-    found = expand(recipe, names or [llama()] * len(recipe.models), STEPS_METHODS, renamings)
-    assert len({ask.name for ask in found}) == len(found)
-    return {ask.name: ask for ask in found}
+    with TemporaryDirectory() as folder:
+        folders = [
+            save_model(Path(folder) / str(ref), {name: np.zeros(1, np.float32) for name in own})
+            for ref, own in zip(recipe.models, names_of(recipe, names), strict=True)
+        ]
+        return plan_merge(recipe, [open_checkpoint(path) for path in folders])
 
 
 def refusal(text: str, *names: list[str]) -> str:
     with pytest.raises((RecipeError, MismatchError)) as caught:
-        asks(text, *names)
+        plan(text, *names)
     return str(caught.value)
 
 
@@ -84,7 +125,7 @@ def layer_ts(found: dict[str, Ask], part: str) -> list[float]:
 
 def test_the_classic_recipe_gives_each_tensor_the_t_worked_out_by_hand() -> None:
     found = asks(CLASSIC)
-    assert list(found) == llama()
+    assert sorted(found) == sorted(llama())
     assert layer_ts(found, "self_attn") == [0, 0.5, 0.3, 0.7, 1]
     assert layer_ts(found, "mlp") == [1, 0.5, 0.7, 0.3, 0]
     others = [name for name in llama() if "mlp" not in name and "self_attn" not in name]
@@ -123,7 +164,7 @@ def test_a_list_of_switches_or_words_is_taken_as_it_is_not_interpolated() -> Non
 
 @pytest.mark.parametrize(("layers", "expected"), [(1, [1.0]), (2, [0.0, 1.0]), (3, [0.0, 0.5, 1.0])])
 def test_the_only_layer_of_a_stack_is_its_last(layers: int, expected: list[float]) -> None:
-    found = asks(slerp("[0, 1]"), *[llama(layers)] * 2)
+    found = asks(slerp("[0, 1]"), llama(layers))
     assert layer_ts(found, "mlp") == expected
 
 
@@ -142,6 +183,20 @@ def test_each_stack_has_its_own_number_of_layers() -> None:
     assert [found[f"dec.block.{k}.a"].shared["t"] for k in range(5)] == [0, 0.25, 0.5, 0.75, 1]
 
 
+def test_a_list_lies_along_a_stack_that_the_first_model_lacks() -> None:
+    """A language model's layers beside those of two towers that it does not have."""
+    text = """
+merge_method: linear
+modules:
+  model.layers: {models: [{model: L}, {model: A}], parameters: {weight: [0, 1]}}
+  visual: {models: [{model: A, parameters: {weight: [0, 1]}}, {model: B, parameters: {weight: 1}}]}
+"""
+    language = [name for name in vision_language() if "visual" not in name]
+    found = asks(text, language, vision_language(), vision_language())
+    assert [found[f"visual.blocks.{k}.a"].each["weight"] for k in range(3)] == [(0, 1), (0.5, 1), (1, 1)]
+    assert [found[f"model.layers.{k}.a"].each["weight"][0] for k in range(4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
 @pytest.mark.parametrize(
     ("t", "expected"),
     [
@@ -156,7 +211,7 @@ def test_each_stack_has_its_own_number_of_layers() -> None:
     ],
 )
 def test_a_filter_is_a_part_of_the_name_and_the_first_that_matches_counts(t: str, expected: list[float]) -> None:
-    found = asks(slerp(t), *[llama(12)] * 2)
+    found = asks(slerp(t), llama(12))
     assert [found[f"model.layers.{k}.mlp.up_proj.weight"].shared["t"] for k in (0, 1, 2, 10, 11)] == expected
 
 
@@ -239,9 +294,23 @@ def test_a_tensor_that_no_filter_gives_a_value_is_named() -> None:
 
 
 def test_filters_that_are_in_no_name_are_warned_about() -> None:
-    recipe = parse(slerp("[{filter: '.*mlp.*', value: 0.1}, {filter: mlp, value: 0.1}, {value: 0.9}]"))
-    (warning,) = unused_filters(recipe, expand(recipe, [llama()] * 2, STEPS_METHODS))
+    (warning,) = plan(slerp("[{filter: '.*mlp.*', value: 0.1}, {filter: mlp, value: 0.1}, {value: 0.9}]")).warnings
     assert "'.*mlp.*' of 't'" in warning
+
+
+def test_a_filter_that_is_in_an_inputs_name_is_not_warned_about_though_another_comes_before_it() -> None:
+    text = """
+merge_method: passthrough
+slices:
+  - sources:
+      - model: A
+        layer_range: [3, 5]
+        parameters: {scale: [{filter: layers., value: 2}, {filter: layers.4., value: 3}]}
+"""
+    assert asks(text)["model.layers.1.mlp.up_proj.weight"].inputs == ((0, "model.layers.4.mlp.up_proj.weight"),)
+    assert plan(text).warnings == ()
+    (warning,) = plan(text.replace("layers.4.", "layers.9.")).warnings
+    assert "'layers.9.' of 'scale'" in warning
 
 
 # The models
@@ -438,9 +507,9 @@ def vision_language() -> list[str]:
 
 
 def test_slices_of_a_model_with_two_stacks_must_say_which() -> None:
-    message = refusal(STACKED, *[vision_language()] * 2)
-    assert "visual.blocks., model.layers." in message
-    assert "modules: {visual.blocks: {slices: ...}" in message
+    message = refusal(STACKED, vision_language())
+    assert "2 stacks: model.layers., visual.blocks." in message
+    assert "modules: {model.layers: {slices: ...}" in message
 
 
 MODULES = """
@@ -455,7 +524,7 @@ modules:
 
 
 def test_modules_give_each_stack_its_own_sources_and_every_tensor_one_module() -> None:
-    found = asks(MODULES, *[vision_language()] * 2)
+    found = asks(MODULES, vision_language())
     assert parse(MODULES).models == (ModelRef("B"), ModelRef("A"))
     of_vision = {name for name, ask in found.items() if ask.inputs[0][0] == 0}
     assert of_vision - {"lm_head.weight"} == {name for name in vision_language() if name.startswith("visual.")}
@@ -470,7 +539,7 @@ def test_modules_give_each_stack_its_own_sources_and_every_tensor_one_module() -
         (
             "visual:",
             "text_decoder:",
-            "No tensor belongs to the module 'text_decoder'; the stacks of layers are: visual",
+            "No tensor belongs to the module 'text_decoder'; the stacks of layers are: model.layers., visual",
         ),
         ("  visual: {models: [{model: B}]}\n", "", "`modules` does not say how to merge visual.blocks."),
         ("visual:", "layers:", "Two of the modules (layers, model.layers) mean the same stack"),
@@ -478,7 +547,7 @@ def test_modules_give_each_stack_its_own_sources_and_every_tensor_one_module() -
     ],
 )
 def test_modules_that_fit_no_stack_or_leave_one_out_are_refused(old: str, new: str, says: str) -> None:
-    assert says in refusal(MODULES.replace(old, new), *[vision_language()] * 2)
+    assert says in refusal(MODULES.replace(old, new), vision_language())
 
 
 def test_the_only_module_of_a_model_with_one_stack_may_be_called_anything() -> None:
@@ -498,9 +567,12 @@ def test_what_is_given_as_null_is_not_given() -> None:
 def test_all_tensors_that_some_models_lack_are_said_at_once() -> None:
     smaller = [name for name in llama(4) if name != "model.norm.weight"]
     message = refusal(linear("1", "1"), [*llama(), "model.extra"], smaller)
-    assert "5 tensors are not in M1: model.layers.4." in message
-    assert "M0 has 5 in model.layers; M1 has 4 in model.layers." in message
-    assert "1 tensors are not in M0: model.other" in refusal(linear("1", "1"), llama(), [*llama(), "model.other"])
+    assert "5 tensors only in M0: model.extra, model.layers.4.input_layernorm.weight, " in message
+    assert "M0 has 19 parameters and 5 layers; M1 has 14 parameters and 4 layers." in message
+    assert "1 tensors only in M1: model.other" in refusal(linear("1", "1"), llama(), [*llama(), "model.other"])
+    message = refusal(linear("1", "1", "1"), [*llama(), "model.extra"], smaller, [*llama(), "model.other"])
+    for told in ("6 tensors not in M1: model.extra, ", "1 tensors not in M2: model.extra", "1 tensors not in M0: "):
+        assert told in message
 
 
 def test_a_tied_head_and_another_prefix_are_found_under_the_models_own_names() -> None:
@@ -521,28 +593,34 @@ def test_a_tied_head_and_another_prefix_are_found_under_the_models_own_names() -
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "float64"])
 def test_dtypes_are_read_with_or_without_torch(name: str) -> None:
     recipe = parse(linear("1", more=f"dtype: torch.{name}\nout_dtype: {name}"))
-    assert (recipe.dtype, recipe.out_dtype) == (name, name)
+    assert recipe.options.dtype == name
+
+
+def test_the_outputs_dtype_is_the_options_then_out_dtype_then_dtype() -> None:
+    text = linear("1", more="dtype: float32\nout_dtype: float16")
+    assert parse(text).options.dtype == "float16"
+    assert parse(text, options=Options(dtype="float64")).options.dtype == "float64"
 
 
 def test_the_text_the_chat_template_and_the_absence_of_the_rest_are_kept() -> None:
     text = linear("1", more="chat_template: auto\ndtype: null\ntokenizer_source: null\nbase_model: null")
     recipe = parse(text)
     assert recipe.text == text
-    assert (recipe.chat_template, recipe.dtype, recipe.tokenizer, recipe.base) == ("auto", None, None, None)
+    assert (recipe.chat_template, recipe.options.dtype, recipe.tokenizer, recipe.base) == ("auto", None, None, None)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("tokenizer_source: union", TokenizerAsk("union")),
-        ("tokenizer_source: M0", TokenizerAsk(0)),
-        ("tokenizer_source: elsewhere", TokenizerAsk(1)),
-        ("tokenizer: {}", TokenizerAsk("union")),
-        ("tokenizer: {source: M0, pad_to_multiple_of: 64}", TokenizerAsk(0, {}, 64)),
+        ("tokenizer_source: union", Tokenizer("union")),
+        ("tokenizer_source: M0", Tokenizer(0)),
+        ("tokenizer_source: elsewhere", Tokenizer(1)),
+        ("tokenizer: {}", Tokenizer("union")),
+        ("tokenizer: {source: M0, pad_to_multiple_of: 64}", Tokenizer(0, {}, 64)),
         (
             "tokenizer: {tokens: {a: {source: M0}, b: {source: {kind: zero}, force: true}, c: {source: {kind: "
             "model_token, model: M0, token: x}}, d: {source: {kind: model_token, model: M0, token_id: 7}}, e: {}}}",
-            TokenizerAsk(
+            Tokenizer(
                 "union",
                 {
                     "a": TokenRow("model", 0),
@@ -555,7 +633,7 @@ def test_the_text_the_chat_template_and_the_absence_of_the_rest_are_kept() -> No
         ),
     ],
 )
-def test_the_vocabulary_is_the_union_the_bases_or_a_models(text: str, expected: TokenizerAsk) -> None:
+def test_the_vocabulary_is_the_union_the_bases_or_a_models(text: str, expected: Tokenizer) -> None:
     assert parse(linear("1", more=text)).tokenizer == expected
 
 
@@ -691,9 +769,8 @@ def test_what_makes_no_sense_is_refused_with_its_line_and_what_would_be_right(te
 
 
 def test_t_outside_0_and_1_is_read_if_it_is_meant() -> None:
-    recipe = parse(slerp("[1.5, -0.5]"), extrapolate=True)
-    found = expand(recipe, [llama(3)] * 2, STEPS_METHODS)
-    assert [ask.shared["t"] for ask in found if "mlp" in ask.name] == [1.5, 0.5, -0.5]
+    found = asks(slerp("[1.5, -0.5]"), llama(3), extrapolate=True)
+    assert layer_ts(found, "mlp") == [1.5, 0.5, -0.5]
 
 
 # YAML of strangers
@@ -786,6 +863,7 @@ _values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["models", "slices", "modules", "parameters", "tokenizer", "base_model"]), _values)
 )
@@ -794,8 +872,7 @@ def test_values_of_any_shape_are_a_recipe_or_a_clear_error(fields: dict[str, Any
 
     for method in ("slerp", "linear", "ties"):
         try:
-            recipe = parse(yaml.safe_dump({"merge_method": method, **fields}))
-            expand(recipe, [llama()] * len(recipe.models), STEPS_METHODS)
+            asks(yaml.safe_dump({"merge_method": method, **fields}))
         except (RecipeError, MismatchError):
             continue
 
@@ -808,11 +885,9 @@ def test_a_number_stays_between_its_neighbours() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_short_recipes_without_warnings(path: Path) -> None:
     text = path.read_text()
-    recipe = parse_recipe(text, path.name, STEPS_METHODS)
-    assert recipe.warnings == ()
+    assert parse(text).warnings == ()
     assert len(text.splitlines()) < 25
-    found = expand(recipe, [llama(32)] * len(recipe.models), STEPS_METHODS)
-    assert list(unused_filters(recipe, found)) == []
+    assert plan(text, llama(32)).warnings == ()
 
 
 def test_there_are_six_examples() -> None:
@@ -821,6 +896,6 @@ def test_there_are_six_examples() -> None:
 
 def test_the_docs_name_every_method_and_every_key() -> None:
     text = (Path(__file__).parents[1] / "docs/mergekit.md").read_text()
-    assert [name for name in ("slerp", *STEPS_METHODS) if f"{name}," not in text and f"{name} |" not in text] == []
+    assert [name for name in METHODS if f"{name}," not in text and f"{name} |" not in text] == []
     assert [key for key in TOP if f"`{key}`" not in text] == []
     assert [path.name for path in EXAMPLES if path.name not in text] == []

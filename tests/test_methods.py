@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from merge_tool.arrays import TILE, convert, decode, encode, same_values
+from merge_tool.methods.geometric import linear_of_two
 from merge_tool.methods.inner import (
     PairSums,
     Scratch,
+    Weights,
     combine,
-    linear_weights,
     pair_angle,
     refinement,
     slerp_weights,
@@ -26,6 +27,7 @@ from merge_tool.methods.inner import (
     sum_tile,
     total,
 )
+from merge_tool.methods.steps import Given
 from oracle import exact_angle, exact_merge, ulp
 
 BF16, E4M3, E5M2 = (np.dtype(d) for d in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
@@ -46,6 +48,12 @@ def sums_of(x: Any, y: Any, scale: float = 1.0) -> PairSums:
         yy, ee = (total(part) for part in parts)
         sums = PairSums(sums.xx, sums.xd, sums.dd, scale, (sign, factor, yy, ee))
     raise AssertionError("refining does not end")
+
+
+def linear_weights(w0: float, w1: float, *, normalize: bool = True) -> Weights:
+    """Those of `linear` for two tensors, whatever their values."""
+    given = Given((1,), 2, False, {"normalize": normalize}, {"weight": (w0, w1)})
+    return linear_of_two(PairSums(1.0, 0.0, 1.0), given)
 
 
 def pair_at_angle(theta: float, ratio: float = 1.0, size: int = 3000, seed: int = 0) -> tuple[Any, Any]:
@@ -151,14 +159,29 @@ def test_float32_results_have_a_relative_error_below_1e_7(theta: float) -> None:
 
 
 def test_weights_of_zero_antiparallel_and_equal_tensors() -> None:
-    x, y = pair_at_angle(1.0)
+    x, _ = pair_at_angle(1.0)
     zero = slerp_weights(sums_of(np.zeros(5), np.ones(5)), 0.25)
     assert (zero.w0, zero.w1, zero.note) == (0.75, 0.25, "zero norm: linear")
     opposite = slerp_weights(sums_of(x, -2 * x), 0.25)
     assert (opposite.w0, opposite.w1, opposite.note) == (0.75, 0.25, "antiparallel: linear")
     same = slerp_weights(sums_of(x, x.copy()), 0.25)
     assert (same.w0, same.w1) == (0.75, 0.25)
-    assert linear_weights(sums_of(x, y), 0.25).w1 == 0.25
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear"])
+def test_the_ends_are_copies_and_t_outside_is_computed_in_float64(method: str) -> None:
+    """At t = 0 and 1 the weights are exactly 1 and 0: the bytes of one side are handed on."""
+    sums = sums_of(*pair_at_angle(1.0))
+    for t, copied, precise in ((0.0, 0, False), (1.0, 1, False), (0.25, None, False), (-0.5, None, True)):
+        found = slerp_weights(sums, t) if method == "slerp" else linear_weights(1 - t, t)
+        assert (found.copied, found.precise) == (copied, precise)
+
+
+def test_linear_weights_are_shares_unless_they_are_taken_as_they_are() -> None:
+    assert linear_weights(3, 1) == Weights(0.75, 0.25)
+    assert linear_weights(3, 1, normalize=False) == Weights(3, 1)
+    with pytest.raises(ValueError, match="set normalize to false"):
+        linear_weights(1, -1)
 
 
 @pytest.mark.parametrize("theta", [1e-3, 1.0, 2.5])
@@ -211,7 +234,7 @@ def test_overflow_is_told_apart_from_infinity() -> None:
 def test_a_result_that_just_fits_is_kept() -> None:
     top = np.array([65504.0, 65504.0], np.float16)
     out = np.empty(2, np.float16)
-    assert combine(top, top, linear_weights(sums_of(top, top), 0.5), out, SCRATCH)
+    assert combine(top, top, linear_weights(0.5, 0.5), out, SCRATCH)
     assert out.tolist() == [65504.0, 65504.0]
 
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoints import BF16, Array, language_model, load_folder, save_model
-from merge_tool import MismatchError, RecipeError
+from merge_tool import MismatchError
 from merge_tool.api import merge_models
 from merge_tool.cli import merge_tool
 from merge_tool.verify.verify import verify
@@ -69,7 +69,7 @@ def test_a_hostile_pattern_in_a_report_does_not_hang(
     path = write(tmp_path, recipe("linear", models))
     merge_models(path, tmp_path / "out")
     report = tmp_path / "out/merge_report.json"
-    hostile = report.read_text().replace('"options": {', '"options": {"only": ["re:((\\\\w|\\\\W)+)+!$"], ', 1)
+    hostile = report.read_text().replace('"options": {}', '"options": {"only": ["re:((\\\\w|\\\\W)+)+!$"]}', 1)
     report.write_text(hostile)
     result = CliRunner().invoke(merge_tool, ["verify", str(tmp_path / "out"), "--recipe", str(path)])
     assert result.exit_code == 1
@@ -84,15 +84,15 @@ def test_missing_tensors_are_an_error_or_the_bases(models: list[Path], tmp_path:
     tensors = load(other)
     del tensors["model.norm.bias"]
     save_model(other, {**tensors, "only.there": np.ones(3, BF16)})
-    with pytest.raises(MismatchError, match=r"(?s)1 tensors are not in .*two: model.norm.bias.*only.there"):
+    with pytest.raises(MismatchError, match=r"(?s)1 tensors not in two: model.norm.bias\n.*only.there"):
         merge_models(asked, tmp_path / "out")
     report = merge_models(asked, tmp_path / "out", on_missing="base")
     found = load(tmp_path / "out")
     assert found.keys() == load(lead).keys()
     assert found["model.norm.bias"].tobytes() == load(lead)["model.norm.bias"].tobytes()
     assert note(tmp_path / "out", "model.norm.bias") == "not in all models: base kept"
-    assert "1 tensors are not in all models; the base's are kept: model.norm.bias." in report.warnings
-    assert "1 tensors are not in the base; they are left out: only.there." in report.warnings
+    assert f"1 tensors are not in some model; {lead.name}'s are kept: model.norm.bias." in report.warnings
+    assert f"1 tensors are not in {lead.name}; they are left out: only.there." in report.warnings
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
@@ -106,7 +106,7 @@ def test_other_shapes_are_an_error_or_the_bases(models: list[Path], tmp_path: Pa
         merge_models(asked, tmp_path / "out")
     report = merge_models(asked, tmp_path / "out", on_mismatch="base")
     assert load(tmp_path / "out")["lm_head.weight"].tobytes() == load(lead)["lm_head.weight"].tobytes()
-    told = "1 tensors have other shapes or types in some models; the base's are kept: lm_head.weight."
+    told = f"1 tensors have another shape or type in some model; {lead.name}'s are kept: lm_head.weight."
     assert told in report.warnings
 
 
@@ -120,12 +120,3 @@ def test_slerp_of_a_recipe_keeps_base_models_tensors(models: list[Path], tmp_pat
     found, base = load(tmp_path / "out"), load(models[1])
     same = {name for name in base if found[name].tobytes() == base[name].tobytes()}
     assert same == {name for name in base if "mlp" in name}
-
-
-def test_what_matches_nothing_or_leaves_nothing_is_refused(models: list[Path], tmp_path: Path) -> None:
-    asked = recipe("linear", models)
-    with pytest.raises(RecipeError, match=r"--only atention: matches no tensor"):
-        merge_models(asked, tmp_path / "out", only=["atention"])
-    with pytest.raises(RecipeError, match="leave no tensor to merge"):
-        merge_models(asked, tmp_path / "out", exclude=["*"])
-    assert not (tmp_path / "out").exists()

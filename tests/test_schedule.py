@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_tool.recipe.schedule import Pattern, Rule, Schedule, parse_rules, split_layer
 
 from checkpoints import contents, language_model, load_folder, save_model
 from merge_tool import RecipeError, merge
 from merge_tool.cli import slerp_merge
-from merge_tool.recipe.recipe import Recipe
+from merge_tool.methods.registry import METHODS
+from merge_tool.plan.expand import Expansion
+from merge_tool.plan.stacks import split_layer
+from merge_tool.recipe.pair import PairOptions
+from merge_tool.recipe.pair import pair as recipe_of_pair
+from merge_tool.recipe.settings import Pattern, Rules
 from oracle import float64_merge
 
 
@@ -28,6 +32,13 @@ def run(*words: Any) -> Result:
 def report(out: Path) -> dict[str, Any]:
     content = json.loads((out / "merge_report.json").read_text())
     return {tensor["name"]: tensor for tensor in content["tensors"]}
+
+
+def ts(rules: Rules, names: list[str], t: float = 0.5) -> list[float]:
+    """The t of each tensor of two models that both have these names."""
+    recipe = recipe_of_pair("base", "ft", t, t_for=rules)
+    expansion = Expansion(recipe, METHODS["slerp"], [names, names])
+    return [expansion.values(expansion.place(name))[0].shared["t"] for name in names]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +62,7 @@ def test_a_pattern_is_a_part_a_glob_or_a_regular_expression(pattern: str, hits: 
     assert [name for name in names if Pattern(pattern).matches(name)] == hits
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=7),
     st.integers(1, 130),
@@ -58,8 +70,7 @@ def test_a_pattern_is_a_part_a_glob_or_a_regular_expression(pattern: str, hits: 
 )
 def test_a_list_is_linear_over_the_layers(values: list[float], layers: int, stack: str) -> None:
     names = [f"{stack}{n}.w" for n in range(layers)]
-    schedule = Schedule([Rule(Pattern("w"), tuple(values))], names)
-    found = [schedule.t(0, name) for name in names]
+    found = ts({"w": values}, names)
     places = np.linspace(0, 1, layers) if layers > 1 else [1.0]
     np.testing.assert_allclose(found, np.interp(places, np.linspace(0, 1, len(values)), values), rtol=0, atol=1e-12)
     assert all(min(values) <= t <= max(values) for t in found)
@@ -69,8 +80,7 @@ def test_a_list_is_linear_over_the_layers(values: list[float], layers: int, stac
 
 def test_every_stack_has_its_own_layers_and_what_is_outside_takes_the_first_value() -> None:
     names = ["embed", "head", *(f"enc.{n}.w" for n in range(3)), *(f"dec.{n}.experts.9.w" for n in range(5)), "one.0.w"]
-    schedule = Schedule(parse_rules(["re:.=0,1"]), names)
-    assert [schedule.t(0, n) for n in names] == [0, 0, 0, 0.5, 1, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert ts(["re:.=0,1"], names) == [0, 0, 0, 0.5, 1, 0, 0.25, 0.5, 0.75, 1, 1]
     assert split_layer("a.b2.weight") is None
 
 
@@ -98,9 +108,9 @@ def test_every_tensor_is_the_slerp_of_its_parents_at_its_t(tmp_path: Path) -> No
     told = report(tmp_path / "out")
     for name, merged in load_folder(tmp_path / "out").items():
         t = expected_t(name, 5, 0.7)
-        assert told[name]["t"] == pytest.approx(t, abs=1e-12)
+        assert told[name]["settings"]["t"] == pytest.approx(t, abs=1e-12)
         np.testing.assert_allclose(merged, float64_merge(x[name], y[name], t), rtol=1e-9, atol=1e-12)
-    assert told["model.layers.4.self_attn.q_proj.weight"]["t"] == 1
+    assert told["model.layers.4.self_attn.q_proj.weight"]["settings"]["t"] == 1
     last = load_folder(tmp_path / "out")["model.layers.4.self_attn.q_proj.weight"]
     assert last.tobytes() == y["model.layers.4.self_attn.q_proj.weight"].tobytes()
 
@@ -118,25 +128,40 @@ def test_several_t_move_what_no_rule_fixes(tmp_path: Path, pair: tuple[Path, Pat
     for t in ("0.3", "0.6"):
         run(*pair, tmp_path / t, "--t", t, *words)
         assert contents(tmp_path / t) == contents(tmp_path / f"many/t-{t}")
-    assert "Give one --t" in run(*pair, tmp_path / "all", "--t", "0.3,0.6", "--t-for", "*=0.5").stderr
+    result = run(*pair, tmp_path / "all", "--t", "0.3,0.6", "--t-for", "*=0.5")
+    assert "No tensor has its t from the several values given" in result.stderr
 
 
-def test_the_dry_run_shows_the_t_of_every_layer_and_column(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_the_dry_run_shows_the_t_of_every_layer_and_output(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """A line for the tensors of a layer that have the same t; several where outputs differ. Nothing without a rule."""
     words = ["--t", "0.3,0.6", "--t-for", "self_attn=0,1", "--t-for", "*norm*=1"]
     result = run(*pair, tmp_path / "out", "--dry-run", *words)
-    table = result.stdout.split("\n\n")[1].splitlines()
-    assert [line.split() for line in table] == [
-        ["t", "of", "self_attn", "*norm*", "the", "rest"],
-        ["model.layers.0", "0", "1", "0.3,", "0.6"],
-        ["model.layers.1", "0.5", "1", "0.3,", "0.6"],
-        ["model.layers.2", "1", "1", "0.3,", "0.6"],
-        ["outside", "layers", "-", "1", "0.3,", "0.6"],
+    table = [" ".join(line.split()) for line in result.stdout.split("\n\n")[1].splitlines()]
+    assert table == [
+        "layer tensors parameters models",
+        *(
+            line
+            for n, t in enumerate(("0", "0.5"))
+            for line in (
+                f"model.layers.{n} input_layernorm.bias + 1 t 1 all",
+                f"model.layers.{n} mlp.up_proj.weight t [0.3, 0.6] all",
+                f"model.layers.{n} self_attn.k_proj.weight + 3 t {t} all",
+            )
+        ),
+        "model.layers.2 input_layernorm.bias + 5 t 1 all",
+        "model.layers.2 mlp.up_proj.weight t [0.3, 0.6] all",
+        "outside layers lm_head.weight + 1 t [0.3, 0.6] all",
+        "outside layers model.norm.bias + 1 t 1 all",
     ]
     plan = json.loads(run(*pair, tmp_path / "out", "--dry-run", "--json", *words).stdout)
-    assert plan["schedule"][1] == {
-        "layer": "model.layers.1", "t": {"self_attn": [0.5, 0.5], "*norm*": [1, 1], "the rest": [0.3, 0.6]},
+    assert plan["outputs"] == [{"t": 0.3}, {"t": 0.6}]
+    rows = {(row["layer"], row["first"].split(".")[-2]): row for row in plan["settings"]}
+    assert rows["model.layers.1", "k_proj"] == {
+        "layer": "model.layers.1", "settings": {"t": 0.5}, "models": ["base", "ft"], "num_tensors": 4,
+        "first": "model.layers.1.self_attn.k_proj.weight",
     }  # fmt: skip
-    assert "t of" not in run(*pair, tmp_path / "out", "--dry-run").stdout
+    assert rows["model.layers.1", "up_proj"]["settings"] == {"t": [0.3, 0.6]}
+    assert "parameters  models" not in run(*pair, tmp_path / "out", "--dry-run").stdout
 
 
 def test_the_cards_command_makes_the_same_output(tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -207,13 +232,13 @@ def test_a_rule_that_comes_too_late_is_warned_of(tmp_path: Path, pair: tuple[Pat
         result.stderr
         == "Warning: --t-for mlp=0.9 has no effect: what it matches is not merged, or has its t from one before it.\n"
     )
-    assert report(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]["t"] == 0.1
+    assert report(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]["settings"]["t"] == 0.1
 
 
 def test_python_takes_mappings_and_texts_and_any_equals_sign() -> None:
-    rules = Recipe(t_for={"self_attn": [0, 0.5, 1], "re:(?=a)b": 1}).rules
-    assert Recipe(t_for=["self_attn=0,0.5,1", "re:(?=a)b=1"]).rules == rules == Recipe(t_for=rules).rules
+    rules = PairOptions(t_for={"self_attn": [0, 0.5, 1], "re:(?=a)b": 1}).rules
+    assert PairOptions(t_for=["self_attn=0,0.5,1", "re:(?=a)b=1"]).rules == rules == PairOptions(t_for=rules).rules
     assert [str(rule) for rule in rules] == ["self_attn=0,0.5,1", "re:(?=a)b=1"]
     for values in ([], [None], [1, "x"], float("inf")):
         with pytest.raises(RecipeError):
-            Recipe(t_for={"mlp": values})  # type: ignore[dict-item]
+            PairOptions(t_for={"mlp": values})  # type: ignore[dict-item]

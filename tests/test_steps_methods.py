@@ -21,14 +21,15 @@ from hypothesis.extra import numpy as hnp
 from merge_tool.methods.geometric import arc_weights
 from merge_tool.methods.inner import Scratch, combine, pair_angle, slerp_weights
 from merge_tool.methods.passes import check_given, cut_tile, drive, run_steps
-from merge_tool.methods.registry import STEPS_METHODS
+from merge_tool.methods.registry import METHODS
 from merge_tool.methods.rowwise import divergence, mean_ranks
-from merge_tool.methods.steps import REQUIRED, TILE, Given, Steps, StepsMethod, Sums, Tile, seed_key, tile_elements
+from merge_tool.methods.steps import REQUIRED, TILE, Given, Method, Steps, Sums, Tile, seed_key, tile_elements
 from oracle import Array, exact_angle, exact_weights
 from steps_oracle import ORACLES, uniform
 from test_methods import pair_at_angle, sums_of
 
 DOCS = Path(__file__).parents[1] / "docs"
+STEPS_METHODS = {name: method for name, method in METHODS.items() if method.steps}
 NAMES = sorted(STEPS_METHODS)
 KEY = seed_key(0, "model.layers.0.mlp.up_proj.weight")
 WEIGHTS = (0.7, 0.2, 0.4, 0.3)
@@ -36,7 +37,7 @@ WEIGHTS = (0.7, 0.2, 0.4, 0.3)
 
 def asked(name: str, shape: tuple[int, ...], n: int | None = None, *, base: bool | None = None, **more: Any) -> Given:
     """A request with the defaults, some weights, and what is given: one value for all inputs, or a tuple of them."""
-    method = STEPS_METHODS[name]
+    method = METHODS[name]
     n = min(3, method.inputs[1]) if n is None else n
     shared = {k: more.get(k, 0.05 if v is REQUIRED else v) for k, v in method.shared.items()}
     each = {k: more.get(k, WEIGHTS[:n] if v is REQUIRED else v) for k, v in method.each.items()}
@@ -334,13 +335,15 @@ REFUSED = [
     ("della_linear", {"density": 0.9}, "epsilon"),
     ("sce", {"select_topk": 2.0}, "select_topk"),
     ("nearswap", {"t": -0.1}, "t is -0.1"),
+    ("slerp", {"t": math.nan}, "t is nan"),
+    ("slerp", {"t": "half"}, "t is 'half'"),
 ]
 
 
 @pytest.mark.parametrize(("name", "bad", "words"), REFUSED)
 def test_a_parameter_that_means_nothing_is_refused_before_any_pass(name: str, bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_given(STEPS_METHODS[name], asked(name, (4, 4), **bad))
+        check_given(METHODS[name], asked(name, (4, 4), **bad))
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -364,7 +367,7 @@ def test_nuslerp_ends_at_its_models(variant: dict[str, Any], base: bool) -> None
 
 @pytest.mark.parametrize("theta", [1e-7, 1e-3, 1.0, 3.0, math.pi - 1e-5])
 def test_nuslerp_of_whole_tensors_is_slerp(theta: float) -> None:
-    """With weights 1 - t and t: the bits of the pair's own weights."""
+    """With weights 1 - t and t: within rounding of the weights of `slerp`."""
     x, y = pair_at_angle(theta, 1.3)
     out, scratch = np.empty_like(x), Scratch(np.zeros(Scratch.NBYTES, np.uint8))
     sums = sums_of(x, y)
@@ -399,6 +402,20 @@ def test_nuslerp_flags_choose_the_dimension_they_choose_in_mergekit() -> None:
     np.testing.assert_allclose(last, [[2 * half, 0], [0, 0]], atol=1e-15)
     first = merged("nuslerp", asked("nuslerp", (2, 2), weight=1.0, **ROW_WISE[1]), None, [x, y])
     np.testing.assert_allclose(first, [[1, 0], [0, 0]], atol=1e-15)
+
+
+@pytest.mark.parametrize("weight", [(0.7, 0.3), (3.0, -1.0), (0.0, 2.0)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_two_weights_are_the_steps_of_linear(weight: tuple[float, float], normalize: bool) -> None:
+    """Two models are merged by weights, more by steps: one result."""
+    request = asked("linear", (700,), 2, weight=weight, normalize=normalize)
+    _, (x, y) = tensors(request)
+    method, out, scratch = METHODS["linear"], np.empty_like(x), Scratch(np.zeros(Scratch.NBYTES, np.uint8))
+    assert method.is_weighted(2, has_base=False)
+    assert not any(method.is_weighted(n, has_base=base) for n, base in ((1, False), (3, False), (2, True)))
+    assert method.weights is not None
+    assert combine(x, y, method.weights(sums_of(x, y), request), out, scratch)
+    np.testing.assert_allclose(out, merged("linear", request, None, [x, y]), rtol=1e-15, atol=1e-15)
 
 
 def test_arc_weights_of_no_arc_are_linear() -> None:
@@ -674,8 +691,8 @@ def test_the_docs_name_every_method_and_parameter_with_its_default() -> None:
     text = (DOCS / "methods.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     table = {name: row[3] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    assert table.keys() == STEPS_METHODS.keys() | {"slerp"}
-    for name, method in STEPS_METHODS.items():
+    assert table.keys() == METHODS.keys()
+    for name, method in METHODS.items():
         documented = set(re.findall(r"`(\w+)`", table[name]))
         assert documented == method.shared.keys() | method.each.keys(), name
         for key, default in {**method.shared, **method.each}.items():
@@ -717,7 +734,7 @@ def given_of(method: str, shape: tuple[int, ...], weights: Sequence[float]) -> G
 
 def test_a_method_that_needs_no_pass_may_give_its_combine_at_once() -> None:
     twice: Any = lambda given: lambda tile: tile.inputs[0] * 2  # noqa: E731
-    plain = StepsMethod(twice, "twice", "here", base="none")
+    plain = Method("twice", "here", twice, base="none")
     given = Given((2, 3), 1, False)
     np.testing.assert_array_equal(run_steps(plain, given, None, [np.ones((2, 3))]), np.full((2, 3), 2.0))
 
@@ -736,6 +753,6 @@ def _one_sum(given: Given) -> Steps:
     ],
 )
 def test_a_method_of_ones_own_that_is_wrong_is_told_what_is(steps: Any, says: str) -> None:
-    method = StepsMethod(steps, "wrong", "here", base="none")
+    method = Method("wrong", "here", steps, base="none")
     with pytest.raises(ValueError, match=says):
         run_steps(method, Given((6,), 1, False), None, [np.ones(6)])

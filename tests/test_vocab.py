@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from merge_tool.vocabulary.tokens import compare_tokenizers
 
 from checkpoints import BF16, contents, load_folder, save_model
 from merge_tool import CheckpointError, DataError, MismatchError, RecipeError, merge
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.cli import merge_tool
+from merge_tool.vocabulary.join import compare_tokenizers
 from oracle import float64_merge
 from test_lora import normal, save_adapter
 from test_memory import linux_only, measured, write_model
@@ -336,7 +336,7 @@ def test_a_union_adds_tokens_to_the_base_tokenizer_and_changes_nothing_else(
     assert [(entry["content"], entry["id"], entry["special"]) for entry in new] == [
         ("d", 5, False), ("<|im|>", 6, True), ("<|end|>", 7, True),
     ]  # fmt: skip
-    assert any("1 tokens of ft are pieces of its tokenizer's model" in warning for warning in report.warnings)
+    assert any("1 of the 3 tokens that were added are pieces of another" in warning for warning in report.warnings)
     assert run("verify", tmp_path / "out", "--against", base, ft).exit_code == 0
 
 
@@ -450,7 +450,7 @@ def test_the_same_size_with_other_tokens_is_an_error_with_the_figures_and_matche
     x, y = load_folder(base)["lm_head.weight"], load_folder(ft)["lm_head.weight"]
     found = load_folder(tmp_path / "matched")["lm_head.weight"]
     assert [row.tobytes() for row in found] == [row.tobytes() for row in (y[0], y[2], y[1], x[3], y[4])]
-    assert any(warning.startswith("Rows were matched by token (--vocab base)") for warning in matched.warnings)
+    assert any(warning.startswith("Rows were matched by token: 4 tokens are in both") for warning in matched.warnings)
     assert "1 tokens of ft are not in the output's vocabulary: d." in matched.warnings
 
 
@@ -459,10 +459,10 @@ def test_special_tokens_that_no_longer_hold_are_warned_of(pair: tuple[Path, Path
     report = merge(*pair, tmp_path / "out", vocab="ft")
     told = [warning for warning in report.warnings if "generation_config" in warning]
     assert told == [
-        "base/generation_config.json: eos_token_id is 1, a token that the output's tokenizer has as 2. Mend that file "
-        "of the output.",
-        "base/generation_config.json: eos_token_id is 3, a token that the output's tokenizer does not have. Mend that "
-        "file of the output.",
+        "base/generation_config.json: eos_token_id is 1, a token that the output's tokenizer has as 2. Correct that "
+        "file of OUT.",
+        "base/generation_config.json: eos_token_id is 3, a token that the output's tokenizer does not have. Correct "
+        "that file of OUT.",
     ]
     (pair[1] / "generation_config.json").write_text('{"eos_token_id": 5}')
     report = merge(*pair, tmp_path / "union", vocab="union", files_from="ft")
@@ -536,15 +536,6 @@ def test_an_added_token_may_repeat_one_of_the_model(pair: tuple[Path, Path], tmp
     merge(pair[0], other, tmp_path / "out", vocab="union")
 
 
-def test_a_model_without_any_tokenizer_is_to_get_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    other = model(tmp_path / "other", 8, None)
-    expected = (
-        r"^other: has no tokenizer.json, nor another tokenizer. Put the model's tokenizer.json beside its weights\.$"
-    )
-    with pytest.raises(CheckpointError, match=expected):
-        merge(pair[0], other, tmp_path / "out", vocab="base")
-
-
 def test_what_cannot_be_matched_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     x = load_folder(pair[1])
     wider = {**x, "lm_head.weight": normal(7, HIDDEN + 1, dtype=BF16)}
@@ -557,7 +548,7 @@ def test_what_cannot_be_matched_is_refused(pair: tuple[Path, Path], tmp_path: Pa
     nothing = save_model(tmp_path / "nothing", {"x": normal(3)}, side_files=side)
     with pytest.raises(MismatchError, match="nothing: has no embedding that is known, so it cannot be told"):
         merge(pair[0], nothing, tmp_path / "out", vocab="base")
-    with pytest.raises(CheckpointError, match="is a single file without a tokenizer, which --vocab needs"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer, which .* need. Give its folder instead"):
         merge(pair[0], pair[1] / "model.safetensors", tmp_path / "out", vocab="base")
     with pytest.raises(RecipeError, match="goes with --vocab"):
         merge(*pair, tmp_path / "out", pad_vocab_to_multiple_of=64)
@@ -574,9 +565,9 @@ def test_figures_count_every_token_once(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(text)
     found = compare_tokenizers(Folder(tmp_path / "a"), Folder(tmp_path / "b"))
-    assert list(found.ft_of_base) == [1, 0, 2, *[-2] * 6, -1]
-    assert list(found.base_of_ft) == [1, 0, 2, -1]
-    assert (found.num_shared, found.num_moved, found.num_only, found.pieces) == (3, 2, (1, 1), 0)
+    assert [list(ids) for ids in found.ids] == [[0, 1, 2, *[-1] * 6, 9, -1], [1, 0, 2, *[-1] * 6, -1, 3]]
+    assert (found.num_moved, found.num_alone, found.sizes, found.added) == (2, (1, 1), (10, 4), (1, 0))
+    assert found.figures(("a", "b")).startswith("3 tokens are in both, 2 of them with another id, 1 only in a (<n>)")
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -57,8 +56,8 @@ class Expansion:
     """All tensors that a recipe asks for, by name.
 
     `names` are each model's tensors; `renamings` say, by model, what it calls the first model's, and which of its own
-    have no place there. `range_problems` tell of layers that models do not have. Raises RecipeError for stacks that
-    cannot be told apart.
+    have no place there: `copies`. `range_problems` tell of layers that models do not have. Raises RecipeError for
+    stacks that cannot be told apart.
     """
 
     def __init__(
@@ -71,9 +70,11 @@ class Expansion:
         self._recipe, self._method = recipe, method
         first = names[recipe.first]
         self.known = [_Names(own, first, (renamings or {}).get(k, Renaming())) for k, own in enumerate(names)]
+        self.copies = [name for renaming in (renamings or {}).values() for name in renaming.copies]
         self._by_name = {module.name or "": module for module in recipe.modules}
         self._whole = recipe.modules[0]
         self._owners: Owners | None = None
+        self._stacks: dict[int, Stacks] = {}  # by model: the layers that a list of values lies along
         self._sliced: dict[str, tuple[str, list[int]]] = {}  # module -> its stack, the first layer of each slice
         self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (place among its sources, model)
         self.range_problems: list[str] = []
@@ -92,10 +93,12 @@ class Expansion:
                 self._sliced[name] = stack, [0, *accumulate(part.num_layers or 0 for part in module.slices)]
                 self._check_ranges(module, stack)
 
-    @cached_property
-    def _along(self) -> Stacks:
-        """The layers that a list of values lies along."""
-        return Stacks(iter(self.known[self._first_before(self._recipe.sources)[0]]))
+    def _position(self, name: str, part: Slice) -> float:
+        """Where a tensor lies along the layers of the first model that the slice has."""
+        lead = self._first_before({source.model for source in part.sources})[0]
+        if lead not in self._stacks:
+            self._stacks[lead] = Stacks(iter(self.known[lead]))
+        return self._stacks[lead].position(name)
 
     # ------------------------------------------------------------------------------------- which there are
 
@@ -150,7 +153,7 @@ class Expansion:
         module = self._by_name[self._owners.owner(name)] if self._owners is not None else self._whole
         if (module.name or "") not in self._sliced:
             part = module.slices[0]
-            position = self._along.position(name) if self._values.lie_along_layers else 0.0
+            position = self._position(name, part) if self._values.lie_along_layers else 0.0
             return Place(name, (name,) * len(part.sources), position, part, module)
         found = split_layer(name)
         stack, starts = self._sliced[module.name or ""]
@@ -203,6 +206,11 @@ class Expansion:
         return sorted(models, key=lambda k: (k != self._recipe.first, k))
 
     # ------------------------------------------------------------------------------------------ checks
+
+    @property
+    def lacks_values(self) -> bool:
+        """Whether a tensor, of those asked for so far, lacks a required parameter."""
+        return bool(self._values.unset)
 
     def check_values(self) -> None:
         """Raise RecipeError for all tensors that a required parameter has no value for."""

@@ -6,7 +6,7 @@ Names, shapes and dtypes only: all that can go wrong because of them goes wrong 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge_tool.arrays import FLOAT_DTYPES
@@ -30,10 +30,11 @@ _MOST = 5  # mismatches of a kind that are named
 @dataclass(frozen=True, slots=True)
 class Fit:
     """The output's tensors in natural order (layer 2 before layer 10); those in `kept` stay as they are, for the reason
-    that stands there."""
+    that stands there. `unchosen` are all that --only and --exclude leave out, in the output or not."""
 
     names: Sequence[str]
     kept: Mapping[str, str]
+    unchosen: Collection[str]
     warnings: tuple[str, ...]
 
 
@@ -55,7 +56,7 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
     options, found = recipe.options, _Differences()
     names, kept, merged = list(expansion.names()), dict[str, str](), list[str]()
     left_out: list[str] = []
-    unchosen = find_unchosen(options, names)
+    unchosen = find_unchosen(options, [*names, *expansion.copies])
     for name in names:
         place = expansion.place(name)
         reason = NOT_CHOSEN if name in unchosen else _reason(options, expansion, place, models, found)
@@ -73,7 +74,7 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
     merged += kept
     merged.sort()
     merged.sort(key=natural_key)
-    return Fit(merged, kept, tuple(_warnings(recipe, models, kept, left_out)))
+    return Fit(merged, kept, unchosen, tuple(_warnings(recipe, models, kept, left_out)))
 
 
 def _reason(

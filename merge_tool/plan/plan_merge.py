@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def plan_merge(
     warnings = [
         *recipe.warnings,
         *(w for k, renaming in renamings.items() if k in recipe.sources
-          for w in renaming_warnings(first, models[k], renaming, fitted.kept.keys())),
+          for w in renaming_warnings(first, models[k], renaming, {*fitted.kept, *fitted.unchosen})),
         *fitted.warnings,
         *(scaled.warnings() if scaled else ()),
         *_idle_choices(recipe, expansion, fitted.names),
@@ -150,6 +151,8 @@ class _Jobs:
 
     def _check(self, job: TensorJob) -> None:
         """Raise RecipeError for parameters that the method cannot work with, before anything is read."""
+        if self.expansion.lacks_values:  # `check_values` names all tensors that lack one
+            return
         for output, values in enumerate(job.values):
             key = id(values), len(job.sources), job.has_base
             if key in self._checked:
@@ -192,7 +195,7 @@ def _idle_choices(recipe: Recipe, expansion: Expansion, names: Sequence[str]) ->
             if not matches:
                 raise RecipeError(no_match(option, choice.pattern, names))
             yield f"{option} has no effect: what it matches is not merged, or has its {key} from one before it."
-        elif not matches:
+        elif not matches and not any(map(choice.pattern.matches, chain.from_iterable(expansion.known))):
             yield (
                 f"The filter '{shown(choice.pattern.text)}' of '{shown(key)}' is in no tensor's name. A filter is a "
                 "part of the name, no glob and no regular expression."

@@ -97,9 +97,9 @@ def _folders(recipe: Recipe, models: Sequence[Checkpoint], numbers: set[int], le
         if folder is None or not any(map(folder.has, TOKENIZER_FILES)):
             folder = models[recipe.first].tokenizer_folder
             if k == lead or folder is None or known_rows(models[k]) != known_rows(models[recipe.first]):
+                way = f"Put its {TOKENIZER} beside its weights." if models[k].folder else "Give its folder instead."
                 raise CheckpointError(
-                    f"{models[k].name}: has no tokenizer, which rows by token ({recipe.rows_option}) need. Put its "
-                    f"{TOKENIZER} beside it."
+                    f"{models[k].name}: has no tokenizer, which rows by token ({recipe.rows_option}) need. {way}"
                 )
         found[k] = folder
     return found
