@@ -22,7 +22,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.strided import StridedTensor
-from merge_tool.checkpoint.unpickle import answer
+from merge_tool.checkpoint.unpickle import describe
 from merge_tool.diff import diff_checkpoints
 from merge_tool.verify.verify import verify
 
@@ -41,7 +41,7 @@ def refusal(ref: Path) -> str:
 
 def refused(path: Path) -> str:
     """Why the process that unpickles refuses a file: asked in this one, which has torch already."""
-    return str(answer(str(path), path.name)["refused"])
+    return str(describe(str(path), path.name)["refused"])
 
 
 def all_kinds() -> dict[str, torch.Tensor]:
@@ -193,7 +193,7 @@ NESTED: dict[str, tuple[Any, str]] = {
 def test_the_weights_inside_are_taken_and_told(tmp_path: Path, kind: str) -> None:
     content, notice = NESTED[kind]
     torch.save(content, tmp_path / "x.ckpt")
-    found = answer(str(tmp_path / "x.ckpt"), "x.ckpt")
+    found = describe(str(tmp_path / "x.ckpt"), "x.ckpt")
     assert [tensor[:3] for tensor in found["tensors"]] == [["a", "F32", [2]]]
     assert any(notice in told for told in found["notices"]), found["notices"]
 
@@ -305,7 +305,7 @@ def test_every_damage_is_refused_or_reads_what_torch_reads(tmp_path: Path) -> No
                 path = tmp_path / f"{number}{zipped}.pt"
                 path.write_bytes(damaged)
                 files.append(path)
-    found = [answer(str(path), path.name) for path in files]
+    found = [describe(str(path), path.name) for path in files]
     for path, told in zip(files, found, strict=True):
         if "refused" in told:
             assert told["refused"].startswith(f"{path.name}: ")

@@ -88,7 +88,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     merge(base, base, root / "done")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_tool.output.Work.publish", lambda self, check_bytes: ["stopped here"])
+        patch.setattr("merge_tool.output.work_folder.WorkFolder.publish", lambda self, check_bytes: ["stopped here"])
         merge(base, base, root / "half")
     (root / "sweep").mkdir()
     return root

@@ -11,12 +11,12 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merge_tool.apart import answer
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, WEIGHT_SUFFIXES, find_weights, weight_map_files
-from merge_tool.checkpoint.hub import REFUSED
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
@@ -30,20 +30,8 @@ _MODEL = frozenset({"model.safetensors", "model.safetensors.index.json"})
 
 
 def main() -> None:
-    """Carry out the request in the arguments; print the answer, or what was wrong, as a line of JSON, and after it the
-    bytes of headers. Whatever else would print goes to standard error."""
-    verb, *what = json.loads(sys.argv[1])
-    answer: Any
-    try:
-        with redirect_stdout(sys.stderr):
-            answer, headers = look_ahead(*what) if verb == "look" else (fetch(*what), [])
-        code = 0
-    except CheckpointError as e:
-        answer, headers, code = str(e), [], REFUSED
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + b"".join(headers))
-    sys.exit(code)
+    """Carry out the request: the answer, and after it the bytes of headers."""
+    answer(lambda request: look_ahead(*request[1:]) if request[0] == "look" else (fetch(*request[1:]), ()))
 
 
 def fetch(repo: str, revision: str | None = None, commit: str | None = None) -> str:

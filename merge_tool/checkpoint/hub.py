@@ -7,27 +7,20 @@ is what a plan needs; into an unnamed temporary file, of which nothing is left w
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import IO, Any
 
+from merge_tool.apart import ask
 from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.checkpoint.source import ComingFile
 from merge_tool.errors import FetchError, shown
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
-_START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
-    "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
-    "from merge_tool.checkpoint.fetching import main; main()"
-)
-REFUSED = 3  # exit code: the message is on stdout
 
 
 def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
@@ -115,19 +108,12 @@ def _ask_apart(held: IO[bytes], *request: str | None) -> Any:
     """What fetching.main answers, in a process of its own that has our standard error for its progress bars. Other
     bytes that it gives follow in `held`, from its position on."""
     repo = shown(request[1])
-    command = [sys.executable, "-c", _START, os.pathsep.join(sys.path), json.dumps(request)]
-    try:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=held, check=False).returncode
-    except OSError as e:
-        raise FetchError(f"{repo}: Python cannot be started to fetch it ({e.strerror}).") from e
-    held.seek(0)
-    if code == 0:
-        return json.loads(held.readline())
-    if code == REFUSED:
-        raise FetchError(json.loads(held.readline()))
-    if code == 130:
-        raise KeyboardInterrupt
-    raise FetchError(
-        f"{repo}: fetching it ended with code {code}; its last words are above. "
-        "Run the same command again: it continues."
+    value, _ = ask(
+        "merge_tool.checkpoint.fetching",
+        request,
+        what=repo,
+        error=FetchError,
+        hint="Its last words are above. Run the same command again: it continues.",
+        into=held,
     )
+    return value

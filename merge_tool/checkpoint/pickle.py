@@ -9,23 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge_tool.apart import ask
 from merge_tool.checkpoint.header import DTYPE_BITS, TensorInfo
 from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import CheckpointError, shown
-
-_START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
-    "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
-    "from merge_tool.checkpoint.unpickle import main; main()"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +58,20 @@ def _check_start(file: LocalFile) -> None:
 
 def _ask(paths: list[tuple[str, str]], max_bytes: int) -> list[dict[str, Any]]:
     """The answers of `unpickle.main`."""
-    command = [sys.executable, "-c", _START, os.pathsep.join(sys.path)]
-    try:
-        done = subprocess.run(command, input=json.dumps(paths).encode(), capture_output=True, check=False)
-    except OSError as e:
-        raise CheckpointError(f"{paths[0][1]}: Python cannot be started to read it ({e.strerror}).") from e
-    if done.returncode in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
-    if done.returncode != 0:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+    answers, _ = ask(
+        "merge_tool.checkpoint.unpickle",
+        paths,
+        what=paths[0][1],
+        error=CheckpointError,
+        hint="The file may be damaged, or memory short: its structure is read by torch, in about 300 MB.",
+        keep_errors=True,
+    )
+    if (nbytes := len(json.dumps(answers))) > max_bytes:
         raise CheckpointError(
-            f"{paths[0][1]}: reading it with torch ended with code {done.returncode} ({shown(last[0])}). The file may "
-            "be damaged, or memory short: reading its structure takes about 300 MB beside the merge."
+            f"{paths[0][1]}: describing its tensors takes {nbytes:,} bytes, more than fits the memory budget. Give at "
+            f"least --memory {(100_000_000 + 8 * nbytes) // 1_000_000}MB."
         )
-    if len(done.stdout) > max_bytes:
-        raise CheckpointError(
-            f"{paths[0][1]}: describing its tensors takes {len(done.stdout):,} bytes, more than fits the memory "
-            f"budget. Give at least --memory {(100_000_000 + 8 * len(done.stdout)) // 1_000_000}MB."
-        )
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return answers  # type: ignore[no-any-return]
 
 
 def _parse(file: LocalFile, answer: Mapping[str, Any]) -> PickledFile:

@@ -7,15 +7,14 @@ reads by position as it does from safetensors. Protocol: paths as JSON on stdin,
 
 from __future__ import annotations
 
-import json
 import re
 import struct
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+from merge_tool.apart import answer
 from merge_tool.errors import CheckpointError, listed, reason, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -50,13 +49,12 @@ class _Refused(Exception):
 
 
 def main() -> None:
-    """Answer for every path on stdin: {"tensors": [...], "notices": [...]}, or {"refused": message}."""
+    """Answer for every path asked about: {"tensors": [...], "notices": [...]}, or {"refused": message}."""
     warnings.simplefilter("ignore")
-    answers = [answer(path, where) for path, where in json.load(sys.stdin)]
-    json.dump(answers, sys.stdout)
+    answer(lambda paths: ([describe(path, where) for path, where in paths], ()))
 
 
-def answer(path: str, where: str) -> dict[str, Any]:
+def describe(path: str, where: str) -> dict[str, Any]:
     """What the file at `path`, called `where` in messages, holds, or why it is not read."""
     try:
         return tensors_in(path)

@@ -38,7 +38,7 @@ class Layout:
     chunk_elements: int
     slot_bytes: int
     arena_bytes: int
-    scratch_bytes: int
+    scratch_bytes: int = Scratch.NBYTES
     temporary_bytes: int = 0
     state_bytes: int = 0
 

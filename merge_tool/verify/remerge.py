@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
+from merge_tool.apart import ask
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, OutputError, listed, reason, shown
@@ -40,13 +40,6 @@ from merge_tool.verify.bits import Comparison, Sample
 from merge_tool.verify.checks import Checks
 
 _MATCH_SECONDS = 20
-_MATCH = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for name in names:
-        re.search(pattern, name)
-"""
 
 
 @dataclass(frozen=True)
@@ -119,9 +112,16 @@ def _regular_expressions(recipe: Recipe) -> list[str]:
 def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
     """Raise OutputError for a stranger's regular expression that does not come to an end on the parents' names: nothing
     interrupts one, so another process tries them first."""
-    task = json.dumps([patterns, sorted(names)]).encode("utf-8", "surrogatepass")
     try:
-        subprocess.run([sys.executable, "-I", "-c", _MATCH], input=task, timeout=_MATCH_SECONDS, check=False)
+        ask(
+            "merge_tool.recipe.settings",
+            [patterns, sorted(names)],
+            what=REPORT,
+            error=OutputError,
+            hint="Its patterns cannot be tried.",
+            keep_errors=True,
+            timeout=_MATCH_SECONDS,
+        )
     except subprocess.TimeoutExpired as e:
         raise OutputError(
             f"{REPORT}: its patterns ({listed(patterns)}) take longer than {_MATCH_SECONDS} s to match the parents' "

@@ -7,14 +7,12 @@ Tokens are the same if their strings are, as the files spell them.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from json.decoder import scanstring  # type: ignore[attr-defined]  # public in CPython since 2.6, not in its stubs
 from pathlib import Path
 from typing import Any
 
+from merge_tool.apart import answer, ask
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.lookalikes import known_start
 from merge_tool.errors import CheckpointError, listed, reason, shown
@@ -23,11 +21,7 @@ TOKENIZER = "tokenizer.json"
 _SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 _MOST_BYTES = 200_000_000
 _MOST_ROWS = 1 << 22  # ids beyond that are no vocabulary's, and their map would take the memory of one
-_START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
-    "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); from {module} import main; main()"
-)
 _SPACES = (" ", "\t", "\r", "\n")
-_REFUSED = 3  # exit code: the message is on stdout
 
 
 def tokenizer_path(folder: Folder) -> Path:
@@ -52,36 +46,27 @@ def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> t
     Raises CheckpointError where a folder has no tokenizer.json, or one that cannot be read.
     """
     names = [f"{folder.name}/{TOKENIZER}" for folder in folders]
-    asked = json.dumps([[str(tokenizer_path(folder)) for folder in folders], names, question])
-    command = [sys.executable, "-c", _START.format(module=module), os.pathsep.join(sys.path)]
-    try:
-        done = subprocess.run(command, input=asked.encode(), stdout=subprocess.PIPE, check=False)
-    except OSError as e:
-        raise CheckpointError(f"{' and '.join(names)}: Python cannot be started to read them ({reason(e)}).") from e
-    if done.returncode == _REFUSED:
-        raise CheckpointError(done.stdout.decode())
-    if done.returncode == 130:
-        raise KeyboardInterrupt
-    if done.returncode:
-        raise CheckpointError(f"{' and '.join(names)}: reading them ended with code {done.returncode}.")
-    head, _, rest = done.stdout.partition(b"\n")
-    return json.loads(head), rest
+    return ask(
+        module,
+        [[str(tokenizer_path(folder)) for folder in folders], names, question],
+        what=" and ".join(names),
+        error=CheckpointError,
+        hint="A large tokenizer takes about 2 kB of memory a token for a moment, beside the merge.",
+    )
 
 
 # ------------------------------------------------------------------------------------ in its own process
 
 
-def answer_apart(answer: Callable[[list[TokenizerJson], Any], tuple[Any, bytes]]) -> None:
-    """Read the question that `ask_apart` put, and write what `answer` says: a line of JSON, then bytes."""
-    try:
-        paths, names, question = json.loads(sys.stdin.buffer.read())
-        told, rest = answer([TokenizerJson(Path(p), n) for p, n in zip(paths, names, strict=True)], question)
-        sys.stdout.buffer.write(json.dumps(told).encode() + b"\n" + rest)
-    except CheckpointError as e:
-        sys.stdout.buffer.write(str(e).encode("utf-8", "backslashreplace"))  # whatever the terminal's encoding is
-        sys.exit(_REFUSED)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def answer_apart(reply: Callable[[list[TokenizerJson], Any], tuple[Any, bytes]]) -> None:
+    """Read the question that `ask_apart` put, and write what `reply` says of the tokenizers."""
+
+    def of_files(request: Any) -> tuple[Any, list[bytes]]:
+        paths, names, question = request
+        value, rest = reply([TokenizerJson(Path(p), n) for p, n in zip(paths, names, strict=True)], question)
+        return value, [rest]
+
+    answer(of_files)
 
 
 class _Broken(Exception):

@@ -1,0 +1,91 @@
+"""A question to a module of ours, answered in a process of its own: Hub, pickles, tokenizers, strangers' patterns.
+
+What the answer takes to find (torch, a library, minutes) is gone with that process, and is not the merge's. The module
+has a `main` that calls `answer`. Question and answer are JSON in UTF-8; bytes may follow the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from typing import IO, Any
+
+from merge_tool.errors import MergeToolError, reason, shown
+
+_START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
+    "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import main; main()"
+)
+_REFUSED, _INTERRUPTED = 3, 130  # exit codes
+
+
+def ask(
+    module: str,
+    question: Any,
+    *,
+    what: str,
+    error: type[MergeToolError],
+    hint: str,
+    into: IO[bytes] | None = None,
+    keep_errors: bool = False,
+    timeout: float | None = None,
+) -> tuple[Any, bytes]:
+    """What `main` of a module answers: a value, and bytes. With `into`, a file, the bytes are left there, from its
+    position on. Its standard error is ours, so that progress bars show, unless `keep_errors`.
+
+    Raises `error` with the module's own message, or with `what` is wrong and the `hint` what to do; TimeoutExpired
+    after `timeout` seconds.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _START.format(module=module), json.dumps(sys.path)],
+            input=json.dumps(question).encode(),
+            stdout=into or subprocess.PIPE,
+            stderr=subprocess.PIPE if keep_errors else None,
+            timeout=timeout,
+            check=False,
+        )
+    except OSError as e:
+        raise error(f"{what}: Python cannot be started for it ({reason(e)}).") from e
+    if done.returncode in (_INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
+    rest = b""
+    if into is None:
+        line, _, rest = done.stdout.partition(b"\n")
+    else:
+        into.seek(0)
+        line = into.readline()
+    if done.returncode == _REFUSED:
+        raise error(json.loads(line))
+    if done.returncode:
+        raise error(f"{what}: reading it {_ending(done.returncode, done.stderr or b'')}. {hint}")
+    return json.loads(line), rest
+
+
+def _ending(code: int, errors: bytes) -> str:
+    if code < 0:
+        return f"was ended by signal {-code}, by the system for lack of memory most likely"
+    last = errors.decode(errors="replace").strip().splitlines()[-1:]
+    return f"ended with code {code}" + (f" ({shown(last[0])})" if last else "")
+
+
+def answer(reply: Callable[[Any], tuple[Any, Iterable[bytes]]]) -> None:
+    """Read the question, and write what `reply` says of it; a MergeToolError is a refusal, with its message. Whatever
+    else would print goes to standard error."""
+    pieces: Iterable[bytes] = ()
+    try:
+        with redirect_stdout(sys.stderr):
+            value, pieces = reply(json.loads(sys.stdin.buffer.read()))
+        code = 0
+    except MergeToolError as e:
+        value, code = str(e), _REFUSED
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
+    for piece in pieces:
+        sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
+    sys.exit(code)
