@@ -161,6 +161,8 @@ def label_of(words: Mapping[str, Any]) -> str:
     return "-".join(f"{key}-{label_t(value)}" for key, value in words.items())
 
 
-def label_t(t: float) -> str:
-    """The shortest text that reads back as `t`: 0.3, 1, 1e-05."""
+def label_t(t: float | bool | str) -> str:
+    """The shortest text that reads back as `t`: 0.3, 1, 1e-05, true."""
+    if isinstance(t, bool):
+        return str(t).lower()
     return repr(t).removesuffix(".0") if isinstance(t, float) else str(t)
