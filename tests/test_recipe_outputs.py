@@ -149,7 +149,7 @@ def test_several_outputs_continue_where_they_were_stopped(models: list[Path], tm
 @pytest.mark.parametrize(
     ("method", "given"), [("linear", "normalize=true,false"), ("ties", "density=0.2,0.6"), ("slerp", "t=-0.5,0.5")]
 )
-def test_the_cards_command_makes_the_same_output(models: list[Path], tmp_path: Path, method: str, given: str) -> None:
+def test_the_cards_command_makes_the_same_outputs(models: list[Path], tmp_path: Path, method: str, given: str) -> None:
     asked = slerp(models) if method == "slerp" else recipe(method, models)
     path = write(tmp_path, asked)
     assert run(path, tmp_path / "many", "--set", given, "--extrapolate").exit_code == 0
@@ -158,6 +158,15 @@ def test_the_cards_command_makes_the_same_output(models: list[Path], tmp_path: P
         assert words[:4] == ["merge-tool", "run", "RECIPE.yaml", "OUT"]
         assert run(path, tmp_path / f"again {folder.name}", *words[4:]).exit_code == 0
         assert contents(folder) == contents(tmp_path / f"again {folder.name}")
+
+
+@pytest.mark.parametrize("t", [1.5, [0, -0.5], {"filter": "mlp", "value": 2}])
+def test_the_card_says_that_a_recipe_extrapolates(models: list[Path], tmp_path: Path, t: Any) -> None:
+    values = [t, {"value": 0.5}] if isinstance(t, dict) else t
+    for value, words in ((values, ["--extrapolate"]), (0.5, [])):
+        out = tmp_path / f"out {len(words)}"
+        merge_models(slerp(models, parameters={"t": value}), out, extrapolate=bool(words))
+        assert shlex.split((out / "README.md").read_text().split("```")[3])[4:] == words
 
 
 @pytest.mark.parametrize(

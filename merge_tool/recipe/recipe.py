@@ -146,6 +146,16 @@ class Recipe:
         """The models whose tensors are merged; the others lend a configuration or a tokenizer."""
         return frozenset(source.model for m in self.modules for part in m.slices for source in part.sources)
 
+    def scopes(self) -> Iterator[Settings]:
+        """The parameters in every place that may have some: of the outputs first."""
+        for output in self.outputs:
+            yield from (*output.of_models.values(), output.parameters)
+        yield self.parameters
+        for module in self.modules:
+            yield module.parameters
+            for part in module.slices:
+                yield from (part.parameters, *(source.parameters for source in part.sources))
+
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(output.label for output in self.outputs)
