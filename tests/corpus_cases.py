@@ -353,6 +353,13 @@ LINEAR = """
 merge_method: linear
 models: [{model: base, parameters: {weight: 0.7}}, {model: ft, parameters: {weight: 0.3}}]
 """
+LINEAR_GRADIENT = """
+merge_method: linear
+models:
+  - {model: base, parameters: {weight: [{filter: mlp, value: [0.9, 0.4, 1]}, {value: 0.7}]}}
+  - {model: ft, parameters: {weight: [{filter: mlp, value: [0.1, 0.6, 0]}, {value: 0.3}]}}
+"""
+LINEAR_OUTSIDE = LINEAR.replace("0.7", "-0.5").replace("0.3", "1.5")
 GRADIENT = "[{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0]}, {value: 0.4}]"
 
 
@@ -361,14 +368,19 @@ def twins(make: Callable[[], None], options: str, recipe: str, same: str = "") -
     return pair(make, f"{options} {same}"), by_recipe(make, recipe, same)
 
 
-# One merge, asked for in two ways: NAME-pair by the command, NAME-yaml by a recipe. Not all have the same bytes now
-# (`python tests/corpus.py` says which). They shall, once a pair is a recipe of two models.
+# One merge, asked for in two ways: NAME-pair by the command, NAME-yaml by a recipe. Both have the same bytes.
 TWINS: Mapping[str, tuple[Case, Case]] = {
     "linear": twins(mixed_models, "--method linear --t 0.3", LINEAR),
     "linear-bf16": twins(models("base ft", llama(large=True), dtype=BF16), "--method linear --t 0.3", LINEAR),
     "linear-odd-shapes": twins(odd_shapes, "--method linear --t 0.3", LINEAR),
     "linear-extreme": twins(extremes, "--method linear --t 0.3", LINEAR),
+    "linear-gradient": twins(mixed_models, "--method linear --t 0.3 --t-for mlp=0.1,0.6,0", LINEAR_GRADIENT),
+    "linear-outside": twins(mixed_models, "--method linear --t 1.5 --extrapolate", LINEAR_OUTSIDE),
     "slerp": twins(mixed_models, "--t 0.3", slerp("0.3")),
+    "several": (
+        pair(mixed_models, "--t 0,0.3,0.6"),
+        by_recipe(mixed_models, slerp("0.5"), "--set t=0,0.3,0.6"),
+    ),
     "slerp-angles": twins(angles, "--t 0.3", slerp("0.3")),
     "slerp-odd-shapes": twins(odd_shapes, "--t 0.6", slerp("0.6")),
     "gradient": twins(
@@ -388,7 +400,10 @@ TWINS: Mapping[str, tuple[Case, Case]] = {
     ),
     "pickle": twins(lambda: pickles(0), "--t 0.6", slerp("0.6")),
     "fp8": twins(fp8(), "--t 0.6", slerp("0.6")),
+    "fp8-out": twins(fp8(ft_block=(16, 8)), "--t 0.3", slerp("0.3"), "--dtype base"),
+    "fp8-out-linear": twins(fp8(), "--method linear --t 0.3", LINEAR, "--dtype base --exclude layers.1."),
     "side-files": twins(with_side_files, "--t 0.6", slerp("0.6")),
+    "side-files-ft": twins(with_side_files, "--t 0.6", slerp("0.6"), "--files-from ft"),
     "many-shards": twins(models("base ft"), "--t 0.6", slerp("0.6"), "--max-shard-size 2kB"),
     "vocab-base": twins(vocabularies(), "--t 0.3 --vocab base", slerp("0.3", more="tokenizer_source: base")),
     "vocab-ft": twins(vocabularies(), "--t 0.3 --vocab ft", slerp("0.3", more="tokenizer_source: ft")),

@@ -16,8 +16,9 @@ _MOST = 500  # lines of a table
 
 def first_line(plan: MergePlan) -> str:
     recipe, names = plan.recipe, [shown(name) for name in plan.names]
-    values = [f"{key} = {', '.join(texts)}" for key, texts in words_of([o.words for o in recipe.outputs]).items()]
-    how = f"{recipe.method}{f' at {chr(32).join(values)}' if values else ''}"
+    words = words_of([output.words for output in recipe.outputs])
+    values = [f"{key} = {', '.join(dict.fromkeys(texts))}" for key, texts in words.items()]
+    how = recipe.method + (f" at {' and '.join(values)}" if values else "")
     if is_pair(recipe):
         return f"Plan: {how}; t=0 is BASE ({names[0]}), t=1 is FT ({names[1]})"
     return f"Plan: {how} of {', '.join(names)}; configuration and tokenizer of {names[recipe.donor]}"

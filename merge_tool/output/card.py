@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,12 @@ def _command(plan: MergePlan, output: int) -> str:
     own = PairOptions(**recipe.words) if is_pair(recipe) else None
     options = [*(as_words(own) if own else ()), *as_words(recipe.options)]
     command += [word if word.startswith("--") else _quoted(word, 10_000) for word in options]
-    ts = [words.get("t", 0), *(value for rule in (own.rules if own else ()) for value in rule.values)]
+    if own is not None:
+        ts = [words["t"], *(value for rule in own.rules for value in rule.values)]
+    else:
+        own_recipe = replace(recipe, outputs=(recipe.outputs[output],))
+        settings = [scope["t"] for scope in own_recipe.scopes() if "t" in scope and "t" in plan.method.fractions]
+        ts = [value for setting in settings for choice in setting.choices for value in choice.values]
     return " ".join(command + ["--extrapolate"] * any(not 0 <= t <= 1 for t in ts))
 
 

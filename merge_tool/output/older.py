@@ -22,6 +22,7 @@ _LOADED = re.compile(
     r"|README(\.base|\.ft)?\.md|SHA256SUMS|mergekit_config\.yml"
 )
 _PARAMETERS = re.compile(r'"parameters": (\{[^{}]*\})')  # in the head of a report
+_MOST_PARAMETERS = 12  # more than any method has: a stranger's report may list thousands
 _SUMS_LINE = re.compile(r"(\\?)[0-9a-f]{64} [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 
@@ -77,6 +78,8 @@ def is_output_of_several(folder: Path) -> bool:
             found = _PARAMETERS.search(file.read(65_536))
         words = json.loads(found[1]) if found else {}
     except (OSError, ValueError):
+        return False
+    if len(words) > _MOST_PARAMETERS:
         return False
     chosen = (subset for count in range(1, len(words) + 1) for subset in combinations(words, count))
     return any(label_of({key: words[key] for key in subset}) == folder.name for subset in chosen)

@@ -224,7 +224,7 @@ class Expansion:
 
     def idle_choices(self) -> Iterator[tuple[str, Choice]]:
         """(parameter, choice) of every pattern that gave no tensor its value."""
-        for scope in _scopes(self._recipe):
+        for scope in self._recipe.scopes():
             for key, setting in scope.items():
                 for choice in setting.choices:
                     if choice.pattern is not None and choice not in self._values.used:
@@ -262,16 +262,6 @@ def _rests(names: Iterable[str], stack: str) -> dict[int, list[str]]:
     return found
 
 
-def _scopes(recipe: Recipe) -> Iterator[Settings]:
-    for output in recipe.outputs:
-        yield from (*output.of_models.values(), output.parameters)
-    yield recipe.parameters
-    for module in recipe.modules:
-        yield module.parameters
-        for part in module.slices:
-            yield from (part.parameters, *(source.parameters for source in part.sources))
-
-
 class _Values:
     """Which parameters each tensor has, in one object for all that have the same."""
 
@@ -283,7 +273,7 @@ class _Values:
         self.unset: dict[str, dict[str, None]] = {}
         self.used: set[Choice] = set()
         self.num_scheduled = 0
-        settings = [setting for scope in _scopes(recipe) for setting in scope.values()]
+        settings = [setting for scope in recipe.scopes() for setting in scope.values()]
         self.lie_along_layers = any(len(choice.values) > 1 for setting in settings for choice in setting.choices)
 
     def of(self, place: Place) -> tuple[Values, ...]:

@@ -204,7 +204,8 @@ def _idle_choices(recipe: Recipe, expansion: Expansion, names: Sequence[str]) ->
 
 def _check_outputs_differ(plan: MergePlan) -> None:
     if len(plan.labels) > 1 and not any(len(set(job.values)) > 1 for job in plan.jobs()):
-        key = next(iter(plan.recipe.outputs[0].words))
+        values = words_of([output.words for output in plan.recipe.outputs])
+        key = " and ".join(key for key, texts in values.items() if len(set(texts)) > 1)
         raise RecipeError(
             f"No tensor has its {key} from the several values given, so all outputs would be the same. Give one value."
         )

@@ -109,7 +109,7 @@ class _Parser:
         name = self._method_name(top, fields)
         self._name, self._method = name, self._methods[name]
         self._parameters = Parameters(self._text, name, self._methods, self._extrapolate)
-        outputs = self._parameters.outputs(self._values)
+        outputs = Parameters(Text("--set"), name, self._methods, self._extrapolate).outputs(self._values)
         base = self._models.optional_ref(fields, "base_model")
         parameters = self._parameters.parse(fields.get("parameters"), "parameters")
         modules = self._modules(top, fields, base, parameters)

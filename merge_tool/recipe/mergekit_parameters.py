@@ -11,7 +11,7 @@ from merge_tool.errors import RecipeError, shown
 from merge_tool.methods.steps import Method
 from merge_tool.recipe.recipe import Output, label_of
 from merge_tool.recipe.settings import Choice, Pattern, Setting, Settings, constant
-from merge_tool.recipe.yaml_text import Text, Value, kind
+from merge_tool.recipe.yaml_text import Text, Value, kind, nearest
 
 # Keys that mergekit knows, knew or is often given, and that change nothing.
 INERT = {
@@ -19,6 +19,8 @@ INERT = {
     "embed_slerp": "mergekit no longer reads it; a filter for embed_tokens or lm_head does what it did",
     "random_seed": "mergekit does not read it; the seed is given on the command line",
 }
+
+_SWITCHES = {"true": True, "false": False, "1": 1, "0": 0}
 
 
 class Parameters:
@@ -44,8 +46,10 @@ class Parameters:
 
     def outputs(self, values: Mapping[str, Sequence[Value]]) -> tuple[Output, ...]:
         """One output for each combination of these values, which stand in place of the recipe's own."""
-        for key, several in values.items():
-            self._counts(key, several[0], "the values given beside the recipe", of_model=False)
+        for key in values.keys() - self._defaults.keys():
+            known = ", ".join(sorted(self._defaults)) or "none"
+            meant = nearest(key, self._defaults.keys())
+            raise self._text.error(0, f"{self._name} has no parameter '{shown(key)}'{meant}. It has: {known}.")
         chosen = [[(key, self._scalar(key, value)) for value in several] for key, several in values.items()]
         found = []
         for combination in product(*chosen):
@@ -53,7 +57,7 @@ class Parameters:
             settings = {key: constant(value) for key, value in combination}
             found.append(Output(label_of(words), dict(combination), settings))
         if len({output.label for output in found}) < len(found):
-            raise self._text.error(0, "two of the values given beside the recipe are the same.")
+            raise self._text.error(0, "two of the values are the same, and so would be two outputs.")
         return tuple(found)
 
     def _counts(self, key: str, value: Value, what: str, of_model: bool) -> bool:
@@ -158,10 +162,10 @@ def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[V
     found: dict[str, tuple[Value, ...]] = {}
     for key, several in pairs:
         if key in found:
-            raise RecipeError(f"'{shown(key)}' is given twice beside the recipe; write {shown(key)}=VALUE,VALUE.")
+            raise RecipeError(f"--set: '{shown(key)}' is given twice; write {shown(key)}=VALUE,VALUE.")
         items = several if isinstance(several, (list, tuple)) else [several]
         if not items:
-            raise RecipeError(f"'{shown(key)}' has no value; write {shown(key)}=VALUE.")
+            raise RecipeError(f"--set: '{shown(key)}' has no value; write {shown(key)}=VALUE.")
         found[key] = tuple(Value(0, _plain(item), str(item)) for item in items)
     return found
 
@@ -169,10 +173,10 @@ def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[V
 def _parse_value(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
     if not equals or not key.strip() or not all(part.strip() for part in values.split(",")):
-        raise RecipeError(f"'{shown(text)}' is not NAME=VALUE[,VALUE...], as in lambda=0.5 or t=0.3,0.5.")
+        raise RecipeError(f"--set: '{shown(text)}' is not NAME=VALUE[,VALUE...], as in lambda=0.5 or t=0.3,0.5.")
     return key.strip(), [part.strip() for part in values.split(",")]
 
 
 def _plain(value: Any) -> Any:
     """A word of the command line as YAML would read it, as far as parameters go."""
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    return _SWITCHES.get(value.lower(), value) if isinstance(value, str) else value

@@ -146,6 +146,16 @@ class Recipe:
         """The models whose tensors are merged; the others lend a configuration or a tokenizer."""
         return frozenset(source.model for m in self.modules for part in m.slices for source in part.sources)
 
+    def scopes(self) -> Iterator[Settings]:
+        """The parameters in every place that may have some: of the outputs first."""
+        for output in self.outputs:
+            yield from (*output.of_models.values(), output.parameters)
+        yield self.parameters
+        for module in self.modules:
+            yield module.parameters
+            for part in module.slices:
+                yield from (part.parameters, *(source.parameters for source in part.sources))
+
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(output.label for output in self.outputs)
@@ -161,6 +171,8 @@ def label_of(words: Mapping[str, Any]) -> str:
     return "-".join(f"{key}-{label_t(value)}" for key, value in words.items())
 
 
-def label_t(t: float) -> str:
-    """The shortest text that reads back as `t`: 0.3, 1, 1e-05."""
+def label_t(t: float | bool | str) -> str:
+    """The shortest text that reads back as `t`: 0.3, 1, 1e-05, true."""
+    if isinstance(t, bool):
+        return str(t).lower()
     return repr(t).removesuffix(".0") if isinstance(t, float) else str(t)

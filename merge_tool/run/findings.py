@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from merge_tool.methods.inner import PairSums
 
 Results: TypeAlias = "float | list[Results]"  # of a pass: a number, or lists of them
+_MOST_DEPTH = 8  # outputs, passes, arrays, ranks; a stranger's report may nest hundreds of lists
 _MOST_KEPT = 256  # numbers; the passes of a tensor that found more are made again instead
 
 
@@ -130,8 +131,10 @@ def hex_results(results: Results) -> Any:
     return results.hex() if isinstance(results, float) else [hex_results(part) for part in results]
 
 
-def _parse_results(stored: Any) -> Results:
-    return float.fromhex(stored) if isinstance(stored, str) else [_parse_results(part) for part in stored]
+def _parse_results(stored: Any, depth: int = 0) -> Results:
+    if depth > _MOST_DEPTH:
+        raise ValueError("what passes found is nested too deeply")
+    return float.fromhex(stored) if isinstance(stored, str) else [_parse_results(part, depth + 1) for part in stored]
 
 
 def hex_sums(sums: PairSums) -> dict[str, Any]:
