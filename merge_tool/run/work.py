@@ -105,7 +105,8 @@ class Exact:
         differs = self.differs.is_set()
         if differs and not self.plan.keeps_base_on_mismatch:
             raise DataError(
-                f"{shown(self.job.out.name)}: {_differ(self.plan)}. Give --on-mismatch base to keep the base's."
+                f"{shown(self.job.out.name)}: the values {_differ(self.plan)}. Give --on-mismatch base to keep the "
+                "base's."
             )
         self.resume(Finding(equal=not differs, kept_base=differs))
 
@@ -124,15 +125,15 @@ def check_exact_tensors(plan: MergePlan) -> None:
     differing = [job.out.name for job in plan.jobs() if job.exact and not _same_values(job)]
     if differing:
         raise DataError(
-            f"{len(differing):,} integer tensors: {_differ(plan)}: {listed(differing)}. Give --on-mismatch base to "
-            "keep the base's."
+            f"{len(differing):,} integer tensors {_differ(plan)}: {listed(differing)}. Give --on-mismatch base to keep "
+            "the base's."
         )
 
 
 def _differ(plan: MergePlan) -> str:
     names = sorted(plan.recipe.sources)
     between = " and ".join(plan.names[k] for k in names) if len(names) == 2 else "the models"
-    return f"the values differ between {between}, and integers have nothing between them"
+    return f"differ between {between}, and integers have nothing between them"
 
 
 def _same_values(job: TensorJob, chunk: int = TILE) -> bool:
