@@ -46,7 +46,7 @@ def test_close_models_are_said_to_be_close(tmp_path: Path) -> None:
     result = run(base, save_model(tmp_path / "near", nearly), tmp_path / "out")
     assert "tensors the models are within 1.8 degrees: SLERP and linear interpolation agree there" in result.stdout
     same = run(base, save_model(tmp_path / "same", language_model(0)), tmp_path / "same-out")
-    assert same.stderr == "Warning: Both models are the same in every tensor: the output equals them.\n"
+    assert same.stderr == "Warning: The models are the same in every tensor: the output equals them.\n"
     assert "1.8 degrees" not in run(base, ft, tmp_path / "far").stdout
 
 
@@ -121,8 +121,8 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "    lm_head.weight: [100, 32] in base, [104, 32] in ft (a vocabulary mismatch: 100 and 104 tokens)\n"
         "    model.norm.bias: [32] in base, [5] in ft\n"
         "base has 28,174 parameters and 3 layers; ft has 28,263 parameters and 3 layers.\n"
-        "Both must be the same architecture, with one vocabulary. If you know better:\n"
-        "  --on-missing base: what only BASE has is taken as it is, what only FT has is left out.\n"
+        "All must be the same architecture, with one vocabulary. If you know better:\n"
+        "  --on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.\n"
         "  --on-mismatch base: such tensors are BASE's as they are.\n"
         "  --vocab base, ft or union: rows are matched by token; the output has those tokens.\n"
         "  --exclude PATTERN: what it matches is not merged.\n"
@@ -185,7 +185,7 @@ def test_extrapolation_is_possible_when_asked_for(tmp_path: Path, pair: tuple[Pa
 
 def test_one_file_takes_one_t(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     text = message(run(*pair, tmp_path / "x.safetensors", "--t", "0.1,0.2"))
-    assert "is one file, but 2 values of t need a folder" in text
+    assert "is one file, but 2 outputs need a folder" in text
 
 
 def test_quiet_prints_nothing(tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -220,15 +220,27 @@ def test_other_sizes_are_refused(text: str) -> None:
 OPTIONS = [
     "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs",
     "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only", "--overwrite",
-    "--pad-vocab-to-multiple-of", "--quiet", "--report", "--t", "--t-for", "--version", "--vocab",
+    "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t", "--t-for", "--version", "--vocab",
 ]  # fmt: skip
+OF_PAIRS = [
+    "--method",
+    "--pad-vocab-to-multiple-of",
+    "--t",
+    "--t-for",
+    "--version",
+    "--vocab",
+]  # a recipe says them
+
+
+def options_of(command: click.Command) -> list[str]:
+    parameters = command.get_params(click.Context(command))
+    return sorted(option for p in parameters for option in p.opts if option.startswith("--"))
 
 
 def test_the_options_are_frozen() -> None:
     """A new option is a decision: add it here, to the README and to the changelog."""
-    context = click.Context(slerp_merge)
-    found = sorted(o for p in slerp_merge.get_params(context) for o in p.opts if o.startswith("--"))
-    assert found == OPTIONS
+    assert options_of(slerp_merge) == OPTIONS
+    assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set"} - {*OF_PAIRS})
     assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "run", "sweep", "verify"]
 
 
@@ -286,17 +298,25 @@ def test_a_terminal_code_in_a_name_is_not_printed(tmp_path: Path) -> None:
     assert "\x1b" not in result.output + (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize(("command", "told"), [("verify", "Nothing was changed."), ("merge", "Run the same command")])
+@pytest.mark.parametrize(
+    ("command", "work", "told"),
+    [
+        ("verify", "verify", "Nothing was changed."),
+        ("merge", "merge_recipe", "Run the same command"),
+        ("run", "merge_recipe", "Run the same command"),
+    ],
+)
 def test_an_interrupt_says_what_it_means_for_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, work: str, told: str
 ) -> None:
     """What only reads has nothing to continue."""
 
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"merge_tool.cli.commands.{command}", interrupted)
-    paths = [str(tmp_path)] * (1 if command == "verify" else 3)
-    result = CliRunner().invoke(merge_tool, [command, *paths])
+    monkeypatch.setattr(f"merge_tool.cli.commands.{work}", interrupted)
+    (tmp_path / "r.yaml").write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    paths = {"verify": ["out"], "merge": ["a", "b", "out"], "run": ["r.yaml", "out"]}[command]
+    result = CliRunner().invoke(merge_tool, [command, *(str(tmp_path / path) for path in paths)])
     assert result.exit_code == 130
     assert told in result.stderr

@@ -22,7 +22,7 @@ from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_
 from merge_tool import MergeToolError, merge, open_checkpoint, plan_merge, run_plan
 from merge_tool.arrays import TILE
 from merge_tool.plan.memory import Layout, resident_bytes
-from merge_tool.recipe.recipe import Recipe
+from merge_tool.recipe.pair import pair as pair_recipe
 from oracle import exact_angle, float64_merge, ulp
 
 
@@ -165,7 +165,7 @@ def test_one_digest_for_any_layout_of_memory(
 ) -> None:
     """Streamed or kept, in any chunks, on any number of threads: merged by the parts, compared with the default."""
     models = [open_checkpoint(path) for path in tiles]
-    plan = plan_merge(Recipe((0.4,), max_shard_bytes=10**6), models)
+    plan = plan_merge(pair_recipe(*tiles, 0.4, max_shard_bytes=10**6), models)
     merge(*tiles, tmp_path / "out", 0.4, max_shard_bytes=10**6)
     layout = Layout(jobs, chunk_tiles * TILE, chunk_tiles * TILE * 24, arena)
     done = list(run_plan(plan, Memory(tmp_path / "mine"), layout))
@@ -178,7 +178,7 @@ def test_one_digest_for_any_layout_of_memory(
 
 def test_two_ranks_write_what_one_writes(tiles: tuple[Path, Path], tmp_path: Path) -> None:
     models = [open_checkpoint(path) for path in tiles]
-    plan = plan_merge(Recipe((0.4,), max_shard_bytes=10**6), models)
+    plan = plan_merge(pair_recipe(*tiles, 0.4, max_shard_bytes=10**6), models)
     layout = Layout(2, TILE, TILE * 24, 0)
     list(run_plan(plan, Memory(tmp_path / "one"), layout))
     list(run_plan(plan, Memory(tmp_path / "r0"), layout, rank=0, world_size=2))
@@ -333,7 +333,7 @@ def test_a_report_is_strict_json_whatever_the_norms(tmp_path: Path) -> None:
         raise AssertionError(constant)
 
     report = json.loads((tmp_path / "out/merge_report.json").read_text(), parse_constant=refuse)
-    assert report["tensors"][0]["norm_base"] is None
+    assert report["tensors"][0]["norms"][0] is None
     assert report["tensors"][0]["angle_degrees"] == pytest.approx(np.degrees(float(exact_angle(x["w"], y["w"]))))
 
 
@@ -548,7 +548,7 @@ def test_card_report_and_sums(tmp_path: Path) -> None:
     assert "| `model.layers.*.mlp.up_proj.weight` | 3 |" in card.text
     check_sums(tmp_path / "out")
     written = json.loads((tmp_path / "out/merge_report.json").read_text())
-    assert written["t"] == 0.4
+    assert (written["format"], written["method"], written["parameters"]) == (2, "slerp", {"t": 0.4})
     assert (
         written["inputs"]["base"]["files"]["model.safetensors"]["size"] == (base / "model.safetensors").stat().st_size
     )
@@ -556,7 +556,7 @@ def test_card_report_and_sums(tmp_path: Path) -> None:
     for tensor in written["tensors"]:
         x, y = (m[tensor["name"]].astype(np.float64) for m in (language_model(0), language_model(1)))
         assert tensor["angle_degrees"] == pytest.approx(np.degrees(float(exact_angle(x, y))), rel=1e-10)
-        assert tensor["norm_base"] == pytest.approx(np.linalg.norm(x), rel=1e-12)
+        assert tensor["norms"] == pytest.approx([np.linalg.norm(x), np.linalg.norm(y)], rel=1e-12)
         assert tensor["norm_ratio"] == pytest.approx(np.linalg.norm(y) / np.linalg.norm(x), rel=1e-12)
         assert tensor["relative_change"] == pytest.approx(np.linalg.norm(y - x) / np.linalg.norm(x), rel=1e-12)
         assert float.fromhex(tensor["sums"]["xx"]) == pytest.approx(float((x * x).sum()), rel=1e-13)
@@ -607,7 +607,7 @@ def test_single_files_of_any_origin(tmp_path: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["merged.safetensors"]
     for name, merged in load_file(out).items():
         check_close(merged, x[name], y[name], 0.5)
-    assert json.loads((tmp_path / "r.json").read_text())["t"] == 0.5
+    assert json.loads((tmp_path / "r.json").read_text())["parameters"] == {"t": 0.5}
     merge(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "folder")
     assert load_folder(tmp_path / "folder").keys() == x.keys()
 
