@@ -14,6 +14,7 @@ from merge_tool.methods.inner import PairSums
 
 Results: TypeAlias = "float | list[Results]"  # of a pass: a number, or lists of them
 _MOST_KEPT = 256  # numbers; the passes of a tensor that found more are made again instead
+_DEEPEST = 8  # lists in lists; a pass finds at most 2, and each output has a list of passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,10 @@ def hex_results(results: Results) -> Any:
     return results.hex() if isinstance(results, float) else [hex_results(part) for part in results]
 
 
-def _parse_results(stored: Any) -> Results:
-    return float.fromhex(stored) if isinstance(stored, str) else [_parse_results(part) for part in stored]
+def _parse_results(stored: Any, depth: int = 0) -> Results:
+    if depth > _DEEPEST:
+        raise ValueError("lists in lists in lists: passes find no such thing")
+    return float.fromhex(stored) if isinstance(stored, str) else [_parse_results(part, depth + 1) for part in stored]
 
 
 def hex_sums(sums: PairSums) -> dict[str, Any]:
