@@ -349,8 +349,8 @@ def test_a_thread_that_the_system_has_no_memory_for_hangs_nothing(
         return 0 if which == "never begins" else start(function, (lambda: None,))
 
     with monkeypatch.context() as patch:
-        patch.setattr("merge_tool.run.worker._START_SECONDS", 0.2)
-        patch.setattr("merge_tool.run.worker._thread.start_new_thread", starved)
+        patch.setattr("merge_tool.run.buffers._START_SECONDS", 0.2)
+        patch.setattr("merge_tool.run.buffers._thread.start_new_thread", starved)
         with pytest.raises(RecipeError, match=r"less memory left than .* it continues"):
             merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
     merge(*pair, tmp_path / "out", jobs=1, memory_bytes=10**9)
