@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from checkpoints import BF16, DTYPES, STORED, Array, contents, load_file, load_folder, save_file, save_model
 from merge_tool import DataError, MergeToolError, merge, open_checkpoint
+from merge_tool.api import plan_recipe
 from merge_tool.checkpoint.header import TensorInfo, build_header
 from merge_tool.diff import diff_checkpoints
 from merge_tool.inspection import inspect_checkpoint
-from merge_tool.plan.prepare import prepare
-from merge_tool.recipe.recipe import Recipe
+from merge_tool.recipe.pair import pair as pair_recipe
 from merge_tool.verify.verify import verify
 from oracle import float64_merge
 from test_vocab import tokenizer
@@ -293,7 +293,7 @@ def test_the_report_speaks_of_the_real_values_once(tmp_path: Path, fp8_pair: tup
     ours, theirs = ({t["name"]: t for t in r.tensors} for r in (report, wide))
     for name in ("m.0.weight", "m.1.weight"):
         assert ours[name]["dtype"] == "F8_E4M3"
-        assert ours[name]["t"] == ours[f"{name}_scale_inv"]["t"] == 0.2
+        assert ours[name]["settings"] == ours[f"{name}_scale_inv"]["settings"] == {"t": 0.2}
         assert ours[name]["angle_degrees"] == theirs[name]["angle_degrees"]
         assert ours[f"{name}_scale_inv"]["scales_of"] == name
         assert "angle_degrees" not in ours[f"{name}_scale_inv"]
@@ -556,7 +556,7 @@ def test_a_layout_has_room_for_the_largest_of_every_group(tmp_path: Path) -> Non
     base = save_model(tmp_path / "b", tensors, config=config_of((1, 1)))
     ft = save_model(tmp_path / "f", {"w": values})
     layouts = [
-        prepare(base, ft, tmp_path / "out", Recipe(ts, dtype="base"), memory_bytes=10**9).layout
+        plan_recipe(pair_recipe(base, ft, ts, dtype="base"), tmp_path / "out", memory_bytes=10**9).layout
         for ts in ((0.5,), (0.2, 0.5, 0.8))
     ]
     assert layouts[0].state_bytes == 200_000 * 12

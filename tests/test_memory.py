@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from merge_tool import RecipeError
+from merge_tool.api import plan_recipe
 from merge_tool.checkpoint.header import TensorInfo, build_header
 from merge_tool.plan.memory import available_bytes, default_budget, peak_bytes, plan_layout, resident_bytes
-from merge_tool.plan.prepare import prepare
-from merge_tool.recipe.recipe import Recipe
+from merge_tool.recipe.pair import pair
 
 LEAST = 64_000_000
 COMMAND = [sys.executable, "-m", "merge_tool", "merge"]
@@ -115,7 +115,7 @@ def test_a_hundred_thousand_tensors_cost_two_kilobytes_each(tmp_path: Path) -> N
 def test_a_layout_uses_its_room_and_no_more(tmp_path: Path) -> None:
     shapes = {"embed": (3000, 1000), "norm": (1000,)}
     base, ft = (write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in (1, 2))
-    plan = prepare(base, ft, tmp_path / "out", Recipe(), memory_bytes=10**9).plan
+    plan = plan_recipe(pair(base, ft), tmp_path / "out", memory_bytes=10**9).plan
     for budget in (60_000_000, 80_000_000, 200_000_000, 10**9):
         for jobs in (1, 2, 8):
             layout = plan_layout(plan, budget, jobs, held=40_000_000)

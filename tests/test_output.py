@@ -17,11 +17,14 @@ import pytest
 
 from checkpoints import contents, language_model, save_model
 from merge_tool import DataError, MergeToolError, OutputError, merge
+from merge_tool.api import plan_recipe
 from merge_tool.checkpoint import writer as writer_module
+from merge_tool.methods.inner import PairSums
 from merge_tool.output.journal import Journal
-from merge_tool.output.work_folder import Work
+from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.target import Target
-from merge_tool.run.findings import to_record
+from merge_tool.recipe.pair import pair as pair_recipe
+from merge_tool.run.findings import Finding, from_record, to_record
 
 SMALL = {"max_shard_bytes": 10_000}
 COMMAND = [sys.executable, "-m", "merge_tool", "merge"]
@@ -158,8 +161,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: in
         (Journal, "append"),
         (writer_module.ShardWriter, "publish"),
         (writer_module.ShardWriter, "sync"),
-        (Work, "add"),
-        (Work, "publish"),
+        (WorkFolder, "add"),
+        (WorkFolder, "publish"),
         (Path, "replace"),
         (Path, "unlink"),
     ],
@@ -196,13 +199,13 @@ def test_finished_shards_are_not_made_again(
         with pytest.raises(Stop):
             merge(*pair, tmp_path / "out", jobs=1, **SMALL)
     opened: list[int] = []
-    original = Work.open_shard
+    original = WorkFolder.open_shard
 
-    def recorded(self: Work, shard: Any, header: bytes) -> Any:
+    def recorded(self: WorkFolder, shard: Any, header: bytes) -> Any:
         opened.append(shard.number)
         return original(self, shard, header)
 
-    monkeypatch.setattr(Work, "open_shard", recorded)
+    monkeypatch.setattr(WorkFolder, "open_shard", recorded)
     totals: list[int] = []
     merge(*pair, tmp_path / "out", on_start=totals.append, **SMALL)
     assert 0 not in opened
@@ -402,7 +405,7 @@ def test_reports_go_where_they_harm_nothing(tmp_path: Path, pair: tuple[Path, Pa
         )
     assert "its folder is missing" in report_refusal(tmp_path / "no/r.json")
     assert "is a folder" in report_refusal(tmp_path)
-    assert "one report for one t" in report_refusal(tmp_path / "r.json", t=[0.1, 0.2])
+    assert "one report for one output" in report_refusal(tmp_path / "r.json", t=[0.1, 0.2])
     assert not out.exists()
     merge(*pair, out)
     merge(*pair, out, report_path=tmp_path / "r.json")
@@ -432,20 +435,15 @@ def test_a_journal_line_cut_short_does_not_count(tmp_path: Path) -> None:
 
 
 def test_records_come_back_exactly() -> None:
-    from merge_tool.methods.inner import PairSums
-    from merge_tool.run.findings import Finding, from_record
-
     sums = PairSums(0.1, -1e-300, 1 / 3, 2.0**-600, (-1, 0.7, 1e300, 5e-324))
-    record = json.loads(json.dumps(to_record(3, sums, False, True)))
-    assert from_record(record) == Finding(sums, equal=False, kept_base=True)
+    passes = [[0.1, [1 / 3, 5e-324]], [-1e300, []]]
+    for finding in (Finding(), Finding(equal=True), Finding(sums, kept_base=True), Finding(passes=passes)):
+        assert from_record(json.loads(json.dumps(to_record(finding)))) == finding
 
 
 def test_two_merges_into_one_folder_exclude_each_other(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    from merge_tool.plan.prepare import prepare
-    from merge_tool.recipe.recipe import Recipe
-
-    prepared = prepare(*pair, tmp_path / "out", Recipe())
-    with Work(Target(tmp_path / "out"), prepared.plan):
+    prepared = plan_recipe(pair_recipe(*pair), tmp_path / "out", read_samples=True)
+    with WorkFolder(Target(tmp_path / "out"), prepared.plan):
         assert "another merge is writing here" in refusal(*pair, tmp_path / "out")
     merge(*pair, tmp_path / "out")
 

@@ -94,8 +94,8 @@ def test_a_mount_in_place_of_one_output_of_several_is_seen(
     merge(*pair, tmp_path / "done", t=[0.3, 0.6])
     out, base = tmp_path / "out", tmp_path / "done/t-0.3"
     before = contents(tmp_path)
-    mount(base, out / "t-0.9")
-    for t in ([0.4, 0.9], [0.4, 0.5]):
+    mount(base, out / "t-0.3")
+    for t in ([0.3, 0.4], [0.4, 0.5]):
         with pytest.raises(OutputError, match=REFUSED):
             merge(base, pair[1], out, t, overwrite=True)
     mount(pair[0] / "sub", tmp_path / "second/sub")
@@ -110,9 +110,12 @@ def test_a_link_in_place_of_an_older_output_is_seen(tmp_path: Path, pair: tuple[
     merge(*pair, tmp_path / "done")
     before = contents(tmp_path / "done")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/t-0.1").symlink_to(tmp_path / "done")
+    (tmp_path / "out/t-0.5").symlink_to(tmp_path / "done")
     with pytest.raises(OutputError, match=REFUSED):
-        merge(tmp_path / "done", pair[1], tmp_path / "out", [0.4, 0.5], overwrite=True)
+        merge(tmp_path / "done", pair[1], tmp_path / "out", [0.3, 0.4], overwrite=True)
+    (tmp_path / "out/t-0.5").rename(tmp_path / "out/t-0.1")  # not what an output of several at t = 0.5 is called
+    merge(tmp_path / "done", pair[1], tmp_path / "out", [0.3, 0.4], overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["t-0.1", "t-0.3", "t-0.4"]
     (tmp_path / "linked").symlink_to(pair[0])
     assert REFUSED in refusal(*pair, tmp_path / "linked")
     assert REFUSED in refusal(tmp_path / "linked", pair[1], pair[0] / "sub")

@@ -129,16 +129,28 @@ def edit_report(out: Path, edit: Any) -> None:
     resign(out)
 
 
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list, and so on."""
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 LIES: dict[str, Any] = {
     "a sum": lambda h, t: t[3]["sums"].update(xd=(float.fromhex(t[3]["sums"]["xd"]) * (1 + 2**-50)).hex()),
     "an angle": lambda h, t: t[3].update(angle_degrees=t[3]["angle_degrees"] * 1.01),
     "a weight": lambda h, t: t[3].update(weights=[0.5, 0.5]),
-    "a norm": lambda h, t: t[3].update(norm_ft=1.0),
+    "a norm": lambda h, t: t[3].update(norms=[t[3]["norms"][0], 1.0]),
     "equality": lambda h, t: t[3].update(equal=True, note="equal: copied"),
     "a note": lambda h, t: t[3].update(note="antiparallel: linear"),
-    "its own t": lambda h, t: t[3].update(t=0.7),
-    "the t": lambda h, t: h.update(t=0.7),
+    "its own t": lambda h, t: t[3].update(settings={"t": 0.7}),
+    "where it is from": lambda h, t: t[3]["sources"].reverse(),
+    "passes": lambda h, t: t[3].update(passes=[[(1.0).hex()]]),
+    "the t": lambda h, t: h["parameters"].update(t=0.7),
     "the method": lambda h, t: h.update(method="linear"),
+    "the pair's method": lambda h, t: h["words"].update(method="linear"),
+    "a seed": lambda h, t: h["options"].update(seed=1),
     "a size": lambda h, t: h["shards"].update({"model.safetensors": 7}),
     "a parent": lambda h, t: h["inputs"]["ft"]["files"].clear(),
     "a digest": lambda h, t: h.update(plan_sha256="0" * 64),
@@ -150,7 +162,13 @@ LIES: dict[str, Any] = {
     "a shape": lambda h, t: t[0].update(shape=[1]),
     "a name that is no name": lambda h, t: t[0].update(name=[1]),
     "sums that are no sums": lambda h, t: t[0].update(sums=3),
-    "options that are none": lambda h, t: h.update(options={}),
+    "passes that are no passes": lambda h, t: t[0].update(passes={"a": 1}),
+    "passes in passes": lambda h, t: t[0].update(passes=nested(800)),
+    "options that are none": lambda h, t: h.update(options=[]),
+    "no options": lambda h, t: h.pop("options"),
+    "an option that is none": lambda h, t: h["options"].update({"\x1b": 1}),
+    "no t": lambda h, t: h["parameters"].clear(),
+    "a t that is none": lambda h, t: h["parameters"].update(t=[0.5]),
     "a method that is none": lambda h, t: h.update(method="\x1b[2J"),
     "a shard elsewhere": lambda h, t: h["shards"].update({"../base/model.safetensors": 1}),
 }
@@ -437,10 +455,10 @@ def told(tensors: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 CHOICES_THAT_LIE: dict[str, Any] = {
-    "no rules": lambda h, t: h["options"].pop("t_for"),
-    "another t of some": lambda h, t: h["options"].update(t_for=["mlp=0.2"]),
-    "another order": lambda h, t: h["options"]["t_for"].reverse(),
-    "a tensor's t": lambda h, t: told(t, "model.layers.1.mlp.up_proj.weight").update(t=0.5),
+    "no rules": lambda h, t: h["words"].pop("t_for"),
+    "another t of some": lambda h, t: h["words"].update(t_for=["mlp=0.2"]),
+    "another order": lambda h, t: h["words"]["t_for"].reverse(),
+    "a tensor's t": lambda h, t: told(t, "model.layers.1.mlp.up_proj.weight").update(settings={"t": 0.5}),
     "no choice": lambda h, t: h["options"].pop("exclude"),
     "another choice": lambda h, t: h["options"].update(exclude=["odd."]),
     "a wider choice": lambda h, t: h["options"].update(exclude=["odd.", "lm_head", "mlp"]),
@@ -448,14 +466,14 @@ CHOICES_THAT_LIE: dict[str, Any] = {
     "missing ones": lambda h, t: h["options"].update(on_missing="base"),
     "a kept one that is equal": lambda h, t: told(t, "lm_head.weight").update(equal=True, note="equal: copied"),
     "a kept one that differs": lambda h, t: told(t, "lm_head.weight").update(note="differs: base kept"),
-    "a kept one's reason": lambda h, t: told(t, "lm_head.weight").update(note="not in the finetune: base kept"),
-    "a kept one's t": lambda h, t: told(t, "lm_head.weight").update(t=0.5),
+    "a kept one's reason": lambda h, t: told(t, "lm_head.weight").update(note="not in all models: base kept"),
+    "a kept one's t": lambda h, t: told(t, "lm_head.weight").update(settings={"t": 0.5}),
     "a kept one's sums": lambda h, t: told(t, "lm_head.weight").update(sums=told(t, "model.norm.weight")["sums"]),
     "a merged one that is kept": lambda h, t: told(t, "model.norm.weight").update(note="differs: base kept"),
-    "another name in FT": lambda h, t: told(t, "model.norm.weight").update(name_ft="norm.weight"),
-    "rules that are none": lambda h, t: h["options"].update(t_for=3),
-    "numbers as rules": lambda h, t: h["options"].update(t_for=[3]),
-    "a rule without a t": lambda h, t: h["options"].update(t_for=["mlp"]),
+    "another name in FT": lambda h, t: told(t, "model.norm.weight")["sources"][1].update(name="norm.weight"),
+    "rules that are none": lambda h, t: h["words"].update(t_for=3),
+    "numbers as rules": lambda h, t: h["words"].update(t_for=[3]),
+    "a rule without a t": lambda h, t: h["words"].update(t_for=["mlp"]),
     "no pattern": lambda h, t: h["options"].update(only=[3]),
     "a pattern that is none": lambda h, t: h["options"].update(exclude=["re:(\x1b[2J"]),
     "lists in a list": lambda h, t: h["options"].update(exclude=[["odd."]]),

@@ -32,6 +32,7 @@ from merge_tool.vocabulary.rows import rows_note
 
 _SCALES = "scales of the merged values"
 _CALIBRATED = "scale of activations: the base's"
+_EMPTY = "empty: copied"
 _ONE_HAS_IT = "only one model has it: copied"
 
 
@@ -51,7 +52,10 @@ def plan_merge(
     method, first = methods[recipe.method], models[recipe.first]
     donor = models[recipe.donor]
     if donor.folder is None and first.folder is not None:
-        raise RecipeError(f"--files-from: {donor.name} is a single file, it has no other files to copy.")
+        raise RecipeError(
+            f"--files-from {shown(recipe.options.files_from)}: {donor.name} is a single file, it has no other files to "
+            "copy."
+        )
     renamings = {k: find_renaming(first, model) for k, model in enumerate(models) if k != recipe.first}
     expansion = Expansion(recipe, method, [model.tensors.keys() for model in models], renamings)
     fitted = fit(recipe, expansion, models)
@@ -137,7 +141,7 @@ class _Jobs:
         if (reason := self.kept.get(out.name)) is not None:
             return TensorJob(number, out, sources, sides, note=reason)
         if out.numel == 0:
-            return TensorJob(number, out, sources[:1], sides[:1], note="empty: copied")
+            return TensorJob(number, out, sources[:1], sides[:1], note=_EMPTY)
         exact = sources[0].info.dtype not in FLOAT_DTYPES
         if exact and len(sources) > 1:
             return TensorJob(number, out, sources, sides, exact=True)
@@ -170,10 +174,12 @@ class _Jobs:
 
     def _in_8_bits(self, number: int, out: TensorInfo, weight: str, scaled: ScaledPlan) -> TensorJob:
         """Codes and scales have the fate of the weight that they are of."""
-        if (reason := self.kept.get(weight)) is not None:
+        info = self.models[self.recipe.first].tensors[weight]
+        reason = self.kept.get(weight, "" if info.numel else _EMPTY)
+        if reason:
             return TensorJob(number, out, (scaled.kept(out.name),), (self.recipe.first,), note=reason)
         if weight not in self._shared:
-            job = self._plain(number, self.models[self.recipe.first].tensors[weight])
+            job = self._plain(number, info)
             self._shared[weight] = job, scaled.scaling(weight, job.sources[1])
         job, scaling = self._shared[weight]
         note = "" if out.name == weight else _SCALES

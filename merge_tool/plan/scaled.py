@@ -109,8 +109,8 @@ def plan_scaled(recipe: Recipe, method: Method, models: Sequence[Checkpoint]) ->
     theirs = donor.scaled.settings if donor.scaled is not None else None
     if donor is not base and theirs != scaled.settings:
         raise RecipeError(
-            f"--files-from: config.json of {donor.name} does not speak of the 8 bits that {base.name} has and --dtype "
-            "base writes. Take BASE's files, or another dtype."
+            f"--files-from {shown(recipe.options.files_from)}: config.json of {donor.name} does not speak of the 8 "
+            f"bits that {base.name} has and --dtype base writes. Take BASE's files, or another dtype."
         )
     return ScaledPlan(base, scaled)
 
