@@ -27,10 +27,12 @@ from tests.train_fixtures import (
     write_config,
     write_jsonl,
 )
-from train.checkpoint import list_checkpoints, prune, read_progress, sweep
+from train.checkpoint import read_progress
 from train.config import build_config, load_config
 from train.errors import TrainError
 from train.loop import finetune
+from train.output import sweep
+from train.retention import list_checkpoints, prune
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,8 @@ def test_a_signal_to_torchrun_saves_on_both_processes(base: Path, tmp_path: Path
     import time
 
     from tests.train_fixtures import REPO, environment
-    from train.checkpoint import list_checkpoints, read_progress
+    from train.checkpoint import read_progress
+    from train.retention import list_checkpoints
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = config(base, tmp_path, max_steps=100_000)

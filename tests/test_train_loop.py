@@ -29,7 +29,7 @@ from tests.train_fixtures import (
     write_config,
     write_jsonl,
 )
-from train import checkpoint, loop
+from train import checkpoint, loop, record, retention
 from train.config import build_config
 from train.errors import TrainError
 from train.loop import finetune
@@ -233,9 +233,9 @@ def test_a_changed_source_is_told_by_its_leaf(base: Path, tmp_path: Path) -> Non
     (tmp_path / "run.json").write_text(json.dumps(asked))
     now = {"sources": [{"path": "d", "where": [{"value": 150}]}], "data": ["b"]}
     with pytest.raises(TrainError, match=r"sources\[0\].where\[0\].value: 200 -> 150"):
-        checkpoint.check_same_run(tmp_path, now, ())
+        record.check_same_run(tmp_path, now, ())
     with pytest.raises(TrainError, match="rows of a source"):
-        checkpoint.check_same_run(tmp_path, {**asked, "data": ["b"]}, ())
+        record.check_same_run(tmp_path, {**asked, "data": ["b"]}, ())
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) 
     )
     evals = {m["step"]: m["nll"]["d.jsonl"] for m in read_metrics(tmp_path / "a", "eval")}
     best = min(range(1, 8), key=lambda s: evals[s])
-    found = [checkpoint.read_progress(f).step for f in checkpoint.list_checkpoints(tmp_path / "a")]
+    found = [checkpoint.read_progress(f).step for f in retention.list_checkpoints(tmp_path / "a")]
     assert found == sorted({best, 6, 7})
     assert best < 6, "the learning rate above is meant to ruin the model"
 
@@ -474,7 +474,7 @@ def test_an_evaluation_that_beats_all_before_it_is_saved(base: Path, tmp_path: P
     """Without `save_every` the best evaluated model is kept all the same."""
     train(base, tmp_path / "a", eval_every=2)
     evals = {m["step"]: m["nll"]["d.jsonl"] for m in read_metrics(tmp_path / "a", "eval")}
-    saved = [checkpoint.read_progress(f).step for f in checkpoint.list_checkpoints(tmp_path / "a")]
+    saved = [checkpoint.read_progress(f).step for f in retention.list_checkpoints(tmp_path / "a")]
     assert min((2, 4), key=lambda step: evals[step]) in saved
 
 

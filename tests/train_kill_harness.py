@@ -30,7 +30,8 @@ from tests.train_fixtures import (
     write_config,
     write_jsonl,
 )
-from train.checkpoint import list_checkpoints, read_progress
+from train.checkpoint import read_progress
+from train.retention import list_checkpoints
 
 
 def start(config: Path) -> subprocess.Popen[str]:

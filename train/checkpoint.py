@@ -1,4 +1,4 @@
-"""Save and resume, atomically: a folder appears whole under its name or not at all.
+"""What a checkpoint holds, written and read: weights, optimizer state, random numbers, where the run stood.
 
 A checkpoint is an ordinary Hugging Face folder (so it can be evaluated or merged as it is) with three files
 beside it: the optimizer's state, the random number generators, and `state.json`. No pickle anywhere. Weights
@@ -9,9 +9,6 @@ whole model; nothing in the files depends on the number of processes but the gen
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.errors import TrainError
 from train.optim import Optimizer
+from train.output import first_writes, publish_folder
 from train.world import World
-
-PARTIAL, TRASH = ".partial-", ".trash-"
 
 
 @dataclass(frozen=True)
@@ -74,64 +69,6 @@ def save_checkpoint(
         first_writes(world, hidden, write_rest)
 
     publish_folder(folder, write, world)
-
-
-def publish_folder(folder: Path, write: Callable[[Path], None], world: World) -> None:
-    """Let `write` fill a hidden folder beside `folder`, sync it to disk, and give it its name.
-
-    All processes call it; only the first touches the disk. Raises TrainError, in every process, when the
-    disk is full or not writable; the hidden folder is then removed.
-    """
-    hidden = folder.with_name(PARTIAL + folder.name)
-    try:
-        first_writes(world, hidden, lambda: _fresh(hidden))
-        write(hidden)
-        first_writes(world, hidden, lambda: _publish(hidden, folder))
-    except TrainError:
-        if world.is_first:
-            shutil.rmtree(hidden, ignore_errors=True)
-        raise
-
-
-def first_writes(world: World, folder: Path, action: Callable[[], None]) -> None:
-    """Do `action` in the first process; when the disk refuses, raise TrainError in every process."""
-    error = _attempt(action) if world.is_first else None
-    shown = folder.with_name(folder.name.removeprefix(PARTIAL))
-    world.fail_together(
-        error and f"cannot save {shown}: {error}. Earlier checkpoints are untouched; make room and run it again"
-    )
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except OSError as e:
-        return e.strerror or str(e)
-    except SafetensorError as e:  # how that library reports a full disk
-        return str(e)
-    return None
-
-
-def _fresh(hidden: Path) -> None:
-    if hidden.exists():
-        shutil.rmtree(hidden)
-    hidden.mkdir(parents=True)
-
-
-def _publish(hidden: Path, folder: Path) -> None:
-    for file in hidden.iterdir():
-        _sync(file)
-    _sync(hidden)
-    hidden.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, world: World, max_shard_bytes: int) -> None:
@@ -213,53 +150,10 @@ def _gathered(tensor: Tensor, world: World) -> Tensor:
     return whole.cpu().contiguous() if world.is_first else whole.new_empty(0)
 
 
-# ---- finding and keeping -------------------------------------------------------------------------------
-
-
-def checkpoint_path(output: Path, step: int) -> Path:
-    return output / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = (output / "checkpoints").glob("step-*") if output.is_dir() else ()
-    return sorted(folder for folder in found if (folder / "state.json").is_file())
-
-
 def read_progress(folder: Path) -> Progress:
     """Where the run stood when `folder` was saved."""
     state = json.loads((folder / "state.json").read_text())
     return Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
-
-
-def prune(output: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints and the one with the lowest evaluation loss."""
-    folders = list_checkpoints(output)
-    keep = set(folders[-keep_last:])
-    keep.update([min(scored)[1]] if (scored := _scored(folders)) else [])
-    for folder in folders:
-        if folder not in keep:
-            trash = folder.rename(folder.with_name(TRASH + folder.name))  # never half a folder under its name
-            shutil.rmtree(trash)
-
-
-def lowest_eval_loss(output: Path) -> float:
-    """Of the checkpoints that are there; infinite where none was evaluated."""
-    return min(_scored(list_checkpoints(output)), default=(math.inf, output))[0]
-
-
-def _scored(folders: Iterable[Path]) -> list[tuple[float, Path]]:
-    """(evaluation loss, folder) of those that have a finite one."""
-    losses = ((read_progress(folder).eval_loss, folder) for folder in folders)
-    return [(loss, folder) for loss, folder in losses if loss is not None and math.isfinite(loss)]
-
-
-def sweep(output: Path) -> None:
-    """Remove what a killed process left behind."""
-    for parent in (output, output / "checkpoints"):
-        for pattern in (PARTIAL, TRASH):
-            for left in parent.glob(pattern + "*"):
-                shutil.rmtree(left)
 
 
 # ---- resuming ------------------------------------------------------------------------------------------
@@ -303,40 +197,3 @@ class _TensorFiles:
 
     def read(self, name: str) -> Tensor | None:
         return self._home[name].get_tensor(name) if name in self._home else None
-
-
-def check_same_run(output: Path, asked: dict[str, Any], free: Sequence[str]) -> None:
-    """Raise TrainError listing what differs between `asked` and the run that `output` holds.
-
-    Keys in `free` may change between sessions; they do not move a weight.
-    """
-    path = output / "run.json"
-    if not path.exists():
-        return
-    stored = json.loads(path.read_text())
-    asked = json.loads(json.dumps(asked))
-    keys = [k for k in sorted({*stored, *asked}) if k not in free and stored.get(k) != asked.get(k)]
-    if keys:
-        lines = [line for k in keys for line in _changes(k, stored.get(k), asked.get(k))]
-        if "data" in keys and "sources" not in keys:
-            lines.append("  (the rows of a source, its tokenizer or how they are read changed: `data` are digests)")
-        raise TrainError(
-            f"{output} holds a run with other settings:\n" + "\n".join(lines) + "\n"
-            "Put them back to resume it, or choose another output."
-        )
-
-
-def _changes(key: str, before: Any, now: Any) -> list[str]:
-    """Every leaf that differs: `sources[0].take: 10 -> 20`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        pairs = [(f"{key}.{k}", before.get(k), now.get(k)) for k in sorted({*before, *now})]
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = [(f"{key}[{k}]", a, b) for k, (a, b) in enumerate(zip(before, now, strict=True))]
-    else:
-        return [f"  {key}: {_short(before)} -> {_short(now)}"]
-    return [line for name, a, b in pairs if a != b for line in _changes(name, a, b)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -19,21 +19,7 @@ from typing import Any
 import torch
 
 from train.batches import Batch, Mixture
-from train.checkpoint import (
-    Progress,
-    check_same_run,
-    checkpoint_path,
-    first_writes,
-    list_checkpoints,
-    load_training_state,
-    lowest_eval_loss,
-    prune,
-    publish_folder,
-    read_progress,
-    save_checkpoint,
-    sweep,
-    write_model,
-)
+from train.checkpoint import Progress, load_training_state, read_progress, save_checkpoint, write_model
 from train.config import TrainConfig, check_batch
 from train.data import open_sources, prepare_sources, report_table
 from train.errors import TrainError
@@ -51,7 +37,10 @@ from train.model import (
     shard_model,
 )
 from train.optim import Optimizer, grad_norm, learning_rate
+from train.output import first_writes, publish_folder, sweep
 from train.preflight import preflight
+from train.record import check_same_run
+from train.retention import checkpoint_path, list_checkpoints, lowest_eval_loss, prune
 from train.watch import Watch, build_card, plot_loss, read_metrics
 from train.world import World, close_world, open_world
 
