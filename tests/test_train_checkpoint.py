@@ -23,6 +23,7 @@ from tests.train_fixtures import (
     copy_rows,
     environment,
     read_metrics,
+    run_cli,
     save_model,
     write_config,
     write_jsonl,
@@ -31,8 +32,11 @@ from train.checkpoint import read_progress
 from train.config import build_config, load_config
 from train.errors import TrainError
 from train.loop import finetune
-from train.output import sweep
+from train.output import LOCK, hold_output
 from train.retention import list_checkpoints, prune
+from train.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,75 @@ def file_size_limit(most: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---- one run at a time ----------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_and_touches_nothing(base: Path, tmp_path: Path) -> None:
+    """While one run lives, a start in its folder is one error, and what the first is writing stays."""
+    half = tmp_path / "o" / "checkpoints" / ".partial-step-00000003"
+    with hold_output(tmp_path / "o", ALONE):
+        half.mkdir(parents=True)
+        done = run_cli(write_config(tmp_path / "c.yaml", values(base, tmp_path / "o")))
+        assert half.exists()
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: {tmp_path / 'o'}: another mixce-train is writing here. Wait for it to end, or set another `output`.\n"
+    )
+
+
+def test_two_ranks_hold_one_lock(base: Path, tmp_path: Path) -> None:
+    """The ranks of one run do not shut each other out; another run's ranks all get the error, told once."""
+    config = write_config(tmp_path / "c.yaml", values(base, tmp_path / "o", max_steps=1))
+    with hold_output(tmp_path / "o", ALONE):
+        done = run_cli(config, processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("another mixce-train is writing here") == 1
+    assert "exitcode  : 1" in done.stderr
+
+
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """kill -9 leaves the lock's file and no lock."""
+    code = (
+        "import sys, time, torch; from pathlib import Path; from train.output import hold_output; "
+        "from train.world import World\n"
+        "with hold_output(Path(sys.argv[1]), World(0, 1, torch.device('cpu'))): print(flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPO, env=environment(), stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"\n"
+    with pytest.raises(TrainError, match="another mixce-train"), hold_output(tmp_path, ALONE):
+        pass
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / LOCK).exists()
+    with hold_output(tmp_path, ALONE):
+        pass
+
+
+def test_a_disk_without_locks_gets_one_by_process_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flock fails as on a network disk without a lock server: still one run at a time."""
+    import errno
+    import fcntl
+
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with (
+        hold_output(tmp_path, ALONE),
+        pytest.raises(TrainError, match="another mixce-train"),
+        hold_output(tmp_path, ALONE),
+    ):
+        pass
+    with hold_output(tmp_path, ALONE):
+        pass
+
+
+# ---- whole or absent -------------------------------------------------------------------------------------
 
 
 def test_killed_during_a_save_the_previous_checkpoint_loads(base: Path, tmp_path: Path) -> None:
@@ -156,7 +229,7 @@ def test_a_full_disk_at_the_first_checkpoint(base: Path, tmp_path: Path) -> None
 def test_no_write_access_is_one_error(base: Path, tmp_path: Path) -> None:
     """An output that cannot be made is refused before anything is loaded."""
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TrainError, match=r"cannot write to the output .*file/o"):
+    with pytest.raises(TrainError, match=r"file/o: cannot be written to"):
         finetune(build_config(values(base, tmp_path / "file" / "o")))
 
 
@@ -164,7 +237,7 @@ def test_no_write_access_is_one_error(base: Path, tmp_path: Path) -> None:
 def test_a_read_only_output_is_one_error(base: Path, tmp_path: Path) -> None:
     """The same for a folder without the permission."""
     (tmp_path / "o").mkdir(mode=0o500)
-    with pytest.raises(TrainError, match="cannot write to the output"):
+    with pytest.raises(TrainError, match="o: cannot be written to"):
         finetune(build_config(values(base, tmp_path / "o")))
 
 
@@ -174,7 +247,10 @@ def test_leftovers_are_swept_and_unfinished_folders_ignored(tmp_path: Path) -> N
     for name in (".partial-step-00000003", ".trash-step-00000001", "step-00000009"):
         (parent / name).mkdir(parents=True)
     assert list_checkpoints(tmp_path) == []
-    sweep(tmp_path)
+    (tmp_path / ".partial-run.json").write_text("{")
+    with hold_output(tmp_path, ALONE):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [LOCK, "checkpoints"]
     assert [p.name for p in parent.iterdir()] == ["step-00000009"]
     prune(tmp_path, 1)
 

@@ -121,11 +121,7 @@ def _write_tensors(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     if len(shards) > 1:
         path = folder / f"{stem}.safetensors.index.json"
-        first_writes(world, folder, lambda: _write_text(path, json.dumps(index, indent=2) + "\n"))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+        first_writes(world, folder, lambda: path.write_text(json.dumps(index, indent=2) + "\n"))
 
 
 def _shards(tensors: Sequence[tuple[str, Tensor]], most: int) -> Iterator[list[tuple[str, Tensor]]]:

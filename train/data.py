@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from train.config import SourceConfig, TrainConfig
 from train.errors import TrainError
+from train.output import publish_text
 from train.sources import Segment, open_rows, render_row
 
 STORE_VERSION = 2  # raise it when the same inputs would give other tokens
@@ -202,9 +203,7 @@ def _write_store(folder: Path, train: Examples, held_out: Examples, report: Sour
             ("offsets", examples.offsets),
         ):
             np.save(folder / f"{part}.{name}.npy", array)
-    partial = folder / "report.json.partial"
-    partial.write_text(json.dumps(asdict(report), indent=1))
-    partial.replace(folder / "report.json")
+    publish_text(folder / "report.json", json.dumps(asdict(report), indent=1))
 
 
 def _open_examples(folder: Path, part: str) -> Examples:

@@ -37,7 +37,7 @@ from train.model import (
     shard_model,
 )
 from train.optim import Optimizer, grad_norm, learning_rate
-from train.output import first_writes, publish_folder, sweep
+from train.output import first_writes, hold_output, publish_folder, publish_text
 from train.preflight import preflight
 from train.record import check_same_run
 from train.retention import checkpoint_path, list_checkpoints, lowest_eval_loss, prune
@@ -60,7 +60,9 @@ def finetune(config: TrainConfig) -> None:
     """
     world = open_world(config.device)
     try:
-        _finetune(config, world)
+        check_batch(config, world.size)
+        with hold_output(Path(config.output), world):
+            _finetune(config, world)
     except torch.OutOfMemoryError as e:
         raise TrainError(
             "out of GPU memory: lower micro_batch or sequence_length, turn on activation_checkpointing or "
@@ -73,10 +75,8 @@ def finetune(config: TrainConfig) -> None:
 def _finetune(config: TrainConfig, world: World) -> None:
     output = Path(config.output)
     say = _say if world.is_first else _say_nothing
-    check_batch(config, world.size)
 
     # ---- is there something to go on from? ----
-    world.first(lambda: _open_output(output))
     saved = list_checkpoints(output)
     done = (output / "final" / "config.json").exists()
     _check_resume(config, output, bool(saved or done))
@@ -358,19 +358,9 @@ def _say_nothing(text: str) -> None:
     pass
 
 
-def _open_output(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / ".writable").touch()
-        (output / ".writable").unlink()
-        sweep(output)
-    except OSError as e:
-        raise TrainError(f"cannot write to the output {output}: {e.strerror}; choose another or free it") from e
-
-
 def _write_records(output: Path, asked: dict[str, Any], reports: list[dict[str, Any]]) -> None:
-    (output / "run.json").write_text(json.dumps(asked, indent=1))
-    (output / "data.json").write_text(json.dumps(reports, indent=1))
+    publish_text(output / "run.json", json.dumps(asked, indent=1))
+    publish_text(output / "data.json", json.dumps(reports, indent=1))
 
 
 def _write_card(folder: Path, config: TrainConfig, reports: Any, facts: dict[str, Any], say: Any) -> None:

@@ -1,21 +1,86 @@
-"""Folders of the output appear whole: written under a hidden name, synced to disk, then renamed.
+"""The output folder: one run at a time holds it, and what gets a name in it is whole.
 
-Only the first process touches the disk; an error that it meets is raised in every process.
+A lock of the operating system ends with the process that holds it, so a killed run blocks nobody; the file `.lock`
+that stays means nothing by itself. Folders and small files are written under a hidden name, synced, then renamed.
+Only the first process touches the disk; every process raises the error that it meets.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from train.errors import TrainError
 from train.world import World
 
-PARTIAL, TRASH = ".partial-", ".trash-"
+LOCK, PARTIAL, TRASH = ".lock", ".partial-", ".trash-"
+
+# ---- one run at a time ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold_output(output: Path, world: World) -> Iterator[None]:
+    """Make `output` and hold it for this run; what a killed run left half-written in it is removed.
+
+    All processes call it; the first one takes the lock. Raises TrainError, in every process, when another run
+    holds the folder or nothing can be written there.
+    """
+    held: list[Any] = []
+
+    def take() -> None:
+        from filelock import Timeout
+
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            held.append(_lock(output))
+            _sweep(output)
+        except Timeout as e:
+            raise TrainError(
+                f"{output}: another mixce-train is writing here. Wait for it to end, or set another `output`."
+            ) from e
+        except OSError as e:
+            raise TrainError(f"{output}: cannot be written to ({e.strerror}). Free it, or set another `output`.") from e
+
+    try:
+        world.first(take)
+        yield
+    finally:
+        for lock in held:
+            lock.release()
+
+
+def _lock(output: Path) -> Any:
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    lock = FileLock(output / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        # A network disk without locks: the holder's process id in a file, looked up by the next process.
+        lock = SoftFileLock(output / (LOCK + ".pid"), blocking=False)
+        lock.acquire()
+    return lock
+
+
+def _sweep(output: Path) -> None:
+    for parent in (output, output / "checkpoints"):
+        for pattern in (PARTIAL, TRASH):
+            for left in parent.glob(pattern + "*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+# ---- whole or absent -----------------------------------------------------------------------------------
 
 
 def publish_folder(folder: Path, write: Callable[[Path], None], world: World) -> None:
@@ -35,7 +100,7 @@ def publish_folder(folder: Path, write: Callable[[Path], None], world: World) ->
         raise
 
 
-def first_writes(world: World, folder: Path, action: Callable[[], None]) -> None:
+def first_writes(world: World, folder: Path, action: Callable[[], object]) -> None:
     """Do `action` in the first process; when the disk refuses, raise TrainError in every process."""
     error = _attempt(action) if world.is_first else None
     shown = folder.with_name(folder.name.removeprefix(PARTIAL))
@@ -44,7 +109,7 @@ def first_writes(world: World, folder: Path, action: Callable[[], None]) -> None
     )
 
 
-def _attempt(action: Callable[[], None]) -> str | None:
+def _attempt(action: Callable[[], object]) -> str | None:
     try:
         action()
     except OSError as e:
@@ -52,6 +117,14 @@ def _attempt(action: Callable[[], None]) -> str | None:
     except SafetensorError as e:  # how that library reports a full disk
         return str(e)
     return None
+
+
+def publish_text(path: Path, text: str) -> None:
+    """A small file, whole under its name or not there. Raises OSError."""
+    hidden = path.with_name(PARTIAL + path.name)
+    hidden.write_text(text, encoding="utf-8")
+    _sync(hidden)
+    hidden.replace(path)
 
 
 def _fresh(hidden: Path) -> None:
@@ -74,11 +147,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sweep(output: Path) -> None:
-    """Remove what a killed process left behind."""
-    for parent in (output, output / "checkpoints"):
-        for pattern in (PARTIAL, TRASH):
-            for left in parent.glob(pattern + "*"):
-                shutil.rmtree(left)

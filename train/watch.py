@@ -22,6 +22,7 @@ from tqdm import tqdm
 from train.config import SourceConfig, TrainConfig
 from train.data import SourceReport, report_table
 from train.errors import TrainError
+from train.output import publish_text
 
 
 class Watch:
@@ -93,9 +94,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    beside.replace(path)
+    publish_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
