@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.train_fixtures import (
@@ -180,7 +183,7 @@ def test_a_signal_saves_and_exits_cleanly(base: Path, tmp_path: Path, number: si
     assert process.returncode == 0, said
     (folder,) = list_checkpoints(output)
     step = read_progress(folder).step
-    assert f"stopped by a signal; saved step {step}" in said
+    assert f"Stopped by a signal; saved step {step}." in said
     assert read_metrics(output)[-1]["step"] == step
     assert "Traceback" not in said
     AutoModelForCausalLM.from_pretrained(folder)
@@ -265,3 +268,87 @@ def test_a_saved_checkpoint_is_ordinary(base: Path, tmp_path: Path) -> None:
     assert model.state_dict().keys() == before.state_dict().keys()
     assert model.dtype == before.dtype == torch.float32
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+# ---- damaged checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 2 and 4 that has not ended."""
+    output = tmp_path_factory.mktemp("stopped") / "o"
+    finetune(build_config(values(base, output, save_every=2, max_steps=6)))
+    shutil.rmtree(output / "final")
+    return output
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+
+
+def retensor(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no optimizer": (lambda f: (f / "optimizer.safetensors").unlink(), r"optimizer state missing: .* and \d+ more"),
+    "cut optimizer": (lambda f: cut(f / "optimizer.safetensors"), "(?i)incomplete|header|offset"),
+    "one state less": (
+        lambda f: retensor(f / "optimizer.safetensors", lambda t: t.pop("lm_head.weight|v")),
+        r"optimizer state missing: lm_head.weight\|v\.",
+    ),
+    "one state more": (
+        lambda f: retensor(f / "optimizer.safetensors", lambda t: t.update({"lm_head.weight|c": torch.ones(320, 1)})),
+        r"optimizer state not expected: lm_head.weight\|c\.",
+    ),
+    "cut state.json": (lambda f: cut(f / "state.json"), "state.json cannot be read"),
+    "empty state.json": (lambda f: (f / "state.json").write_text("null"), "state.json lacks eval_loss"),
+    "no update counts": (
+        lambda f: rewrite(f / "state.json", lambda s: s.pop("updates")), "state.json lacks updates"
+    ),
+    "no generators": (lambda f: (f / "generators.safetensors").unlink(), r"generators.safetensors lacks torch\|0"),
+    "one generator less": (
+        lambda f: retensor(f / "generators.safetensors", lambda t: t.pop("rounding|0")),
+        r"generators.safetensors lacks rounding\|0",
+    ),
+    "cut weights": (lambda f: cut(f / "model.safetensors"), "the model cannot be loaded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name(base: Path, tmp_path: Path, stopped: Path, damage: str) -> None:
+    """One error that names the folder, what it lacks and what to do; done so, the run goes on from the one before."""
+    shutil.copytree(stopped, tmp_path / "o")
+    config = build_config(values(base, tmp_path / "o", save_every=2, max_steps=6))
+    folder = tmp_path / "o" / "checkpoints" / "step-00000004"
+    apply, message = DAMAGE[damage]
+    apply(folder)
+    with pytest.raises(TrainError, match=message) as error:
+        finetune(config)
+    assert str(folder) in str(error.value)
+    assert "Delete this folder to go on from the checkpoint before it" in str(error.value)
+
+
+def test_without_the_damaged_checkpoint_the_run_goes_on(base: Path, tmp_path: Path, stopped: Path) -> None:
+    """What the error advises works, and gives the bytes of the run that met no damage."""
+    shutil.copytree(stopped, tmp_path / "o")
+    shutil.rmtree(tmp_path / "o" / "checkpoints" / "step-00000004")
+    finetune(build_config(values(base, tmp_path / "o", save_every=2, max_steps=6)))
+    again = tmp_path / "o" / "checkpoints" / "step-00000004" / "model.safetensors"
+    assert again.read_bytes() == (stopped / "checkpoints" / "step-00000004" / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_record_is_one_error(base: Path, tmp_path: Path, stopped: Path) -> None:
+    """run.json cut by hand or by an older version: named, with what to do."""
+    shutil.copytree(stopped, tmp_path / "o")
+    cut(tmp_path / "o" / "run.json")
+    with pytest.raises(TrainError, match=r"run.json: cannot be read .*Delete it"):
+        finetune(build_config(values(base, tmp_path / "o", save_every=2, max_steps=6)))

@@ -155,4 +155,4 @@ def test_a_signal_to_torchrun_saves_on_both_processes(base: Path, tmp_path: Path
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     (folder,) = list_checkpoints(tmp_path / "o")
-    assert f"saved step {read_progress(folder).step}" in said
+    assert f"Stopped by a signal; saved step {read_progress(folder).step}." in said

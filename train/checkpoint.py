@@ -9,17 +9,18 @@ whole model; nothing in the files depends on the number of processes but the gen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from train.errors import DELETE_CHECKPOINT, TrainError
 from train.optim import Optimizer
 from train.output import first_writes, publish_folder
 from train.world import World
@@ -146,35 +147,51 @@ def _gathered(tensor: Tensor, world: World) -> Tensor:
     return whole.cpu().contiguous() if world.is_first else whole.new_empty(0)
 
 
-def read_progress(folder: Path) -> Progress:
-    """Where the run stood when `folder` was saved."""
-    state = json.loads((folder / "state.json").read_text())
-    return Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
-
-
 # ---- resuming ------------------------------------------------------------------------------------------
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood when `folder` was saved. Raises TrainError when its state.json is damaged."""
+    state = _read_state(folder)
+    return Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
 
 
 def load_training_state(
     folder: Path, optimizer: Optimizer, generators: dict[str, torch.Generator], world: World
 ) -> bool:
-    """Optimizer and generators as saved in `folder`. False when the number of processes differs, so that
-    the generators start anew (the weights and the data order do not depend on it)."""
-    state = json.loads((folder / "state.json").read_text())
-    files = _TensorFiles(folder, "optimizer")
-    optimizer.load(state["updates"], lambda name, like: _placed(files.read(name), like))
-    if state["world_size"] != world.size:
-        return False
-    with safe_open(folder / "generators.safetensors", "pt") as file:
+    """Optimizer and generators as saved in `folder`. False when the number or the kind of the processes differs, so
+    that the generators start anew (the weights and the data order do not depend on them).
+
+    Raises TrainError when what is saved is not the state of this optimizer, or is damaged.
+    """
+    state = _read_state(folder)
+    try:
+        files = _TensorFiles(folder, "optimizer")
+        optimizer.load(state["updates"], files.names(), lambda name, like: _placed(files.read(name), like))
+        saved = _TensorFiles(folder, "generators")
+        is_gpu = "cuda|0" in saved.names()
+        if state["world_size"] != world.size or is_gpu != ("cuda" in generators):
+            return False
         for key, generator in generators.items():
-            generator.set_state(file.get_tensor(f"{key}|{world.rank}"))
+            generator.set_state(saved.read(f"{key}|{world.rank}"))
+    except (TrainError, OSError, SafetensorError) as e:
+        raise TrainError(f"{folder}: {e}. {DELETE_CHECKPOINT}") from e
     return True
 
 
-def _placed(whole: Tensor | None, like: Tensor) -> Tensor | None:
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise TrainError(f"{folder}: state.json cannot be read ({e}). {DELETE_CHECKPOINT}") from e
+    missing = {*Progress.__dataclass_fields__, "updates", "world_size"} - {*(state if isinstance(state, dict) else ())}
+    if missing:
+        raise TrainError(f"{folder}: state.json lacks {', '.join(sorted(missing))}. {DELETE_CHECKPOINT}")
+    return state
+
+
+def _placed(whole: Tensor, like: Tensor) -> Tensor:
     """The tensor on `like`'s device, sharded as it is; a scalar is the same everywhere."""
-    if whole is None:
-        return None
     whole = whole.to(like.device)
     if whole.ndim == 0 or not hasattr(like, "placements"):
         return whole
@@ -188,8 +205,14 @@ class _TensorFiles:
     """Reads named tensors from `stem.safetensors` or its shards."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        self._files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob(f"{stem}*.safetensors"))]
-        self._home = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob(f"{stem}*.safetensors"))]
+        self._stem, self._home = stem, {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
-    def read(self, name: str) -> Tensor | None:
-        return self._home[name].get_tensor(name) if name in self._home else None
+    def names(self) -> Collection[str]:
+        return self._home.keys()
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._home:
+            raise TrainError(f"{self._stem}.safetensors lacks {name}")
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor

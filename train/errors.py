@@ -7,3 +7,6 @@ A message names what was found, what was expected and the next step. The command
 
 class TrainError(Exception):
     """Something the user can repair: a config, a data set, a folder, a device."""
+
+
+DELETE_CHECKPOINT = "Delete this folder to go on from the checkpoint before it, or set another `output` to start anew."

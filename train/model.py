@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from train.batches import Batch
 from train.config import TrainConfig
-from train.errors import TrainError
+from train.errors import DELETE_CHECKPOINT, TrainError
 from train.hub import explain
 from train.loss import fused_mixce_loss, mixce_loss
 
@@ -134,7 +135,9 @@ def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch
     """
     from transformers import AutoModelForCausalLM
 
-    revision = config.revision if source == config.model else None
+    is_checkpoint = source != config.model
+    revision = None if is_checkpoint else config.revision
+    next_step = DELETE_CHECKPOINT if is_checkpoint else "Save or download the model again."
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -143,20 +146,25 @@ def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below, all of them, in one error
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as e:
-        raise TrainError(f"cannot load the model {source}: {_reason(e, source, revision)}") from e
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
+        raise TrainError(f"{source}: the model cannot be loaded ({_reason(e, source, revision)}). {next_step}") from e
     model, info = loaded
     # Old checkpoints store the rotary table, which is computed.
     unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith("rotary_emb.inv_freq"))
     for kind, names in (("missing", sorted(info["missing_keys"])), ("unexpected", unexpected)):
         if names:
             some = ", ".join(names[:5])
-            raise TrainError(f"{source} has {len(names)} {kind} tensors ({some}): it does not fit its config")
+            raise TrainError(f"{source}: {len(names)} {kind} tensors for its config.json ({some}). {next_step}")
     if info["mismatched_keys"]:
-        raise TrainError(f"{source} has tensors of other shapes than its config says: {info['mismatched_keys']}")
+        raise TrainError(f"{source}: tensors of other shapes than config.json says ({_shapes(info)}). {next_step}")
     return model
+
+
+def _shapes(info: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {list(found)}, expected {list(said)}" for name, found, said in info["mismatched_keys"])
 
 
 def _reason(error: Exception, model: str, revision: str | None) -> str:

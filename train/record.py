@@ -1,33 +1,67 @@
-"""run.json: what an output's run was asked, and what differs when it is asked again."""
+"""run.json and data.json: what the run of an output was asked, so that the same output never mixes two runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from train.config import TrainConfig
+from train.data import SourceReport
 from train.errors import TrainError
+from train.output import publish_text
+
+# Keys that may change between the sessions of one run: they do not move a weight.
+FREE_KEYS = (
+    "output", "resume", "eval_every", "eval_batches", "save_every", "keep_last", "max_shard_bytes",
+    "sample_prompts", "sample_tokens",
+)  # fmt: skip
 
 
-def check_same_run(output: Path, asked: dict[str, Any], free: Sequence[str]) -> None:
+def write_records(output: Path, asked: dict[str, Any], reports: Sequence[SourceReport]) -> None:
+    """Both files, for the runs to come and for people. Raises OSError."""
+    publish_text(output / "run.json", json.dumps(asked, indent=1))
+    publish_text(output / "data.json", json.dumps([asdict(report) for report in reports], indent=1))
+
+
+def check_resume(config: TrainConfig, holds_a_run: bool) -> None:
+    """Raise TrainError when `resume` insists on a run that is not there, or refuses the one that is."""
+    if config.resume is False and holds_a_run:
+        raise TrainError(
+            f"{config.output}: holds a run already, and resume is false. Leave resume out to go on, or set another "
+            "`output`."
+        )
+    if config.resume and not holds_a_run:
+        raise TrainError(
+            f"{config.output}: holds no checkpoint, and resume is true. Leave resume out to start, or correct `output`."
+        )
+
+
+def check_same_run(output: Path, asked: dict[str, Any]) -> None:
     """Raise TrainError listing what differs between `asked` and the run that `output` holds.
 
-    Keys in `free` may change between sessions; they do not move a weight.
+    Only FREE_KEYS may differ between sessions.
     """
     path = output / "run.json"
     if not path.exists():
         return
-    stored = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise TrainError(
+            f"{path}: cannot be read ({e}). Delete it to go on without comparing the settings, or set another `output`."
+        ) from e
     asked = json.loads(json.dumps(asked))
-    keys = [k for k in sorted({*stored, *asked}) if k not in free and stored.get(k) != asked.get(k)]
+    keys = [k for k in sorted({*stored, *asked}) if k not in FREE_KEYS and stored.get(k) != asked.get(k)]
     if keys:
         lines = [line for k in keys for line in _changes(k, stored.get(k), asked.get(k))]
         if "data" in keys and "sources" not in keys:
-            lines.append("  (the rows of a source, its tokenizer or how they are read changed: `data` are digests)")
+            lines.append("  (data are digests: the rows of a source, the tokenizer or how rows are read changed)")
         raise TrainError(
-            f"{output} holds a run with other settings:\n" + "\n".join(lines) + "\n"
-            "Put them back to resume it, or choose another output."
+            f"{output}: holds a run with other settings:\n" + "\n".join(lines) + "\n"
+            "Put them back to resume it, or set another `output`."
         )
 
 

@@ -1,4 +1,4 @@
-"""The processes of one run: who am I, how many are we, and the few words exchanged.
+"""The processes of one run: which one this is, how many there are, what they exchange, and who asks them to stop.
 
 Rank and world size are read from the environment here, once, and passed on. One process needs no process
 group; several (under torchrun) use NCCL on GPUs and gloo on CPUs.
@@ -7,6 +7,7 @@ group; several (under torchrun) use NCCL on GPUs and gloo on CPUs.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -99,3 +100,22 @@ def close_world(world: World) -> None:
     """Leave the process group that `open_world` joined; one that was there before stays."""
     if world.owns_group:
         dist.destroy_process_group()
+
+
+class StopSignals:
+    """SIGTERM and SIGINT set `asked`; the loop saves after the step. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopSignals:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
