@@ -459,7 +459,7 @@ def test_a_model_without_sdpa_trains_with_eager_attention(base: Path, tmp_path: 
     )  # fmt: skip
     Gemma2ForCausalLM(config).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    with pytest.raises(TrainError, match="set attention: eager"):
+    with pytest.raises(TrainError, match="Set attention: eager"):
         finetune(build_config({**values(base, tmp_path / "a"), "model": str(model)}))
     found = []
     for number, fused_loss in enumerate((True, False)):

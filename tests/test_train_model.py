@@ -162,7 +162,7 @@ def test_other_families_pass(kind: str, more: dict[str, Any]) -> None:
 def test_a_model_that_scales_its_logits_is_refused_by_the_fused_loss() -> None:
     """Granite divides them: the message says to use the plain loss, which then works."""
     model = tiny("granite", logits_scaling=4.0)
-    with pytest.raises(TrainError, match="set fused_loss: false"):
+    with pytest.raises(TrainError, match="Set fused_loss: false"):
         check_model(LossModel(model), make_config(), CPU)
     check_model(LossModel(model, fused=False), make_config(fused_loss=False), CPU)
 
@@ -174,7 +174,7 @@ def test_a_model_that_leaks_between_packed_examples_is_refused() -> None:
     model = LossModel(AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **values)))
     with torch.no_grad():
         model.model.get_input_embeddings().weight.mul_(20)
-    with pytest.raises(TrainError, match="set packing: false"):
+    with pytest.raises(TrainError, match="Set packing: false"):
         check_model(model, make_config(), CPU)
     check_model(model, make_config(packing=False), CPU)
 
@@ -234,7 +234,7 @@ UNFIT = {
     "missing": r"m: 1 missing tensors for its config.json \(model.norm.bias\)\. Save or download",
     "unexpected": r"m: 1 unexpected tensors for its config.json \(model.extra.weight\)\. Save or download",
     "shape": r"m: tensors of other shapes than config.json says \(model.norm.bias \[3\], expected \[32\]\)\. Save",
-    "cut": r"m: the model cannot be loaded \(.*\)\. Save or download",
+    "cut": r"m: the model cannot be loaded\. .*\. Save or download",
 }
 
 
@@ -266,7 +266,7 @@ def test_remote_code_is_neither_run_nor_asked_about(tmp_path: Path) -> None:
         json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}})
     )
     (tmp_path / "configuration_mine.py").write_text("raise SystemExit('remote code ran')")
-    with pytest.raises(TrainError, match="cannot read the model config"):
+    with pytest.raises(TrainError, match="the model config cannot be read"):
         load_model_config(str(tmp_path), None, silent)
 
 
@@ -282,7 +282,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_masked_eos() -> None:
     """It says so; with a pad token it says nothing."""
     said: list[str] = []
     assert padding_id(make_tokenizer(), said.append) == 0
-    assert "no pad token; padding with eos" in said[0]
+    assert "no pad token. Rows are padded with eos" in said[0]
     assert padding_id(make_tokenizer(pad=True), silent) == 0
     assert len(said) == 1
 

@@ -104,7 +104,7 @@ class Mixture:
         if self.steps == 0:
             raise TrainError(
                 f"{config.epochs:g} epochs give {self._total_rows()} sequences, fewer than one global batch "
-                f"of {self._rows_per_step}: lower global_batch, raise epochs, or set max_steps"
+                f"of {self._rows_per_step}. Lower global_batch, raise epochs, or set max_steps."
             )
 
     def _total_rows(self) -> int:

@@ -98,7 +98,9 @@ def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, c
         try:
             _write_store(cache / digest, *store)
         except OSError as e:
-            raise TrainError(f"cannot store the tokens of {source.title} in {cache}: {e.strerror}; make room") from e
+            raise TrainError(
+                f"{cache}: the tokens of {source.title} cannot be stored ({e.strerror}). Make room, then start again."
+            ) from e
     return digest
 
 
@@ -127,9 +129,9 @@ def _tokenize_source(
     train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take)
     if not len(train.examples):
         raise TrainError(
-            f"source {source.title} gives no example: {rows.count} rows, {len(kept) + len(held_out)} after "
-            f"`where`, {train.long} examples longer than sequence_length {config.sequence_length}, "
-            f"{train.empty} with nothing to learn"
+            f"Source {source.title}: gives no example. {rows.count} rows, {len(kept) + len(held_out)} after `where`; "
+            f"{train.long} examples longer than sequence_length {config.sequence_length}, {train.empty} with nothing "
+            "to learn. Correct `where`, the templates or sequence_length."
         )
     held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, None)
     report = SourceReport(
@@ -197,11 +199,7 @@ def _write_store(folder: Path, train: Examples, held_out: Examples, report: Sour
     """All arrays, then the report: its presence says that the store is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, examples in (("train", train), ("held_out", held_out)):
-        for name, array in (
-            ("ids", examples.ids),
-            ("learned", examples.learned),
-            ("offsets", examples.offsets),
-        ):
+        for name, array in (("ids", examples.ids), ("learned", examples.learned), ("offsets", examples.offsets)):
             np.save(folder / f"{part}.{name}.npy", array)
     publish_text(folder / "report.json", json.dumps(asdict(report), indent=1))
 

@@ -47,7 +47,7 @@ def sample(
 ) -> None:
     """Greedy continuations of the sample prompts, appended to samples.jsonl (one process only)."""
     if config.sample_prompts and world.size > 1:
-        watch.say("notice: no samples are generated on several processes")
+        watch.say("Note: samples are not generated on several processes.")
     if not config.sample_prompts or world.size > 1:
         return
     model.eval()

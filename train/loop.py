@@ -19,14 +19,7 @@ from train.checkpoint import write_model
 from train.config import TrainConfig, check_batch
 from train.data import SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError
-from train.model import (
-    check_context,
-    choose_dtype,
-    load_model,
-    load_model_config,
-    load_tokenizer,
-    padding_id,
-)
+from train.model import check_context, choose_dtype, load_model, load_model_config, load_tokenizer, padding_id
 from train.optim import Optimizer, learning_rate
 from train.output import first_writes, hold_output, publish_folder
 from train.preflight import preflight
@@ -104,7 +97,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
     if saved:
         if not session.resume(saved[-1]):
             say("Note: saved by other processes. The random numbers (NEFTune, rounding) start anew.")
-        say(f"resuming from {saved[-1].name}")
+        say(f"Resuming from {saved[-1].name}.")
 
     # ---- steps ----
     with Watch(output, mixture.steps, session.progress.step, world.is_first) as watch, StopSignals() as stop:
@@ -142,7 +135,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
         first_writes(world, folder, lambda: _write_card(folder, session, reports, dtype, say))
 
     publish_folder(output / "final", write_final, world)
-    say(f"done: {output / 'final'}")
+    say(f"Done: {output / 'final'}")
 
 
 # ---- what is said --------------------------------------------------------------------------------------

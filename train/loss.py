@@ -120,7 +120,7 @@ class _FusedMixCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("fused_mixce_loss: backward may run once; its gradients are already handed out")
+            raise RuntimeError("fused_mixce_loss: backward may run once, and it ran before. Compute the loss again.")
         grads, ctx.grads = ctx.grads, None
         # In place: these tensors are ours alone, and a copy of a head's gradient is 100s of MB.
         return (*(None if g is None else g.mul_(scale) for g in grads), None, None, None, None, None)
@@ -168,4 +168,4 @@ def _default_chunk(hidden: Tensor, weight: Tensor) -> int:
 
 def _check_ratio(mixing_ratio: float) -> None:
     if not 0 <= mixing_ratio <= 1:
-        raise ValueError(f"mixing_ratio is {mixing_ratio}, expected a number from 0 to 1")
+        raise ValueError(f"mixing_ratio is {mixing_ratio}, expected a number from 0 to 1.")

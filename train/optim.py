@@ -1,15 +1,14 @@
 """Adalite v1 and AdamW for weights without a float32 master, and schedules as pure functions of the step.
 
-Each rule is a free function that changes one float32 parameter in place from its gradient and its state; beside
-it stands what that state holds, so a checkpoint is taken up whole or refused. `Optimizer` owns the states and can
-step one parameter at a time, which is what fused backward needs. Only
-whole-tensor operations are used, so a DTensor (FSDP2) is updated as if it were in one piece: norms and means
-are over the parameter, not over a rank's shard. bfloat16 weights are rounded stochastically, or steps below
-half an ulp would be lost.
+Each rule is a free function that changes one float32 parameter in place from its gradient and its state; beside it
+stands what that state holds, so a checkpoint is taken up whole or refused. `Optimizer` owns the states and can step one
+parameter at a time, which is what fused backward needs. Only whole-tensor operations are used, so a DTensor (FSDP2) is
+updated as if it were in one piece: norms and means are over the parameter, not over a rank's shard. bfloat16 weights
+are rounded stochastically, or steps below half an ulp would be lost.
 
-Adalite is the version of January 2024 (later releases under the name are another algorithm). Its quirks are
-kept: eps accumulates in the second moment, so the relative step shrinks like t^-0.4 even at a constant
-learning rate, and scaling the loss changes the step. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+Adalite is the version of January 2024 (later releases under the name are another algorithm). Its quirks are kept: eps
+accumulates in the second moment, so the relative step shrinks like t^-0.4 even at a constant learning rate, and scaling
+the loss changes the step. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
 from __future__ import annotations
@@ -177,7 +176,7 @@ class Optimizer:
         def update(p: Tensor) -> None:
             assert p.grad is not None
             if not bool(torch.isfinite(_whole(p.grad.sum()))):
-                raise TrainError(f"the gradient of {name} is not finite, in the middle of a fused backward")
+                raise TrainError(f"the gradient of {name} is not finite, and fused_backward has changed other weights")
             self.step_one(name, p.grad, lr())
             p.grad = None
 

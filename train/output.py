@@ -105,7 +105,7 @@ def first_writes(world: World, folder: Path, action: Callable[[], object]) -> No
     error = _attempt(action) if world.is_first else None
     shown = folder.with_name(folder.name.removeprefix(PARTIAL))
     world.fail_together(
-        error and f"cannot save {shown}: {error}. Earlier checkpoints are untouched; make room and run it again"
+        error and f"{shown}: cannot be saved ({error}). Earlier checkpoints are untouched. Make room, then start again."
     )
 
 

@@ -97,8 +97,8 @@ def build_on_meta(config: TrainConfig, model_config: Any, dtype: torch.dtype) ->
             )
     except ValueError as e:
         if "scaled_dot_product_attention" in str(e):
-            raise TrainError(f"{config.model} cannot use attention {config.attention}: set attention: eager") from e
-        raise TrainError(f"{config.model} is not a causal language model that transformers knows: {e}") from e
+            raise TrainError(f"{config.model} has no attention {config.attention}. Set attention: eager.") from e
+        raise TrainError(f"{config.model}: transformers knows no causal language model of this kind. {e}") from e
     prepare_model(model, config, may_compile=False)
     return model.train()
 

@@ -37,11 +37,7 @@ class Watch:
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         # A line every half minute when nobody is looking at a terminal.
         self._bar = tqdm(
-            total=steps,
-            initial=done,
-            unit="step",
-            desc="train",
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            total=steps, initial=done, unit="step", desc="train", mininterval=0.5 if sys.stderr.isatty() else 30
         )
         self._board = _tensorboard(output, done)
 
@@ -55,7 +51,7 @@ class Watch:
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         except OSError as e:
-            raise TrainError(f"cannot write {self._path}: {e.strerror}; make room, then start again") from e
+            raise TrainError(f"{self._path}: cannot be written ({e.strerror}). Make room, then start again.") from e
         if self._board is not None:
             for name, value in _scalars(kind, values):
                 self._board.add_scalar(name, value, step)

@@ -84,7 +84,7 @@ def open_world(device: str) -> World:
     Raises TrainError when CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise TrainError("device is cuda, but torch sees no CUDA device: set device to auto or cpu")
+        raise TrainError("device is cuda, but torch finds no CUDA device. Set device to auto or cpu.")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
