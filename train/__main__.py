@@ -1,6 +1,6 @@
 """`mixce-train CONFIG.yaml [--key value ...]`, the same as `python -m train`: parse, call, exit code.
 
-1 for an error the user can repair (one message, no traceback), 2 for a wrong command line.
+Exit code 1: an error that the user can repair (one message, no traceback). 2: a wrong command line.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _finetune(config: TrainConfig) -> None:
-    # torch and transformers are imported here: not for --help or a typo.
+    # torch and transformers take seconds to import: not for --help or a typo.
     import datasets  # type: ignore[import-untyped]
     import huggingface_hub
     import transformers
@@ -59,10 +59,10 @@ def _finetune(config: TrainConfig) -> None:
 
     from train.loop import finetune
 
-    datasets.disable_progress_bars()  # one bar is enough, ours
+    datasets.disable_progress_bars()  # our own progress bar is enough
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if sys.stderr.isatty() and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        enable_progress_bars()  # the line before turned downloads' off as well, and these take long
+        enable_progress_bars()  # the line above turned off those of downloads, too
     finetune(config)
 
 
@@ -103,7 +103,7 @@ def _yaml(key: str, value: str) -> Any:
 
 
 def _complain(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # every process fails alike; one tells
+    if os.environ.get("RANK", "0") == "0":  # all processes fail alike; one prints
         print(message, file=sys.stderr)
     return code
 

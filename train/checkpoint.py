@@ -1,9 +1,9 @@
 """What a checkpoint holds, written and read: weights, optimizer state, random numbers, where the run stood.
 
-A checkpoint is an ordinary Hugging Face folder (so it can be evaluated or merged as it is) with three files
-beside it: the optimizer's state, the random number generators, and `state.json`. No pickle anywhere. Weights
-and state are written one tensor at a time, gathered from all processes as they come, so nobody holds the
-whole model; nothing in the files depends on the number of processes but the generators.
+A checkpoint is an ordinary Hugging Face folder, so it can be evaluated or merged as it is, with three more files: the
+optimizer's state, the random number generators, and `state.json`. There is no pickle. Weights and state are gathered
+from all processes and written tensor by tensor, so no process holds the whole model. Only the generators depend on the
+number of processes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def write_model(folder: Path, model: Any, tokenizer: Any, world: World, max_shar
     """An ordinary Hugging Face folder: safetensors shards, config, tokenizer. All processes call it."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    # Under the names that the family publishes, where transformers has others in memory.
+    # transformers renames tensors of some families in memory; published checkpoints have the original names.
     def on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(revert_weight_conversion(model, tensors)) if world.is_first else {}
 
@@ -159,8 +159,8 @@ def read_progress(folder: Path) -> Progress:
 def load_training_state(
     folder: Path, optimizer: Optimizer, generators: dict[str, torch.Generator], world: World
 ) -> bool:
-    """Optimizer and generators as saved in `folder`. False when the number or the kind of the processes differs, so
-    that the generators start anew (the weights and the data order do not depend on them).
+    """Load the optimizer and the generators from `folder`. False when the number or the kind of the processes differs:
+    then the generators start anew (the weights and the order of the data do not depend on them).
 
     Raises TrainError when what is saved is not the state of this optimizer, or is damaged.
     """

@@ -1,8 +1,8 @@
 """The sources of a mixture -> tokenised examples in a store, and a count of what became of every row.
 
-The law of this file: nothing is tokenised twice. A store is named by what went into it (the rows' content,
-the templates, the tokenizer), and one process writes it while the others wait. Its report is written last,
-so a store with a report is whole. `batches.py` decides who sees which example when.
+The law of this file: nothing is tokenised twice. A store is named by a digest of its inputs (the content of the rows,
+the templates, the tokenizer). One process writes it while the others wait; the report is written last, so a store with
+a report is complete. `batches.py` decides the order of the examples.
 """
 
 from __future__ import annotations

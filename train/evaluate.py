@@ -1,6 +1,6 @@
-"""Held-out data and sample generations: what is measured of a model without changing it.
+"""Held-out loss and sample texts: measurements that do not change the model.
 
-Evaluation is plain cross-entropy whatever the mixing ratio, so that runs compare. No random number is drawn.
+Evaluation is plain cross-entropy, whatever the mixing ratio, so that runs can be compared. It draws no random number.
 """
 
 from __future__ import annotations

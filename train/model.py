@@ -31,7 +31,7 @@ _AGAIN = "Save or download the model again."
 
 
 def load_model_config(model: str, revision: str | None, say: Say) -> Any:
-    """The model's configuration; an old `stablelm_epoch` one is converted, with a notice.
+    """The model's configuration; an old `stablelm_epoch` one is converted, with a note.
 
     Raises TrainError when it cannot be read or its architecture needs code of its own.
     """
@@ -60,8 +60,10 @@ _DROPPED = ("auto_map", "model_type", "architectures", "rotary_scaling_factor", 
 
 
 def convert_stablelm_epoch(raw: dict[str, Any]) -> Any:
-    """A `stablelm` configuration from the dictionary of an old `stablelm_epoch` one. Raises TrainError
-    when a key that shapes the model is missing, rather than guess it."""
+    """A `stablelm` configuration from the dictionary of an old `stablelm_epoch` one.
+
+    Raises TrainError when a key that shapes the model is missing; it is not guessed.
+    """
     from transformers import StableLmConfig
 
     values = {_OLD_NAMES.get(key, key): value for key, value in raw.items() if key not in _DROPPED}
@@ -76,7 +78,7 @@ def convert_stablelm_epoch(raw: dict[str, Any]) -> Any:
 
 
 def check_context(model_config: Any, config: TrainConfig, say: Say) -> None:
-    """TrainError where the model has no position for some token; a notice where it never saw positions so far."""
+    """Check the sequence length: TrainError beyond learned positions, a note beyond the context of rotary ones."""
     text = model_config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if not isinstance(context, int) or config.sequence_length <= context:
@@ -113,7 +115,7 @@ def load_tokenizer(model: str, revision: str | None, model_config: Any) -> Any:
 
 
 def padding_id(tokenizer: Any, say: Say) -> int:
-    """The id that fills short rows; its labels are masked, so eos serves when there is no pad token."""
+    """The id that fills short rows. Without a pad token it is eos: the labels of padding are masked."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     eos = tokenizer.eos_token_id
@@ -131,7 +133,7 @@ def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch.dtype) -> Any:
-    """The weights of `source` (a folder or hub id) in `dtype`, on the CPU, every tensor accounted for.
+    """The weights of `source` (a folder or hub id) in `dtype`, on the CPU; no tensor is new or dropped.
 
     Raises TrainError when a tensor is missing, unexpected or of another shape.
     """

@@ -193,7 +193,8 @@ class Optimizer:
         return {name: slot.updates for name, slot in self._slots.items()}
 
     def load(self, updates: Mapping[str, int], saved: Collection[str], read: Callable[[str, Tensor], Tensor]) -> None:
-        """Take up saved states. `saved` names them as `states` does; `read(name, like)` places one like a parameter.
+        """Load saved states. `saved` has their names, as `states` gives them; `read(name, like)` gives one, placed like
+        the parameter.
 
         Raises TrainError unless they are exactly the tensors that the rule declares for the updated parameters.
         """

@@ -1,8 +1,8 @@
-"""The output folder: one run at a time holds it, and what gets a name in it is whole.
+"""The output folder: one run at a time writes in it, and a folder or file with a name is complete.
 
-A lock of the operating system ends with the process that holds it, so a killed run blocks nobody; the file `.lock`
-that stays means nothing by itself. Folders and small files are written under a hidden name, synced, then renamed.
-Only the first process touches the disk; every process raises the error that it meets.
+The operating system drops a lock with the process that holds it, so a killed run blocks nobody; the file `.lock` stays
+and means nothing by itself. Folders and small files are written under a hidden name, synced, then renamed. Only the
+first process touches the disk; its errors are raised in every process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOCK, PARTIAL, TRASH = ".lock", ".partial-", ".trash-"
 
 @contextmanager
 def hold_output(output: Path, world: World) -> Iterator[None]:
-    """Make `output` and hold it for this run; what a killed run left half-written in it is removed.
+    """Make `output` and lock it for this run; remove what a killed run left half-written.
 
     All processes call it; the first one takes the lock. Raises TrainError, in every process, when another run
     holds the folder or nothing can be written there.
@@ -67,7 +67,7 @@ def _lock(output: Path) -> Any:
     except OSError as e:
         if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        # A network disk without locks: the holder's process id in a file, looked up by the next process.
+        # A network disk without locks: a file with the holder's process id, which the next process looks up.
         lock = SoftFileLock(output / (LOCK + ".pid"), blocking=False)
         lock.acquire()
     return lock
@@ -114,13 +114,13 @@ def _attempt(action: Callable[[], object]) -> str | None:
         action()
     except OSError as e:
         return e.strerror or str(e)
-    except SafetensorError as e:  # how that library reports a full disk
+    except SafetensorError as e:  # safetensors reports a full disk so
         return str(e)
     return None
 
 
 def publish_text(path: Path, text: str) -> None:
-    """A small file, whole under its name or not there. Raises OSError."""
+    """Write a small file; under its name it is complete or absent. Raises OSError."""
     hidden = path.with_name(PARTIAL + path.name)
     hidden.write_text(text, encoding="utf-8")
     _sync(hidden)

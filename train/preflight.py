@@ -1,8 +1,8 @@
 """What a run will need, computed before anything is allocated.
 
-The model is built on torch's meta device, where tensors have shapes and no storage; its forward is run
-there once with hooks that count what autograd would keep. Estimates, therefore: allocators and kernels add
-their own, and attention is counted as a kernel that does not keep its scores.
+The model is built on torch's meta device, where tensors have shapes and no storage. Its forward runs there once, with
+hooks that count what autograd would keep. The figures are estimates: allocators and kernels add memory of their own,
+and attention is counted as a kernel that does not keep its scores.
 """
 
 from __future__ import annotations

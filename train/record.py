@@ -1,4 +1,7 @@
-"""run.json and data.json: what the run of an output was asked, so that the same output never mixes two runs."""
+"""run.json and data.json: the settings of a run and what became of its data.
+
+One output holds one run: a session with other settings is refused, except for the keys in FREE_KEYS.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ FREE_KEYS = (
 
 
 def write_records(output: Path, asked: dict[str, Any], reports: Sequence[SourceReport]) -> None:
-    """Both files, for the runs to come and for people. Raises OSError."""
+    """Write both files. Raises OSError."""
     publish_text(output / "run.json", json.dumps(asked, indent=1))
     publish_text(output / "data.json", json.dumps([asdict(report) for report in reports], indent=1))
 

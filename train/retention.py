@@ -1,6 +1,6 @@
-"""The checkpoints of an output: which there are, which is the best, which are kept.
+"""The checkpoints of an output: list them, find the best, delete those that need not be kept.
 
-A folder counts as a checkpoint when it has its name and its state.json; nothing else of it is read here.
+A folder is a checkpoint when it is named `step-N` and has a state.json; nothing else of it is read here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def prune(output: Path, keep_last: int) -> None:
 
 
 def lowest_eval_loss(output: Path) -> float:
-    """Of the checkpoints that are there; infinite where none was evaluated."""
+    """The lowest of all checkpoints; infinite when none was evaluated."""
     return min(_scored(list_checkpoints(output)), default=(math.inf, output))[0]
 
 

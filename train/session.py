@@ -1,6 +1,6 @@
-"""What one run holds from its first step to its last: its parts, which stay, and its state, which moves.
+"""A run from its first step to its last: the parts that stay the same, and the state that changes with each step.
 
-The loop decides when something is done; a `Session` knows where the run stands and how it is saved and resumed.
+The loop decides when to evaluate and to save; a `Session` owns the state and knows how.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class Session:
         return self.progress.step == self.mixture.steps
 
     def resume(self, folder: Path) -> bool:
-        """Stand where the run stood when `folder` was saved; False when random numbers start anew.
+        """Restore the state that was saved in `folder`, except the weights: the model was loaded from there.
 
-        The weights are not read here: the model was loaded from `folder`.
+        False when the random numbers start anew.
         """
         self.progress = read_progress(folder)
         self.lowest_eval_loss = self.world.share(lowest_eval_loss(self.output))
         return load_training_state(folder, self.optimizer, self.generators, self.world)
 
     def count(self, result: StepResult) -> None:
-        """One more step is done, or skipped."""
+        """Count one more step, done or skipped."""
         was = self.progress
         if result.is_finite:
             self.progress = Progress(was.step + 1, was.tokens + result.labelled, was.skipped)
@@ -87,7 +87,7 @@ class Session:
         return self.world.share(time.monotonic() - self.saved_at > SAVE_SECONDS)
 
     def save(self) -> None:
-        """Write a checkpoint of now, and delete those that need not be kept. All processes call it."""
+        """Write a checkpoint, and delete those that need not be kept. All processes call it."""
         save_checkpoint(
             checkpoint_path(self.output, self.progress.step),
             self.model.model,

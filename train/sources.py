@@ -1,7 +1,7 @@
-"""One source of the mixture: rows from a hub or a file, filtered and ordered, then rendered to segments.
+"""One source of the mixture: rows from the Hub or a file, filtered and ordered, then rendered to segments of text.
 
-Text only: nothing here knows tokens. A segment is a piece of text that is tokenised by itself and is
-either learned or only read; the formats below decide where the borders lie. Rows come through `datasets`.
+Nothing here knows tokens. A segment is tokenised by itself and is either learned or only read; the formats below decide
+where one segment ends and the next begins. Rows are read by the library `datasets`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Rows:
 def open_rows(source: SourceConfig) -> Rows:
     """The rows of a local file or folder when the path exists, else of a hub data set.
 
-    Raises TrainError when they cannot be had, naming the source and the reason.
+    Raises TrainError with the source and the reason when they cannot be read.
     """
     import datasets  # type: ignore[import-untyped]
 
@@ -145,7 +145,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _hold_out(rows: list[int], source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
-    """Split by row, before templates: both directions of a row are on one side."""
+    """Split by row, before templates: all examples of one row are learned, or all are held out."""
     asked = source.held_out
     count = int(asked) if asked >= 1 else round(asked * len(rows))
     if asked and not count:
@@ -270,7 +270,7 @@ def _messages(value: Any, source: SourceConfig) -> list[tuple[str, str]]:
 
 
 def _content(content: Any) -> str:
-    """A message's text; none where there is none (a tool call). TypeError for anything but text."""
+    """The text of a message; empty without content (a tool call). TypeError for content that is not text."""
     if content is not None and not isinstance(content, str):
         raise TypeError(content)
     return (content or "").strip()

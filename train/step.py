@@ -41,9 +41,10 @@ def train_step(
     lr: float,
     stop: StopSignals,
 ) -> StepResult:
-    """One step; the weights stay as they are when the loss or the gradient is not finite.
+    """One step; skipped, without changing a weight, when the loss or the gradient is not finite.
 
-    Raises TrainError when no token of the whole global batch has a label.
+    Raises TrainError when no token of the whole global batch has a label, or fused backward meets a gradient that is
+    not finite.
     """
     batches = [batch.to(world.device) for batch in batches]
     counts = torch.stack([_counts(batch) for batch in batches]).sum(0)

@@ -1,7 +1,7 @@
 """What a user watches: a progress line, metrics.jsonl, TensorBoard when it is installed, the card at the end.
 
-Never a weight: numbers come in as plain floats. metrics.jsonl is the record; the plot and the card are made
-from it, so they are whole after any number of resumes.
+Numbers arrive here as plain floats. metrics.jsonl is the record; the plot and the card are made from it, so they are
+complete after any number of resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from train.output import publish_text
 
 
 class Watch:
-    """The first process's progress line and metrics; the others' does nothing."""
+    """The progress line and the metrics of the first process; in other processes it does nothing."""
 
     def __init__(self, output: Path, steps: int, done: int, active: bool) -> None:
         self._active = active
@@ -35,7 +35,7 @@ class Watch:
         self._path = output / "metrics.jsonl"
         _forget_after(self._path, done)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        # A line every half minute when nobody is looking at a terminal.
+        # Without a terminal, a line every half minute.
         self._bar = tqdm(
             total=steps, initial=done, unit="step", desc="train", mininterval=0.5 if sys.stderr.isatty() else 30
         )
@@ -70,7 +70,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         if self._active:
             self._bar.close()
-            with contextlib.suppress(OSError):  # a full disk was told of when the line was written
+            with contextlib.suppress(OSError):  # a full disk was reported when the line was written
                 self._file.close()
             if self._board is not None:
                 self._board.close()
@@ -143,7 +143,7 @@ def build_card(
     facts: dict[str, Any],
     has_plot: bool,
 ) -> str:
-    """The model card: what was trained on what, how, and what came of it."""
+    """The model card: base, data, settings and results."""
     settings = {
         key: getattr(config, key)
         for key in TrainConfig.__dataclass_fields__
@@ -171,7 +171,7 @@ def build_card(
 
 
 def _metadata(config: TrainConfig, is_local: bool) -> dict[str, Any]:
-    """The Hub's metadata; local folders and files are nobody else's business."""
+    """The Hub's metadata; paths of local folders and files stay private."""
     datasets = [source.path for source in config.sources if not Path(source.path).exists()]
     found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mixce"]}
     if not is_local:
@@ -180,7 +180,7 @@ def _metadata(config: TrainConfig, is_local: bool) -> dict[str, Any]:
 
 
 def _source_lines(config: TrainConfig) -> Iterator[str]:
-    """What was taken of each source, as the config says it."""
+    """A line per source: its keys that are not the defaults."""
     for source in config.sources:
         path = Path(source.path).name if Path(source.path).exists() else source.path
         asked = {

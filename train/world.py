@@ -1,7 +1,7 @@
 """The processes of one run: which one this is, how many there are, what they exchange, and who asks them to stop.
 
-Rank and world size are read from the environment here, once, and passed on. One process needs no process
-group; several (under torchrun) use NCCL on GPUs and gloo on CPUs.
+Rank and world size are read from the environment here, once, and passed on. One process needs no process group; several
+(under torchrun) use NCCL on GPUs and gloo on CPUs.
 """
 
 from __future__ import annotations
