@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.train_fixtures import copy_rows, make_config, make_tokenizer, write_jsonl
 from train.batches import Mixture, pack, plan_rows
 from train.config import TrainConfig
-from train.data import Source, open_sources, prepare_sources
+from train.data import Examples, Source, open_sources, prepare_sources
 from train.errors import TrainError
 from train.sources import Segment, render_row
 
@@ -308,6 +308,49 @@ def test_weights_are_passes_over_a_source(tmp_path: Path) -> None:
     assert sum(counts(0.5, range(1))) == 5
     assert counts(0.5, range(2)) == [1] * 10
     assert sorted(counts(1.5, range(1))) == [1] * 5 + [2] * 5
+
+
+@given(
+    count=st.integers(1, 12),
+    weight=st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.7, 2.0, 3.25]),
+    epochs=st.integers(1, 6),
+)
+@settings(max_examples=60, deadline=None)
+def test_epochs_share_out_one_endless_row_of_passes(count: int, weight: float, epochs: int) -> None:
+    """However many epochs: they take weight x count examples each, to a rounding, also the last; and no example is
+    taken again before each other one was taken as often."""
+    source = Source("d.jsonl", _examples([4] * count), _examples([]), None, "")  # type: ignore[arg-type]
+    config = make_config(
+        sources=[{"path": "d.jsonl", "templates": QA, "weight": weight}], sequence_length=96, packing=False
+    )
+    seen: list[int] = []
+    for epoch in range(epochs):
+        seen += [example for ((_, example),) in plan_rows([source], config, epoch)]
+        assert len(seen) == round(count * weight * (epoch + 1))
+        times = np.bincount(seen, minlength=count)
+        assert times.max() - times.min() <= 1
+
+
+def _examples(lengths: list[int]) -> Examples:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Examples(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], np.bool_), offsets)
+
+
+@pytest.mark.parametrize("epochs", [1.0, 1.5, 2.75])
+def test_a_fraction_of_an_epoch_is_a_fraction_of_its_own_rows(epochs: float) -> None:
+    """Packed epochs differ in their number of rows; the last, cut one counts with its own."""
+    lengths = np.random.default_rng(0).integers(5, 90, 60).tolist()
+    source = Source("d.jsonl", _examples(lengths), _examples([]), None, "")  # type: ignore[arg-type]
+    asked = {"path": "d.jsonl", "templates": QA, "weight": 0.6}
+    config = make_config(sources=[asked], sequence_length=96, epochs=epochs)
+    sizes = [len(plan_rows([source], config, epoch)) for epoch in range(4)]
+    assert len(set(sizes)) == 4, "the lengths above are meant to make all epochs unlike"
+    whole = int(epochs)
+    expected = sum(sizes[:whole]) + int((epochs - whole) * sizes[whole])
+    mixed = Mixture([source], config, 0, 1)
+    assert mixed.steps == expected
+    rows = [row for epoch in range(4) for row in plan_rows([source], config, epoch)]
+    assert [mixed.row(number) for number in range(expected)] == rows[:expected]
 
 
 def test_steps_follow_epochs_or_max_steps(tmp_path: Path) -> None:

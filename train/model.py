@@ -243,8 +243,8 @@ class LossModel(nn.Module):
         return fused_mixce_loss(hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the inner model. No attention mask and no cache: with restarting positions
-        that is what makes transformers keep packed examples apart (with a cache they leak)."""
+        """Keyword arguments of the inner model. With restarting positions, no attention mask and no cache, transformers
+        keeps packed examples apart; with a cache they see each other."""
         inputs: dict[str, Any] = {"use_cache": False}
         if self._takes_positions:
             inputs["position_ids"] = batch.positions
