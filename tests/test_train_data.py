@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train_fixtures import copy_rows, make_config, make_tokenizer, write_jsonl
-from train.batches import Mixture, pack, plan_rows
+from train.batches import Mixture, collate, pack, plan_rows
 from train.config import TrainConfig
-from train.data import Examples, Source, open_sources, prepare_sources
+from train.data import Examples, Source, SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError
 from train.sources import Segment, render_row
 
@@ -372,6 +373,62 @@ def test_batches_isolate_examples(tmp_path: Path) -> None:
             assert set(lengths[start:stop].tolist()) <= {stop - start, 0}
             learned = [t for t in range(start, stop - 1) if labels[t] != -100]
             assert all(labels[t] == ids[t + 1] for t in learned)
+
+
+def test_a_batch_of_two_packed_and_one_single_example_by_hand() -> None:
+    """Every cell of the four arrays; padding restarts its positions after packed examples and goes on after one."""
+    examples = Examples(
+        ids=np.arange(10, 20, dtype=np.int32),
+        learned=np.array([0, 1, 1, 0, 0, 1, 0, 0, 0, 1], np.bool_),
+        offsets=np.array([0, 3, 5, 7, 10]),
+    )
+    batch = collate([[("b", examples, 0), ("a", examples, 1), ("b", examples, 2)], [("b", examples, 3)]], 9)
+    assert batch.ids.tolist() == [[10, 11, 12, 13, 14, 15, 16], [17, 18, 19, 9, 9, 9, 9]]
+    assert batch.labels.tolist() == [[11, 12, -100, -100, -100, -100, -100], [-100, 19, -100, -100, -100, -100, -100]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert batch.lengths.tolist() == [[3, 3, 3, 2, 2, 2, 2], [3, 3, 3, 0, 0, 0, 0]]
+    assert batch.sources == ("a", "b")
+    two = collate([[("b", examples, 0), ("a", examples, 1)], [("b", examples, i) for i in range(4)]], 9)
+    assert two.positions[0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("eval_batches", [None, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_held_out_examples(tmp_path: Path, world_size: int, eval_batches: int | None) -> None:
+    """All ranks get equally many batches; together they hold each held-out label once, and nothing else."""
+    config, (source,) = prepared(
+        tmp_path, source_of(tmp_path, copy_rows(20), held_out=7), micro_batch=2, eval_batches=eval_batches, max_steps=1
+    )
+    mixed = Mixture([source], config, 0, world_size)
+    shares = [list(mixed.held_out_batches(source, rank)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    labels = torch.cat([batch.labels.flatten() for share in shares for batch in share])
+    ids = [source.held_out.ids[source.held_out.offsets[i] : source.held_out.offsets[i + 1]] for i in range(7)]
+    marks = [source.held_out.learned[source.held_out.offsets[i] : source.held_out.offsets[i + 1]] for i in range(7)]
+    chosen = range(7 if eval_batches is None else 4)
+    expected = [int(t) for i in chosen for t, mark in zip(ids[i][1:], marks[i][1:], strict=True) if mark]
+    assert sorted(labels[labels != -100].tolist()) == sorted(expected)
+
+
+def test_an_example_of_just_the_sequence_length_is_kept(tmp_path: Path) -> None:
+    """One token less room, and it is dropped and counted."""
+    source = source_of(tmp_path, copy_rows(1))
+    _, (found,) = prepared(tmp_path, source)
+    length = int(found.train.lengths[0])
+    assert len(prepared(tmp_path, source, sequence_length=length)[1][0].train) == 1
+    with pytest.raises(TrainError, match=f"1 examples longer than sequence_length {length - 1}"):
+        prepared(tmp_path, source, sequence_length=length - 1)
+
+
+def test_the_report_is_a_table_for_people() -> None:
+    """Titles to the left, numbers to the right, thousands with commas."""
+    reports = [SourceReport("a", 1200, 1000, 8, 992, 51234, 9876, 5, 3, 8, 400)]
+    reports += [SourceReport("longer.jsonl", 3, 3, 0, 3, 30, 9, 0, 0, 0, 0)]
+    assert report_table(reports).splitlines() == [
+        "source         rows   kept  held out  examples  tokens  labelled  too long  empty",
+        "a             1,200  1,000         8       992  51,234     9,876         5      3",
+        "longer.jsonl      3      3         0         3      30         9         0      0",
+    ]
 
 
 def test_the_report_is_stored_beside_the_tokens(tmp_path: Path) -> None:

@@ -146,6 +146,18 @@ def test_another_rules_state_is_saved_and_taken_up() -> None:
     assert [name for name, _ in mine.states()] == ["p|largest", "p|speed"]
 
 
+@pytest.mark.parametrize("declared", [{"speed": (3, 4)}, {"speed": (3, 4), "largest": (), "count": ()}])
+def test_a_rule_that_keeps_other_tensors_than_it_declares_is_found(
+    monkeypatch: pytest.MonkeyPatch, declared: dict[str, tuple[int, ...]]
+) -> None:
+    """At its first update, not when a run is resumed."""
+    monkeypatch.setitem(RULES, "adamw", Rule(heavy_ball_, lambda shape: declared))
+    p = torch.ones(3, 4, requires_grad=True)
+    p.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"keeps \['largest', 'speed'\] for p, and declares"):
+        optimizer(p, optimizer="adamw").step(0.1)
+
+
 WRONG_STATES: list[tuple[dict[str, int], dict[str, Tensor], str]] = [
     ({"p": 2}, {"p|m": torch.ones(3, 4)}, r"optimizer state missing: p\|v$"),
     ({"p": 2}, {"p|c": torch.ones(3, 1)}, r"optimizer state missing: p\|m, p\|v; not expected: p\|c$"),

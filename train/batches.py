@@ -100,7 +100,7 @@ class Mixture:
         self._rows_per_step, self._world_size = config.sequences_per_step(world_size), world_size
         self._epochs: dict[int, list[Row]] = {}
         self._starts = [0]  # of the epochs planned so far, in rows
-        self.steps = config.max_steps or self._steps_of_epochs()
+        self.steps = config.max_steps or self._total_rows() // self._rows_per_step
         if self.steps == 0:
             raise TrainError(
                 f"{config.epochs:g} epochs give {self._total_rows()} sequences, fewer than one global batch "
@@ -111,9 +111,6 @@ class Mixture:
         whole = int(self._config.epochs)
         rows = sum(len(self._epoch(e)) for e in range(whole))
         return rows + int((self._config.epochs - whole) * len(self._epoch(whole)))
-
-    def _steps_of_epochs(self) -> int:
-        return self._total_rows() // self._rows_per_step
 
     def _epoch(self, epoch: int) -> list[Row]:
         if epoch not in self._epochs:

@@ -54,7 +54,7 @@ def finetune(config: TrainConfig) -> None:
 
 def _finetune(config: TrainConfig, world: World) -> None:
     output = Path(config.output)
-    say = _say if world.is_first else _say_nothing
+    say = _say if world.is_first else lambda text: None
 
     # ---- is there something to go on from? ----
     saved = list_checkpoints(output)
@@ -190,7 +190,3 @@ def _is_due(every: int | None, step: int) -> bool:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _say_nothing(text: str) -> None:
-    pass

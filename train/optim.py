@@ -155,11 +155,14 @@ class Optimizer:
         """Update one parameter. `grad` may be overwritten."""
         p, slot = self._parameters[name], self._slots[name]
         slot.updates += 1
-        if p.dtype in (torch.float32, torch.float64):
-            self._rule.update(p.data, grad, slot.state, slot.updates, lr, self._config)
+        is_wide = p.dtype in (torch.float32, torch.float64)
+        wide, grad = (p.data, grad) if is_wide else (p.data.float(), grad.float())
+        self._rule.update(wide, grad, slot.state, slot.updates, lr, self._config)
+        declared = self._rule.state(tuple(p.shape)).keys()
+        if slot.state.keys() != declared:  # or a checkpoint would not be taken up
+            raise ValueError(f"the rule keeps {sorted(slot.state)} for {name}, and declares {sorted(declared)}")
+        if is_wide:
             return
-        wide = p.data.float()
-        self._rule.update(wide, grad.float(), slot.state, slot.updates, lr, self._config)
         if self._config.stochastic_rounding and p.dtype == torch.bfloat16:
             wide = stochastic_round_(wide, self._generator)
         p.data.copy_(wide)

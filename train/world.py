@@ -73,11 +73,6 @@ class World:
             raise TrainError(error)
 
 
-def rank_from_environment() -> int:
-    """This process's rank as torchrun tells it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def open_world(device: str) -> World:
     """Join the other processes (none without torchrun). `device` is auto, cpu or cuda.
 
@@ -93,7 +88,7 @@ def open_world(device: str) -> World:
     owns_group = size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
-    return World(rank_from_environment(), size, here, owns_group)
+    return World(int(os.environ.get("RANK", "0")), size, here, owns_group)
 
 
 def close_world(world: World) -> None:
