@@ -54,7 +54,7 @@ def test_an_error_is_one_message_without_a_traceback(base: Path, tmp_path: Path)
     assert done.stderr == "Error: device is cuda, but torch finds no CUDA device. Set device to auto or cpu.\n"
 
 
-def test_under_torchrun_one_process_tells(base: Path, tmp_path: Path) -> None:
+def test_under_torchrun_one_process_prints(base: Path, tmp_path: Path) -> None:
     """An error that all processes meet is printed once."""
     done = run_cli(config(base, tmp_path), "--global_batch", 3, processes=2)
     assert done.returncode != 0
@@ -110,7 +110,7 @@ def test_a_bad_config_is_exit_code_1(base: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_importing_the_config_does_not_import_torch() -> None:
-    """A typo is told in a moment."""
+    """A typo is reported at once."""
     import subprocess
     import sys
 

@@ -182,7 +182,7 @@ def test_held_out_rows_are_split_before_templates(tmp_path: Path) -> None:
 
 
 def test_missing_columns_and_empty_results_are_errors(tmp_path: Path) -> None:
-    """The columns that exist are listed; the counts that led to nothing are told."""
+    """The columns that exist are listed; so are the counts that led to nothing."""
     with pytest.raises(TrainError, match=r"no column 'asnwer'. Its columns are .*question"):
         prepared(
             tmp_path,

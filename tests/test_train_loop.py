@@ -228,7 +228,7 @@ def test_a_resume_with_another_config_lists_what_differs(
     assert len(train(base, tmp_path / "a", save_every=3, keep_last=1, eval_every=2)) == 6
 
 
-def test_a_changed_source_is_told_by_its_leaf(base: Path, tmp_path: Path) -> None:
+def test_a_changed_source_is_named_by_its_leaf(base: Path, tmp_path: Path) -> None:
     """Not two long lists that look alike: the one value, and where it stands."""
     asked = {"sources": [{"path": "d", "where": [{"value": 200}]}], "data": ["a"]}
     (tmp_path / "run.json").write_text(json.dumps(asked))
@@ -343,7 +343,7 @@ def test_a_batch_without_a_label_is_an_error(base: Path, tmp_path: Path, monkeyp
 
 
 def test_the_result_is_an_ordinary_folder_with_its_card(base: Path, tmp_path: Path) -> None:
-    """transformers loads it, in shards; the card tells data, settings, curve and versions."""
+    """transformers loads it, in shards; the card lists data, settings, curve and versions."""
     prompt = "### User:\nred dog sun\n### Assistant:\n"
     found = train(base, tmp_path / "a", max_shard_bytes=60_000, sample_prompts=[prompt], sample_tokens=4)
     final = tmp_path / "a" / "final"
@@ -432,8 +432,11 @@ def test_two_ranks_equal_one(base: Path, tmp_path: Path, two_ranks: Path, name: 
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
 
 
-def test_one_process_resumes_what_two_saved(base: Path, tmp_path: Path, two_ranks: Path) -> None:
-    """A checkpoint does not depend on the number of processes: the losses go on as they would have."""
+def test_one_process_resumes_what_two_saved(
+    base: Path, tmp_path: Path, two_ranks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint does not depend on the number of processes: the losses go on as they would have; a note says that
+    the random numbers do not."""
     import shutil
 
     name = "adamw-clipped"
@@ -441,6 +444,7 @@ def test_one_process_resumes_what_two_saved(base: Path, tmp_path: Path, two_rank
     shutil.rmtree(tmp_path / "a" / "final")
     found = train(base, tmp_path / "a", save_every=3, **TWO_RANKS[name])
     assert losses(found) == pytest.approx(losses(read_metrics(two_ranks / name)), rel=1e-5)
+    assert "Note: the number or kind of processes changed." in capsys.readouterr().err
 
 
 def test_a_tiny_stablelm_learns(base: Path, tmp_path: Path) -> None:
@@ -480,7 +484,7 @@ def test_an_evaluation_that_beats_all_before_it_is_saved(base: Path, tmp_path: P
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
-    """Learned positions end; rotary ones go on, with a notice."""
+    """Learned positions end; rotary ones go on, with a note."""
     said: list[str] = []
     with pytest.raises(TrainError, match="has positions for 64 tokens"):
         check_context(GPT2Config(n_positions=64), make_config(sequence_length=200), said.append)

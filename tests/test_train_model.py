@@ -192,7 +192,7 @@ OLD = {
 }  # fmt: skip
 
 
-def test_the_old_stablelm_config_is_converted_with_a_notice(tmp_path: Path) -> None:
+def test_the_old_stablelm_config_is_converted_with_a_note(tmp_path: Path) -> None:
     """The same model comes out as with a native config, no code is run, and a line says what was done."""
     native = {"partial_rotary_factor": 0.5, "rope_theta": 5000}
     folder = save_model(tmp_path / "m", rope_parameters={"rope_type": "default", **native})

@@ -96,7 +96,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
     # ---- where it stood ----
     if saved:
         if not session.resume(saved[-1]):
-            say("Note: saved by other processes. The random numbers (NEFTune, rounding) start anew.")
+            say("Note: the number or kind of processes changed. The random numbers (NEFTune, rounding) start anew.")
         say(f"Resuming from {saved[-1].name}.")
 
     # ---- steps ----

@@ -50,7 +50,7 @@ class Session:
 
     @property
     def is_last(self) -> bool:
-        return self.progress.step == self.mixture.steps
+        return self.progress.step >= self.mixture.steps
 
     def resume(self, folder: Path) -> bool:
         """Restore the state that was saved in `folder`, except the weights: the model was loaded from there.
