@@ -281,6 +281,17 @@ def test_the_order_is_a_function_of_the_seed(tmp_path: Path) -> None:
     assert other.shape != mine.shape or bool((other != mine).any())
 
 
+def test_the_order_is_the_one_of_earlier_versions(tmp_path: Path) -> None:
+    """A run that an earlier version began goes on with the same rows: shuffled, held out and in order, as recorded."""
+    source = source_of(tmp_path, copy_rows(8), held_out=2, shuffle=5, weight=1.5)
+    config, (found,) = prepared(tmp_path, source, seed=7, packing=False)
+    rows = [row["answer"] for row in copy_rows(8)]
+    answers = {part: [rows.index(text.split("\n")[1]) for text in texts(found, part)] for part in ("train", "held_out")}
+    assert answers == {"train": [5, 1, 4, 0, 2, 6], "held_out": [3, 7]}
+    order = [example for epoch in range(2) for ((_, example),) in plan_rows([found], config, epoch)]
+    assert order == [5, 3, 3, 2, 1, 4, 5, 0, 4, 2, 4, 0, 2, 5, 1, 3, 1, 0]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_ranks_share_the_global_batch(tmp_path: Path, packing: bool) -> None:
     """Two processes together see the rows that one would see, each row once."""
