@@ -232,6 +232,28 @@ def test_nothing_is_tokenised_twice(tmp_path: Path) -> None:
     assert prepare_sources(longer, TOKENIZER, tmp_path / "cache") != [name]
 
 
+def test_a_store_that_was_left_half_written_is_written_anew(tmp_path: Path) -> None:
+    """Without its report a store does not count, whatever a killed run left in it."""
+    config, (found,) = prepared(tmp_path, source_of(tmp_path, copy_rows(5)))
+    store = tmp_path / "cache" / found.digest
+    expected = (store / "train.ids.npy").read_bytes()
+    (store / "report.json").unlink()
+    (store / "train.ids.npy").write_bytes(b"half")
+    assert prepare_sources(config, TOKENIZER, tmp_path / "cache") == [found.digest]
+    assert (store / "train.ids.npy").read_bytes() == expected
+
+
+def test_every_row_of_a_source_is_counted(tmp_path: Path) -> None:
+    """Rows in the file, rows after `where`, rows held out of those; examples and tokens of what is left."""
+    where = [{"column": "number", "op": "<", "value": 12}]
+    _, (found,) = prepared(tmp_path, source_of(tmp_path, copy_rows(20), where=where, held_out=3))
+    report = found.report
+    assert (report.rows, report.rows_kept, report.rows_held_out) == (20, 12, 3)
+    assert (report.examples, report.held_out_examples) == (9, 3)
+    assert (report.tokens, report.labelled_tokens) == (len(found.train.ids), found.train.learned.sum())
+    assert report.held_out_tokens == found.held_out.learned.sum()
+
+
 class _Refuses:
     """The same tokenizer by content, but calling it is an error."""
 
