@@ -199,7 +199,7 @@ print(open_data("euclaise/mathqa_programs", "v1").count, "rows of a tagged revis
 def test_a_model_offline_and_not_cached_is_one_line(hub: Replica, tmp_path: Path) -> None:
     done = run(hub, tmp_path, sys.executable, "-m", "train", SCRIBE / "train.yaml", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
-    assert "HF_HUB_OFFLINE forbids" in done.stderr
+    assert "HF_HUB_OFFLINE prevents" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

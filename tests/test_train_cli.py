@@ -51,26 +51,26 @@ def test_an_error_is_one_message_without_a_traceback(base: Path, tmp_path: Path)
     """Exit code 1 and the remedy, in a real subprocess."""
     done = run_cli(config(base, tmp_path), "--device", "cuda")
     assert done.returncode == 1
-    assert done.stderr == "Error: device is cuda, but torch sees no CUDA device: set device to auto or cpu\n"
+    assert done.stderr == "Error: device is cuda, but torch finds no CUDA device. Set device to auto or cpu.\n"
 
 
-def test_under_torchrun_one_process_tells(base: Path, tmp_path: Path) -> None:
+def test_under_torchrun_one_process_prints(base: Path, tmp_path: Path) -> None:
     """An error that all processes meet is printed once."""
     done = run_cli(config(base, tmp_path), "--global_batch", 3, processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("Error: the global batch is 3 sequences") == 1
+    assert done.stderr.count("Error: The global batch is 3 sequences") == 1
     assert "expected a multiple of micro_batch 2 x 2 processes = 4" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "expected one config, found 0"),
-        (["a.yaml", "b.yaml"], 2, "expected one config, found 2: a.yaml b.yaml"),
+        ([], 2, "Found 0 configs, expected one."),
+        (["a.yaml", "b.yaml"], 2, "Found 2 configs (a.yaml b.yaml), expected one."),
         (["a.yaml", "--lr"], 2, "--lr needs a value"),
-        (["a.yaml", "--lrr", "1"], 2, "unknown key 'lrr': did you mean 'lr'"),
-        (["a.yaml", "--lr", "[1"], 2, "not a YAML value"),
-        (["absent.yaml"], 1, "cannot read the config absent.yaml"),
+        (["a.yaml", "--lrr", "1"], 2, "'lrr' is not a key. Did you mean 'lr'?"),
+        (["a.yaml", "--lr", "[1"], 2, "--lr is [1, expected a YAML value."),
+        (["absent.yaml"], 1, "absent.yaml: the config cannot be read"),
     ],
 )
 def test_wrong_command_lines(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,12 +105,12 @@ def test_a_bad_config_is_exit_code_1(base: Path, tmp_path: Path, capsys: pytest.
     """One line on stderr."""
     assert run([str(config(base, tmp_path, mixing_ratio=1.5))]) == 1
     assert capsys.readouterr().err == (
-        "Error: mixing_ratio is 1.5, expected from 0 (self-reinforcement) to 1 (cross-entropy)\n"
+        "Error: mixing_ratio is 1.5, expected from 0 (self-reinforcement) to 1 (cross-entropy).\n"
     )
 
 
 def test_importing_the_config_does_not_import_torch() -> None:
-    """A typo is told in a moment."""
+    """A typo is reported at once."""
     import subprocess
     import sys
 
@@ -138,7 +138,8 @@ def test_a_signal_to_torchrun_saves_on_both_processes(base: Path, tmp_path: Path
     import time
 
     from tests.train_fixtures import REPO, environment
-    from train.checkpoint import list_checkpoints, read_progress
+    from train.checkpoint import read_progress
+    from train.retention import list_checkpoints
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = config(base, tmp_path, max_steps=100_000)
@@ -154,4 +155,4 @@ def test_a_signal_to_torchrun_saves_on_both_processes(base: Path, tmp_path: Path
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     (folder,) = list_checkpoints(tmp_path / "o")
-    assert f"saved step {read_progress(folder).step}" in said
+    assert f"Stopped by a signal; saved step {read_progress(folder).step}." in said

@@ -15,7 +15,7 @@ SOURCE = {"path": "d.jsonl", "templates": [{"prompt": "{a}", "response": "{b}"}]
 GOOD = {"model": "m", "output": "o", "sources": [SOURCE]}
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"mixin_ratio": 0.5}, "unknown key 'mixin_ratio': did you mean 'mixing_ratio'"),
+    ({"mixin_ratio": 0.5}, "'mixin_ratio' is not a key. Did you mean 'mixing_ratio'"),
     ({"mixing_ratio": 1.5}, "mixing_ratio is 1.5, expected from 0"),
     ({"mixing_ratio": -0.1}, "mixing_ratio is -0.1, expected from 0"),
     ({"mixing_ratio": float("nan")}, "mixing_ratio is nan"),
@@ -30,11 +30,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sources": []}, "expected at least one source"),
     ({"sources": {"path": "x"}}, "sources is .*expected a list"),
     ({"sources": ["x"]}, r"sources\[0\] is 'x'"),
-    ({"sources": [SOURCE, SOURCE]}, "two sources are called 'd.jsonl'"),
-    ({"sources": [{**SOURCE, "tke": 3}]}, r"unknown key 'sources\[0\].tke': did you mean 'take'"),
+    ({"sources": [SOURCE, SOURCE]}, "Two sources are called 'd.jsonl'"),
+    ({"sources": [{**SOURCE, "tke": 3}]}, r"'sources\[0\].tke' is not a key. Did you mean 'take'"),
     ({"sources": [{**SOURCE, "take": 0}]}, "take is 0"),
     ({"sources": [{**SOURCE, "weight": -1}]}, "weight is -1"),
     ({"sources": [{**SOURCE, "held_out": 1.5}]}, "held_out is 1.5"),
+    ({"sources": [{**SOURCE, "held_out": float("inf")}]}, "held_out is inf"),
     ({"sources": [{**SOURCE, "messages": "m"}]}, "either `templates` or `messages`"),
     ({"sources": [{"path": "x"}]}, "either `templates` or `messages`"),
     ({"sources": [{"path": "x", "templates": [{"prompt": "{a}"}]}]}, "response is missing in format memphis"),
@@ -43,7 +44,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sources": [{**SOURCE, "where": [{"column": "a", "op": "in", "value": 1}]}]}, "a list for 'in'"),
     ({"global_batch": 8, "global_batch_tokens": 8192}, "both given"),
     ({"global_batch_tokens": 5000}, "expected a multiple of sequence_length 4096"),
-    ({"fused_backward": True, "max_grad_norm": 1.0}, "max_grad_norm cannot apply"),
+    ({"fused_backward": True, "max_grad_norm": 1.0}, "max_grad_norm cannot be applied"),
     ({"betas": [0.9]}, "betas has 1 entries, expected 2"),
     ({"betas": [0.9, 1.0]}, "betas is"),
 ]  # fmt: skip
@@ -78,7 +79,7 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> No
     path.write_text(text)
     with pytest.raises(TrainError, match=message):
         load_config(path)
-    with pytest.raises(TrainError, match="cannot read the config"):
+    with pytest.raises(TrainError, match="the config cannot be read"):
         load_config(tmp_path / "absent.yaml")
 
 
@@ -93,7 +94,7 @@ def test_the_batch_divides_over_processes_and_micro_batches() -> None:
 
 def test_fused_backward_refuses_accumulation() -> None:
     """It names the micro-batch that would work."""
-    with pytest.raises(TrainError, match="cannot accumulate 4 micro-batches: set micro_batch to 8"):
+    with pytest.raises(TrainError, match=r"cannot accumulate 4 micro-batches\. Set micro_batch to 8"):
         check_batch(make_config(global_batch=16, micro_batch=2, fused_backward=True), 2)
 
 
@@ -119,17 +120,6 @@ def test_there_are_examples() -> None:
     assert EXAMPLES
 
 
-def test_every_key_is_documented() -> None:
-    """docs/training.md names each key of the config and of a source."""
-    from dataclasses import fields
-
-    from train.config import SourceConfig
-
-    text = (REPO / "docs" / "training.md").read_text()
-    missing = [f.name for c in (TrainConfig, SourceConfig) for f in fields(c) if f"`{f.name}`" not in text]
-    assert missing == []
-
-
 def test_a_models_revision_may_stand_behind_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`org/name@revision` is the two keys; two different revisions are refused; a local path that exists wins."""
     monkeypatch.chdir(tmp_path)
@@ -137,7 +127,7 @@ def test_a_models_revision_may_stand_behind_its_id(tmp_path: Path, monkeypatch: 
     assert (config.model, config.revision) == ("org/name", "refs/pr/1")
     assert make_config(model="org/name@v1", revision="v1").revision == "v1"
     for values in ({"model": "org/name@v1", "revision": "v2"}, {"model": "org/name@"}):
-        with pytest.raises(TrainError, match="give one revision, in one place"):
+        with pytest.raises(TrainError, match="Give one revision, in one place"):
             make_config(**values)
     (tmp_path / "org/name@v1").mkdir(parents=True)
     assert make_config(model="org/name@v1").model == "org/name@v1"

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train_fixtures import copy_rows, make_config, make_tokenizer, write_jsonl
-from train.batches import Mixture, pack, plan_rows
+from train.batches import Mixture, collate, pack, plan_rows
 from train.config import TrainConfig
-from train.data import Source, open_sources, prepare_sources
+from train.data import Examples, Source, SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError
 from train.sources import Segment, render_row
 
@@ -94,7 +95,7 @@ def test_a_chat_template_gives_the_same_text_as_the_tokenizer() -> None:
     segments = render(row, tokenizer, messages="m", format="chat-template")
     assert "".join(s.text for s in segments) == tokenizer.apply_chat_template(row["m"], tokenize=False)
     assert [s.text for s in segments if s.learned] == ["B<end>", "B<end>"]
-    with pytest.raises(TrainError, match="tokenizer has none: use memphis-chat"):
+    with pytest.raises(TrainError, match=r"no chat template\. Set format: memphis-chat"):
         render(row, messages="m", format="chat-template")
 
 
@@ -149,9 +150,9 @@ def test_where_casts_strings_sorts_and_takes(tmp_path: Path) -> None:
 def test_a_comparison_without_a_cast_says_what_to_add(tmp_path: Path) -> None:
     """Text against a number is an error, not a silent nothing; a bad cast names the value."""
     where = {"column": "score", "op": ">", "value": 9}
-    with pytest.raises(TrainError, match=r"score holds '0' \(str\).*add `cast: int`"):
+    with pytest.raises(TrainError, match=r"score holds '0' \(str\).*Add `cast: int`"):
         prepared(tmp_path, source_of(tmp_path, copy_rows(3), where=[where]))
-    with pytest.raises(TrainError, match=r"cannot cast question = .* to int"):
+    with pytest.raises(TrainError, match=r"column question holds .*, which cannot be cast to int"):
         prepared(
             tmp_path,
             source_of(tmp_path, copy_rows(3), where=[{**where, "column": "question", "cast": "int"}]),
@@ -181,21 +182,21 @@ def test_held_out_rows_are_split_before_templates(tmp_path: Path) -> None:
 
 
 def test_missing_columns_and_empty_results_are_errors(tmp_path: Path) -> None:
-    """The columns that exist are listed; the counts that led to nothing are told."""
-    with pytest.raises(TrainError, match=r"no column 'asnwer'; its columns are .*question"):
+    """The columns that exist are listed; so are the counts that led to nothing."""
+    with pytest.raises(TrainError, match=r"no column 'asnwer'. Its columns are .*question"):
         prepared(
             tmp_path,
             source_of(tmp_path, copy_rows(3), templates=[{"prompt": "{question}", "response": "{asnwer}"}]),
         )
-    with pytest.raises(TrainError, match="gives no example: 3 rows, 0 after `where`"):
+    with pytest.raises(TrainError, match=r"gives no example\. 3 rows, 0 after `where`"):
         prepared(tmp_path, source_of(tmp_path, copy_rows(3), where=[{"column": "number", "op": ">", "value": 99}]))
-    with pytest.raises(TrainError, match=r"gives no example: 3 rows, 3 after .*3 examples longer than"):
+    with pytest.raises(TrainError, match=r"gives no example\. 3 rows, 3 after .*3 examples longer than"):
         prepared(tmp_path, source_of(tmp_path, copy_rows(3)), sequence_length=4)
-    with pytest.raises(TrainError, match="held_out asks for 3 rows of 3"):
+    with pytest.raises(TrainError, match="held_out is 3 of 3 rows, which is all"):
         prepared(tmp_path, source_of(tmp_path, copy_rows(3), held_out=3))
     with pytest.raises(TrainError, match="there is no file"):
         prepared(tmp_path, {"path": str(tmp_path / "absent.jsonl"), "templates": QA})
-    with pytest.raises(TrainError, match=r"plain \{column\} fields"):
+    with pytest.raises(TrainError, match=r"not a plain \{column\}"):
         prepared(
             tmp_path,
             source_of(tmp_path, copy_rows(3), templates=[{"prompt": "{question.x}", "response": "y"}]),
@@ -229,6 +230,28 @@ def test_nothing_is_tokenised_twice(tmp_path: Path) -> None:
     changed = write_jsonl(tmp_path / "d.jsonl", copy_rows(6))
     longer = make_config(sources=[{**source, "path": str(changed)}], sequence_length=96)
     assert prepare_sources(longer, TOKENIZER, tmp_path / "cache") != [name]
+
+
+def test_a_store_that_was_left_half_written_is_written_anew(tmp_path: Path) -> None:
+    """Without its report a store does not count, whatever a killed run left in it."""
+    config, (found,) = prepared(tmp_path, source_of(tmp_path, copy_rows(5)))
+    store = tmp_path / "cache" / found.digest
+    expected = (store / "train.ids.npy").read_bytes()
+    (store / "report.json").unlink()
+    (store / "train.ids.npy").write_bytes(b"half")
+    assert prepare_sources(config, TOKENIZER, tmp_path / "cache") == [found.digest]
+    assert (store / "train.ids.npy").read_bytes() == expected
+
+
+def test_every_row_of_a_source_is_counted(tmp_path: Path) -> None:
+    """Rows in the file, rows after `where`, rows held out of those; examples and tokens of what is left."""
+    where = [{"column": "number", "op": "<", "value": 12}]
+    _, (found,) = prepared(tmp_path, source_of(tmp_path, copy_rows(20), where=where, held_out=3))
+    report = found.report
+    assert (report.rows, report.rows_kept, report.rows_held_out) == (20, 12, 3)
+    assert (report.examples, report.held_out_examples) == (9, 3)
+    assert (report.tokens, report.labelled_tokens) == (len(found.train.ids), found.train.learned.sum())
+    assert report.held_out_tokens == found.held_out.learned.sum()
 
 
 class _Refuses:
@@ -280,6 +303,17 @@ def test_the_order_is_a_function_of_the_seed(tmp_path: Path) -> None:
     assert other.shape != mine.shape or bool((other != mine).any())
 
 
+def test_the_order_is_the_one_of_earlier_versions(tmp_path: Path) -> None:
+    """A run that an earlier version began goes on with the same rows: shuffled, held out and in order, as recorded."""
+    source = source_of(tmp_path, copy_rows(8), held_out=2, shuffle=5, weight=1.5)
+    config, (found,) = prepared(tmp_path, source, seed=7, packing=False)
+    rows = [row["answer"] for row in copy_rows(8)]
+    answers = {part: [rows.index(text.split("\n")[1]) for text in texts(found, part)] for part in ("train", "held_out")}
+    assert answers == {"train": [5, 1, 4, 0, 2, 6], "held_out": [3, 7]}
+    order = [example for epoch in range(2) for ((_, example),) in plan_rows([found], config, epoch)]
+    assert order == [5, 3, 3, 2, 1, 4, 5, 0, 4, 2, 4, 0, 2, 5, 1, 3, 1, 0]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_ranks_share_the_global_batch(tmp_path: Path, packing: bool) -> None:
     """Two processes together see the rows that one would see, each row once."""
@@ -310,6 +344,49 @@ def test_weights_are_passes_over_a_source(tmp_path: Path) -> None:
     assert sorted(counts(1.5, range(1))) == [1] * 5 + [2] * 5
 
 
+@given(
+    count=st.integers(1, 12),
+    weight=st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.7, 2.0, 3.25]),
+    epochs=st.integers(1, 6),
+)
+@settings(max_examples=60, deadline=None)
+def test_epochs_share_out_one_endless_row_of_passes(count: int, weight: float, epochs: int) -> None:
+    """However many epochs: they take weight x count examples each, to a rounding, also the last; and no example is
+    taken again before each other one was taken as often."""
+    source = Source("d.jsonl", _examples([4] * count), _examples([]), None, "")  # type: ignore[arg-type]
+    config = make_config(
+        sources=[{"path": "d.jsonl", "templates": QA, "weight": weight}], sequence_length=96, packing=False
+    )
+    seen: list[int] = []
+    for epoch in range(epochs):
+        seen += [example for ((_, example),) in plan_rows([source], config, epoch)]
+        assert len(seen) == round(count * weight * (epoch + 1))
+        times = np.bincount(seen, minlength=count)
+        assert times.max() - times.min() <= 1
+
+
+def _examples(lengths: list[int]) -> Examples:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Examples(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], np.bool_), offsets)
+
+
+@pytest.mark.parametrize("epochs", [1.0, 1.5, 2.75])
+def test_a_fraction_of_an_epoch_is_a_fraction_of_its_own_rows(epochs: float) -> None:
+    """Packed epochs differ in their number of rows; the last, cut one counts with its own."""
+    lengths = np.random.default_rng(0).integers(5, 90, 60).tolist()
+    source = Source("d.jsonl", _examples(lengths), _examples([]), None, "")  # type: ignore[arg-type]
+    asked = {"path": "d.jsonl", "templates": QA, "weight": 0.6}
+    config = make_config(sources=[asked], sequence_length=96, epochs=epochs)
+    sizes = [len(plan_rows([source], config, epoch)) for epoch in range(4)]
+    assert len(set(sizes)) == 4, "the lengths above are meant to make all epochs unlike"
+    whole = int(epochs)
+    expected = sum(sizes[:whole]) + int((epochs - whole) * sizes[whole])
+    mixed = Mixture([source], config, 0, 1)
+    assert mixed.steps == expected
+    rows = [row for epoch in range(4) for row in plan_rows([source], config, epoch)]
+    assert [mixed.row(number) for number in range(expected)] == rows[:expected]
+
+
 def test_steps_follow_epochs_or_max_steps(tmp_path: Path) -> None:
     """Whole global batches only; too few sequences is an error that says what to change."""
     assert mixture(tmp_path, packing=False, global_batch=4, epochs=2.5).steps == 25
@@ -329,6 +406,62 @@ def test_batches_isolate_examples(tmp_path: Path) -> None:
             assert set(lengths[start:stop].tolist()) <= {stop - start, 0}
             learned = [t for t in range(start, stop - 1) if labels[t] != -100]
             assert all(labels[t] == ids[t + 1] for t in learned)
+
+
+def test_a_batch_of_two_packed_and_one_single_example_by_hand() -> None:
+    """Every cell of the four arrays; padding restarts its positions after packed examples and goes on after one."""
+    examples = Examples(
+        ids=np.arange(10, 20, dtype=np.int32),
+        learned=np.array([0, 1, 1, 0, 0, 1, 0, 0, 0, 1], np.bool_),
+        offsets=np.array([0, 3, 5, 7, 10]),
+    )
+    batch = collate([[("b", examples, 0), ("a", examples, 1), ("b", examples, 2)], [("b", examples, 3)]], 9)
+    assert batch.ids.tolist() == [[10, 11, 12, 13, 14, 15, 16], [17, 18, 19, 9, 9, 9, 9]]
+    assert batch.labels.tolist() == [[11, 12, -100, -100, -100, -100, -100], [-100, 19, -100, -100, -100, -100, -100]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert batch.lengths.tolist() == [[3, 3, 3, 2, 2, 2, 2], [3, 3, 3, 0, 0, 0, 0]]
+    assert batch.sources == ("a", "b")
+    two = collate([[("b", examples, 0), ("a", examples, 1)], [("b", examples, i) for i in range(4)]], 9)
+    assert two.positions[0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("eval_batches", [None, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_held_out_examples(tmp_path: Path, world_size: int, eval_batches: int | None) -> None:
+    """All ranks get equally many batches; together they hold each held-out label once, and nothing else."""
+    config, (source,) = prepared(
+        tmp_path, source_of(tmp_path, copy_rows(20), held_out=7), micro_batch=2, eval_batches=eval_batches, max_steps=1
+    )
+    mixed = Mixture([source], config, 0, world_size)
+    shares = [list(mixed.held_out_batches(source, rank)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    labels = torch.cat([batch.labels.flatten() for share in shares for batch in share])
+    ids = [source.held_out.ids[source.held_out.offsets[i] : source.held_out.offsets[i + 1]] for i in range(7)]
+    marks = [source.held_out.learned[source.held_out.offsets[i] : source.held_out.offsets[i + 1]] for i in range(7)]
+    chosen = range(7 if eval_batches is None else 4)
+    expected = [int(t) for i in chosen for t, mark in zip(ids[i][1:], marks[i][1:], strict=True) if mark]
+    assert sorted(labels[labels != -100].tolist()) == sorted(expected)
+
+
+def test_an_example_of_just_the_sequence_length_is_kept(tmp_path: Path) -> None:
+    """One token less room, and it is dropped and counted."""
+    source = source_of(tmp_path, copy_rows(1))
+    _, (found,) = prepared(tmp_path, source)
+    length = int(found.train.lengths[0])
+    assert len(prepared(tmp_path, source, sequence_length=length)[1][0].train) == 1
+    with pytest.raises(TrainError, match=f"1 examples longer than sequence_length {length - 1}"):
+        prepared(tmp_path, source, sequence_length=length - 1)
+
+
+def test_the_report_is_a_table_for_people() -> None:
+    """Titles to the left, numbers to the right, thousands with commas."""
+    reports = [SourceReport("a", 1200, 1000, 8, 992, 51234, 9876, 5, 3, 8, 400)]
+    reports += [SourceReport("longer.jsonl", 3, 3, 0, 3, 30, 9, 0, 0, 0, 0)]
+    assert report_table(reports).splitlines() == [
+        "source         rows   kept  held out  examples  tokens  labelled  too long  empty",
+        "a             1,200  1,000         8       992  51,234     9,876         5      3",
+        "longer.jsonl      3      3         0         3      30         9         0      0",
+    ]
 
 
 def test_the_report_is_stored_beside_the_tokens(tmp_path: Path) -> None:
@@ -374,5 +507,5 @@ def test_rows_that_cannot_be_sorted_come_last(tmp_path: Path) -> None:
 
 
 def test_a_share_that_holds_out_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"held_out is 0.01 of 6 rows, which is none"):
+    with pytest.raises(TrainError, match=r"held_out is 0.01 of 6 rows, which is none. Raise it"):
         prepared(tmp_path, source_of(tmp_path, copy_rows(6), held_out=0.01))

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from tests.train_fixtures import REPO, environment
-from train.config import build_config
+from train.config import SourceConfig, TrainConfig, build_config
+from train.help import help_text, keys_table
 
 BIGRAM = REPO / "examples" / "mixce_bigram"
 
@@ -60,6 +62,26 @@ def test_the_smallest_config_of_the_docs_loads() -> None:
     assert blocks
     for block in blocks:
         build_config(yaml.safe_load(block))
+
+
+@pytest.mark.parametrize("config", [TrainConfig, SourceConfig])
+def test_the_docs_and_the_help_say_what_the_config_says(config: type[Any]) -> None:
+    """One source: the docstring explains every key, in order; docs and help show each meaning and default."""
+    table = keys_table(config)
+    assert table in (REPO / "docs" / "training.md").read_text(), f"docs/training.md needs this table:\n{table}"
+    explained = re.findall(r"^    (\w+)(?: \[.+\])?: ", config.__doc__ or "", re.MULTILINE)
+    assert explained == [field.name for field in fields(config)]
+    shown = " ".join(help_text(100).split())
+    for row in table.splitlines()[2:]:
+        key, default, meaning = row.strip("| ").replace("`", "").split(" | ")
+        assert f"{key} [{default}] {meaning}" in shown
+
+
+def test_the_help_fits_its_width() -> None:
+    """Each key's lines are wrapped."""
+    keys = [line for line in help_text(60).splitlines() if line.startswith("  ")]
+    assert max(map(len, keys)) <= 60
+    assert "  --lr                       [1e-05] the highest learning rate" in help_text(80).splitlines()
 
 
 @pytest.mark.slow

@@ -29,11 +29,12 @@ from tests.train_fixtures import (
     write_config,
     write_jsonl,
 )
-from train import checkpoint, loop
+from train import checkpoint, loop, record, retention
 from train.config import build_config
 from train.errors import TrainError
 from train.loop import finetune
-from train.model import check_context
+from train.model import LossModel, check_context
+from train.step import clip
 
 ADALITE = {"optimizer": "adalite", "lr": 2e-4}
 
@@ -149,7 +150,7 @@ def test_clipping_bounds_the_step(base: Path, tmp_path: Path) -> None:
     gradient.grad = torch.tensor([3.0, 0.0, 4.0])
     module = torch.nn.Module()
     module.p = gradient
-    assert loop._clip(module, 1.0) == 5.0  # type: ignore[arg-type]
+    assert clip(module, 1.0) == 5.0
     torch.testing.assert_close(gradient.grad, torch.tensor([0.6, 0.0, 0.8]))
 
 
@@ -202,15 +203,15 @@ def test_a_finished_run_is_complete(base: Path, tmp_path: Path, capsys: pytest.C
     train(base, tmp_path / "a")
     stamp = (tmp_path / "a" / "final" / "model.safetensors").stat().st_mtime_ns
     train(base, tmp_path / "a")
-    assert "already complete" in capsys.readouterr().err
+    assert "complete already" in capsys.readouterr().err
     assert (tmp_path / "a" / "final" / "model.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(TrainError, match="already holds a run"):
+    with pytest.raises(TrainError, match="holds a run already, and resume is false"):
         train(base, tmp_path / "a", resume=False)
 
 
 def test_resuming_nothing_is_an_error(base: Path, tmp_path: Path) -> None:
     """`--resume` without a checkpoint says that there is none."""
-    with pytest.raises(TrainError, match="holds no checkpoint"):
+    with pytest.raises(TrainError, match="holds no checkpoint, and resume is true"):
         train(base, tmp_path / "a", resume=True)
 
 
@@ -227,15 +228,15 @@ def test_a_resume_with_another_config_lists_what_differs(
     assert len(train(base, tmp_path / "a", save_every=3, keep_last=1, eval_every=2)) == 6
 
 
-def test_a_changed_source_is_told_by_its_leaf(base: Path, tmp_path: Path) -> None:
+def test_a_changed_source_is_named_by_its_leaf(base: Path, tmp_path: Path) -> None:
     """Not two long lists that look alike: the one value, and where it stands."""
     asked = {"sources": [{"path": "d", "where": [{"value": 200}]}], "data": ["a"]}
     (tmp_path / "run.json").write_text(json.dumps(asked))
     now = {"sources": [{"path": "d", "where": [{"value": 150}]}], "data": ["b"]}
     with pytest.raises(TrainError, match=r"sources\[0\].where\[0\].value: 200 -> 150"):
-        checkpoint.check_same_run(tmp_path, now, ())
+        record.check_same_run(tmp_path, now)
     with pytest.raises(TrainError, match="rows of a source"):
-        checkpoint.check_same_run(tmp_path, {**asked, "data": ["b"]}, ())
+        record.check_same_run(tmp_path, {**asked, "data": ["b"]})
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) 
     )
     evals = {m["step"]: m["nll"]["d.jsonl"] for m in read_metrics(tmp_path / "a", "eval")}
     best = min(range(1, 8), key=lambda s: evals[s])
-    found = [checkpoint.read_progress(f).step for f in checkpoint.list_checkpoints(tmp_path / "a")]
+    found = [checkpoint.read_progress(f).step for f in retention.list_checkpoints(tmp_path / "a")]
     assert found == sorted({best, 6, 7})
     assert best < 6, "the learning rate above is meant to ruin the model"
 
@@ -262,7 +263,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
     """Makes the loss, or only its gradient, NaN in these steps (from 0)."""
-    real_step, real_forward = loop.train_step, loop.LossModel.forward
+    real_step, real_forward = loop.train_step, LossModel.forward
     count = iter(range(1000))
     now = {"step": -1}
 
@@ -280,7 +281,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
         return loss, tokens
 
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(loop.LossModel, "forward", forward)
+    monkeypatch.setattr(LossModel, "forward", forward)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -301,7 +302,7 @@ def test_three_non_finite_steps_in_a_row_stop_the_run(
 ) -> None:
     """The sources are named; the model before the bad steps is kept, and nothing is published as a result."""
     poison(monkeypatch, {1, 2, 3}, "loss")
-    with pytest.raises(TrainError, match=r"3 steps in a row were not finite, the last with sources d.jsonl"):
+    with pytest.raises(TrainError, match=r"3 steps in a row were not finite, the last with sources d.jsonl\."):
         train(base, tmp_path / "a")
     assert not (tmp_path / "a" / "final").exists()
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "a", "checkpoints/step-00000004").values())
@@ -319,7 +320,7 @@ def test_fused_backward_checks_the_loss_before_and_stops_at_a_late_gradient(
     assert all(torch.isfinite(w).all() for w in steps[0].values())
     assert [m["step"] for m in read_metrics(tmp_path / "a", "skip")] == [2]
     poison(monkeypatch, {3}, "gradient")
-    with pytest.raises(TrainError, match=r"step 4: the gradient of .* start again to go on from step-00000003"):
+    with pytest.raises(TrainError, match=r"Step 4: the gradient of .* Start again to go on from step-00000003"):
         train(base, tmp_path / "b", **fused)
 
 
@@ -334,7 +335,7 @@ def test_a_batch_without_a_label_is_an_error(base: Path, tmp_path: Path, monkeyp
         return batches
 
     monkeypatch.setattr(loop.Mixture, "step_batches", unlabelled)
-    with pytest.raises(TrainError, match=r"step 1: no token of the batch has a label \(sources d.jsonl\)"):
+    with pytest.raises(TrainError, match=r"Step 1: no token of the batch has a label \(sources d.jsonl\)"):
         train(base, tmp_path / "a")
 
 
@@ -342,7 +343,7 @@ def test_a_batch_without_a_label_is_an_error(base: Path, tmp_path: Path, monkeyp
 
 
 def test_the_result_is_an_ordinary_folder_with_its_card(base: Path, tmp_path: Path) -> None:
-    """transformers loads it, in shards; the card tells data, settings, curve and versions."""
+    """transformers loads it, in shards; the card lists data, settings, curve and versions."""
     prompt = "### User:\nred dog sun\n### Assistant:\n"
     found = train(base, tmp_path / "a", max_shard_bytes=60_000, sample_prompts=[prompt], sample_tokens=4)
     final = tmp_path / "a" / "final"
@@ -431,8 +432,11 @@ def test_two_ranks_equal_one(base: Path, tmp_path: Path, two_ranks: Path, name: 
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
 
 
-def test_one_process_resumes_what_two_saved(base: Path, tmp_path: Path, two_ranks: Path) -> None:
-    """A checkpoint does not depend on the number of processes: the losses go on as they would have."""
+def test_one_process_resumes_what_two_saved(
+    base: Path, tmp_path: Path, two_ranks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint does not depend on the number of processes: the losses go on as they would have; a note says that
+    the random numbers do not."""
     import shutil
 
     name = "adamw-clipped"
@@ -440,6 +444,7 @@ def test_one_process_resumes_what_two_saved(base: Path, tmp_path: Path, two_rank
     shutil.rmtree(tmp_path / "a" / "final")
     found = train(base, tmp_path / "a", save_every=3, **TWO_RANKS[name])
     assert losses(found) == pytest.approx(losses(read_metrics(two_ranks / name)), rel=1e-5)
+    assert "Note: the number or kind of processes changed." in capsys.readouterr().err
 
 
 def test_a_tiny_stablelm_learns(base: Path, tmp_path: Path) -> None:
@@ -458,7 +463,7 @@ def test_a_model_without_sdpa_trains_with_eager_attention(base: Path, tmp_path: 
     )  # fmt: skip
     Gemma2ForCausalLM(config).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    with pytest.raises(TrainError, match="set attention: eager"):
+    with pytest.raises(TrainError, match="Set attention: eager"):
         finetune(build_config({**values(base, tmp_path / "a"), "model": str(model)}))
     found = []
     for number, fused_loss in enumerate((True, False)):
@@ -474,12 +479,12 @@ def test_an_evaluation_that_beats_all_before_it_is_saved(base: Path, tmp_path: P
     """Without `save_every` the best evaluated model is kept all the same."""
     train(base, tmp_path / "a", eval_every=2)
     evals = {m["step"]: m["nll"]["d.jsonl"] for m in read_metrics(tmp_path / "a", "eval")}
-    saved = [checkpoint.read_progress(f).step for f in checkpoint.list_checkpoints(tmp_path / "a")]
+    saved = [checkpoint.read_progress(f).step for f in retention.list_checkpoints(tmp_path / "a")]
     assert min((2, 4), key=lambda step: evals[step]) in saved
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
-    """Learned positions end; rotary ones go on, with a notice."""
+    """Learned positions end; rotary ones go on, with a note."""
     said: list[str] = []
     with pytest.raises(TrainError, match="has positions for 64 tokens"):
         check_context(GPT2Config(n_positions=64), make_config(sequence_length=200), said.append)

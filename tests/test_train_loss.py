@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from train import loss as loss_module
 from train.loss import fused_mixce_loss, mixce_loss
 
 RATIOS = [0.0, 0.3, 0.75, 1.0]
@@ -211,6 +212,21 @@ def test_fused_in_bfloat16_is_as_close_as_the_reference(trained_head: bool) -> N
         assert plain is not None
         assert found.dtype == torch.bfloat16
         assert relative(found, wanted) < 2 * relative(plain, wanted) + 2**-8
+
+
+@pytest.mark.parametrize(("vocab", "expected"), [(1000, 8388), (400_000, 20), (1_000_000, 16)])
+def test_a_chunk_of_logits_is_bounded(monkeypatch: pytest.MonkeyPatch, vocab: int, expected: int) -> None:
+    """About 32 MB of float32 logits at once on CPU, and never fewer than 16 rows (a matrix product of one is slow)."""
+    rows: list[int] = []
+
+    def recorded(logits: Tensor, *_: object) -> tuple[Tensor, None]:
+        rows.append(len(logits))
+        return logits.sum(), None
+
+    monkeypatch.setattr(loss_module, "_chunk_gradient", recorded)
+    labels = torch.ones(expected + 3, dtype=torch.long)
+    fused_mixce_loss(torch.ones(len(labels), 1), torch.ones(vocab, 1), labels, 0.5)
+    assert rows == [expected, 3]
 
 
 def test_only_labelled_tokens_are_projected() -> None:

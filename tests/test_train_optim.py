@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.train_fixtures import make_config
+from train.config import TrainConfig
 from train.errors import TrainError
-from train.optim import Optimizer, grad_norm, learning_rate, state_bytes, stochastic_round_
+from train.optim import RULES, Optimizer, Rule, State, grad_norm, learning_rate, state_bytes, stochastic_round_
 
 Array = NDArray[np.float64]
 
@@ -90,16 +91,93 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     assert list(mine.states()) == []
 
 
-@pytest.mark.parametrize("name", ["adalite", "adamw"])
-def test_state_bytes_are_what_the_optimizer_holds(name: str) -> None:
-    """The preflight's figure is the real one: a value per row for Adalite, 8 bytes a weight for AdamW."""
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_keeps_what_it_declares(name: str) -> None:
+    """Names, shapes and bytes; the preflight's figure is the real one."""
     shapes = [(7,), (5, 9), (3, 4, 2)]
     tensors = {str(s): torch.randn(s, requires_grad=True) for s in shapes}
     mine = Optimizer(tensors, make_config(optimizer=name), torch.Generator())
     for p in tensors.values():
         p.grad = torch.randn_like(p)
     mine.step(1e-3)
+    declared = {f"{s}|{key}": shape for s in shapes for key, shape in RULES[name].state(s).items()}
+    assert {full: tuple(t.shape) for full, t in mine.states()} == declared
     assert sum(t.nbytes for _, t in mine.states()) == state_bytes(name, shapes)
+
+
+# ---- saved states ----------------------------------------------------------------------------------------
+
+
+def heavy_ball_(p: Tensor, g: Tensor, state: State, step: int, lr: float, config: TrainConfig) -> None:
+    """A rule of the tests' own: momentum, scaled by the largest gradient so far."""
+    speed, largest = state.get("speed", torch.zeros_like(p)), state.get("largest", torch.zeros(()))
+    state["largest"] = torch.maximum(largest, g.abs().max())
+    state["speed"] = 0.9 * speed + g / state["largest"]
+    p.sub_(lr * state["speed"])
+
+
+@pytest.fixture
+def heavy_ball(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`optimizer: adamw` is the rule above."""
+    monkeypatch.setitem(RULES, "adamw", Rule(heavy_ball_, lambda shape: {"speed": shape, "largest": ()}))
+
+
+def load(into: Optimizer, updates: dict[str, int], states: dict[str, Tensor]) -> None:
+    into.load(updates, states.keys(), lambda name, like: states[name].clone())
+
+
+@pytest.mark.usefixtures("heavy_ball")
+def test_another_rules_state_is_saved_and_taken_up() -> None:
+    """A rule with other names resumes to the bit; no place but the rule itself knows its names."""
+    gradients = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole = resumed = torch.ones(3, 4)
+    for stops in (False, True):
+        p = torch.ones(3, 4, requires_grad=True)
+        mine = optimizer(p, optimizer="adamw")
+        for number, gradient in enumerate(gradients):
+            if stops and number == 3:
+                fresh = optimizer(p, optimizer="adamw")
+                load(fresh, mine.updates(), dict(mine.states()))
+                mine = fresh
+            p.grad = gradient.clone()
+            mine.step(0.1)
+        whole, resumed = resumed, p.detach()
+    assert torch.equal(whole, resumed)
+    assert [name for name, _ in mine.states()] == ["p|largest", "p|speed"]
+
+
+@pytest.mark.parametrize("declared", [{"speed": (3, 4)}, {"speed": (3, 4), "largest": (), "count": ()}])
+def test_a_rule_that_keeps_other_tensors_than_it_declares_is_found(
+    monkeypatch: pytest.MonkeyPatch, declared: dict[str, tuple[int, ...]]
+) -> None:
+    """At its first update, not when a run is resumed."""
+    monkeypatch.setitem(RULES, "adamw", Rule(heavy_ball_, lambda shape: declared))
+    p = torch.ones(3, 4, requires_grad=True)
+    p.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"keeps \['largest', 'speed'\] for p, and declares"):
+        optimizer(p, optimizer="adamw").step(0.1)
+
+
+WRONG_STATES: list[tuple[dict[str, int], dict[str, Tensor], str]] = [
+    ({"p": 2}, {"p|m": torch.ones(3, 4)}, r"optimizer state missing: p\|v$"),
+    ({"p": 2}, {"p|c": torch.ones(3, 1)}, r"optimizer state missing: p\|m, p\|v; not expected: p\|c$"),
+    ({"p": 2}, {}, r"optimizer state missing: p\|m, p\|v$"),
+    ({"p": 0}, {"p|m": torch.ones(3, 4), "p|v": torch.ones(3, 4)}, r"not expected: p\|m, p\|v$"),
+    ({"p": 2}, {f"p|{key}": torch.ones(3, 4) for key in "mvabcd"}, r"not expected: p\|a, p\|b, p\|c and 1 more$"),
+    ({"p": 2}, {"p|m": torch.ones(3, 4), "p|v": torch.ones(4, 3)}, r"v is torch.float32 \[4, 3\], expected .*\[3, 4\]"),
+    ({"p": 2}, {"p|m": torch.ones(3, 4).half(), "p|v": torch.ones(3, 4)}, r"torch.float16 .*expected torch.float32"),
+    ({"q": 2}, {"p|m": torch.ones(3, 4), "p|v": torch.ones(3, 4)}, "update counts missing: p; not expected: q$"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("updates", "states", "message"), WRONG_STATES, ids=[m[:45] for *_, m in WRONG_STATES])
+def test_a_state_that_is_not_the_rules_is_refused(
+    updates: dict[str, int], states: dict[str, Tensor], message: str
+) -> None:
+    """Missing, extra, misshapen: an error that names it; never a resume without its state."""
+    mine = optimizer(torch.ones(3, 4, requires_grad=True), optimizer="adamw")
+    with pytest.raises(TrainError, match=message):
+        load(mine, updates, states)
 
 
 @pytest.mark.parametrize("name", ["adalite", "adamw"])

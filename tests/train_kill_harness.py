@@ -30,7 +30,8 @@ from tests.train_fixtures import (
     write_config,
     write_jsonl,
 )
-from train.checkpoint import list_checkpoints, read_progress
+from train.checkpoint import read_progress
+from train.retention import list_checkpoints
 
 
 def start(config: Path) -> subprocess.Popen[str]:
@@ -55,7 +56,7 @@ def kill_once(config: Path, output: Path, chance: random.Random, *, saving: bool
     process.kill()
     said = process.communicate()[1]
     assert process.returncode == -9, said
-    assert before == 0 or f"resuming from step-{before:08d}" in said, said
+    assert before == 0 or f"Resuming from step-{before:08d}" in said, said
     return "inside a save" if any((output / "checkpoints").glob(".partial-*")) else "between saves"
 
 

@@ -1,10 +1,12 @@
 """`mixce-train CONFIG.yaml [--key value ...]`, the same as `python -m train`: parse, call, exit code.
 
-1 for an error the user can repair (one message, no traceback), 2 for a wrong command line.
+Exit code 1: an error that the user can repair (one message, no traceback). 2: a wrong command line.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from train.config import TrainConfig, load_config, unknown_key
+from train.config import TrainConfig, load_config
 from train.errors import TrainError
-
-USAGE = "usage: mixce-train CONFIG.yaml [--key value ...]"
+from train.help import USAGE, help_text
+from train.plain import unknown_key
 
 
 class UsageError(Exception):
@@ -30,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """The exit code of the command with these arguments."""
     if "--help" in arguments or "-h" in arguments:
-        print(f"{USAGE}\n\nFinetune a causal language model with MixCE. Keys and their defaults:\n{_keys()}")
+        try:
+            print(help_text(min(shutil.get_terminal_size((100, 24)).columns, 120)), flush=True)
+        except BrokenPipeError:  # the reader (`head`) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     try:
         path, overrides = parse(arguments)
@@ -46,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _finetune(config: TrainConfig) -> None:
-    # torch and transformers are imported here: not for --help or a typo.
+    # torch and transformers take seconds to import: not for --help or a typo.
     import datasets  # type: ignore[import-untyped]
     import huggingface_hub
     import transformers
@@ -54,10 +59,10 @@ def _finetune(config: TrainConfig) -> None:
 
     from train.loop import finetune
 
-    datasets.disable_progress_bars()  # one bar is enough, ours
+    datasets.disable_progress_bars()  # our own progress bar is enough
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if sys.stderr.isatty() and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        enable_progress_bars()  # the line before turned downloads' off as well, and these take long
+        enable_progress_bars()  # the line above turned off those of downloads, too
     finetune(config)
 
 
@@ -82,11 +87,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         if not equals:
             alone = key == "resume" and (not rest or rest[0].lower() not in ("true", "false"))
             if not alone and not rest:
-                raise UsageError(f"--{key} needs a value")
+                raise UsageError(f"--{key} needs a value.")
             value = "true" if alone else rest.pop(0)
         overrides[key] = _yaml(key, value)
     if len(paths) != 1:
-        raise UsageError(f"expected one config, found {len(paths)}: {' '.join(paths)}".rstrip(": "))
+        raise UsageError(f"Found {len(paths)} configs ({' '.join(paths)}), expected one.".replace(" ()", ""))
     return paths[0], overrides
 
 
@@ -94,23 +99,11 @@ def _yaml(key: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as e:
-        raise UsageError(f"--{key} {value}: not a YAML value") from e
-
-
-def _keys() -> str:
-    return "\n".join(f"  --{item.name:22} {_default(item)}" for item in fields(TrainConfig))
-
-
-def _default(item: Any) -> str:
-    import dataclasses
-
-    return "required" if item.default is dataclasses.MISSING else str(item.default)
+        raise UsageError(f"--{key} is {value}, expected a YAML value.") from e
 
 
 def _complain(message: str, code: int) -> int:
-    import os
-
-    if os.environ.get("RANK", "0") == "0":  # every process fails alike; one tells
+    if os.environ.get("RANK", "0") == "0":  # all processes fail alike; one prints
         print(message, file=sys.stderr)
     return code
 

@@ -1,7 +1,7 @@
-"""Tokenised sources -> batches by step number: who sees which sequence when.
+"""Tokenised sources -> batches, by step number.
 
-The law of this file: the order is a pure function of the seed. A batch is found by its step number, so a
-resumed run, or a run on another number of processes, meets the same sequences.
+The law of this file: the order of the data is a pure function of the seed. A batch is computed from its step number, so
+a resumed run, or a run on another number of processes, gets the same sequences.
 """
 
 from __future__ import annotations
@@ -100,20 +100,17 @@ class Mixture:
         self._rows_per_step, self._world_size = config.sequences_per_step(world_size), world_size
         self._epochs: dict[int, list[Row]] = {}
         self._starts = [0]  # of the epochs planned so far, in rows
-        self.steps = config.max_steps or self._steps_of_epochs()
+        self.steps = config.max_steps or self._total_rows() // self._rows_per_step
         if self.steps == 0:
             raise TrainError(
                 f"{config.epochs:g} epochs give {self._total_rows()} sequences, fewer than one global batch "
-                f"of {self._rows_per_step}: lower global_batch, raise epochs, or set max_steps"
+                f"of {self._rows_per_step}. Lower global_batch, raise epochs, or set max_steps."
             )
 
     def _total_rows(self) -> int:
         whole = int(self._config.epochs)
         rows = sum(len(self._epoch(e)) for e in range(whole))
         return rows + int((self._config.epochs - whole) * len(self._epoch(whole)))
-
-    def _steps_of_epochs(self) -> int:
-        return self._total_rows() // self._rows_per_step
 
     def _epoch(self, epoch: int) -> list[Row]:
         if epoch not in self._epochs:
@@ -124,7 +121,7 @@ class Mixture:
         return self._epochs[epoch]
 
     def row(self, number: int) -> Row:
-        """Sequence `number` of the endless run of epochs."""
+        """Sequence `number` (from 0) of all epochs, one after the other."""
         epoch = 0
         while True:
             rows = self._epoch(epoch) if len(self._starts) <= epoch + 1 else []
@@ -146,7 +143,7 @@ class Mixture:
     def held_out_batches(self, source: Source, rank: int) -> Iterator[Batch]:
         """This process's share of a source's held-out examples, one to a row, a micro-batch at a time.
 
-        Every process gets as many batches (a sharded model computes in step); surplus ones have no labels.
+        Every process gets equally many batches, since a sharded model computes in step; extra ones have no labels.
         """
         size, count = self._config.micro_batch, len(source.held_out)
         starts = list(range(0, count, size))[: self._config.eval_batches]
@@ -162,9 +159,9 @@ class Mixture:
 def collate(rows: Sequence[Sequence[tuple[str, Examples, int]]], pad_id: int) -> Batch:
     """Rows of (title, examples, index) -> a Batch as wide as the longest row.
 
-    A token's label is its successor inside the same example, if that one is to be learned; so the last
-    token of each example, and all padding, have none. Padding after packed examples restarts its positions
-    (an example of its own); after a single example it goes on, so that no mask is needed.
+    A token's label is the next token of the same example, if that token is to be learned. The last token of each
+    example and all padding have no label. After packed examples the positions of the padding restart at 0, like those
+    of one more example; after a single example they go on, so that no mask is needed.
     """
     sizes = [sum(int(ex.offsets[i + 1] - ex.offsets[i]) for _, ex, i in row) for row in rows]
     width = max(sizes)

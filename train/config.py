@@ -1,23 +1,22 @@
-"""What the user asks: YAML and flags -> a frozen TrainConfig, or one error naming the key.
+"""YAML and flags -> a frozen TrainConfig, or one error that names the key.
 
-Never torch, never a network: a config is judged by itself, before anything is loaded. Every key is a field
-of a dataclass below with its default; `CHECKS` holds the ranges. Unknown keys name their neighbour.
+A config is judged by itself, before anything is loaded: no torch and no network here. Each key is a field of a
+dataclass; the docstring says what it means and, in brackets, what a default of None stands for. The help and the tables
+of docs/training.md are made of these lines. `CHECKS` holds the ranges.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
 from train.errors import TrainError
+from train.plain import build, describe
 
 Cast = Literal["int", "float", "str"]
 Op = Literal["==", "!=", "<", "<=", ">", ">=", "in", "not in"]
@@ -54,22 +53,42 @@ class Template:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of the mixture; `docs/training.md` explains each key."""
+    """One source of the mixture.
 
-    path: str  # a local .jsonl, .json, .csv or .parquet file, a folder, or a hub data set
-    name: str | None = None  # hub: the configuration
+    path: a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder, or the id of a data set on the Hub
+    name: configuration of a data set on the Hub
+    split: split of a data set on the Hub
+    revision [latest]: revision of a data set on the Hub
+    label [last part of path]: name of the source in reports; two sources cannot share one
+    where [all rows]: list of `{column, op, value, cast}`; a row is kept when every test holds. `op` is `==`, `!=`, `<`,
+        `<=`, `>`, `>=`, `in` or `not in`. `cast` (`int`, `float`, `str`) converts the column first, since scores may be
+        strings. An empty cell fails every test but `!=` and `not in`
+    shuffle [file order]: seed to shuffle the rows with
+    sort: `{column, descending, cast}`, applied after `shuffle`. Equal rows keep their order; rows with an empty cell
+        come last
+    take [all]: number of examples, after the templates; only examples that fit `sequence_length` count
+    held_out: rows kept for evaluation, a number (1 or more) or a share (below 1) of the rows that `where` keeps
+    weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next
+    format: how a row becomes text, see Formats
+    templates: list of `{prompt, response}` (tinycot: also `rationale`; text: only `text`) with `{column}` fields. Each
+        template makes one example per row; white space at the ends is removed
+    messages: column that holds lists of `{role, content}`, instead of templates
+    """
+
+    path: str
+    name: str | None = None
     split: str = "train"
     revision: str | None = None
-    label: str | None = None  # how reports call it; default: the path's last part
+    label: str | None = None
     where: tuple[Where, ...] = ()
-    shuffle: int | None = None  # seed
+    shuffle: int | None = None
     sort: Sort | None = None
-    take: int | None = None  # examples, counted after dropping those that do not fit
-    held_out: float = 0  # rows (1 or more) or a share of them (below 1), for evaluation
-    weight: float = 1.0  # passes over this source in one epoch of the mixture
+    take: int | None = None
+    held_out: float = 0
+    weight: float = 1.0
     format: Literal["memphis-chat", "tinycot", "chat-template", "text"] = "memphis-chat"
     templates: tuple[Template, ...] = ()
-    messages: str | None = None  # a column of {role, content} lists, instead of templates
+    messages: str | None = None
 
     @property
     def title(self) -> str:
@@ -78,36 +97,77 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. Sizes in tokens or sequences as named, fractions in [0, 1], seeds are integers."""
+    """A whole run.
 
-    model: str  # a local folder or a hub id (`org/name`, or with its revision `org/name@revision`)
-    output: str  # the folder for checkpoints, metrics and the result
+    model: a local folder (used when it exists) or a Hub id, `org/name` or `org/name@revision`
+    output: folder for everything that the run writes
+    sources: the data mixture, see Sources
+    revision [latest]: revision of a model on the Hub
+    mixing_ratio: eta of MixCE; 1 is cross-entropy, 0 is pure self-reinforcement
+    fused_loss: compute the loss without an array of tokens x vocabulary. A model whose logits need more than its output
+        matrix is refused, with the advice to turn this off
+    sequence_length: in tokens; longer examples are dropped and counted, never cut
+    packing: put several examples in one sequence; they do not attend to each other, and positions restart at 0.
+        With false, one padded example in a row
+    micro_batch: sequences that one process computes at once
+    global_batch [one micro-batch per process]: sequences per optimizer step, over all processes; a multiple of
+        `micro_batch` x processes
+    global_batch_tokens: the same in tokens; a multiple of `sequence_length`
+    epochs: passes over the mixture, also fractions; only whole global batches are used
+    max_steps: a fixed number of steps, instead of `epochs`
+    seed: decides the order of the data, the held-out rows and all random numbers
+    optimizer: the update rule
+    lr: the highest learning rate
+    schedule: the learning rate after the warm-up
+    warmup: share of all steps in which the learning rate rises
+    adalite_lambda: Adalite only; pulls the norm of each tensor towards 1
+    weight_decay: AdamW only; on matrices only
+    betas: AdamW only
+    max_grad_norm [no clipping]: clips the global norm of the gradients
+    fused_backward: update each weight, and free its gradient, as soon as the backward pass has it; without accumulation
+        and without clipping
+    stochastic_rounding: of bfloat16 weights
+    dtype: auto is bfloat16 on a GPU that has it, and float32 on CPU (bfloat16 was about 2 times slower there)
+    device: auto is the GPU if there is one
+    attention: the implementation in transformers; `flash_attention_2` was not run here
+    activation_checkpointing: compute decoder layers again in the backward pass: less memory, more time
+    freeze_embeddings: do not train the input and output embeddings
+    neftune_alpha: NEFTune noise; Memphis-CoT used 10
+    compile: `torch.compile` each decoder layer
+    eval_every [at the end]: steps between evaluations of the held-out rows
+    eval_batches [all]: micro-batches per source and evaluation
+    save_every [half an hour]: steps between checkpoints. A signal, and an evaluation better than all before, save too
+    keep_last: checkpoints kept, besides the one with the lowest held-out loss
+    resume [when there is a checkpoint]: true insists on a checkpoint, false refuses to go on from one
+    max_shard_bytes: of a weights file; saving holds one such shard in host memory at a time
+    sample_prompts: texts that each evaluation continues greedily, taken as written
+    sample_tokens: length of these continuations
+    """
+
+    model: str
+    output: str
     sources: tuple[SourceConfig, ...]
-    revision: str | None = None  # of the model, when it is a hub id
-    # the loss
+    revision: str | None = None
     mixing_ratio: float = 0.5
     fused_loss: bool = True
-    # batches
     sequence_length: int = 4096
     packing: bool = True
-    micro_batch: int = 1  # sequences a process computes at once
-    global_batch: int | None = None  # sequences per optimizer step, over all processes
-    global_batch_tokens: int | None = None  # the same, in tokens (a multiple of sequence_length)
+    micro_batch: int = 1
+    global_batch: int | None = None
+    global_batch_tokens: int | None = None
     epochs: float = 1.0
     max_steps: int | None = None
     seed: int = 0
-    # the optimizer
     optimizer: Literal["adalite", "adamw"] = "adalite"
     lr: float = 1e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.2  # share of all steps
+    warmup: float = 0.2
     adalite_lambda: float = 0.01
-    weight_decay: float = 0.0  # AdamW, on matrices only
+    weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = None
     fused_backward: bool = False
-    stochastic_rounding: bool = True  # of bfloat16 weights
-    # the model
+    stochastic_rounding: bool = True
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -115,12 +175,11 @@ class TrainConfig:
     freeze_embeddings: bool = True
     neftune_alpha: float = 0.0
     compile: bool = False
-    # watching and keeping
-    eval_every: int | None = None  # steps; the last step is always evaluated when rows are held out
-    eval_batches: int | None = None  # micro-batches per source; default all
-    save_every: int | None = None  # steps; default every half hour; the best evaluation and signals also save
+    eval_every: int | None = None
+    eval_batches: int | None = None
+    save_every: int | None = None
     keep_last: int = 2
-    resume: bool | None = None  # default: when the output holds a checkpoint
+    resume: bool | None = None
     max_shard_bytes: int = 4_000_000_000
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
@@ -140,17 +199,17 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
-        raise TrainError(f"cannot read the config {path}: {e.strerror}") from e
+        raise TrainError(f"{path}: the config cannot be read ({e.strerror}). Check the path.") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise TrainError(f"{path} is not valid YAML: {e}") from e
+        raise TrainError(f"{path}: is not valid YAML. {e}") from e
     if not isinstance(data, dict):
-        raise TrainError(f"{path} holds {_kind(data)}, expected keys and values such as `model: FOLDER`")
+        raise TrainError(f"{path}: holds {describe(data)}, expected keys with values such as `model: FOLDER`.")
     return build_config({**data, **(overrides or {})})
 
 
 def build_config(data: Mapping[str, Any]) -> TrainConfig:
     """TrainConfig from plain values: types, ranges and contradictions are checked, no more."""
-    config: TrainConfig = _split_revision(_build(TrainConfig, data, ""))
+    config: TrainConfig = _split_revision(build(TrainConfig, data))
     _check_ranges(config)
     _check_together(config)
     for number, source in enumerate(config.sources):
@@ -164,100 +223,23 @@ def _split_revision(config: TrainConfig) -> TrainConfig:
     if not at or name.count("/") != 1 or Path(config.model).exists():
         return config
     if not revision or config.revision not in (None, revision):
-        raise TrainError(f"model is {config.model!r} and revision {config.revision!r}: give one revision, in one place")
+        raise TrainError(
+            f"model is {config.model!r} and revision is {config.revision!r}. Give one revision, in one place."
+        )
     return dataclasses.replace(config, model=name, revision=revision)
-
-
-# ---- plain values -> dataclasses ---------------------------------------------------------------------
-
-
-def _build(cls: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise TrainError(f"{where or 'the config'} is {_kind(data)}, expected keys of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise TrainError(unknown_key(str(key), hints, where))
-    for item in dataclasses.fields(cls):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in data:
-            raise TrainError(f"{_join(where, item.name)} is missing; it has no default")
-    return cls(**{key: _convert(value, hints[key], _join(where, key)) for key, value in data.items()})
-
-
-def unknown_key(key: str, known: Mapping[str, Any] | Sequence[str], where: str = "") -> str:
-    """The message for a key that does not exist, naming the nearest one that does."""
-    near = difflib.get_close_matches(key, list(known), 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-    return f"unknown key {_join(where, key)!r}: {hint}"
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type says; raises TrainError when it is something else."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        inner = [a for a in args if a is not type(None)]
-        return None if value is None else _convert(value, inner[0], where)
-    if origin is Literal:
-        if value not in args:
-            raise TrainError(f"{where} is {value!r}, expected one of {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        return _convert_sequence(value, args, where)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    return _convert_scalar(value, hint, where)
-
-
-def _convert_sequence(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise TrainError(f"{where} is {_kind(value)}, expected a list")
-    hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-    if len(hints) != len(value):
-        raise TrainError(f"{where} has {len(value)} entries, expected {len(hints)}")
-    return tuple(_convert(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, hints, strict=True)))
-
-
-def _convert_scalar(value: Any, kind: type, where: str) -> Any:
-    if kind is float and isinstance(value, str):
-        value = _number(value)  # YAML reads 1e-5 as a string
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
-        raise TrainError(f"{where} is {_kind(value)}, expected {_NAMES[kind]}")
-    return value
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
-def _kind(value: Any) -> str:
-    return "empty" if value is None else f"{value!r} ({type(value).__name__})"
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
 
 
 # ---- ranges and contradictions -----------------------------------------------------------------------
 
+_COUNTS = (
+    "micro_batch", "global_batch", "global_batch_tokens", "max_steps", "eval_every", "eval_batches", "save_every",
+    "keep_last", "max_shard_bytes", "sample_tokens",
+)  # fmt: skip
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_COUNTS, (lambda v: v >= 1, "at least 1")),
     "mixing_ratio": (lambda v: 0 <= v <= 1, "from 0 (self-reinforcement) to 1 (cross-entropy)"),
     "sequence_length": (lambda v: v >= 2, "at least 2"),
-    "micro_batch": (lambda v: v >= 1, "at least 1"),
-    "global_batch": (lambda v: v >= 1, "at least 1"),
-    "global_batch_tokens": (lambda v: v >= 1, "at least 1"),
     "epochs": (lambda v: 0 < v < 1e6, "above 0"),
-    "max_steps": (lambda v: v >= 1, "at least 1"),
     "seed": (lambda v: 0 <= v < 2**53, "from 0 to 2**53 - 1"),
     "lr": (lambda v: 0 < v < 10, "above 0 and below 10"),
     "warmup": (lambda v: 0 <= v <= 1, "a share of all steps from 0 to 1 (20 % is 0.2)"),
@@ -266,12 +248,6 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (lambda v: all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     "max_grad_norm": (lambda v: v > 0, "above 0 (leave it out for no clipping)"),
     "neftune_alpha": (lambda v: 0 <= v < 1e4, "0 (off) or above"),
-    "eval_every": (lambda v: v >= 1, "at least 1"),
-    "eval_batches": (lambda v: v >= 1, "at least 1"),
-    "save_every": (lambda v: v >= 1, "at least 1"),
-    "keep_last": (lambda v: v >= 1, "at least 1"),
-    "max_shard_bytes": (lambda v: v >= 1, "at least 1"),
-    "sample_tokens": (lambda v: v >= 1, "at least 1"),
     "sources": (lambda v: len(v) > 0, "at least one source"),
 }
 
@@ -280,29 +256,29 @@ def _check_ranges(config: TrainConfig) -> None:
     for key, (is_right, expected) in CHECKS.items():
         value = getattr(config, key)
         if value is not None and not is_right(value):
-            raise TrainError(f"{key} is {value}, expected {expected}")
+            raise TrainError(f"{key} is {value}, expected {expected}.")
 
 
 def _check_together(config: TrainConfig) -> None:
     """Contradictions between keys that are each fine alone."""
     if config.global_batch is not None and config.global_batch_tokens is not None:
-        raise TrainError("global_batch and global_batch_tokens are both given: keep one")
+        raise TrainError("global_batch and global_batch_tokens are both given. Remove one of the two.")
     tokens = config.global_batch_tokens
     if tokens is not None and tokens % config.sequence_length:
         raise TrainError(
-            f"global_batch_tokens is {tokens}, expected a multiple of sequence_length {config.sequence_length}"
+            f"global_batch_tokens is {tokens}, expected a multiple of sequence_length {config.sequence_length}."
         )
     if config.fused_backward and config.max_grad_norm is not None:
         raise TrainError(
-            "fused_backward frees each gradient before the global norm is known, so max_grad_norm cannot "
-            "apply: remove one of the two"
+            "fused_backward frees each gradient before the global norm is known, so max_grad_norm cannot be applied. "
+            "Remove one of the two."
         )
     if config.optimizer == "adalite" and (config.weight_decay or config.betas != TrainConfig.betas):
-        raise TrainError("weight_decay and betas are AdamW's, and optimizer is adalite: remove them or set adamw")
+        raise TrainError("weight_decay and betas are for AdamW only. Remove them, or set optimizer: adamw.")
     titles = [source.title for source in config.sources]
     twice = next((t for t in titles if titles.count(t) > 1), None)
     if twice is not None:
-        raise TrainError(f"two sources are called {twice!r}: give each its own `label`")
+        raise TrainError(f"Two sources are called {twice!r}. Give each its own `label`.")
 
 
 def check_batch(config: TrainConfig, world_size: int) -> int:
@@ -310,31 +286,32 @@ def check_batch(config: TrainConfig, world_size: int) -> int:
     rows, unit = config.sequences_per_step(world_size), config.micro_batch * world_size
     if rows % unit:
         raise TrainError(
-            f"the global batch is {rows} sequences, expected a multiple of micro_batch {config.micro_batch} "
-            f"x {world_size} processes = {unit}"
+            f"The global batch is {rows} sequences, expected a multiple of micro_batch {config.micro_batch} "
+            f"x {world_size} processes = {unit}."
         )
     if config.fused_backward and rows != unit:
         raise TrainError(
-            f"fused_backward applies each gradient at once, so it cannot accumulate {rows // unit} "
-            f"micro-batches: set micro_batch to {rows // world_size} or turn fused_backward off"
+            f"fused_backward applies each gradient at once, so it cannot accumulate {rows // unit} micro-batches. "
+            f"Set micro_batch to {rows // world_size}, or turn fused_backward off."
         )
     return rows // unit
 
 
 def _check_source(source: SourceConfig, where: str) -> None:
     if source.take is not None and source.take < 1:
-        raise TrainError(f"{where}.take is {source.take}, expected at least 1")
+        raise TrainError(f"{where}.take is {source.take}, expected at least 1.")
     if not 0 < source.weight <= 1000:
-        raise TrainError(f"{where}.weight is {source.weight}, expected passes per epoch above 0, at most 1000")
-    if not source.held_out >= 0 or (source.held_out >= 1 and source.held_out != int(source.held_out)):
-        raise TrainError(f"{where}.held_out is {source.held_out}, expected a share below 1 or a number of rows")
+        raise TrainError(f"{where}.weight is {source.weight}, expected passes per epoch above 0, at most 1000.")
+    if not source.held_out >= 0 or (source.held_out >= 1 and source.held_out % 1):
+        raise TrainError(f"{where}.held_out is {source.held_out}, expected a share below 1 or a whole number of rows.")
     for number, test in enumerate(source.where):
         if test.op in ("in", "not in") and not isinstance(test.value, list):
-            raise TrainError(f"{where}.where[{number}].value is {_kind(test.value)}, expected a list for {test.op!r}")
+            found = f"{where}.where[{number}].value is {describe(test.value)}"
+            raise TrainError(f"{found}, expected a list for {test.op!r}.")
     if (source.messages is None) == (not source.templates):
-        raise TrainError(f"{where} needs either `templates` or `messages`, and not both")
+        raise TrainError(f"{where} needs either `templates` or `messages`, and not both.")
     if source.messages is not None and source.format not in ("memphis-chat", "chat-template"):
-        raise TrainError(f"{where}.format is {source.format}, expected memphis-chat or chat-template for messages")
+        raise TrainError(f"{where}.format is {source.format}, expected memphis-chat or chat-template for messages.")
     for number, template in enumerate(source.templates):
         _check_template(source.format, template, f"{where}.templates[{number}]")
 
@@ -345,4 +322,4 @@ def _check_template(fmt: str, template: Template, where: str) -> None:
         given = bool(getattr(template, key))
         if given != (key in needed):
             verb = "is missing" if key in needed else "has no place"
-            raise TrainError(f"{where}.{key} {verb} in format {fmt}, which takes {', '.join(needed)}")
+            raise TrainError(f"{where}.{key} {verb} in format {fmt}, which takes {', '.join(needed)}.")

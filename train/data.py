@@ -1,8 +1,8 @@
 """The sources of a mixture -> tokenised examples in a store, and a count of what became of every row.
 
-The law of this file: nothing is tokenised twice. A store is named by what went into it (the rows' content,
-the templates, the tokenizer), and one process writes it while the others wait. Its report is written last,
-so a store with a report is whole. `batches.py` decides who sees which example when.
+The law of this file: nothing is tokenised twice. A store is named by a digest of its inputs (the content of the rows,
+the templates, the tokenizer). One process writes it while the others wait; the report is written last, so a store with
+a report is complete. `batches.py` decides the order of the examples.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from train.config import SourceConfig, TrainConfig
 from train.errors import TrainError
+from train.output import publish_text
 from train.sources import Segment, open_rows, render_row
 
 STORE_VERSION = 2  # raise it when the same inputs would give other tokens
@@ -97,7 +98,9 @@ def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, c
         try:
             _write_store(cache / digest, *store)
         except OSError as e:
-            raise TrainError(f"cannot store the tokens of {source.title} in {cache}: {e.strerror}; make room") from e
+            raise TrainError(
+                f"{cache}: the tokens of {source.title} cannot be stored ({e.strerror}). Make room, then start again."
+            ) from e
     return digest
 
 
@@ -126,9 +129,9 @@ def _tokenize_source(
     train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take)
     if not len(train.examples):
         raise TrainError(
-            f"source {source.title} gives no example: {rows.count} rows, {len(kept) + len(held_out)} after "
-            f"`where`, {train.long} examples longer than sequence_length {config.sequence_length}, "
-            f"{train.empty} with nothing to learn"
+            f"Source {source.title}: gives no example. {rows.count} rows, {len(kept) + len(held_out)} after `where`; "
+            f"{train.long} examples longer than sequence_length {config.sequence_length}, {train.empty} with nothing "
+            "to learn. Correct `where`, the templates or sequence_length."
         )
     held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, None)
     report = SourceReport(
@@ -196,15 +199,9 @@ def _write_store(folder: Path, train: Examples, held_out: Examples, report: Sour
     """All arrays, then the report: its presence says that the store is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, examples in (("train", train), ("held_out", held_out)):
-        for name, array in (
-            ("ids", examples.ids),
-            ("learned", examples.learned),
-            ("offsets", examples.offsets),
-        ):
+        for name, array in (("ids", examples.ids), ("learned", examples.learned), ("offsets", examples.offsets)):
             np.save(folder / f"{part}.{name}.npy", array)
-    partial = folder / "report.json.partial"
-    partial.write_text(json.dumps(asdict(report), indent=1))
-    partial.replace(folder / "report.json")
+    publish_text(folder / "report.json", json.dumps(asdict(report), indent=1))
 
 
 def _open_examples(folder: Path, part: str) -> Examples:

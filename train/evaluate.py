@@ -1,6 +1,6 @@
-"""Held-out data and sample generations: what is measured of a model without changing it.
+"""Held-out loss and sample texts: measurements that do not change the model.
 
-Evaluation is plain cross-entropy whatever the mixing ratio, so that runs compare. No random number is drawn.
+Evaluation is plain cross-entropy, whatever the mixing ratio, so that runs can be compared. It draws no random number.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sample(
 ) -> None:
     """Greedy continuations of the sample prompts, appended to samples.jsonl (one process only)."""
     if config.sample_prompts and world.size > 1:
-        watch.say("notice: no samples are generated on several processes")
+        watch.say("Note: samples are not generated on several processes.")
     if not config.sample_prompts or world.size > 1:
         return
     model.eval()

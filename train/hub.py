@@ -1,7 +1,7 @@
-"""What went wrong between us and the Hub, in one line a user can act on.
+"""Errors of the Hub, each in one line that says what to do.
 
-transformers and datasets fetch, cache and authenticate by themselves; their errors are several lines long, wrap one
-another, and differ between versions. The kind is told by the names in the chain of causes.
+transformers and datasets download, cache and authenticate by themselves. Their errors are several lines long, wrap one
+another and differ between versions, so the kind is recognised by the class names in the chain of causes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Kind = Literal["model", "data set"]
 
 
 def explain(error: BaseException, ref: str, revision: str | None, kind: Kind) -> str | None:
-    """The line for an error about the hub id `ref`; None when `ref` is local or the Hub is not the cause."""
+    """Sentences about an error with the Hub id `ref`; None when `ref` is local or the Hub is not the cause."""
     from huggingface_hub import constants
 
     if Path(ref).exists():
@@ -24,20 +24,20 @@ def explain(error: BaseException, ref: str, revision: str | None, kind: Kind) ->
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{ref}"
     login = "`hf auth login` or HF_TOKEN"
     if "GatedRepoError" in kinds or "gated dataset" in text:
-        return f"it is gated on the Hub; ask for access at {page}, then give your token by {login}"
+        return f"It is gated on the Hub. Ask for access at {page}, then give your token by {login}."
     if "RevisionNotFoundError" in kinds or (revision is not None and "doesn't exist for dataset" in text):
-        return f"the Hub has no revision {revision!r} of it; {page}/tree/main lists them"
+        return f"The Hub has no revision {revision!r} of it. {page}/tree/main lists the revisions."
     if constants.HF_HUB_OFFLINE or kinds & {"OfflineModeIsEnabled"}:
-        return "it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it, or give a local folder"
+        return "It is not in the Hub cache, and HF_HUB_OFFLINE prevents downloading it. Unset it, or give a folder."
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return (
-            f"there is no such folder here, and no such {kind} on the Hub that you may see; check the spelling, or, "
-            f"if it is private, give your token by {login}"
+            f"There is no such folder here, and no such {kind} on the Hub that you may see. Check the spelling; if it "
+            f"is private, give your token by {login}."
         )
     if kinds & {"HFValidationError"}:
-        return f"there is no such folder here, and it cannot be the id of a {kind} on the Hub (org/name)"
+        return f"There is no such folder here, and it cannot be the id of a {kind} on the Hub. Give org/name."
     if kinds & {"ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "LocalEntryNotFoundError"}:
-        return f"{constants.ENDPOINT} cannot be reached and the cache does not hold it; check the connection"
+        return f"{constants.ENDPOINT} cannot be reached, and the Hub cache does not hold it. Check the connection."
     return None
 
 

@@ -1,12 +1,12 @@
 """MixCE, the reference and the fused form: tensors in, (sum over tokens, number of tokens) out.
 
-The law of this file: a loss is a sum and a count, never a mean; the caller divides once, by the labelled
-tokens of the whole global step. `labels[..., t]` is the token that position `t` should predict (already
-shifted), -100 where nothing is to be learned. All arithmetic after the projection is float32 or better.
+The law of this file: a loss is a sum and a count, never a mean. The caller divides once, by the labelled tokens of the
+whole global step. `labels[..., t]` is the token that position `t` should predict (already shifted), or -100 where
+nothing is to be learned. All arithmetic after the projection is float32 or better.
 
-The trick of the fused form: MixCE's gradient is the cross-entropy gradient times a per-token weight, so
-once a chunk's logits exist its gradient is known. It is taken in the forward pass and the logits are
-thrown away; backward only multiplies by a scalar.
+The trick of the fused form: the gradient of MixCE is the gradient of cross-entropy times a weight per token, so it is
+known as soon as the logits of a chunk are. The forward pass computes it and drops the logits; the backward pass only
+multiplies by a scalar.
 
 MixCE: Zhang et al., "MixCE: Training Autoregressive Language Models by Mixing Forward and Reverse
 Cross-Entropies", ACL 2023, arXiv 2305.16958.
@@ -26,7 +26,7 @@ _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # of logits held at once; l
 
 
 def mixce_loss(logits: Tensor, labels: Tensor, mixing_ratio: float) -> tuple[Tensor, Tensor]:
-    """MixCE from logits [..., vocabulary] and labels [...]: the reference, easy to read and hungry.
+    """MixCE from logits [..., vocabulary] and labels [...]: the reference, easy to read, large in memory.
 
     Per token, with q the model's probability of the label and eta the mixing ratio:
     `-(eta + (1 - eta) * stop_gradient(q)) * log q`. One is cross-entropy, zero pure self-reinforcement.
@@ -120,7 +120,7 @@ class _FusedMixCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("fused_mixce_loss: backward may run once; its gradients are already handed out")
+            raise RuntimeError("fused_mixce_loss: backward may run once, and it ran before. Compute the loss again.")
         grads, ctx.grads = ctx.grads, None
         # In place: these tensors are ours alone, and a copy of a head's gradient is 100s of MB.
         return (*(None if g is None else g.mul_(scale) for g in grads), None, None, None, None, None)
@@ -168,4 +168,4 @@ def _default_chunk(hidden: Tensor, weight: Tensor) -> int:
 
 def _check_ratio(mixing_ratio: float) -> None:
     if not 0 <= mixing_ratio <= 1:
-        raise ValueError(f"mixing_ratio is {mixing_ratio}, expected a number from 0 to 1")
+        raise ValueError(f"mixing_ratio is {mixing_ratio}, expected a number from 0 to 1.")

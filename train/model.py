@@ -1,9 +1,8 @@
 """Load a causal language model, make it ready to train, and wrap it so that its forward is the loss.
 
-The loss lives outside the Hugging Face model: `LossModel` takes hidden states and the output matrix and
-gives a sum and a count. Nothing here runs code from a checkpoint or asks a question. What a family of models
-does differently (scaled logits, position ids it ignores) is found by `check_model`, which compares two tiny
-forwards, not by a list of names.
+The loss lives outside the Hugging Face model: `LossModel` takes hidden states and the output matrix and gives a sum and
+a count. Nothing here runs code from a checkpoint or asks a question. What a family of models does differently (scaled
+logits, position ids it ignores) is found by `check_model`, which compares two tiny forwards, not by a list of names.
 
 NEFTune: Jain et al., arXiv 2310.05914.
 """
@@ -15,22 +14,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from train.batches import Batch
 from train.config import TrainConfig
-from train.errors import TrainError
+from train.errors import DELETE_CHECKPOINT, TrainError
 from train.hub import explain
 from train.loss import fused_mixce_loss, mixce_loss
 
 Say = Callable[[str], None]
+_AGAIN = "Save or download the model again."
 
 # ---- configuration and loading -------------------------------------------------------------------------
 
 
 def load_model_config(model: str, revision: str | None, say: Say) -> Any:
-    """The model's configuration; an old `stablelm_epoch` one is converted, with a notice.
+    """The model's configuration; an old `stablelm_epoch` one is converted, with a note.
 
     Raises TrainError when it cannot be read or its architecture needs code of its own.
     """
@@ -40,13 +41,13 @@ def load_model_config(model: str, revision: str | None, say: Say) -> Any:
         raw, _ = PretrainedConfig.get_config_dict(model, revision=revision)
         if raw.get("model_type") == "stablelm_epoch":
             say(
-                f"notice: {model} has the old stablelm_epoch config; reading it as stablelm, without its code. "
-                "To merge the result back onto it give slerp-merge --files-from ft: transformers refuses the old config"
+                f"Note: {model} has the old stablelm_epoch config. It is read as stablelm, without its code. To merge "
+                "the result with it, give slerp-merge --files-from ft: transformers refuses the old config."
             )
             return convert_stablelm_epoch(raw)
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
-        raise TrainError(f"cannot read the model config of {model}: {_reason(e, model, revision)}") from e
+        raise TrainError(f"{model}: the model config cannot be read. {_reason(e, model, revision)}") from e
 
 
 _OLD_NAMES = {
@@ -59,21 +60,25 @@ _DROPPED = ("auto_map", "model_type", "architectures", "rotary_scaling_factor", 
 
 
 def convert_stablelm_epoch(raw: dict[str, Any]) -> Any:
-    """A `stablelm` configuration from the dictionary of an old `stablelm_epoch` one. Raises TrainError
-    when a key that shapes the model is missing, rather than guess it."""
+    """A `stablelm` configuration from the dictionary of an old `stablelm_epoch` one.
+
+    Raises TrainError when a key that shapes the model is missing; it is not guessed.
+    """
     from transformers import StableLmConfig
 
     values = {_OLD_NAMES.get(key, key): value for key, value in raw.items() if key not in _DROPPED}
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     for key in (*needed, "layer_norm_eps", "partial_rotary_factor"):
         if key not in values:
-            raise TrainError(f"the old stablelm_epoch config lacks {key!r}: it cannot be converted")
+            raise TrainError(
+                f"The old stablelm_epoch config lacks {key!r}, so it cannot be converted. Add it to config.json."
+            )
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     return StableLmConfig(**values)
 
 
 def check_context(model_config: Any, config: TrainConfig, say: Say) -> None:
-    """TrainError where the model has no position for some token; a notice where it never saw positions so far."""
+    """Check the sequence length: TrainError beyond learned positions, a note beyond the context of rotary ones."""
     text = model_config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if not isinstance(context, int) or config.sequence_length <= context:
@@ -81,10 +86,10 @@ def check_context(model_config: Any, config: TrainConfig, say: Say) -> None:
     is_rotary = any(getattr(text, key, None) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
     if not is_rotary:
         raise TrainError(
-            f"sequence_length is {config.sequence_length}, but {config.model} has positions for {context} tokens: "
-            "lower it"
+            f"sequence_length is {config.sequence_length}, but {config.model} has positions for {context} tokens. "
+            "Lower it."
         )
-    say(f"notice: sequence_length {config.sequence_length} is beyond the context of {config.model}, {context} tokens")
+    say(f"Note: sequence_length {config.sequence_length} is beyond the context of {config.model}, {context} tokens.")
 
 
 def load_tokenizer(model: str, revision: str | None, model_config: Any) -> Any:
@@ -96,26 +101,26 @@ def load_tokenizer(model: str, revision: str | None, model_config: Any) -> Any:
             model, revision=revision, config=model_config, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as e:
-        raise TrainError(f"cannot load the tokenizer of {model}: {_reason(e, model, revision)}") from e
+        raise TrainError(f"{model}: the tokenizer cannot be loaded. {_reason(e, model, revision)}") from e
     highest = max(tokenizer.get_vocab().values(), default=-1)
     vocabulary = model_config.get_text_config().vocab_size
     if highest < 0:
-        raise TrainError(f"{model} has no tokenizer: add tokenizer.json to the folder")
+        raise TrainError(f"{model}: has no tokenizer. Add tokenizer.json to the folder.")
     if highest >= vocabulary:
         raise TrainError(
-            f"the tokenizer of {model} has ids up to {highest}, but the model's vocabulary is {vocabulary}: "
-            "resize the model's embeddings, or use the tokenizer it was trained with"
+            f"{model}: the tokenizer has ids up to {highest}, but the model's vocabulary is {vocabulary}. Resize the "
+            "embeddings, or use the tokenizer that the model was trained with."
         )
     return tokenizer
 
 
 def padding_id(tokenizer: Any, say: Say) -> int:
-    """The id that fills short rows; its labels are masked, so eos serves when there is no pad token."""
+    """The id that fills short rows. Without a pad token it is eos: the labels of padding are masked."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     eos = tokenizer.eos_token_id
     filler = f"eos {tokenizer.eos_token!r} (id {eos})" if eos is not None else "id 0"
-    say(f"notice: the tokenizer has no pad token; padding with {filler}, never learned and never attended to")
+    say(f"Note: the tokenizer has no pad token. Rows are padded with {filler}, never learned and never attended to.")
     return int(eos or 0)
 
 
@@ -128,13 +133,15 @@ def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch.dtype) -> Any:
-    """The weights of `source` (a folder or hub id) in `dtype`, on the CPU, every tensor accounted for.
+    """The weights of `source` (a folder or hub id) in `dtype`, on the CPU; no tensor is new or dropped.
 
     Raises TrainError when a tensor is missing, unexpected or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
-    revision = config.revision if source == config.model else None
+    is_checkpoint = source != config.model
+    revision = None if is_checkpoint else config.revision
+    next_step = DELETE_CHECKPOINT if is_checkpoint else _AGAIN
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -143,28 +150,30 @@ def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below, all of them, in one error
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as e:
-        raise TrainError(f"cannot load the model {source}: {_reason(e, source, revision)}") from e
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
+        raise TrainError(f"{source}: the model cannot be loaded. {_reason(e, source, revision, next_step)}") from e
     model, info = loaded
     # Old checkpoints store the rotary table, which is computed.
     unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith("rotary_emb.inv_freq"))
     for kind, names in (("missing", sorted(info["missing_keys"])), ("unexpected", unexpected)):
         if names:
             some = ", ".join(names[:5])
-            raise TrainError(f"{source} has {len(names)} {kind} tensors ({some}): it does not fit its config")
+            raise TrainError(f"{source}: {len(names)} {kind} tensors for its config.json ({some}). {next_step}")
     if info["mismatched_keys"]:
-        raise TrainError(f"{source} has tensors of other shapes than its config says: {info['mismatched_keys']}")
+        raise TrainError(f"{source}: tensors of other shapes than config.json says ({_shapes(info)}). {next_step}")
     return model
 
 
-def _reason(error: Exception, model: str, revision: str | None) -> str:
-    return explain(error, model, revision, "model") or _first_line(error)
+def _shapes(info: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {list(found)}, expected {list(said)}" for name, found, said in info["mismatched_keys"])
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception, model: str, revision: str | None, next_step: str = _AGAIN) -> str:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return explain(error, model, revision, "model") or f"{first_line}. {next_step}"
 
 
 # ---- making it ready -----------------------------------------------------------------------------------
@@ -177,7 +186,7 @@ def prepare_model(model: Any, config: TrainConfig, *, may_compile: bool = True) 
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise TrainError(
-                f"{type(model).__name__} cannot checkpoint activations: set activation_checkpointing: false"
+                f"{type(model).__name__} cannot checkpoint activations. Set activation_checkpointing: false."
             )
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if config.compile and may_compile:
@@ -234,8 +243,8 @@ class LossModel(nn.Module):
         return fused_mixce_loss(hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the inner model. No attention mask and no cache: with restarting positions
-        that is what makes transformers keep packed examples apart (with a cache they leak)."""
+        """Keyword arguments of the inner model. With restarting positions, no attention mask and no cache, transformers
+        keeps packed examples apart; with a cache they see each other."""
         inputs: dict[str, Any] = {"use_cache": False}
         if self._takes_positions:
             inputs["position_ids"] = batch.positions
@@ -275,13 +284,13 @@ def check_model(model: LossModel, config: TrainConfig, device: torch.device) -> 
             if not _alike(mine, apart):
                 raise TrainError(
                     f"{type(model.model).__name__} does more between its last hidden state and its logits "
-                    "than a matrix, a bias and a soft cap: set fused_loss: false"
+                    "than a matrix, a bias and a soft cap. Set fused_loss: false."
                 )
         if config.packing:
             packed = model.model(**model._inputs(_tiny_batch([7, 5], device))).logits[0]
             if not _alike(packed, apart):
                 raise TrainError(
-                    f"{type(model.model).__name__} lets packed examples see each other: set packing: false"
+                    f"{type(model.model).__name__} lets packed examples see each other. Set packing: false."
                 )
     model.train(was_training)
 

@@ -1,20 +1,20 @@
 """Adalite v1 and AdamW for weights without a float32 master, and schedules as pure functions of the step.
 
-Each rule is a free function that changes one float32 parameter in place from its gradient and its state;
-`Optimizer` owns the states and can step one parameter at a time, which is what fused backward needs. Only
-whole-tensor operations are used, so a DTensor (FSDP2) is updated as if it were in one piece: norms and means
-are over the parameter, not over a rank's shard. bfloat16 weights are rounded stochastically, or steps below
-half an ulp would be lost.
+Each rule is a free function that changes one float32 parameter in place from its gradient and its state; beside it
+stands what that state holds, so a checkpoint is taken up whole or refused. `Optimizer` owns the states and can step one
+parameter at a time, which is what fused backward needs. Only whole-tensor operations are used, so a DTensor (FSDP2) is
+updated as if it were in one piece: norms and means are over the parameter, not over a rank's shard. bfloat16 weights
+are rounded stochastically, or steps below half an ulp would be lost.
 
-Adalite is the version of January 2024 (later releases under the name are another algorithm). Its quirks are
-kept: eps accumulates in the second moment, so the relative step shrinks like t^-0.4 even at a constant
-learning rate, and scaling the loss changes the step. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+Adalite is the version of January 2024 (later releases under the name are another algorithm). Its quirks are kept: eps
+accumulates in the second moment, so the relative step shrinks like t^-0.4 even at a constant learning rate, and scaling
+the loss changes the step. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from train.config import TrainConfig
 from train.errors import TrainError
 
 State = dict[str, Tensor]
+Shape = tuple[int, ...]
 
 # ---- schedules -----------------------------------------------------------------------------------------
 
@@ -105,17 +106,23 @@ def adamw_(p: Tensor, g: Tensor, state: State, step: int, lr: float, config: Tra
     p.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
 
 
-RULES: dict[str, Callable[[Tensor, Tensor, State, int, float, TrainConfig], None]] = {
-    "adalite": adalite_,
-    "adamw": adamw_,
+@dataclass(frozen=True)
+class Rule:
+    """An update of one parameter, and the float32 tensors that it keeps between updates: their names and shapes."""
+
+    update: Callable[[Tensor, Tensor, State, int, float, TrainConfig], None]
+    state: Callable[[Shape], dict[str, Shape]]
+
+
+RULES: dict[str, Rule] = {
+    "adalite": Rule(adalite_, lambda shape: {"c": (shape[0], *[1] * (len(shape) - 1)) if len(shape) > 1 else ()}),
+    "adamw": Rule(adamw_, lambda shape: {"m": shape, "v": shape}),
 }
 
 
-def state_bytes(optimizer: str, shapes: Iterable[tuple[int, ...]]) -> int:
+def state_bytes(optimizer: str, shapes: Iterable[Shape]) -> int:
     """Bytes of optimizer state for parameters of these shapes, from the shapes alone."""
-    if optimizer == "adamw":
-        return sum(8 * math.prod(shape) for shape in shapes)
-    return sum(4 * (shape[0] if len(shape) > 1 else 1) for shape in shapes)
+    return sum(4 * math.prod(kept) for shape in shapes for kept in RULES[optimizer].state(shape).values())
 
 
 # ---- the optimizer: owns the states --------------------------------------------------------------------
@@ -148,11 +155,14 @@ class Optimizer:
         """Update one parameter. `grad` may be overwritten."""
         p, slot = self._parameters[name], self._slots[name]
         slot.updates += 1
-        if p.dtype in (torch.float32, torch.float64):
-            self._rule(p.data, grad, slot.state, slot.updates, lr, self._config)
+        is_wide = p.dtype in (torch.float32, torch.float64)
+        wide, grad = (p.data, grad) if is_wide else (p.data.float(), grad.float())
+        self._rule.update(wide, grad, slot.state, slot.updates, lr, self._config)
+        declared = self._rule.state(tuple(p.shape)).keys()
+        if slot.state.keys() != declared:  # or a checkpoint would not be taken up
+            raise ValueError(f"the rule keeps {sorted(slot.state)} for {name}, and declares {sorted(declared)}")
+        if is_wide:
             return
-        wide = p.data.float()
-        self._rule(wide, grad.float(), slot.state, slot.updates, lr, self._config)
         if self._config.stochastic_rounding and p.dtype == torch.bfloat16:
             wide = stochastic_round_(wide, self._generator)
         p.data.copy_(wide)
@@ -169,7 +179,7 @@ class Optimizer:
         def update(p: Tensor) -> None:
             assert p.grad is not None
             if not bool(torch.isfinite(_whole(p.grad.sum()))):
-                raise TrainError(f"the gradient of {name} is not finite, in the middle of a fused backward")
+                raise TrainError(f"the gradient of {name} is not finite, and fused_backward has changed other weights")
             self.step_one(name, p.grad, lr())
             p.grad = None
 
@@ -185,14 +195,40 @@ class Optimizer:
         """How often each parameter was updated."""
         return {name: slot.updates for name, slot in self._slots.items()}
 
-    def load(self, updates: Mapping[str, int], read: Callable[[str, Tensor], Tensor | None]) -> None:
-        """Take up saved states: `read(name|key, like)` gives a tensor placed like the parameter, or None."""
+    def load(self, updates: Mapping[str, int], saved: Collection[str], read: Callable[[str, Tensor], Tensor]) -> None:
+        """Load saved states. `saved` has their names, as `states` gives them; `read(name, like)` gives one, placed like
+        the parameter.
+
+        Raises TrainError unless they are exactly the tensors that the rule declares for the updated parameters.
+        """
+        _check_names("update counts", updates.keys(), self._parameters.keys())
+        declared = {
+            f"{name}|{key}": (name, key, shape)
+            for name, p in self._parameters.items()
+            for key, shape in self._rule.state(tuple(p.shape)).items()
+            if updates[name]
+        }
+        _check_names("optimizer state", saved, declared.keys())
+        for full, (name, key, shape) in declared.items():
+            tensor = read(full, self._parameters[name])
+            if (tuple(tensor.shape), tensor.dtype) != (shape, torch.float32):
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise TrainError(f"optimizer state {full} is {found}, expected torch.float32 {list(shape)}")
+            self._slots[name].state[key] = tensor
         for name, slot in self._slots.items():
-            slot.updates = updates.get(name, 0)
-            for key in ("c", "m", "v"):
-                tensor = read(f"{name}|{key}", self._parameters[name])
-                if tensor is not None:
-                    slot.state[key] = tensor
+            slot.updates = updates[name]
+
+
+def _check_names(what: str, found: Collection[str], expected: Collection[str]) -> None:
+    """Raise TrainError for names that are missing or too many, with the first of each."""
+    differences = {"missing": {*expected} - {*found}, "not expected": {*found} - {*expected}}
+    texts = [
+        f"{verb}: {', '.join(sorted(names)[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for verb, names in differences.items()
+        if names
+    ]
+    if texts:
+        raise TrainError(f"{what} {'; '.join(texts)}")
 
 
 def _whole(x: Tensor) -> Tensor:

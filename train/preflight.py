@@ -1,8 +1,8 @@
 """What a run will need, computed before anything is allocated.
 
-The model is built on torch's meta device, where tensors have shapes and no storage; its forward is run
-there once with hooks that count what autograd would keep. Estimates, therefore: allocators and kernels add
-their own, and attention is counted as a kernel that does not keep its scores.
+The model is built on torch's meta device, where tensors have shapes and no storage. Its forward runs there once, with
+hooks that count what autograd would keep. The figures are estimates: allocators and kernels add memory of their own,
+and attention is counted as a kernel that does not keep its scores.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def build_on_meta(config: TrainConfig, model_config: Any, dtype: torch.dtype) ->
             )
     except ValueError as e:
         if "scaled_dot_product_attention" in str(e):
-            raise TrainError(f"{config.model} cannot use attention {config.attention}: set attention: eager") from e
-        raise TrainError(f"{config.model} is not a causal language model that transformers knows: {e}") from e
+            raise TrainError(f"{config.model} has no attention {config.attention}. Set attention: eager.") from e
+        raise TrainError(f"{config.model}: transformers knows no causal language model of this kind. {e}") from e
     prepare_model(model, config, may_compile=False)
     return model.train()
 

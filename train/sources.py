@@ -1,7 +1,7 @@
-"""One source of the mixture: rows from a hub or a file, filtered and ordered, then rendered to segments.
+"""One source of the mixture: rows from the Hub or a file, filtered and ordered, then rendered to segments of text.
 
-Text only: nothing here knows tokens. A segment is a piece of text that is tokenised by itself and is
-either learned or only read; the formats below decide where the borders lie. Rows come through `datasets`.
+Nothing here knows tokens. A segment is tokenised by itself and is either learned or only read; the formats below decide
+where one segment ends and the next begins. Rows are read by the library `datasets`.
 """
 
 from __future__ import annotations
@@ -79,25 +79,25 @@ class Rows:
         try:
             return [*sorted(rest, key=lambda i: values[i], reverse=sort.descending), *empty]
         except TypeError as e:
-            raise TrainError(f"source {self._title}: cannot sort by {sort.column}: {e}; add `cast`") from e
+            raise TrainError(f"Source {self._title}: cannot be sorted by {sort.column} ({e}). Add `cast`.") from e
 
     def _check_columns(self, source: SourceConfig) -> None:
         known = self._dataset.column_names
         for column in _columns(source):
             if column not in known:
-                raise TrainError(f"source {self._title} has no column {column!r}; its columns are {', '.join(known)}")
+                raise TrainError(f"Source {self._title}: has no column {column!r}. Its columns are {', '.join(known)}.")
 
 
 def open_rows(source: SourceConfig) -> Rows:
     """The rows of a local file or folder when the path exists, else of a hub data set.
 
-    Raises TrainError when they cannot be had, naming the source and the reason.
+    Raises TrainError with the source and the reason when they cannot be read.
     """
     import datasets  # type: ignore[import-untyped]
 
     local = Path(source.path).expanduser()
     if _looks_local(source.path) and not local.exists():
-        raise TrainError(f"source {source.title}: there is no file {source.path}")
+        raise TrainError(f"Source {source.title}: there is no file {source.path}. Check the path.")
     try:
         if local.is_file():
             builder = _builder(local)
@@ -112,7 +112,7 @@ def open_rows(source: SourceConfig) -> Rows:
         raise
     except Exception as e:  # the library raises dozens of kinds; all mean: not readable
         reason = explain(e, source.path, source.revision, "data set") or _first_line(e)
-        raise TrainError(f"source {source.title}: cannot load {source.path}: {reason}") from e
+        raise TrainError(f"Source {source.title}: {source.path} cannot be loaded. {reason}") from e
     is_csv = local.suffix == ".csv"
     return Rows(dataset, _content_digest(local) or dataset._fingerprint, source.title, is_csv=is_csv)
 
@@ -123,7 +123,7 @@ def _looks_local(path: str) -> bool:
 
 def _builder(path: Path) -> str:
     if path.suffix not in _BUILDERS:
-        raise TrainError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+        raise TrainError(f"{path}: ends in {path.suffix!r}, expected one of {', '.join(_BUILDERS)}.")
     return _BUILDERS[path.suffix]
 
 
@@ -141,17 +141,17 @@ def _content_digest(path: Path) -> str | None:
 
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0].rstrip('.')}."
 
 
 def _hold_out(rows: list[int], source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
-    """Split by row, before templates: both directions of a row are on one side."""
+    """Split by row, before templates: all examples of one row are learned, or all are held out."""
     asked = source.held_out
     count = int(asked) if asked >= 1 else round(asked * len(rows))
     if asked and not count:
-        raise TrainError(f"source {source.title}: held_out is {asked} of {len(rows)} rows, which is none: raise it")
+        raise TrainError(f"Source {source.title}: held_out is {asked} of {len(rows)} rows, which is none. Raise it.")
     if count and count >= len(rows):
-        raise TrainError(f"source {source.title}: held_out asks for {count} rows of {len(rows)}; nothing would be left")
+        raise TrainError(f"Source {source.title}: held_out is {count} of {len(rows)} rows, which is all. Lower it.")
     chosen = set(np.random.default_rng((seed, 4)).permutation(len(rows))[:count].tolist())
     train = [row for i, row in enumerate(rows) if i not in chosen]
     return train, [row for i, row in enumerate(rows) if i in chosen]
@@ -176,7 +176,9 @@ def _cast(value: Any, cast: str | None, column: str, title: str) -> Any:
     try:
         return _CASTS[cast](value)
     except (TypeError, ValueError, OverflowError) as e:
-        raise TrainError(f"source {title}: cannot cast {column} = {value!r} to {cast}") from e
+        raise TrainError(
+            f"Source {title}: column {column} holds {value!r}, which cannot be cast to {cast}. Correct either."
+        ) from e
 
 
 def _holds(value: Any, test: Where, title: str) -> bool:
@@ -188,8 +190,8 @@ def _holds(value: Any, test: Where, title: str) -> bool:
         return _OPERATORS[test.op](value, test.value)
     except TypeError as e:
         raise TrainError(
-            f"source {title}: {test.column} holds {value!r} ({type(value).__name__}), which does not compare "
-            f"with {test.value!r} by {test.op}: add `cast: int` (or float, str)"
+            f"Source {title}: column {test.column} holds {value!r} ({type(value).__name__}), which cannot be compared "
+            f"with {test.value!r} by {test.op}. Add `cast: int` (or float, str)."
         ) from e
 
 
@@ -212,10 +214,10 @@ def template_fields(text: str, title: str) -> list[str]:
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as e:
-        raise TrainError(f"source {title}: template {text!r}: {e}") from e
+        raise TrainError(f"Source {title}: template {text!r} is not valid ({e}). Write braces as {{{{ and }}}}.") from e
     for _, name, spec, conversion in parts:
         if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
-            raise TrainError(f"source {title}: template {text!r}: expected plain {{column}} fields")
+            raise TrainError(f"Source {title}: template {text!r} has a field that is not a plain {{column}}.")
     return [name for _, name, _, _ in parts if name is not None]
 
 
@@ -263,12 +265,12 @@ def _messages(value: Any, source: SourceConfig) -> list[tuple[str, str]]:
         return [(message["role"], _content(message["content"])) for message in value or ()]
     except (TypeError, KeyError) as e:
         raise TrainError(
-            f"source {source.title}: column {source.messages} holds {value!r:.80}, expected a list of {{role, content}}"
+            f"Source {source.title}: column {source.messages} is {value!r:.80}, expected a list of {{role, content}}."
         ) from e
 
 
 def _content(content: Any) -> str:
-    """A message's text; none where there is none (a tool call). TypeError for anything but text."""
+    """The text of a message; empty without content (a tool call). TypeError for content that is not text."""
     if content is not None and not isinstance(content, str):
         raise TypeError(content)
     return (content or "").strip()
@@ -287,7 +289,7 @@ def _memphis_chat(messages: list[tuple[str, str]], title: str) -> list[Segment]:
     for role, content in messages:
         if role not in _HEADERS or (header_written and role != "user"):
             expected = "user" if header_written else "system, user or assistant"
-            raise TrainError(f"source {title}: a message has role {role!r}, expected {expected}")
+            raise TrainError(f"Source {title}: a message has role {role!r}, expected {expected}.")
         pending += "" if header_written else _HEADERS[role]
         header_written = role == "assistant"
         if role == "assistant":
@@ -303,7 +305,7 @@ def _chat_template(messages: list[tuple[str, str]], tokenizer: Any, title: str) 
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise TrainError(f"source {title}: format chat-template, but the tokenizer has none: use memphis-chat")
+        raise TrainError(f"Source {title}: the tokenizer has no chat template. Set format: memphis-chat.")
     turns = [{"role": role, "content": content} for role, content in messages]
     segments: list[Segment] = []
     done = ""
@@ -314,11 +316,13 @@ def _chat_template(messages: list[tuple[str, str]], tokenizer: Any, title: str) 
             before = tokenizer.apply_chat_template(turns[:number], tokenize=False, add_generation_prompt=True)
             after = tokenizer.apply_chat_template(turns[: number + 1], tokenize=False)
         except TemplateError as e:
-            raise TrainError(f"source {title}: the tokenizer's chat template refuses a conversation: {e}") from e
+            raise TrainError(
+                f"Source {title}: the tokenizer's chat template refuses a conversation ({e}). Set format: memphis-chat."
+            ) from e
         if not (after.startswith(before) and before.startswith(done)):
             raise TrainError(
-                f"source {title}: the tokenizer's chat template rewrites earlier turns, so the learned span "
-                "cannot be told: use memphis-chat"
+                f"Source {title}: the tokenizer's chat template rewrites earlier turns, so the learned tokens cannot "
+                "be found. Set format: memphis-chat."
             )
         segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
         done = after

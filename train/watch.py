@@ -1,7 +1,7 @@
 """What a user watches: a progress line, metrics.jsonl, TensorBoard when it is installed, the card at the end.
 
-Never a weight: numbers come in as plain floats. metrics.jsonl is the record; the plot and the card are made
-from it, so they are whole after any number of resumes.
+Numbers arrive here as plain floats. metrics.jsonl is the record; the plot and the card are made from it, so they are
+complete after any number of resumes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from tqdm import tqdm
 from train.config import SourceConfig, TrainConfig
 from train.data import SourceReport, report_table
 from train.errors import TrainError
+from train.output import publish_text
 
 
 class Watch:
-    """The first process's progress line and metrics; the others' does nothing."""
+    """The progress line and the metrics of the first process; in other processes it does nothing."""
 
     def __init__(self, output: Path, steps: int, done: int, active: bool) -> None:
         self._active = active
@@ -34,13 +35,9 @@ class Watch:
         self._path = output / "metrics.jsonl"
         _forget_after(self._path, done)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        # A line every half minute when nobody is looking at a terminal.
+        # Without a terminal, a line every half minute.
         self._bar = tqdm(
-            total=steps,
-            initial=done,
-            unit="step",
-            desc="train",
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            total=steps, initial=done, unit="step", desc="train", mininterval=0.5 if sys.stderr.isatty() else 30
         )
         self._board = _tensorboard(output, done)
 
@@ -54,7 +51,7 @@ class Watch:
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         except OSError as e:
-            raise TrainError(f"cannot write {self._path}: {e.strerror}; make room, then start again") from e
+            raise TrainError(f"{self._path}: cannot be written ({e.strerror}). Make room, then start again.") from e
         if self._board is not None:
             for name, value in _scalars(kind, values):
                 self._board.add_scalar(name, value, step)
@@ -73,7 +70,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         if self._active:
             self._bar.close()
-            with contextlib.suppress(OSError):  # a full disk was told of when the line was written
+            with contextlib.suppress(OSError):  # a full disk was reported when the line was written
                 self._file.close()
             if self._board is not None:
                 self._board.close()
@@ -93,9 +90,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    beside.replace(path)
+    publish_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -148,7 +143,7 @@ def build_card(
     facts: dict[str, Any],
     has_plot: bool,
 ) -> str:
-    """The model card: what was trained on what, how, and what came of it."""
+    """The model card: base, data, settings and results."""
     settings = {
         key: getattr(config, key)
         for key in TrainConfig.__dataclass_fields__
@@ -176,7 +171,7 @@ def build_card(
 
 
 def _metadata(config: TrainConfig, is_local: bool) -> dict[str, Any]:
-    """The Hub's metadata; local folders and files are nobody else's business."""
+    """The Hub's metadata; paths of local folders and files stay private."""
     datasets = [source.path for source in config.sources if not Path(source.path).exists()]
     found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mixce"]}
     if not is_local:
@@ -185,7 +180,7 @@ def _metadata(config: TrainConfig, is_local: bool) -> dict[str, Any]:
 
 
 def _source_lines(config: TrainConfig) -> Iterator[str]:
-    """What was taken of each source, as the config says it."""
+    """A line per source: its keys that are not the defaults."""
     for source in config.sources:
         path = Path(source.path).name if Path(source.path).exists() else source.path
         asked = {

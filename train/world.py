@@ -1,12 +1,13 @@
-"""The processes of one run: who am I, how many are we, and the few words exchanged.
+"""The processes of one run: which one this is, how many there are, what they exchange, and who asks them to stop.
 
-Rank and world size are read from the environment here, once, and passed on. One process needs no process
-group; several (under torchrun) use NCCL on GPUs and gloo on CPUs.
+Rank and world size are read from the environment here, once, and passed on. One process needs no process group; several
+(under torchrun) use NCCL on GPUs and gloo on CPUs.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -72,18 +73,13 @@ class World:
             raise TrainError(error)
 
 
-def rank_from_environment() -> int:
-    """This process's rank as torchrun tells it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def open_world(device: str) -> World:
     """Join the other processes (none without torchrun). `device` is auto, cpu or cuda.
 
     Raises TrainError when CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise TrainError("device is cuda, but torch sees no CUDA device: set device to auto or cpu")
+        raise TrainError("device is cuda, but torch finds no CUDA device. Set device to auto or cpu.")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))
     here = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
@@ -92,10 +88,29 @@ def open_world(device: str) -> World:
     owns_group = size > 1 and not dist.is_initialized()
     if owns_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
-    return World(rank_from_environment(), size, here, owns_group)
+    return World(int(os.environ.get("RANK", "0")), size, here, owns_group)
 
 
 def close_world(world: World) -> None:
     """Leave the process group that `open_world` joined; one that was there before stays."""
     if world.owns_group:
         dist.destroy_process_group()
+
+
+class StopSignals:
+    """SIGTERM and SIGINT set `asked`; the loop saves after the step. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopSignals:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
