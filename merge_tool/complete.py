@@ -14,14 +14,15 @@ import numpy as np
 from merge_tool.checkpoint.reader import NUMPY_DTYPES
 from merge_tool.errors import DataError, OutputError, listed, reason, shown
 from merge_tool.methods import TILE, same_values
-from merge_tool.older import check_conflicts, read_sums
+from merge_tool.older import check_conflicts, older_labels, read_sums
 from merge_tool.output import Target
 from merge_tool.plan import MergePlan, TensorJob
 from merge_tool.prepare import Prepared, existing_folder
 from merge_tool.recipe import label_t
-from merge_tool.report import read_identity
+from merge_tool.report import head_differences, read_head, read_identity, report_head
 from merge_tool.side_files import CARD, RECIPE, REPORT, SUMS, WORK
 
+_MOST = 5  # differences that are named
 _SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
 
 
@@ -41,9 +42,11 @@ def is_complete(prepared: Prepared) -> bool:
         if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
             return False
         if not all(_is_output(prepared, target.path / label, t) for label, t in labelled(prepared.plan)):
-            way = "Choose another folder, or give --overwrite to replace the model in it once the new one is complete."
+            parts = _why_another(prepared)
+            why = f": {'; '.join(parts[:_MOST])}" + (f" and {len(parts) - _MOST} more" if len(parts) > _MOST else "")
             raise OutputError(
-                f"{shown(target.path)}: is not empty, and not the result of this merge. {_way_on(prepared, way)}"
+                f"{shown(target.path)}: is not empty, and not the result of this merge{why if parts else ''}. "
+                f"{_way_on(prepared, 'Choose another OUT, or --overwrite.')}"
             )
         changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
@@ -82,6 +85,26 @@ def _is_output(prepared: Prepared, folder: Path, t: float) -> bool:
     return all((folder / name).is_file() for name in files) and all(
         (folder / name).stat().st_size == size for name, size in sizes.items()
     )
+
+
+def _why_another(prepared: Prepared) -> list[str]:
+    """What OUT's merge and this one differ in, in words, or what is missing there; nothing where OUT holds no merge."""
+    out, plan = prepared.target.path, prepared.plan
+    before = [head for label in older_labels(out) if (head := read_head(out / label / REPORT))]
+    if not before:
+        return []
+    now = [report_head(plan, t, *single_facts(plan, t), prepared.samples) for t in plan.ts]
+    if found := head_differences(before, now):
+        return found
+    lost = [f"{label}/{name}".lstrip("/") for label, t in labelled(plan) for name in _lost(prepared, out / label)]
+    return [f"{listed(lost)} changed or missing"] if lost else []
+
+
+def _lost(prepared: Prepared, folder: Path) -> list[str]:
+    """The files of this merge that an output lacks, or has in another size."""
+    sizes = {shard.file_name: shard.size for shard in prepared.plan.shards}
+    names = dict.fromkeys((*sizes, *final_names(prepared), *read_sums(folder)))
+    return [n for n in names if not (folder / n).is_file() or sizes.get(n) not in (None, (folder / n).stat().st_size)]
 
 
 def _changed_since(prepared: Prepared, output: Path) -> list[str]:

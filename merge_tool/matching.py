@@ -71,7 +71,8 @@ def find_unchosen(recipe: Recipe, names: Iterable[str]) -> frozenset[str]:
 def no_match(option: str, pattern: Pattern, names: Iterable[str]) -> str:
     """The message for a pattern that is probably a typo."""
     some = sorted(sorted(names), key=natural_key)
-    return f"{option}: matches no tensor.{pattern.hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."
+    hint = pattern.hint(some)
+    return f"{option}: matches no tensor.{hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."
 
 
 def natural_key(name: str) -> str:

@@ -18,7 +18,7 @@ from merge_tool.checkpoint.folder import is_pickle
 from merge_tool.checkpoint.header import TensorInfo, build_header, header_bytes, write_order
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.checkpoint.source import TensorSource
-from merge_tool.errors import RecipeError, shown
+from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.matching import Matching, match_tensors, natural_key, no_match
 from merge_tool.methods.steps import Given, StepsMethod
 from merge_tool.recipe import OUTPUT_DTYPES, Recipe, label_t
@@ -407,3 +407,25 @@ def input_facts(model: Checkpoint) -> dict[str, Any]:
     """What tells one input from another, as far as headers show it."""
     files = {f.file_name: {"size": f.source.size, "header_sha256": f.header_sha256} for f in model.files}
     return {"name": model.name, "files": files}
+
+
+_TEXT = "recipe_sha256"  # the fact that stands for a recipe's text
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two merges' facts differ in, in words: `t was 0.4, now 0.5`."""
+    words = ((key, _in_words(before.get(key)), _in_words(now.get(key))) for key in {**now, **before})
+    parts = [
+        "the recipe changed" if key == _TEXT else f"{key} was {old}, now {new}" for key, old, new in words if old != new
+    ]
+    models = [key for key, value in now.items() if isinstance(value, dict)]
+    changed = [key for key in models if before.get(key) != now[key] and not any(p.startswith(f"{key} ") for p in parts)]
+    return [*parts, *(f"the files of {key} changed" for key in changed)]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):  # a model
+        return shown(value.get("name"))
+    if isinstance(value, list):
+        return listed(value, 10) or "none"
+    return "none" if value is None else f"{value:,}" if type(value) is int else shown(value)

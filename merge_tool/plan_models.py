@@ -48,7 +48,7 @@ def plan_models(
     infos = [_output_info(recipe, ask, models) for ask in by_name.values()]
     donor = models[asked.donor]
     stem, text = output_stem(donor), _published(asked, models)
-    given = _Givens(method, seed)
+    given = _Givens(asked, method, seed)
 
     def job(number: int, out: TensorInfo) -> TensorJob:
         return _job(number, out, by_name[out.name], models, given)
@@ -125,8 +125,8 @@ def _output_info(recipe: Recipe, ask: Ask, models: Sequence[Checkpoint]) -> Tens
 class _Givens:
     """What the method is told about each tensor; equal parameters are kept once."""
 
-    def __init__(self, method: StepsMethod | None, seed: int) -> None:
-        self.method, self.seed = method, seed
+    def __init__(self, asked: ModelsRecipe, method: StepsMethod | None, seed: int) -> None:
+        self.asked, self.method, self.seed = asked, method, seed
         self._kept: dict[str, Any] = {}  # keeps what _checked knows by its id
         self._checked: set[tuple[int, int, bool]] = set()
 
@@ -145,7 +145,14 @@ class _Givens:
         try:
             check_given(self.method, given)
         except ValueError as e:
-            raise RecipeError(f"{shown(name)}: {e}") from e
+            raise RecipeError(f"{self._place(str(e))}: {e} (The first such tensor: {shown(name)}.)") from e
+
+    def _place(self, problem: str) -> str:
+        """Where the recipe sets the parameters that a method's message speaks of."""
+        words = set(re.findall(r"\w+", problem))
+        settings = (setting for scope in self.asked.scopes for key, setting in scope.items() if key in words)
+        lines = sorted({choice.line for setting in settings for choice in setting.choices})
+        return shown(self.asked.where) + (f", line {listed(lines)}" if lines else "")
 
 
 def _job(number: int, out: TensorInfo, ask: Ask, models: Sequence[Checkpoint], given: _Givens) -> TensorJob:

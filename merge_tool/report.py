@@ -11,13 +11,15 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.errors import OutputError, reason, shown
 from merge_tool.methods import METHODS, PairSums, Weights, pair_angle
-from merge_tool.plan import MergePlan, TensorJob
+from merge_tool.plan import MergePlan, TensorJob, differences
+from merge_tool.recipe import label_t
 
 FORMAT = 1  # of merge_report.json
 _LARGEST_HEAD = 32_000_000  # characters; 1,000 shards on each side have about 300,000
@@ -296,6 +298,19 @@ def report_lines(
     samples: Sequence[str],
 ) -> Iterator[str]:
     """merge_report.json, a line per tensor."""
+    head = report_head(plan, t, digest, facts, samples)
+    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
+    count, number = plan.num_tensors, plan.ts.index(t)
+    for place, job in enumerate(plan.jobs(), 1):
+        line = tensor_text(plan, job, findings[job.number], number)
+        yield f"  {line}" + ("\n" if place == count else ",\n")
+    yield " ]\n}\n"
+
+
+def report_head(
+    plan: MergePlan, t: float, digest: str, facts: Mapping[str, Any], samples: Sequence[str]
+) -> dict[str, Any]:
+    """What a merge_report.json says of the merge as a whole."""
     head: dict[str, Any] = {
         "format": FORMAT,
         "tool": f"slerp-merge {__version__}",
@@ -309,12 +324,51 @@ def report_lines(
     }
     if not plan.is_pair:
         head["recipe"] = plan.text
-    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
-    count, number = plan.num_tensors, plan.ts.index(t)
-    for place, job in enumerate(plan.jobs(), 1):
-        line = tensor_text(plan, job, findings[job.number], number)
-        yield f"  {line}" + ("\n" if place == count else ",\n")
-    yield " ]\n}\n"
+    return head
+
+
+def read_head(report: Path) -> dict[str, Any]:
+    """The head of a merge_report.json; nothing of one that is missing or damaged."""
+    try:
+        with report.open(encoding="utf-8", newline="") as lines:
+            return next(stream_report(lines))[1]
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def head_differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What two merges differ in, by the heads of their outputs' reports; in words, the likely reasons first."""
+    try:
+        (old, *_), (new, *_) = before, now
+        parts = differences(*(_head_facts(heads) for heads in (before, now)))
+        if not parts and old["samples_sha256"] != new["samples_sha256"]:
+            pairs = zip(new["inputs"], old["samples_sha256"], new["samples_sha256"], strict=False)
+            parts = [f"the weights of {shown(side)} changed" for side, was, now_is in pairs if was != now_is]
+        return [*parts, *_recipe_difference(old.get("recipe"), new.get("recipe"))]
+    except (KeyError, TypeError, AttributeError, ValueError):  # a head of a stranger's
+        return []
+
+
+def _head_facts(heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What makes one merge of some outputs, as `differences` compares it."""
+    head = heads[0]
+    ts = sorted({float(one["t"]) for one in heads if one["t"] is not None})
+    return {
+        "method": head["method"],
+        "t": [label_t(t) for t in ts],
+        **head["inputs"],
+        **{key: value for key, value in head["options"].items() if key not in head["inputs"]},
+        "version": head["tool"],
+    }
+
+
+def _recipe_difference(before: str | None, now: str | None) -> Iterator[str]:
+    """The first line in which two recipes differ."""
+    if before is None or now is None or before == now:
+        return
+    lines = zip_longest(before.splitlines(), now.splitlines(), fillvalue="")
+    number, (old, new) = next((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1])
+    yield f"line {number} of the recipe was '{shown(old.strip(), 60)}', now '{shown(new.strip(), 60)}'"
 
 
 def _options(plan: MergePlan, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,8 +391,8 @@ def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises ValueError where that is not what report_lines writes.
     """
     head, start, size = [], _TENSORS.split("\n")[1], 0
-    lines = iter(lines)
-    for line in lines:
+    numbered = enumerate(lines, 1)
+    for _, line in numbered:
         if line.rstrip("\n") == start:
             break
         head.append(line)
@@ -347,14 +401,17 @@ def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError("its head is too long")
     text = "".join(head).rstrip("\n").removesuffix(",") + "\n}"
     yield text, _object(text)
-    for line in lines:
+    for number, line in numbered:
         if line == " ]\n":
             break
         text = line.strip().removesuffix(",")
         if line not in (f"  {text},\n", f"  {text}\n"):
-            raise ValueError("a line is not as it was written")
-        yield text, _object(text)
-    if "".join(lines) != "}\n":
+            raise ValueError(f"line {number:,} is not as it was written: '{shown(line, 60)}'")
+        try:
+            yield text, _object(text)
+        except ValueError as e:
+            raise ValueError(f"line {number:,} is not as it was written: {shown(e)}") from e
+    if "".join(line for _, line in numbered) != "}\n":
         raise ValueError("it does not end as a report does")
 
 
@@ -399,9 +456,12 @@ __all__ = [
     "damaged",
     "describe",
     "from_record",
+    "head_differences",
     "load_tensors",
+    "read_head",
     "read_identity",
     "remarks",
+    "report_head",
     "report_lines",
     "summarise",
     "sums_text",

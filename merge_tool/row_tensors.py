@@ -55,8 +55,13 @@ def known_rows(model: Checkpoint) -> int:
         found = [
             f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model.tensors.values()).items())
         ]
-        what = f"has embeddings of different sizes ({', '.join(found)})" if found else "has no embedding that is known"
-        raise MismatchError(f"{model.name}: {what}, so it cannot be told which rows are tokens.")
+        what = "has no embedding under a known name (embed_tokens, wte, word_embeddings, tok_embeddings and the like)"
+        if found:
+            what = f"has embeddings of different sizes ({', '.join(found)})"
+        raise MismatchError(
+            f"{model.name}: {what}, so it cannot be told which rows are tokens. Do not match rows by token (leave out "
+            "--vocab, or the recipe's tokenizer), and keep such tensors as they are: --exclude PATTERN."
+        )
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 import re
@@ -15,6 +16,7 @@ from merge_tool.errors import RecipeError, shown
 # What Python users may give: {"self_attn": [0, 0.5, 1], "mlp": 0.2}, or the command line's "PATTERN=VALUES" texts.
 Rules: TypeAlias = "Mapping[str, float | Sequence[float]] | Iterable[str | Rule]"
 
+_MOST_NAMES = 5_000  # that a pattern is compared with
 _LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
 
 
@@ -52,10 +54,10 @@ class Pattern:
             return self.text in name
         return (self._compiled.match if self._is_glob else self._compiled.search)(name) is not None
 
-    @property
-    def hint(self) -> str:
-        """What may be wrong with a pattern that matches nothing."""
-        return " A glob must match the whole name: write *PATTERN*, perhaps." if self._is_glob else ""
+    def hint(self, names: Iterable[str]) -> str:
+        """What may be wrong with a pattern that matches none of these names."""
+        glob = " A glob must match the whole name: write *PATTERN*, perhaps." if self._is_glob else ""
+        return glob + meant(self.text, names)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,24 @@ class Rule:
         low, high = self.values[before], self.values[min(before + 1, len(self.values) - 1)]
         share = place - before
         return min(max(low * (1 - share) + high * share, min(low, high)), max(low, high))  # never past a neighbour
+
+
+def meant(text: str, names: Iterable[str]) -> str:
+    """` Did you mean ...?`, with the parts of tensors' names that a pattern resembles which is in none; or nothing.
+
+    >>> meant("self_atn", ["model.layers.0.self_attn.q_proj.weight"])
+    ' Did you mean self_attn?'
+    """
+    names = list(names)
+    words = (word.lstrip(".") for word in re.findall(r"[\w.]*\w", text.removeprefix("re:")))
+    wanted = next((w for w in sorted(words, key=len, reverse=True) if not any(w in name for name in names)), "")
+    length, parts = wanted.count(".") + 1, dict[str, str]()
+    for pieces in (name.split(".") for name in names[:_MOST_NAMES] if wanted):
+        for start in range(len(pieces) - length + 1):
+            part = ".".join(pieces[start : start + length])
+            parts.setdefault(part.lower(), part)
+    close = difflib.get_close_matches(wanted.lower(), parts, 2, cutoff=0.7)
+    return f" Did you mean {' or '.join(shown(parts[one]) for one in close)}?" if close else ""
 
 
 def parse_rules(given: Rules) -> tuple[Rule, ...]:
@@ -107,7 +127,10 @@ def _rule(pattern: str, values: Any) -> Rule:
             "finetune. Write --t-for 'PATTERN=0.3', or 'PATTERN=0,0.5,1' along the layers."
         ) from e
     if not found or not all(math.isfinite(value) for value in found):
-        raise RecipeError(f"The t of '{shown(pattern)}' has a value that is not finite, or none: 0 is the base.")
+        raise RecipeError(
+            f"The t of '{shown(pattern)}' has {'a value that is not finite' if found else 'no value'}: 0 is the base, "
+            "1 the finetune. Write --t-for 'PATTERN=0.3', or 'PATTERN=0,0.5,1' along the layers."
+        )
     return Rule(Pattern(pattern), found)
 
 

@@ -63,7 +63,13 @@ def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> t
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:
-        raise CheckpointError(f"{' and '.join(names)}: reading them ended with code {done.returncode}.")
+        size, largest = max((folder.size(TOKENIZER), name) for folder, name in zip(folders, names, strict=True))
+        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise CheckpointError(
+            f"{' and '.join(dict.fromkeys(names))}: the process that reads them ended with {ended}. Most likely memory "
+            f"was short: it takes about 15 bytes for each byte of them, and the largest, {largest}, has {size:,}. Free "
+            "some memory, then run the same command."
+        )
     head, _, rest = done.stdout.partition(b"\n")
     return json.loads(head), rest
 

@@ -338,7 +338,7 @@ class _Steps:
         if self.copies_equal and self.equal:
             self.steps.close()
             self.running, self.done = None, TensorDone(self.job.number, None, equal=True)
-        elif not running.settle():
+        elif not self._told(running.settle):
             self._advance(lambda: self.steps.send(running.found))
 
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:

@@ -125,7 +125,7 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint.source", "checkpoint.writer", "errors", "journal", "lock", "older", "overlap", "plan",
         "side_files",
     },
-    "report": {"_version", "errors", "methods", "plan"},
+    "report": {"_version", "errors", "methods", "plan", "recipe"},
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader", "inputs", "lora", "methods"},
     "config_fit": {

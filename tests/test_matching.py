@@ -120,7 +120,7 @@ def test_copies_take_part_in_several_outputs_and_in_resuming(tmp_path: Path, pai
 
     with pytest.raises(Stop):
         merge(*pair, tmp_path / "stopped", 0.2, on_progress=stop, **options)
-    assert "only was ['mlp'], now None" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
+    assert "only was mlp, now none" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
     merge(*pair, tmp_path / "stopped", 0.2, **options)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "0.2")
 
@@ -148,8 +148,15 @@ def test_the_cards_command_chooses_the_same(tmp_path: Path, pair: tuple[Path, Pa
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--only", "self_atn"], "--only self_atn: matches no tensor. The tensors are lm_head.weight, "),
+        (
+            ["--only", "self_atn"],
+            "--only self_atn: matches no tensor. Did you mean self_attn? The tensors are lm_head.",
+        ),
         (["--exclude", "mlp.*"], "--exclude mlp.*: matches no tensor. A glob must match the whole name"),
+        (["--only", "*.self_atn.*"], "the whole name: write *PATTERN*, perhaps. Did you mean self_attn? The tensors"),
+        (["--exclude", "re:up_prj$"], "--exclude re:up_prj$: matches no tensor. Did you mean up_proj?"),
+        (["--exclude", "LM_head"], "--exclude LM_head: matches no tensor. Did you mean lm_head?"),
+        (["--exclude", "mlp.upproj"], "--exclude mlp.upproj: matches no tensor. Did you mean mlp.up_proj?"),
         (["--only", "mlp", "--only", "nothing"], "--only nothing: matches no tensor."),
         (["--exclude", "*"], "--only and --exclude leave no tensor to merge."),
         (["--only", "mlp", "--exclude", "up_proj"], "--only and --exclude leave no tensor to merge."),

@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from checkpoints import CONFIG, Array, contents, language_model, load_folder, save_model
-from merge_tool import DataError, MismatchError, OutputError, RecipeError
+from merge_tool import DataError, MismatchError, OutputError, RecipeError, merge
 from merge_tool.cli import merge_tool
 from merge_tool.memory import resident_bytes
 from merge_tool.methods import encode
@@ -337,9 +337,22 @@ def test_an_error_of_the_method_names_the_tensor(models: list[Path], tmp_path: P
     asked = recipe("linear", models)
     for model, weight in zip(asked["models"], (1, -1, 0), strict=True):
         model["parameters"] = {"weight": weight}
-    with pytest.raises((DataError, RecipeError), match=r"weight"):
-        merge_models(asked, tmp_path / "out")
+    said = r"recipe\.yaml, line 5, 8, 11: the values of weight \(1, -1, 0\) add up to 0 .*such tensor: lm_head\.weight"
+    with pytest.raises(RecipeError, match=said):
+        merge_models(write(tmp_path, asked), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_an_error_of_a_method_of_ones_own_speaks_in_its_terms(models: list[Path], tmp_path: Path) -> None:
+    def too_high(given: Given) -> Steps:
+        yield OrderStatistics(lambda tile: [np.abs(tile.inputs[0])], [[given.numel]])
+        raise AssertionError("it goes no further")
+
+    mine = {"too_high": StepsMethod(too_high, "", "", inputs=(1, 1))}
+    asked = {"merge_method": "too_high", "base_model": str(models[0]), "models": [{"model": str(models[1])}]}
+    said = r"\S+weight: the method asked OrderStatistics for rank ([\d,]+) of \1 values; .* the last one is "
+    with pytest.raises(DataError, match=said):
+        merge_models(asked, tmp_path / "out", methods=mine)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("merge_*.yaml")))
@@ -375,6 +388,24 @@ def test_an_output_is_verified_by_its_recipe(method: str, models: list[Path], tm
     assert verify(tmp_path / "out", recipe=path)[0].problems
 
 
+def test_an_output_of_another_recipe_says_which_line_differs(models: list[Path], tmp_path: Path) -> None:
+    """Or which option, or which model; and a pair's output is told from a recipe's."""
+    asked, out = recipe("dare_ties", models), tmp_path / "out"
+    merge_models(asked, out)
+    changed = {**asked, "parameters": {"lambda": 0.9}}
+    fewer = {**asked, "models": asked["models"][:2]}
+    for again, options, what in (
+        (changed, {}, r"line \d+ of the recipe was '.*', now 'parameters:'"),
+        (asked, {"seed": 7}, "seed was 0, now 7"),
+        (recipe("ties", models), {}, "method was dare_ties, now ties; line 1 of the recipe was"),
+        (fewer, {}, "model-3 was three, now base; model-4 was base, now none; line 9 of the recipe was"),
+    ):
+        with pytest.raises(OutputError, match=rf"not the result of this merge: {what}.*\. Choose another OUT, or"):
+            merge_models(again, out, **options)
+    with pytest.raises(OutputError, match=r"method was dare_ties, now slerp; t was none, now 0\.5; base was none"):
+        merge(models[0], models[1], out)
+
+
 def test_an_interrupted_recipe_that_changed_is_refused_by_what_changed(models: list[Path], tmp_path: Path) -> None:
     """The recipe, the seed, another shard size, another model; the same command continues."""
     asked, out = recipe("dare_ties", models), tmp_path / "out"
@@ -386,8 +417,8 @@ def test_an_interrupted_recipe_that_changed_is_refused_by_what_changed(models: l
         merge_models(asked, out, on_progress=stop, max_shard_bytes=20_000)
     changed = {**asked, "parameters": {"lambda": 0.9}}
     for what, again, options in (
-        ("seed was 0, now 7", asked, {"seed": 7}), ("recipe_sha256 was", changed, {}),
-        ("exclude was None, now", asked, {"exclude": ["mlp"]}),
+        ("seed was 0, now 7", asked, {"seed": 7}), ("the recipe changed", changed, {}),
+        ("exclude was none, now mlp", asked, {"exclude": ["mlp"]}),
     ):  # fmt: skip
         with pytest.raises(OutputError, match=what):
             merge_models(again, out, **{"max_shard_bytes": 20_000, **options})

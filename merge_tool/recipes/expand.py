@@ -13,7 +13,7 @@ from merge_tool.recipes.models_recipe import PAIRS, ModelsRecipe, Module, Slice,
 from merge_tool.recipes.settings import MISSING, Settings, resolve
 from merge_tool.recipes.stacks import Owners, Stacks, comes_last
 from merge_tool.renaming import Renaming
-from merge_tool.schedule import split_layer
+from merge_tool.schedule import meant, split_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +91,13 @@ def expand_keeping(
 def unused_filters(recipe: ModelsRecipe, asks: Iterable[Ask]) -> Iterator[str]:
     """Warnings for filters that no tensor's name contains: written as globs or regular expressions, most often."""
     found = {name for ask in asks for name in (ask.name, *(name for _, name in ask.inputs))}
-    scopes: list[Settings] = [recipe.parameters]
-    for module in recipe.modules:
-        scopes.append(module.parameters)
-        for part in module.slices:
-            scopes += [part.parameters, *(source.parameters for source in part.sources)]
-    filters = {choice.part: key for scope in scopes for key, setting in scope.items() for choice in setting.choices}
+    settings = ((key, setting) for scope in recipe.scopes for key, setting in scope.items())
+    filters = {choice.part: key for key, setting in settings for choice in setting.choices}
     for text, key in filters.items():
         if text is not None and not any(text in name for name in found):
             yield (
-                f"The filter '{shown(text)}' of '{shown(key)}' is in no tensor's name. A filter is a part of the name, "
-                "no glob and no regular expression."
+                f"The filter '{shown(text)}' of '{shown(key)}' is in no tensor's name.{meant(text, sorted(found))} A "
+                "filter is a part of the name, no glob and no regular expression."
             )
 
 

@@ -96,6 +96,7 @@ class _Parser:
             chat_template=self._chat_template(fields),
             models=self._models.refs,  # complete only now
             text=text,
+            where=self._text.where,
             warnings=tuple(self._text.warnings),
         )
 

@@ -3,7 +3,7 @@ hold, and nothing of the language it was written in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -111,7 +111,8 @@ class ModelsRecipe:
 
     `models` are all that are named, each once, in the order of the text; `base` is the number of base_model. `dtype` is
     what every input is cast to as it is read, `out_dtype` what the output is written in: float32, float16, bfloat16 or
-    float64, None if not asked. `text` is the recipe as given. `warnings` name what has no effect, and why.
+    float64, None if not asked. `text` is the recipe as given, `where` its file's name. `warnings` name what has no
+    effect, and why.
     """
 
     models: tuple[ModelRef, ...]
@@ -124,7 +125,17 @@ class ModelsRecipe:
     tokenizer: TokenizerAsk | None = None
     chat_template: str | None = None
     text: str = ""
+    where: str = "the recipe"
     warnings: tuple[str, ...] = ()
+
+    @property
+    def scopes(self) -> Iterator[Settings]:
+        """All places in which the recipe sets parameters."""
+        yield self.parameters
+        for module in self.modules:
+            yield module.parameters
+            for part in module.slices:
+                yield from (part.parameters, *(source.parameters for source in part.sources))
 
     @property
     def donor(self) -> int:

@@ -66,7 +66,7 @@ class Parameters:
             return Setting((self._choice(key, value),))
         if isinstance(value.plain, tuple) and value.plain and isinstance(value.plain[0].plain, Mapping):
             return self._reached(key, value.plain, Setting(tuple(self._choice(key, item) for item in value.plain)))
-        return Setting((Choice(None, self._values(key, value)),))
+        return Setting((Choice(None, self._values(key, value), value.line),))
 
     def _reached(self, key: str, items: tuple[Value, ...], setting: Setting) -> Setting:
         parts = [choice.part for choice in setting.choices]
@@ -84,6 +84,7 @@ class Parameters:
         return Choice(
             None if everywhere or part is None else self._text.string(part, f"the filter of '{key}'"),
             self._values(key, fields["value"]),
+            fields["value"].line,
         )
 
     def _values(self, key: str, value: Value) -> tuple[Any, ...]:

@@ -4,16 +4,17 @@ Strings, numbers and positions only."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`values` for the tensors in whose names `part` occurs; for all of them, if it is None."""
+    """`values` for the tensors in whose names `part` occurs; for all of them, if it is None. `line` is the recipe's."""
 
     part: str | None
     values: tuple[Any, ...]
+    line: int = field(default=0, compare=False)
 
     def at(self, position: float) -> Any:
         """The value at `position` in 0 to 1: numbers are interpolated, switches and words are not.
