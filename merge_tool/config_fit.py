@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.renaming import is_head, says_tied
+from merge_tool.naming import is_head
+from merge_tool.renaming import says_tied
 from merge_tool.row_tensors import embedding_rows
 from merge_tool.side_files import SideFiles, counts_layers
 from merge_tool.vocab import config_sizes

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
+from merge_tool.naming import has_token_rows, is_derived
 from merge_tool.recipe import Recipe
 from merge_tool.recipes.stacks import Stacks
-from merge_tool.renaming import Renaming, find_renaming, is_derived, renaming_warnings
+from merge_tool.renaming import Renaming, find_renaming, renaming_warnings
 from merge_tool.schedule import Pattern
 
 NOT_CHOSEN = "not chosen: base kept"
@@ -161,7 +162,6 @@ def _first_lines(lines: list[str], most: int = 5) -> str:
 
 
 def _vocab(a: TensorInfo, b: TensorInfo) -> str:
-    is_embedding = re.search(r"embed|wte|lm_head|word_embeddings|output\.weight", a.name) is not None
-    if is_embedding and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
+    if has_token_rows(a.name) and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
         return f" (a vocabulary mismatch: {a.shape[0]:,} and {b.shape[0]:,} tokens)"
     return ""

@@ -16,6 +16,7 @@ from merge_tool.joined_vocab import join_vocabularies
 from merge_tool.matching import NOT_CHOSEN, NOT_IN_ALL, NOTHING_CHOSEN, find_unchosen
 from merge_tool.methods.many import STEPS_METHODS
 from merge_tool.methods.steps import StepsMethod
+from merge_tool.naming import is_derived
 from merge_tool.output import Target
 from merge_tool.plan import MergePlan
 from merge_tool.plan_models import plan_models
@@ -24,7 +25,7 @@ from merge_tool.recipe import DEFAULT_MAX_SHARD_BYTES, Recipe
 from merge_tool.recipes.expand import Ask, Keeping, expand_keeping
 from merge_tool.recipes.mergekit import parse_recipe
 from merge_tool.recipes.models_recipe import PAIRS, ModelsRecipe
-from merge_tool.renaming import find_renaming, is_derived, renaming_warnings
+from merge_tool.renaming import find_renaming, renaming_warnings
 
 _LARGEST_RECIPE = 1_000_000  # bytes
 Methods = Mapping[str, StepsMethod]

@@ -48,12 +48,13 @@ ARROWS: dict[str, set[str]] = {
     "methods.many": {"methods", "methods.steps"},
     "schedule": {"errors"},
     "recipe": {"errors", "methods", "schedule"},
-    "renaming": {"checkpoint.reader", "checkpoint.sub_configs", "errors"},
+    "naming": set(),
+    "renaming": {"checkpoint.reader", "checkpoint.sub_configs", "errors", "naming"},
     "low_rank": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
     "lora_config": {"checkpoint.folder", "checkpoint.source", "errors"},
     "lora": {
         "checkpoint.folder", "checkpoint.header", "checkpoint.hub", "checkpoint.reader", "checkpoint.source",
-        "checkpoint.strided", "errors", "lora_config", "low_rank", "renaming",
+        "checkpoint.strided", "errors", "lora_config", "low_rank", "naming", "renaming",
     },
     "inputs": {"checkpoint.hub", "errors", "lora"},
     "recipes.settings": set(),
@@ -71,7 +72,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "recipes.stacks": {"errors", "schedule"},
     "recipes.expand": {
-        "errors", "methods.steps", "recipes.models_recipe", "recipes.settings", "recipes.stacks", "renaming",
+        "errors", "methods.steps", "naming", "recipes.models_recipe", "recipes.settings", "recipes.stacks", "renaming",
         "schedule",
     },
     "tokenizer_json": {"checkpoint.folder", "checkpoint.lookalikes", "errors"},
@@ -79,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
     "joined_tokens": {"checkpoint.folder", "tokenizer_json"},
     "rows": {"checkpoint.header", "checkpoint.reader", "checkpoint.source", "methods"},
     "row_tensors": {
-        "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "renaming", "rows",
+        "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "naming", "renaming", "rows",
     },
     "vocab_rows": {"methods", "recipe", "rows", "tokens"},
     "vocab": {
@@ -96,7 +97,8 @@ ARROWS: dict[str, set[str]] = {
     "recipes.templates": set(),
     "recipes.__init__": set(),
     "matching": {
-        "checkpoint.header", "checkpoint.reader", "errors", "recipe", "recipes.stacks", "renaming", "schedule",
+        "checkpoint.header", "checkpoint.reader", "errors", "naming", "recipe", "recipes.stacks", "renaming",
+        "schedule",
     },
     "scaled_plan": {
         "checkpoint.fp8", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "recipe",
@@ -129,7 +131,7 @@ ARROWS: dict[str, set[str]] = {
     "card": {"_version", "errors", "methods", "plan", "recipe", "report"},
     "compare": {"checkpoint.reader", "inputs", "lora", "methods"},
     "config_fit": {
-        "checkpoint.header", "checkpoint.reader", "renaming", "row_tensors", "side_files", "vocab",
+        "checkpoint.header", "checkpoint.reader", "naming", "renaming", "row_tensors", "side_files", "vocab",
     },
     "prepare": {
         "chat_template", "checkpoint.reader", "config_fit", "errors", "inputs", "lora", "memory", "methods", "output",
@@ -175,9 +177,9 @@ ARROWS: dict[str, set[str]] = {
         "prepare", "recipe", "show", "sweep", "verify",
     },
     "models": {
-        "api", "chat_template", "checkpoint.reader", "errors", "joined_vocab", "methods.many", "methods.steps",
-        "matching", "output", "plan", "plan_models", "prepare", "recipe", "recipes.expand", "recipes.mergekit",
-        "recipes.models_recipe", "renaming",
+        "api", "chat_template", "checkpoint.reader", "errors", "joined_vocab", "matching", "methods.many",
+        "methods.steps", "naming", "output", "plan", "plan_models", "prepare", "recipe", "recipes.expand",
+        "recipes.mergekit", "recipes.models_recipe", "renaming",
     },
     "plan_models": {
         "_version", "checkpoint.header", "checkpoint.reader", "checkpoint.source", "errors", "matching",

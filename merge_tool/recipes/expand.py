@@ -9,9 +9,10 @@ from typing import Any
 
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
 from merge_tool.methods.steps import REQUIRED
+from merge_tool.naming import comes_last
 from merge_tool.recipes.models_recipe import PAIRS, ModelsRecipe, Module, Slice, Source, Terms, all_terms
 from merge_tool.recipes.settings import MISSING, Settings, resolve
-from merge_tool.recipes.stacks import Owners, Stacks, comes_last
+from merge_tool.recipes.stacks import Owners, Stacks
 from merge_tool.renaming import Renaming
 from merge_tool.schedule import meant, split_layer
 

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.schedule import split_layer
 
 _FEWEST_TENSORS = 3  # in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` is none
-
-# What stands after the layers, by the words that libraries use: output heads, and final norms.
-_HEAD = re.compile(
-    r"(?:.*_)?head|embed_out|output|proj(?:ect)?_out|score|(?:pre_)?classifier|qa_outputs|cls|pooler"
-    r"|(?:text|visual)_projection|final_logits_bias"
-)
-_NORM = re.compile(r"(?!pre).*norm(?:_f|_out)?|ln(?:_f|_out|_post)?")
-_INPUT = re.compile(r"embed|conv|proj")  # a norm beside one of these is not the final one
-
-
-def comes_last(name: str) -> bool:
-    """Whether a tensor outside any layers stands after them (a final norm, an output head) or before (all else).
-
-    >>> [comes_last(f"{name}.weight") for name in ("model.embed_tokens", "model.norm", "lm_head", "embeddings.norm")]
-    [False, True, True, False]
-    """
-    parts = name.lower().split(".")
-    if any(map(_HEAD.fullmatch, parts)):
-        return True
-    return any(map(_NORM.fullmatch, parts)) and not any(map(_INPUT.search, parts))
 
 
 class Stacks:
