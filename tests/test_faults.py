@@ -603,7 +603,7 @@ def test_resuming_may_change_memory_and_jobs_and_nothing_else(tmp_path: Path, pa
     merge(*pair, tmp_path / "whole", **options)
     out = unfinished(tmp_path, pair)
     for other, told in [
-        ({"t": 0.7}, "t was"), ({"dtype": "float32"}, "dtype was None, now float32"),
+        ({"t": 0.7}, "t was"), ({"dtype": "float32"}, "dtype was none, now float32"),
         ({"method": "linear"}, "method was slerp, now linear"), ({"max_shard_bytes": 9_000}, "max_shard_bytes was"),
         ({"files_from": "ft"}, "files_from was base, now ft"), ({"on_mismatch": "base"}, "on_mismatch was"),
     ]:  # fmt: skip

@@ -54,18 +54,47 @@ def test_an_output_whose_inputs_changed_is_not_complete(tmp_path: Path, pair: tu
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("other", [{"t": 0.6}, {"method": "linear"}, {"dtype": "float32"}, {"max_shard_bytes": 5000}])
-def test_an_output_of_another_merge_is_not_ours(tmp_path: Path, pair: tuple[Path, Path], other: Any) -> None:
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"t": 0.6}, "t was 0.5, now 0.6"),
+        ({"t": [0.5, 0.6]}, "t was 0.5, now 0.5, 0.6"),
+        ({"method": "linear"}, "method was slerp, now linear"),
+        ({"dtype": "float32"}, "dtype was none, now float32"),
+        ({"max_shard_bytes": 5000}, "max_shard_bytes was 5,000,000,000, now 5,000"),
+        ({"t_for": {"mlp": 0.2}, "exclude": ["norm"]}, "t_for was none, now mlp=0.2; exclude was none, now norm"),
+    ],
+)
+def test_an_output_of_another_merge_says_what_differs(
+    tmp_path: Path, pair: tuple[Path, Path], other: Any, what: str
+) -> None:
     merge(*pair, tmp_path / "out")
     before = contents(tmp_path / "out")
-    assert "is not empty, and not the result of this merge" in refusal(*pair, tmp_path / "out", **other)
+    said = refusal(*pair, tmp_path / "out", **other)
+    assert f"{tmp_path}/out: is not empty, and not the result of this merge: {what}. " in said
+    assert said.endswith("Choose another OUT, or --overwrite.")
     assert contents(tmp_path / "out") == before
+
+
+def test_an_output_of_other_models_or_several_t_says_what_differs(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    merge(*pair, tmp_path / "out", t=[0.3, 0.6])
+    assert "this merge: t was 0.3, 0.6, now 0.3. Choose" in refusal(*pair, tmp_path / "out", t=0.3)
+    other = save_model(tmp_path / "other", language_model(1), shards=3)
+    assert "this merge: ft was ft, now other. Choose" in refusal(pair[0], other, tmp_path / "out", t=[0.3, 0.6])
+    save_model(pair[1], language_model(7), shards=3)
+    assert "this merge: the weights of ft changed. Choose" in refusal(*pair, tmp_path / "out", t=[0.3, 0.6])
+    save_model(pair[1], language_model(1), shards=4)
+    assert "this merge: the files of ft changed. Choose" in refusal(*pair, tmp_path / "out", t=[0.3, 0.6])
+    (tmp_path / "out/t-0.3/merge_report.json").write_text("{}")
+    (tmp_path / "out/t-0.6/merge_report.json").write_text('{\n "t": []\n,\n "tensors": [\n ]\n}\n')
+    assert "not the result of this merge. Choose" in refusal(*pair, tmp_path / "out", t=[0.3, 0.6])
 
 
 def test_a_damaged_output_is_not_complete(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "out", **SMALL)
     (tmp_path / "out/model.safetensors.index.json").unlink()
-    assert "is not empty" in refusal(*pair, tmp_path / "out", **SMALL)
+    said = refusal(*pair, tmp_path / "out", **SMALL)
+    assert "not the result of this merge: model.safetensors.index.json changed or missing. Choose" in said
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -227,7 +256,7 @@ def test_another_merge_over_unfinished_work_names_the_difference(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = unfinished(tmp_path, pair, monkeypatch)
-    assert "t was ['0.5'], now ['0.7']" in refusal(*pair, out, 0.7, **SMALL)
+    assert "t was 0.5, now 0.7" in refusal(*pair, out, 0.7, **SMALL)
     assert "method was slerp, now linear" in refusal(*pair, out, method="linear", **SMALL)
     os.utime(pair[1] / "model-00002-of-00003.safetensors")
     message = refusal(*pair, out, **SMALL)

@@ -288,6 +288,16 @@ def test_an_old_pickle_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     assert "x.pt: " in refused(path)
 
 
+def test_a_version_of_torch_that_puts_tensors_elsewhere_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not say where in memory it mapped the file."""
+    torch.save({"a": torch.ones(2000)}, tmp_path / "m.bin")
+    monkeypatch.setattr("merge_tool.checkpoint.unpickle._load_zip", lambda torch, path, regions: torch.load(path))
+    said = refused(tmp_path / "m.bin")
+    assert f"torch {torch.__version__} does not map its tensors where torch 2.6 to 2.13 does. Install" in said
+
+
 def test_every_damage_is_refused_or_reads_what_torch_reads(tmp_path: Path) -> None:
     """Bytes changed anywhere, in both formats: an error of ours, or the tensors that weights_only gives."""
     chance = np.random.default_rng(1)

@@ -189,6 +189,25 @@ def test_a_report_that_was_damaged_does_not_pass_for_a_finished_merge(place: Pat
     assert "verified" in check(VERIFY, place)
 
 
+def test_a_reader_that_is_killed_says_what_it_read_and_why_perhaps(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a system that is out of memory."""
+    monkeypatch.setattr("merge_tool.tokenizer_json._START", "import os; os.kill(os.getpid(), 9)  # {module}")
+    said = check(UNION, place)
+    assert "base/tokenizer.json and ft/tokenizer.json: the process that reads them ended with signal 9" in said
+    assert "Most likely memory was short" in said
+
+
+def test_a_line_of_a_report_that_is_damaged_is_named(place: Path) -> None:
+    report = place / "done/merge_report.json"
+    lines = report.read_text().splitlines(keepends=True)
+    number = next(k for k, line in enumerate(lines) if '"name": "lm_head.weight"' in line)
+    for damage in (lines[number].replace("  {", " {"), lines[number].replace("}", "")):
+        report.write_text("".join([*lines[:number], damage, *lines[number + 1 :]]))
+        assert f"line {number + 1} is not as it was written" in check(VERIFY, place)
+
+
 def test_names_that_the_system_refuses_are_our_errors(place: Path) -> None:
     long = "x" * 300
     for words in (

@@ -192,9 +192,9 @@ def test_unfinished_work_of_other_rules_is_told_apart(tmp_path: Path, pair: tupl
 
     with pytest.raises(Stop):
         merge(*pair, tmp_path / "out", t_for=["mlp=0.1"], on_progress=stop)
-    for words, now in (([], "None"), (["--t-for", "mlp=0.2"], "['mlp=0.2']")):
+    for words, now in (([], "none"), (["--t-for", "mlp=0.2"], "mlp=0.2")):
         error = run(*pair, tmp_path / "out", *words).stderr
-        assert f"differs from this one: t_for was ['mlp=0.1'], now {now}." in error
+        assert f"differs from this one: t_for was mlp=0.1, now {now}." in error
     assert run(*pair, tmp_path / "out", "--t-for", "mlp=0.1").exit_code == 0
     merge(*pair, tmp_path / "straight", t_for=["mlp=0.1"])
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
@@ -203,7 +203,7 @@ def test_unfinished_work_of_other_rules_is_told_apart(tmp_path: Path, pair: tupl
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ("self_atn=0.5", "--t-for self_atn=0.5: matches no tensor. The tensors are lm_head.weight, "),
+        ("self_atn=0.5", "--t-for self_atn=0.5: matches no tensor. Did you mean self_attn? The tensors are lm_head."),
         ("mlp.*=0.5", "--t-for mlp.*=0.5: matches no tensor. A glob must match the whole name: write *PATTERN*"),
         ("mlp=1.5", "t for mlp is 1.5, expected 0 to 1. Give --extrapolate if you mean it."),
         ("mlp=0,-0.5,1", "t for mlp is -0.5, expected 0 to 1."),
@@ -211,6 +211,7 @@ def test_unfinished_work_of_other_rules_is_told_apart(tmp_path: Path, pair: tupl
         ("=0.5", "'=0.5' is not PATTERN=VALUE[,VALUE...]"),
         ("re:=0.5", "The pattern 're:' is empty"),
         ("re:(=0.5", "The pattern 're:(' is not a regular expression"),
+        ("mlp=nan", "The t of 'mlp' has a value that is not finite: 0 is the base, 1 the finetune. Write --t-for"),
         ("mlp=half", "The t of 'mlp' is not a number or a list of numbers"),
         ("mlp=0.1,", "The t of 'mlp' is not a number or a list of numbers"),
         ("mlp=nan", "The t of 'mlp' has a value that is not finite"),

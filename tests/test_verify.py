@@ -199,7 +199,16 @@ def test_a_report_that_is_no_report_is_a_problem(tmp_path: Path, pair: tuple[Pat
 
 def test_other_parents_are_named(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "out")
-    assert any(p.startswith("BASE: its files are not those") for p in problems(tmp_path / "out", pair[1], pair[0]))
+    swapped = "BASE and FT are swapped: what the report says of BASE is true of FT. Give --against FT BASE."
+    assert problems(tmp_path / "out", pair[1], pair[0]) == [swapped]
+    merge(pair[0], save_model(tmp_path / "like-base", language_model(3), shards=2), tmp_path / "alike")
+    assert problems(tmp_path / "alike", tmp_path / "like-base", pair[0]) == [swapped]  # by a few values alone
+    assert problems(tmp_path / "out", pair[1], pair[1]) == [
+        "BASE: its files are not those that the report names (model-00001-of-00003.safetensors, "
+        "model-00002-of-00003.safetensors, model-00003-of-00003.safetensors are not in the report; "
+        "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors are missing); no element was compared.",
+        "BASE: its weights are not those that were merged; no element was compared.",
+    ]
     other = save_model(tmp_path / "x/ft", language_model(2), shards=3)
     assert problems(tmp_path / "out", pair[0], other) == [
         "FT: its weights are not those that were merged; no element was compared."
@@ -333,7 +342,9 @@ def test_the_command(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     damaged = run("verify", out)
     assert damaged.exit_code == 1
     assert "t-0.5: config.json: its SHA-256 is " in damaged.stdout
-    assert run("verify", out, "--full").exit_code == 2
+    refused = run("verify", out, "--full")
+    assert refused.exit_code == 2
+    assert "give --against BASE FT, or for an output of `run` --recipe RECIPE." in refused.stderr
     assert run("verify", out, "--sample", "0%").exit_code == 2
     assert "no such file or folder" in run("verify", tmp_path / "none").stderr
     assert "is no output of slerp-merge" in run("verify", pair[0]).stderr

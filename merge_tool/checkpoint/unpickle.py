@@ -19,6 +19,7 @@ from merge_tool.errors import CheckpointError, listed, reason, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
 _OLDEST_TORCH = (2, 6)  # before, weights_only could be made to run code (CVE-2025-32434)
+_KNOWN_TORCH = "2.6 to 2.13"
 _LARGEST_PICKLE = 100_000_000  # bytes without the tensors'; as for safetensors' headers
 _DEEPEST = 3  # state dicts inside of dicts: {"checkpoint": {"model": {...}}}
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
@@ -239,7 +240,12 @@ class _Place:
         start = self.addresses[place] if place >= 0 else 0
         size, offset = self.regions.get(start, (0, 0))
         if not start <= address < start + size:
-            raise _Refused("torch put its tensors elsewhere than expected; this version of torch is not supported.")
+            import torch
+
+            raise _Refused(
+                f"torch {shown(torch.__version__)} does not map its tensors where torch {_KNOWN_TORCH} does. Install "
+                "such a version, or save the weights as safetensors."
+            )
         return offset + address - start
 
     def storage(self, storage: Any) -> int:

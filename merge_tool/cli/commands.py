@@ -335,7 +335,9 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
     if against is not None and options["recipe"] is not None:
         raise click.UsageError("Give either --against BASE FT or --recipe RECIPE.")
     if options["full"] and against is None and options["recipe"] is None:
-        raise click.UsageError("--full compares with the parents: give --against BASE FT, or --recipe RECIPE.")
+        raise click.UsageError(
+            "--full compares with the parents: give --against BASE FT, or for an output of `run` --recipe RECIPE."
+        )
     found = verify(out, against, **options)
     if as_json:
         click.echo(json.dumps([verification_json(one) for one in found], indent=2))

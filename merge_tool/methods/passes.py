@@ -147,7 +147,10 @@ def _locate(counts: Array, rank: int) -> tuple[int, int]:
     """The bucket that holds a rank, and the rank within it."""
     ends = np.cumsum(counts)
     if not 0 <= rank < ends[-1]:
-        raise ValueError(f"rank {rank} of {ends[-1]} values")
+        raise ValueError(
+            f"the method asked OrderStatistics for rank {rank:,} of {ends[-1]:,} values; ranks are counted from 0, so "
+            f"the last one is {ends[-1] - 1:,}"
+        )
     bucket = int(np.searchsorted(ends, rank, side="right"))
     return bucket, rank - int(ends[bucket] - counts[bucket])
 

@@ -23,7 +23,8 @@ from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
 from merge_tool.models.lora_config import CONFIG, Settings, read_settings
 from merge_tool.models.low_rank import Factor, LowRankTensor
-from merge_tool.models.renaming import Names, is_head, tied_embedding
+from merge_tool.models.naming import is_head
+from merge_tool.models.renaming import Names, tied_embedding
 
 Coming = Mapping[Path, Mapping[str, ByteSource]]  # of folders, the weights that are not there yet
 NOTHING: Coming = {}

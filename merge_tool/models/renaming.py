@@ -3,7 +3,6 @@ are tied. Only what is unambiguous is resolved; names, shapes and config.json ar
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,33 +11,7 @@ from typing import Any
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import text_configs
 from merge_tool.errors import shown
-
-# What model classes and training wrappers put before a tensor's own name, one or several of them.
-_WRAPPERS = frozenset({
-    "model", "transformer", "language_model", "text_model", "base_model", "module", "backbone", "gpt_neox", "bert",
-    "roberta", "distilbert", "deberta", "electra", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
-})  # fmt: skip
-_MOST_WRAPPERS = 8
-# Buffers that follow from the configuration: some versions of a library store them, others do not.
-_DERIVED = re.compile(
-    r"(?:^|\.)(?:rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|embeddings\.token_type_ids"
-    r"|[0-9]+\.(?:attn|attention|attn\.attention)\.(?:bias|masked_bias))$"
-)
-_HEADS = frozenset({
-    "lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight",
-    "vocab_projector.weight", "generator_lm_head.weight",
-})  # fmt: skip
-# What checkpoints of one library call otherwise: those made from TensorFlow's, and torch's older weight norm.
-_ALIASES = {
-    "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
-    "weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1",
-}  # fmt: skip
-_ALIAS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(map(re.escape, _ALIASES))})$")
-_COPIES = {  # what some checkpoints hold beside the tensor that it is one with
-    "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
-    "lm_head.decoder.bias": "lm_head.bias", "cls.predictions.decoder.bias": "cls.predictions.bias",
-}  # fmt: skip
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight")
+from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 
 
 @dataclass(slots=True)
@@ -79,25 +52,11 @@ def _copies(here: Checkpoint, there: Checkpoint, lacking: Iterable[str]) -> dict
     own, other = Names(here.tensors), Names(there.tensors)
     found = {}
     for name in sorted(lacking):
-        one_with = _COPIES.get(_core(name), "")
+        one_with = COPIES.get(own_name(name), "")
         place, twin = other.find(one_with), own.find(one_with)
         if place and twin and here.tensors[name].shape == here.tensors[twin].shape:
             found[name] = place
     return found
-
-
-def _core(name: str) -> str:
-    """A tensor's own name, without wrappers, as libraries have it now.
-
-    >>> _core("base_model.model.model.layers.0.mlp.up_proj.weight"), _core("model")
-    ('layers.0.mlp.up_proj.weight', 'model')
-    """
-    for _ in range(_MOST_WRAPPERS):
-        first, dot, rest = name.partition(".")
-        if not dot or first not in _WRAPPERS:
-            break
-        name = rest
-    return _ALIAS.sub(lambda found: _ALIASES[found[0]], name)
 
 
 class Names:
@@ -106,11 +65,11 @@ class Names:
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
         unique = _unique_cores(self.names)
-        self._by_core = {core: name for name in self.names if (core := _core(name)) in unique}
+        self._by_core = {core: name for name in self.names if (core := own_name(name)) in unique}
 
     def find(self, name: str) -> str | None:
         """The name itself, or the only one that differs in its wrappers at most."""
-        return name if name in self.names else self._by_core.get(_core(name))
+        return name if name in self.names else self._by_core.get(own_name(name))
 
 
 def _without_wrappers(
@@ -118,38 +77,26 @@ def _without_wrappers(
 ) -> dict[str, str]:
     """BASE's name -> FT's, where both are all that have this core on their side."""
     unique_base, unique_ft = (_unique_cores(model.tensors) for model in (base, ft))
-    theirs = {core: name for name in extra if (core := _core(name)) in unique_ft}
-    found = {name: theirs.get(core) for name in lacking if (core := _core(name)) in unique_base}
+    theirs = {core: name for name in extra if (core := own_name(name)) in unique_ft}
+    found = {name: theirs.get(core) for name in lacking if (core := own_name(name)) in unique_base}
     return {name: other for name, other in sorted(found.items()) if other is not None}
 
 
 def _unique_cores(names: Iterable[str]) -> set[str]:
-    return {core for core, count in Counter(map(_core, names)).items() if count == 1}
-
-
-def is_derived(name: str) -> bool:
-    """Whether a tensor is a buffer that a model makes itself when it is loaded: frequencies, positions, masks.
-
-    >>> [is_derived(f"h.0.attn.{name}") for name in ("rotary_emb.inv_freq", "bias", "c_attn.bias")]
-    [True, True, False]
-    """
-    return _DERIVED.search(name) is not None
-
-
-def is_head(name: str) -> bool:
-    """Whether a tensor's name is that of an output head's weight."""
-    return _core(name) in _HEADS
+    return {core for core, count in Counter(map(own_name, names)).items() if count == 1}
 
 
 def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
-    """The input embedding that is this model's output head, too; None if its config denies that or several might be."""
+    """The input embedding that is this model's output head, too, with rows as long as a head of this `shape` has; None
+    if its config denies that or several might be."""
     if says_tied(model.config or {}) is False or any(map(is_head, model.tensors)):
         return None
-    found = [n for n, info in model.tensors.items() if _EMBEDDING.search(n) and len(info.shape) == 2]
+    embeddings = (name for name in model.tensors if is_embedding(name))
+    found = [n for n in embeddings if len(model.tensors[n].shape) == 2 and model.tensors[n].shape[1:] == shape[1:]]
     if len(found) > 1:
         found = [name for name in found if model.tensors[name].shape == shape]
     if len(found) > 1:  # what the others are copies of
-        found = [name for name in found if _core(name) not in _COPIES]
+        found = [name for name in found if own_name(name) not in COPIES]
     return found[0] if len(found) == 1 else None
 
 
@@ -164,10 +111,10 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
     prefixes: dict[tuple[str, str], list[str]] = {}
     otherwise: list[str] = []
     for name, other in found.ft_names.items():
-        core = _core(name)
+        core = own_name(name)
         if name in unchosen:
             continue
-        if core != _core(other):
+        if core != own_name(other):
             yield f"{shown(name)} is not in {ft.name}, {_in_place(name, other)} of its own, as {base.name}."
         elif not (name.endswith(core) and other.endswith(core)):
             otherwise.append(name)

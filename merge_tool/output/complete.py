@@ -8,12 +8,13 @@ from pathlib import Path, PurePath
 
 from merge_tool.errors import OutputError, listed, reason, shown
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
-from merge_tool.output.older import check_conflicts, read_sums
-from merge_tool.output.report import read_identity
+from merge_tool.output.older import check_conflicts, older_labels, read_sums
+from merge_tool.output.report import head_differences, read_head, read_identity, report_head
 from merge_tool.output.work_folder import check_folders
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder
 
+_MOST = 5  # differences that are named
 _SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
 
 
@@ -35,9 +36,11 @@ def is_complete(prepared: Prepared) -> bool:
         if not all(
             _is_output(prepared, target.path / label, number) for number, label in enumerate(prepared.plan.labels)
         ):
-            way = "Choose another folder, or give --overwrite to replace the model in it once the new one is complete."
+            parts = _why_another(prepared)
+            why = f": {'; '.join(parts[:_MOST])}" + (f" and {len(parts) - _MOST} more" if len(parts) > _MOST else "")
             raise OutputError(
-                f"{shown(target.path)}: is not empty, and not the result of this merge. {_way_on(prepared, way)}"
+                f"{shown(target.path)}: is not empty, and not the result of this merge{why if parts else ''}. "
+                f"{_way_on(prepared, 'Choose another OUT, or --overwrite.')}"
             )
         changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
@@ -71,6 +74,26 @@ def _is_output(prepared: Prepared, folder: Path, output: int) -> bool:
     return all((folder / name).is_file() for name in files) and all(
         (folder / name).stat().st_size == size for name, size in sizes.items()
     )
+
+
+def _why_another(prepared: Prepared) -> list[str]:
+    """What OUT's merge and this one differ in, in words, or what is missing there; nothing where OUT holds no merge."""
+    out, plan = prepared.target.path, prepared.plan
+    before = [head for label in older_labels(out) if (head := read_head(out / label / REPORT))]
+    if not before:
+        return []
+    now = [report_head(plan, number, prepared.samples) for number in range(len(plan.labels))]
+    if found := head_differences(before, now):
+        return found
+    lost = [f"{label}/{name}".lstrip("/") for label in plan.labels for name in _lost(prepared, out / label)]
+    return [f"{listed(lost)} changed or missing"] if lost else []
+
+
+def _lost(prepared: Prepared, folder: Path) -> list[str]:
+    """The files of this merge that an output lacks, or has in another size."""
+    sizes = {shard.file_name: shard.size for shard in prepared.plan.shards}
+    names = dict.fromkeys((*sizes, *final_names(prepared), *read_sums(folder)))
+    return [n for n in names if not (folder / n).is_file() or sizes.get(n) not in (None, (folder / n).stat().st_size)]
 
 
 def _changed_since(prepared: Prepared, output: Path) -> list[str]:

@@ -11,13 +11,14 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.errors import OutputError, reason, shown
 from merge_tool.methods.inner import Weights, pair_angle
-from merge_tool.plan.plan import MergePlan, TensorJob
+from merge_tool.plan.plan import MergePlan, TensorJob, differences, words_of
 from merge_tool.recipe.options import as_json
 from merge_tool.run.findings import Finding, Findings, hex_results, hex_sums, median
 
@@ -202,6 +203,17 @@ def alarms(summary: Summary) -> list[str]:
 
 def report_lines(plan: MergePlan, findings: Findings, output: int, samples: Sequence[str]) -> Iterator[str]:
     """merge_report.json of the output of that number: its head first, then a line per tensor."""
+    head = report_head(plan, output, samples)
+    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
+    count = plan.num_tensors
+    for number, job in enumerate(plan.jobs(), 1):
+        line = tensor_text(plan, job, findings[job.number], output)
+        yield f"  {line}" + ("\n" if number == count else ",\n")
+    yield " ]\n}\n"
+
+
+def report_head(plan: MergePlan, output: int, samples: Sequence[str]) -> dict[str, Any]:
+    """What the merge_report.json of the output of that number says of the merge as a whole."""
     recipe, facts = plan.recipe, plan.facts_of(output)
     head: dict[str, Any] = {
         "format": FORMAT,
@@ -217,12 +229,51 @@ def report_lines(plan: MergePlan, findings: Findings, output: int, samples: Sequ
     }
     if plan.text:
         head["recipe"] = plan.text
-    yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
-    count = plan.num_tensors
-    for number, job in enumerate(plan.jobs(), 1):
-        line = tensor_text(plan, job, findings[job.number], output)
-        yield f"  {line}" + ("\n" if number == count else ",\n")
-    yield " ]\n}\n"
+    return head
+
+
+def read_head(report: Path) -> dict[str, Any]:
+    """The head of a merge_report.json; nothing of one that is missing or damaged."""
+    try:
+        with report.open(encoding="utf-8", newline="") as lines:
+            return next(stream_report(lines))[1]
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def head_differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What two merges differ in, by the heads of their outputs' reports; in words, the likely reasons first."""
+    try:
+        (old, *_), (new, *_) = before, now
+        parts = differences(*(_head_facts(heads) for heads in (before, now)))
+        if not parts and old["samples_sha256"] != new["samples_sha256"]:
+            pairs = zip(new["inputs"], old["samples_sha256"], new["samples_sha256"], strict=False)
+            parts = [f"the weights of {shown(side)} changed" for side, was, now_is in pairs if was != now_is]
+        return [*parts, *_recipe_difference(old.get("recipe"), new.get("recipe"))]
+    except (KeyError, TypeError, AttributeError, ValueError):  # a head of a stranger's
+        return []
+
+
+def _head_facts(heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What makes one merge of some outputs, as `differences` compares it."""
+    head = heads[0]
+    return {
+        "method": head["method"],
+        **words_of([one["parameters"] for one in heads]),
+        **head["inputs"],
+        **head["words"],
+        **head["options"],
+        "version": head["tool"],
+    }
+
+
+def _recipe_difference(before: str | None, now: str | None) -> Iterator[str]:
+    """The first line in which two recipes differ."""
+    if before is None or now is None or before == now:
+        return
+    lines = zip_longest(before.splitlines(), now.splitlines(), fillvalue="")
+    number, (old, new) = next((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1])
+    yield f"line {number} of the recipe was '{shown(old.strip(), 60)}', now '{shown(new.strip(), 60)}'"
 
 
 def sums_text(digests: Mapping[str, str]) -> bytes:
@@ -240,8 +291,8 @@ def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises ValueError where that is not what report_lines writes.
     """
     head, start, size = [], _TENSORS.split("\n")[1], 0
-    lines = iter(lines)
-    for line in lines:
+    numbered = enumerate(lines, 1)
+    for _, line in numbered:
         if line.rstrip("\n") == start:
             break
         head.append(line)
@@ -250,14 +301,17 @@ def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError("its head is too long")
     text = "".join(head).rstrip("\n").removesuffix(",") + "\n}"
     yield text, _object(text)
-    for line in lines:
+    for number, line in numbered:
         if line == " ]\n":
             break
         text = line.strip().removesuffix(",")
         if line not in (f"  {text},\n", f"  {text}\n"):
-            raise ValueError("a line is not as it was written")
-        yield text, _object(text)
-    if "".join(lines) != "}\n":
+            raise ValueError(f"line {number:,} is not as it was written: '{shown(line, 60)}'")
+        try:
+            yield text, _object(text)
+        except ValueError as e:
+            raise ValueError(f"line {number:,} is not as it was written: {shown(e)}") from e
+    if "".join(line for _, line in numbered) != "}\n":
         raise ValueError("it does not end as a report does")
 
 

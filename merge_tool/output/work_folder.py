@@ -26,7 +26,7 @@ from merge_tool.output.journal import Journal
 from merge_tool.output.lock import FolderLock
 from merge_tool.output.older import is_model_file, older_labels, outdated, strangers
 from merge_tool.plan.overlap import find_shared, find_showing
-from merge_tool.plan.plan import MergePlan, ShardPlan
+from merge_tool.plan.plan import MergePlan, ShardPlan, differences
 from merge_tool.plan.target import Target, shared_with
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
@@ -403,23 +403,11 @@ def _remove_empty(folder: Path, stop: Path) -> None:
 
 
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    before, now = found.get("facts", {}), ours["facts"]
-    parts = [
-        f"{key} was {before.get(key)}, now {now.get(key)}"
-        for key in {**now, **before}
-        if _brief(before.get(key)) != _brief(now.get(key))
-    ]
-    models = [key for key, value in now.items() if isinstance(value, dict)]
-    changed = [key for key in models if before.get(key) != now[key] and not any(p.startswith(f"{key} ") for p in parts)]
-    parts += [f"the files of {key} changed" for key in changed]
+    parts = differences(found.get("facts", {}), ours["facts"])
     if not parts:
         times = ours["modified"]
         parts = [f"{listed(k for k in times if found.get('modified', {}).get(k) != times[k])} changed since"]
     return shown("; ".join(parts), 600)
-
-
-def _brief(value: Any) -> Any:
-    return value.get("name") if isinstance(value, dict) else value
 
 
 def _make_folders(path: Path) -> list[Path]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.models.renaming import is_head, says_tied
+from merge_tool.models.naming import is_head
+from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import SideFiles, counts_layers
 from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.methods.steps import REQUIRED, Method
+from merge_tool.models.naming import comes_last
 from merge_tool.models.renaming import Renaming
 from merge_tool.plan.plan import Values
-from merge_tool.plan.stacks import Owners, Stacks, comes_last, split_layer
+from merge_tool.plan.stacks import Owners, Stacks, split_layer
 from merge_tool.recipe.recipe import Module, Output, Recipe, Slice, Source
 from merge_tool.recipe.settings import Choice, Settings, find_choice
 

@@ -5,7 +5,6 @@ Names, shapes and dtypes only: all that can go wrong because of them goes wrong 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from merge_tool.arrays import FLOAT_DTYPES
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, listed, shown
-from merge_tool.models.renaming import is_derived
+from merge_tool.models.naming import has_token_rows, is_derived
 from merge_tool.plan.expand import Expansion, Place
 from merge_tool.plan.stacks import Stacks, natural_key
 from merge_tool.recipe.options import Options
@@ -101,8 +100,7 @@ def _reason(
 
 
 def _vocabulary(a: TensorInfo, b: TensorInfo) -> str:
-    is_embedding = re.search(r"embed|wte|lm_head|word_embeddings|output\.weight", a.name) is not None
-    if is_embedding and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
+    if has_token_rows(a.name) and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
         return f" (a vocabulary mismatch: {a.shape[0]:,} and {b.shape[0]:,} tokens)"
     return ""
 
@@ -192,4 +190,5 @@ def find_unchosen(options: Options, names: Sequence[str]) -> frozenset[str]:
 def no_match(option: str, pattern: Pattern, names: Iterable[str]) -> str:
     """The message for a pattern that is probably a typo."""
     some = _natural(names)
-    return f"{option}: matches no tensor.{pattern.hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."
+    hint = pattern.hint(some)
+    return f"{option}: matches no tensor.{hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."

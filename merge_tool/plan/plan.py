@@ -14,6 +14,7 @@ from typing import Any
 from merge_tool.arrays import TILE
 from merge_tool.checkpoint.header import TensorInfo, header_bytes
 from merge_tool.checkpoint.source import TensorSource
+from merge_tool.errors import listed, shown
 from merge_tool.methods.steps import Given, Method, seed_key, tile_elements
 from merge_tool.plan.scaled import Scaling
 from merge_tool.recipe.recipe import Recipe, label_t
@@ -221,3 +222,25 @@ class MergePlan:
 def words_of(outputs: list[Mapping[str, Any]]) -> dict[str, list[str]]:
     """What sets outputs apart, as facts: {"t": ["0.3", "0.5"]}."""
     return {key: [label_t(words[key]) for words in outputs] for key in outputs[0]}
+
+
+_TEXT = "recipe_sha256"  # the fact that stands for a recipe's text
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two merges' facts differ in, in words: `t was 0.4, now 0.5`."""
+    words = ((key, _in_words(before.get(key)), _in_words(now.get(key))) for key in {**now, **before})
+    parts = [
+        "the recipe changed" if key == _TEXT else f"{key} was {old}, now {new}" for key, old, new in words if old != new
+    ]
+    models = [key for key, value in now.items() if isinstance(value, dict)]
+    changed = [key for key in models if before.get(key) != now[key] and not any(p.startswith(f"{key} ") for p in parts)]
+    return [*parts, *(f"the files of {key} changed" for key in changed)]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):  # a model
+        return shown(value.get("name"))
+    if isinstance(value, list | tuple):
+        return listed(value, 10) or "none"
+    return "none" if value is None else f"{value:,}" if type(value) is int else shown(value)

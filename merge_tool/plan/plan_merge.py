@@ -15,7 +15,7 @@ from merge_tool.arrays import FLOAT_DTYPES
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import TensorSource
-from merge_tool.errors import RecipeError, shown
+from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.methods.passes import check_given
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -28,6 +28,7 @@ from merge_tool.plan.scaled import ScaledPlan, Scaling, plan_scaled
 from merge_tool.plan.stacks import natural_key
 from merge_tool.recipe.options import as_json
 from merge_tool.recipe.recipe import Recipe
+from merge_tool.recipe.settings import meant
 from merge_tool.vocabulary.rows import rows_note
 
 _SCALES = "scales of the merged values"
@@ -165,12 +166,20 @@ class _Jobs:
             try:
                 check_given(self.method, given := job.given(0, output))
             except ValueError as e:
-                raise RecipeError(f"{shown(job.out.name)}: {e}") from e
+                where = self._where(str(e))
+                raise RecipeError(f"{where}: {e} (The first such tensor: {shown(job.out.name)}.)") from e
             if self.method.granularity(given) != self.method.granularity(job.given(0)):
                 raise RecipeError(
                     f"{shown(job.out.name)}: is merged by rows in one output and as a whole in another, which is not "
                     "one pass. Make them one after the other."
                 )
+
+    def _where(self, problem: str) -> str:
+        """Where the recipe sets the parameters that a method's message speaks of."""
+        words = set(re.findall(r"\w+", problem))
+        settings = (setting for scope in self.recipe.scopes() for key, setting in scope.items() if key in words)
+        lines = sorted({choice.line for setting in settings for choice in setting.choices if choice.line})
+        return shown(self.recipe.where) + (f", line {listed(lines)}" if lines else "")
 
     def _in_8_bits(self, number: int, out: TensorInfo, weight: str, scaled: ScaledPlan) -> TensorJob:
         """Codes and scales have the fate of the weight that they are of."""
@@ -203,8 +212,9 @@ def _idle_choices(recipe: Recipe, expansion: Expansion, names: Sequence[str]) ->
             yield f"{option} has no effect: what it matches is not merged, or has its {key} from one before it."
         elif not matches and not any(map(choice.pattern.matches, chain.from_iterable(expansion.known))):
             yield (
-                f"The filter '{shown(choice.pattern.text)}' of '{shown(key)}' is in no tensor's name. A filter is a "
-                "part of the name, no glob and no regular expression."
+                f"The filter '{shown(choice.pattern.text)}' of '{shown(key)}' is in no tensor's name."
+                f"{meant(choice.pattern.text, names)} A filter is a part of the name, no glob and no regular "
+                "expression."
             )
 
 

@@ -10,14 +10,6 @@ from merge_tool.errors import RecipeError, listed, shown
 _LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
 _FEWEST_TENSORS = 3  # in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` is none
 
-# What stands after the layers, by the words that libraries use: output heads, and final norms.
-_HEAD = re.compile(
-    r"(?:.*_)?head|embed_out|output|proj(?:ect)?_out|score|(?:pre_)?classifier|qa_outputs|cls|pooler"
-    r"|(?:text|visual)_projection|final_logits_bias"
-)
-_NORM = re.compile(r"(?!pre).*norm(?:_f|_out)?|ln(?:_f|_out|_post)?")
-_INPUT = re.compile(r"embed|conv|proj")  # a norm beside one of these is not the final one
-
 
 def split_layer(name: str) -> tuple[str, int] | None:
     """The stack that a tensor belongs to, and its layer: what is before the first number, and that number.
@@ -27,18 +19,6 @@ def split_layer(name: str) -> tuple[str, int] | None:
     """
     found = _LAYER.search(name)
     return (name[: found.start()], int(found[0])) if found else None
-
-
-def comes_last(name: str) -> bool:
-    """Whether a tensor outside any layers stands after them (a final norm, an output head) or before (all else).
-
-    >>> [comes_last(f"{name}.weight") for name in ("model.embed_tokens", "model.norm", "lm_head", "embeddings.norm")]
-    [False, True, True, False]
-    """
-    parts = name.lower().split(".")
-    if any(map(_HEAD.fullmatch, parts)):
-        return True
-    return any(map(_NORM.fullmatch, parts)) and not any(map(_INPUT.search, parts))
 
 
 def natural_key(name: str) -> str:

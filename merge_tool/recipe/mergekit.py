@@ -129,6 +129,7 @@ class _Parser:
             tokenizer=tokenizer,
             chat_template=self._chat_template(fields),
             text=text,
+            where=self._text.where,
             warnings=tuple(self._text.warnings),
         )
 

@@ -86,7 +86,7 @@ class Parameters:
             return Setting((self._choice(key, value),))
         if isinstance(value.plain, tuple) and value.plain and isinstance(value.plain[0].plain, Mapping):
             return self._reached(key, value.plain, Setting(tuple(self._choice(key, item) for item in value.plain)))
-        return Setting((Choice(None, self._values(key, value)),))
+        return Setting((Choice(None, self._values(key, value), value.line),))
 
     def _reached(self, key: str, items: tuple[Value, ...], setting: Setting) -> Setting:
         parts = [choice.pattern for choice in setting.choices]
@@ -103,7 +103,7 @@ class Parameters:
         pattern = None
         if part is not None and part.plain not in (None, "*"):
             pattern = Pattern(self._text.string(part, f"the filter of '{key}'"), is_part=True)
-        return Choice(pattern, self._values(key, fields["value"]))
+        return Choice(pattern, self._values(key, fields["value"]), fields["value"].line)
 
     def _values(self, key: str, value: Value) -> tuple[Any, ...]:
         if not isinstance(value.plain, tuple):

@@ -97,9 +97,10 @@ class Recipe:
 
     `models` are all that are named, in the order of the text; `names` is what the report calls them. `base` is the
     number of base_model. `outputs` differ in parameters only, and are made in one pass. `text` is the recipe's text, if
-    it has one; `words` say in JSON what it was made of otherwise. Where it `is_strict`, a pattern that matches no
-    tensor is an error, and so are vocabularies that differ; published recipes need leniency there. `rows_option` is how
-    this recipe asks for rows by token: for messages. `warnings` name what has no effect, and why.
+    it has one, `where` its file's name; `words` say in JSON what it was made of otherwise. Where it `is_strict`, a
+    pattern that matches no tensor is an error, and so are vocabularies that differ; published recipes need leniency
+    there. `rows_option` is how this recipe asks for rows by token: for messages. `warnings` name what has no effect,
+    and why.
     """
 
     models: tuple[ModelRef, ...]
@@ -113,6 +114,7 @@ class Recipe:
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     text: str = ""
+    where: str = "the recipe"
     words: Mapping[str, Any] = field(default_factory=dict)
     is_strict: bool = False
     rows_option: str = "tokenizer_source: union (or base, or a model)"
@@ -147,14 +149,14 @@ class Recipe:
         return frozenset(source.model for m in self.modules for part in m.slices for source in part.sources)
 
     def scopes(self) -> Iterator[Settings]:
-        """The parameters in every place that may have some: of the outputs first."""
+        """All places in which parameters are set, the innermost first."""
         for output in self.outputs:
             yield from (*output.of_models.values(), output.parameters)
-        yield self.parameters
         for module in self.modules:
-            yield module.parameters
             for part in module.slices:
-                yield from (part.parameters, *(source.parameters for source in part.sources))
+                yield from (*(source.parameters for source in part.sources), part.parameters)
+            yield module.parameters
+        yield self.parameters
 
     @property
     def labels(self) -> tuple[str, ...]:

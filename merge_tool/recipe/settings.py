@@ -6,11 +6,12 @@ values with a pattern; the first choice that fits a tensor's name counts.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from merge_tool.errors import RecipeError, shown
 
 # What Python users may give: {"self_attn": [0, 0.5, 1], "mlp": 0.2}, or the command line's "PATTERN=VALUES" texts.
 Rules: TypeAlias = "Mapping[str, float | Sequence[float]] | Iterable[str | Choice]"
+_MOST_NAMES = 5_000  # that a pattern is compared with
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,38 @@ class Pattern:
             return self.text in name
         return (self._compiled.match if self._is_glob else self._compiled.search)(name) is not None
 
-    @property
-    def hint(self) -> str:
-        """What may be wrong with a pattern that matches nothing."""
-        return " A glob must match the whole name: write *PATTERN*, perhaps." if self._is_glob else ""
+    def hint(self, names: Iterable[str]) -> str:
+        """What may be wrong with a pattern that matches none of these names."""
+        glob = " A glob must match the whole name: write *PATTERN*, perhaps." if self._is_glob else ""
+        return glob + meant(self.text, names)
+
+
+def meant(text: str, names: Iterable[str]) -> str:
+    """` Did you mean ...?`, with the parts of tensors' names that a pattern resembles which is in none; or nothing.
+
+    >>> meant("self_atn", ["model.layers.0.self_attn.q_proj.weight"])
+    ' Did you mean self_attn?'
+    """
+    names = list(names)
+    words = (word.lstrip(".") for word in re.findall(r"[\w.]*\w", text.removeprefix("re:")))
+    wanted = next((w for w in sorted(words, key=len, reverse=True) if not any(w in name for name in names)), "")
+    length, parts = wanted.count(".") + 1, dict[str, str]()
+    for pieces in (name.split(".") for name in names[:_MOST_NAMES] if wanted):
+        for start in range(len(pieces) - length + 1):
+            part = ".".join(pieces[start : start + length])
+            parts.setdefault(part.lower(), part)
+    close = difflib.get_close_matches(wanted.lower(), parts, 2, cutoff=0.7)
+    return f" Did you mean {' or '.join(shown(parts[one]) for one in close)}?" if close else ""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`values` for the tensors that `pattern` matches; for all of them, if it is None. Several lie along the layers."""
+    """`values` for the tensors that `pattern` matches; for all of them, if it is None. Several lie along the layers.
+    `line` is the recipe's, 0 where it has no lines."""
 
     pattern: Pattern | None
     values: tuple[Any, ...]
+    line: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         """As --t-for has it: PATTERN=VALUE[,VALUE...]."""
@@ -160,7 +182,11 @@ def _rule(pattern: str, values: Any) -> Choice:
             "finetune. Write --t-for 'PATTERN=0.3', or 'PATTERN=0,0.5,1' along the layers."
         ) from e
     if not numbers or not all(math.isfinite(value) for value in numbers):
-        raise RecipeError(f"The t of '{shown(pattern)}' has a value that is not finite, or none: 0 is the base.")
+        wrong = "a value that is not finite" if numbers else "no value"
+        raise RecipeError(
+            f"The t of '{shown(pattern)}' has {wrong}: 0 is the base, "
+            "1 the finetune. Write --t-for 'PATTERN=0.3', or 'PATTERN=0,0.5,1' along the layers."
+        )
     return Choice(Pattern(pattern), numbers)
 
 

@@ -141,7 +141,7 @@ class _Way:
 
     def settle(self) -> None:
         running = self.running
-        if running is not None and not running.settle():
+        if running is not None and not self._checked(running.settle):
             self.results.append(running.found)
             self._advance(lambda: self.steps.send(running.found))
 

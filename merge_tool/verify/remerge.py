@@ -164,10 +164,15 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
     head, plan = report.head, prepared.plan
     before = len(checks.problems)
     arguments = ("BASE", "FT") if is_pair(plan.recipe) else plan.names
+    inputs = {side: head["inputs"].get(side) for side in plan.recipe.names}
+    files = {side: found.get("files") if isinstance(found, dict) else None for side, found in inputs.items()}
+    if is_pair(plan.recipe) and _are_swapped(files, head["samples_sha256"], prepared):
+        checks.add("BASE and FT are swapped: what the report says of BASE is true of FT. Give --against FT BASE.")
+        return False
     for side, argument in zip(plan.recipe.names, arguments, strict=True):
-        told = head["inputs"].get(side)
-        if not isinstance(told, dict) or told.get("files") != plan.facts[side]["files"]:
-            checks.add(f"{argument}: its files are not those that the report names; no element was compared.")
+        if files[side] != plan.facts[side]["files"]:
+            which = _unlike(files[side], plan.facts[side]["files"])
+            checks.add(f"{argument}: its files are not those that the report names ({which}); no element was compared.")
     for argument, told, sampled in zip(arguments, head["samples_sha256"], prepared.samples, strict=False):
         if told != sampled:
             checks.add(f"{argument}: its weights are not those that were merged; no element was compared.")
@@ -175,6 +180,24 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
     if head["shards"] != shards:
         checks.add(f"{REPORT}: its shards are not those that a merge of these parents has; no element was compared.")
     return len(checks.problems) == before
+
+
+def _are_swapped(files: Mapping[str, Any], sampled: Sequence[Any], prepared: Prepared) -> bool:
+    """Whether what the report says of each of two parents is true of the other."""
+    found = [prepared.plan.facts[side]["files"] for side in prepared.plan.recipe.names]
+    told, now = [list(files.values()), list(sampled)], [found, list(prepared.samples)]
+    return told != now and told == [part[::-1] for part in now]
+
+
+def _unlike(told: Any, found: Mapping[str, Any]) -> str:
+    """Which of a model's files are others than the report has."""
+    told = told if isinstance(told, dict) else {}
+    kinds = (
+        ("differ", [name for name in found if name in told and told[name] != found[name]]),
+        ("are not in the report", [name for name in found if name not in told]),
+        ("are missing", [name for name in told if name not in found]),
+    )
+    return "; ".join(f"{listed(names)} {kind}" for kind, names in kinds if names)
 
 
 def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Findings:

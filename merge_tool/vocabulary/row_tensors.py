@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from merge_tool.arrays import FLOAT_DTYPES
@@ -10,28 +9,16 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import MismatchError, shown
-from merge_tool.models.renaming import find_renaming, is_head
+from merge_tool.models.naming import EMBEDDINGS, embeds_tokens, has_token_rows, is_head, is_in_layer, is_of_positions
+from merge_tool.models.renaming import find_renaming
 from merge_tool.vocabulary.rows import Rows, RowTensor
-
-_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens\w*|wte|word_embeddings?|embed_in|tok_embeddings|shared|token_embedding|embeddings|emb)"
-    r"\.weight$"
-)
-_HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|embed_out|head|output|output_projection|proj_out|vocab_projector|predictions)(?:\.decoder)?"
-    r"\.(?:weight|bias)$|(?:^|\.)final_logits_bias$"
-)
-_OTHER_ROWS = re.compile(
-    r"(?:^|\.)(?:wpe|inv_freq|\w*(?:pos(?:ition(?:al|s)?)?_?emb|positions?|rotary|relative|token_type|segment)\w*)(?:\.|$)"
-)
-_LAYER = re.compile(r"(?:^|\.)[0-9]+\.")
 
 
 def _embeddings(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
     return {
         info.name: info
         for info in infos
-        if len(info.shape) == 2 and _EMBEDDING.search(info.name) and info.dtype in FLOAT_DTYPES
+        if len(info.shape) == 2 and embeds_tokens(info.name) and info.dtype in FLOAT_DTYPES
     }
 
 
@@ -43,7 +30,7 @@ def embedding_rows(infos: Iterable[TensorInfo]) -> int | None:
 
 def has_row_tensors(infos: Iterable[TensorInfo]) -> bool:
     """Whether there are embeddings or heads among these, by their names."""
-    return any(_EMBEDDING.search(info.name) or _HEAD.search(info.name) for info in infos)
+    return any(has_token_rows(info.name) for info in infos)
 
 
 def rows_of(model: Checkpoint) -> int | None:
@@ -56,8 +43,13 @@ def known_rows(model: Checkpoint) -> int:
         found = [
             f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model.tensors.values()).items())
         ]
-        what = f"has embeddings of different sizes ({', '.join(found)})" if found else "has no embedding that is known"
-        raise MismatchError(f"{model.name}: {what}, so it cannot be told which rows are tokens.")
+        what = f"has no embedding under a known name ({', '.join(EMBEDDINGS)})"
+        if found:
+            what = f"has embeddings of different sizes ({', '.join(found)})"
+        raise MismatchError(
+            f"{model.name}: {what}, so it cannot be told which rows are tokens. Do not match rows by token (leave out "
+            "--vocab, or the recipe's tokenizer), and keep such tensors as they are: --exclude PATTERN."
+        )
     return rows
 
 
@@ -114,9 +106,8 @@ def _row_tensors(model: Checkpoint, rows: int) -> Iterator[str]:
     widths = {info.shape[1] for info in _embeddings(model.tensors.values()).values()}
     for name, info in model.tensors.items():
         has_rows = info.shape[:1] == (rows,) or (info.shape == (1, rows) and "bias" in name)
-        is_inside = _LAYER.search(name) is not None
-        by_name = _EMBEDDING.search(name) or _HEAD.search(name)
-        if has_rows and (by_name or (not is_inside and rows not in widths and not _OTHER_ROWS.search(name))):
+        by_place = not is_in_layer(name) and rows not in widths and not is_of_positions(name)
+        if has_rows and (has_token_rows(name) or by_place):
             yield name
 
 

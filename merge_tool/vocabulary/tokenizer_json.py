@@ -46,12 +46,15 @@ def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> t
     Raises CheckpointError where a folder has no tokenizer.json, or one that cannot be read.
     """
     names = [f"{folder.name}/{TOKENIZER}" for folder in folders]
+    paths = [str(tokenizer_path(folder)) for folder in folders]
+    size, largest = max((folder.size(TOKENIZER), name) for folder, name in zip(folders, names, strict=True))
     return ask(
         module,
-        [[str(tokenizer_path(folder)) for folder in folders], names, question],
-        what=" and ".join(names),
+        [paths, names, question],
+        what=" and ".join(dict.fromkeys(names)),
         error=CheckpointError,
-        hint="A large tokenizer takes about 2 kB of memory a token for a moment, beside the merge.",
+        hint=f"That takes about 15 bytes of memory for each byte of them, and the largest, {largest}, has {size:,}. "
+        "Free some memory, then run the same command.",
     )
 
 

@@ -1,0 +1,162 @@
+"""What tensors are, by their names: embeddings, heads, copies of these, what stands after the layers. Each table once.
+
+Names and nothing else: who needs a shape to be sure asks for it. The words are those of the libraries that write
+checkpoints; a name that is in no table is an ordinary tensor.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Modules whose weight has a row for each token, to turn tokens into vectors.
+EMBEDDINGS = (
+    "embed_tokens",  # Llama, and most since
+    "wte",  # GPT-2, MPT, DBRX
+    "word_embeddings",  # BERT, BLOOM, Falcon, ChatGLM
+    "word_embedding",  # XLNet
+    "embed_in",  # GPT-NeoX
+    "tok_embeddings",  # Llama as Meta wrote it, InternLM2, ModernBERT
+    "tokens_embed",  # GPT
+    "token_embedding",  # CLIP
+    "shared",  # T5, BART
+    "embeddings",  # Mamba
+    "embedding",  # Mamba as its authors wrote it
+    "emb",  # RWKV
+)
+# Modules whose weight has a row for each token, to turn vectors into logits; often one with the embedding's.
+HEADS = (
+    "lm_head",  # most
+    "lm_head.decoder",  # RoBERTa
+    "embed_out",  # GPT-NeoX
+    "output",  # Llama as Meta wrote it, InternLM2
+    "output_layer",  # ChatGLM
+    "head",  # RWKV
+    "output_projection",  # fairseq
+    "proj_out",  # Whisper
+    "lm_loss",  # XLNet
+    "cls.predictions.decoder",  # BERT
+    "predictions.decoder",  # ALBERT
+    "vocab_projector",  # DistilBERT
+    "generator_lm_head",  # ELECTRA
+)
+# Biases with an element for each token, beside those of heads.
+_BIASES = ("cls.predictions.bias", "predictions.bias", "final_logits_bias")
+# What some checkpoints hold beside the tensor that it is one with.
+COPIES = {
+    "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
+    "lm_head.decoder.bias": "lm_head.bias", "cls.predictions.decoder.bias": "cls.predictions.bias",
+}  # fmt: skip
+# Modules that stand after the layers besides heads: other heads, and final norms.
+_AFTER = re.compile(
+    r"(?:.*_)?head|project_out|score|(?:pre_)?classifier|qa_outputs|cls|predictions|pooler|(?:text|visual)_projection"
+    r"|vocab_(?:transform|layer_norm)|final_logits_bias"
+)
+_NORM = re.compile(r"(?!pre).*norm(?:_f|_out)?|ln(?:_f|_out|_post)?")
+_INPUT = re.compile(r"embed|conv|proj")  # a norm beside one of these is not the final one
+# Tensors that may be as long as an embedding and have no tokens: positions, segments.
+_POSITIONS = re.compile(
+    r"(?:^|\.)(?:wpe|inv_freq|\w*(?:pos(?:ition(?:al|s)?)?_?emb|positions?|rotary|relative|token_type|segment)\w*)(?:\.|$)"
+)
+# Buffers that follow from the configuration: some versions of a library store them, others do not.
+_DERIVED = re.compile(
+    r"(?:^|\.)(?:rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|embeddings\.token_type_ids"
+    r"|[0-9]+\.(?:attn|attention|attn\.attention)\.(?:bias|masked_bias))$"
+)
+# What model classes and training wrappers put before a tensor's own name, one or several of them.
+_WRAPPERS = frozenset({
+    "model", "transformer", "language_model", "text_model", "base_model", "module", "backbone", "gpt_neox", "bert",
+    "roberta", "distilbert", "deberta", "electra", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
+})  # fmt: skip
+_MOST_WRAPPERS = 8
+# What checkpoints of one library call otherwise: those made from TensorFlow's, and torch's older weight norm.
+_ALIASES = {
+    "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
+    "weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1",
+}  # fmt: skip
+_ALIAS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(map(re.escape, _ALIASES))})$")
+_NUMBERED = re.compile(r"(?:^|\.)[0-9]+\.")
+
+
+def own_name(name: str) -> str:
+    """A tensor's own name, without wrappers, as libraries have it now.
+
+    >>> own_name("base_model.model.model.layers.0.mlp.up_proj.weight"), own_name("model")
+    ('layers.0.mlp.up_proj.weight', 'model')
+    """
+    for _ in range(_MOST_WRAPPERS):
+        first, dot, rest = name.partition(".")
+        if not dot or first not in _WRAPPERS:
+            break
+        name = rest
+    return _ALIAS.sub(lambda found: _ALIASES[found[0]], name)
+
+
+def is_in_layer(name: str) -> bool:
+    """Whether a tensor lies in one of several numbered modules."""
+    return _NUMBERED.search(name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the weight of the output head: its own name is that, wrappers apart.
+
+    >>> [is_head(name) for name in ("model.lm_head.weight", "output.weight", "layers.0.output.weight", "v_head.weight")]
+    [True, True, False, False]
+    """
+    module, _, leaf = own_name(name).rpartition(".")
+    return leaf == "weight" and module in HEADS
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is the weight of the input embedding, wherever in the model that is; not of one layer's own."""
+    return embeds_tokens(name) and not is_in_layer(name)
+
+
+def embeds_tokens(name: str) -> bool:
+    """Whether a tensor has the name of an embedding of tokens: the model's, one layer's, one for all layers.
+
+    >>> [embeds_tokens(f"{name}.weight") for name in ("layers.9.embed_tokens", "embed_tokens_per_layer", "wpe")]
+    [True, True, False]
+    """
+    module, _, leaf = name.rpartition(".")
+    last = module.rpartition(".")[2]
+    return leaf == "weight" and (last in EMBEDDINGS or last.startswith("embed_tokens"))
+
+
+def has_token_rows(name: str) -> bool:
+    """Whether a tensor has the name of one with a row, or an element, for each token: embeddings, heads, biases."""
+    module, _, leaf = name.rpartition(".")
+    is_of_head = leaf in ("weight", "bias") and any(_ends_with(module, head) for head in HEADS)
+    return embeds_tokens(name) or is_of_head or any(_ends_with(name, bias) for bias in _BIASES)
+
+
+def _ends_with(name: str, part: str) -> bool:
+    return name == part or name.endswith(f".{part}")
+
+
+def is_of_positions(name: str) -> bool:
+    """Whether a tensor has a row for each position or segment, as many as tokens, perhaps."""
+    return _POSITIONS.search(name) is not None
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor is a buffer that a model makes itself when it is loaded: frequencies, positions, masks.
+
+    >>> [is_derived(f"h.0.attn.{name}") for name in ("rotary_emb.inv_freq", "bias", "c_attn.bias")]
+    [True, True, False]
+    """
+    return _DERIVED.search(name) is not None
+
+
+def comes_last(name: str) -> bool:
+    """Whether a tensor outside any layers stands after them (a final norm, a head) or before (all else).
+
+    >>> [comes_last(f"{name}.weight") for name in ("model.embed_tokens", "model.norm", "lm_head", "embeddings.norm")]
+    [False, True, True, False]
+    """
+    parts = name.lower().split(".")
+    if any(part in _FIRST_OF_HEADS or _AFTER.fullmatch(part) for part in parts):
+        return True
+    return any(map(_NORM.fullmatch, parts)) and not any(map(_INPUT.search, parts))
+
+
+_FIRST_OF_HEADS = frozenset(head.partition(".")[0] for head in HEADS)
