@@ -100,7 +100,7 @@ def _option_of(field: Field[Any]) -> Callable[[Any], Any]:
     about = dict(field.metadata)
     settings: dict[str, Any] = {"help": about["help"], "default": field.default}
     if "show_default" in about:
-        settings |= {"show_default": about["show_default"], "default": str(field.default)}
+        settings["default"] = about["show_default"]  # parsed as if the user had given it
     if "metavar" in about:
         settings["metavar"] = about["metavar"]
     if about.get("choices"):
@@ -120,30 +120,30 @@ MACHINE_OPTIONS = [
         "memory_bytes",
         callback=parse_size,
         metavar="SIZE",
-        help=f"Keep the whole process below this, at least {LEAST_BYTES // 10**6}MB.  [default: at most 256MB]",
+        help=f"Most memory for the whole process, at least {LEAST_BYTES // 10**6}MB.  [default: at most 256MB]",
     ),
-    click.option("--jobs", "-j", type=int, help=f"Threads.  [default: the cores, at most {MAX_JOBS}]"),
+    click.option("--jobs", "-j", type=int, help=f"Number of threads.  [default: one a core, at most {MAX_JOBS}]"),
 ]
 
 
 OUTPUT_OPTIONS = [
-    click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new model is complete."),
+    click.option("--overwrite", is_flag=True, help="Replace what is in OUT, after the new model is complete."),
     click.option(
-        "--check-resumed", is_flag=True, help="When continuing, hash the finished shards before trusting them."
+        "--check-resumed", is_flag=True, help="When a merge continues, check the SHA-256 of the finished shards first."
     ),
     click.option(
         "--report",
         "report_path",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Also write merge_report.json here (a one-file OUT has none of its own).",
+        help="Also write merge_report.json to this path. (If OUT is one file, it has no report of its own.)",
     ),
     click.option(
         "--dry-run",
         is_flag=True,
-        help="Show what would be done, and downloaded, from the headers alone; write nothing.",
+        help="Read headers only: show the plan and the size of the download; write nothing.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print the plan or the summary as JSON."),
-    click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary; warnings and errors only."),
+    click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only."),
 ]
 
 

@@ -26,7 +26,8 @@ _NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
 
 def option(default: Any, flag: str, text: str, **kind: Any) -> Any:
     """A field that the command line offers as `flag`; `text` is its help. `kind` says what values there are:
-    choices, metavar, is_size (bytes with a unit), is_many (may be repeated), is_whole (a whole number)."""
+    choices, metavar, is_size (bytes with a unit; `show_default` is the default as a user would write it), is_many (may
+    be repeated), is_whole (a whole number)."""
     return field(default=default, metadata={"flag": flag, "help": text, **kind})
 
 
@@ -43,35 +44,39 @@ class Options:
     """
 
     only: Sequence[str] = option(
-        (), "--only", "Merge only tensors whose names match; the others are BASE's, byte for byte. Several add up.",
+        (), "--only",
+        "Merge only the tensors whose names match; copy all others from BASE, byte for byte. May be given several "
+        "times.",
         metavar="PATTERN", is_many=True,
     )  # fmt: skip
     exclude: Sequence[str] = option(
-        (), "--exclude", "Do not merge tensors whose names match. Several add up.", metavar="PATTERN", is_many=True
-    )
+        (), "--exclude", "Copy the tensors whose names match from BASE, unmerged. May be given several times.",
+        metavar="PATTERN", is_many=True,
+    )  # fmt: skip
     dtype: str | None = option(
         None, "--dtype",
-        "Type of the output's floats; base: BASE's, with fresh scales where its floats have 8 bits and scales.  "
-        "[default: BASE's, tensor by tensor; bfloat16 for 8-bit floats]",
+        "Type of the output's floats. base: BASE's types; its 8-bit floats get new scales.  "
+        "[default: BASE's types, but bfloat16 for 8-bit floats]",
         metavar=f"[{'|'.join(OUTPUT_DTYPES)}]",
     )  # fmt: skip
     max_shard_bytes: int = option(
-        DEFAULT_MAX_SHARD_BYTES, "--max-shard-size", "Largest size of one output file, in bytes or with a unit.",
+        DEFAULT_MAX_SHARD_BYTES, "--max-shard-size",
+        "Largest size of one output file: 500MB, 2GiB or a number of bytes.",
         metavar="SIZE", is_size=True, show_default="5GB",
     )  # fmt: skip
     files_from: str = option(
-        "base", "--files-from", "The model whose configuration and tokenizer files the output gets.", metavar="MODEL"
+        "base", "--files-from", "Copy the configuration and tokenizer files of this model.", metavar="MODEL"
     )
     on_mismatch: str = option(
         "error", "--on-mismatch",
-        "What to do with tensors of another shape or type, and integers that differ: stop, or keep BASE's.",
+        "If the models have different shapes, types or integers in a tensor: stop, or keep BASE's tensor.",
         choices=STOP_OR_BASE,
     )  # fmt: skip
     on_missing: str = option(
-        "error", "--on-missing", "What to do with tensors that one model lacks: stop, or have exactly BASE's tensors.",
+        "error", "--on-missing", "If a model lacks a tensor: stop, or write exactly BASE's tensors.",
         choices=STOP_OR_BASE,
     )  # fmt: skip
-    seed: int = option(0, "--seed", "Decides the random bits of dare and della.", is_whole=True)
+    seed: int = option(0, "--seed", "Random seed of dare and della.", is_whole=True)
 
     def __post_init__(self) -> None:
         if self.dtype is not None:

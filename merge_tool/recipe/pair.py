@@ -36,14 +36,14 @@ class PairOptions:
 
     t_for: Rules = option(
         (), "--t-for",
-        "Another t for tensors whose names match (a part of the name, a glob, or re:REGEX); a list runs along the "
-        "layers. Several: the first that matches counts.",
+        "Another t for the tensors whose names match (a part of the name, a glob, or re:REGEX). A list of t runs from "
+        "the first layer to the last. May be given several times: the first match counts.",
         metavar="PATTERN=T[,T...]", is_many=True,
     )  # fmt: skip
     method: str = option("slerp", "--method", "How to interpolate.", choices=("slerp", "linear"))
     vocab: str | None = option(
         None, "--vocab",
-        "Match the rows of embeddings and heads by token; the output has BASE's tokens, FT's, or both.",
+        "Match the rows of embeddings and heads by token. The output has the tokens of BASE, of FT, or of both.",
         choices=tuple(VOCABULARIES),
     )  # fmt: skip
     pad_vocab_to_multiple_of: int | None = option(
