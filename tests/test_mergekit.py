@@ -495,6 +495,12 @@ def test_a_range_beyond_the_layers_says_how_many_there_are() -> None:
     message = refusal(STACKED.replace("[1, 5]", "[1, 9]").replace("[0, 3]", "[4, 6]"))
     assert "layer_range [1, 9] of B: it has 5 layers in model.layers." in message
     assert "layer_range [4, 6] of A: it has 5 layers in model.layers." in message
+    assert message.startswith("The models do not have all layers that the recipe names.\n")
+    assert message.endswith("\nA has 18 parameters and 5 layers; B has 18 parameters and 5 layers.")
+    smaller = [name for name in llama(4) if name != "model.norm.weight"]
+    message = refusal(CLASSIC, llama(), smaller)
+    assert message.startswith("A and B do not have the same tensors.\n  layer_range [0, 5] of B: it has 4 layers in")
+    assert "\n  --exclude PATTERN: " in message
 
 
 def vision_language() -> list[str]:

@@ -239,6 +239,19 @@ def test_stacked_layers_are_counted_wherever_the_configuration_does(
         assert any("set that number" in text for text in told) == ("depth" in inner)
 
 
+def test_layers_that_are_merged_across_do_not_count_as_far_apart(models: list[Path], tmp_path: Path) -> None:
+    """Layers of one model have nothing in common; what is no layer is compared as ever."""
+    sources = [
+        {"model": str(models[0]), "layer_range": layers, "parameters": {"weight": 1}} for layers in ([0, 2], [1, 3])
+    ]
+    report = merge_models({"merge_method": "linear", "slices": [{"sources": sources}]}, tmp_path / "out")
+    assert report.warnings == ()
+    assert not any(kind.startswith("model.layers") for kind in report.summary.groups)
+    tensors = {tensor["name"]: tensor for tensor in report.tensors}
+    assert tensors["model.layers.0.mlp.up_proj.weight"]["angle_degrees"] > 80
+    assert tensors["lm_head.weight"]["equal"]
+
+
 def test_the_output_tells_its_recipe_and_no_path(models: list[Path], tmp_path: Path) -> None:
     """Card, report and mergekit_config.yml have the recipe with models by their names; verify finds nothing wrong."""
     merge_models(recipe("ties", models), tmp_path / "out")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from merge_tool.cli import merge_tool
 from merge_tool.methods.registry import METHODS
 from merge_tool.output.older import is_output_of_several
 from merge_tool.recipe.mergekit import read_recipe
+from test_memory import linux_only, write_model
 from test_models import recipe, write
 
 
@@ -123,6 +126,24 @@ def test_outputs_share_what_is_read(models: list[Path], tmp_path: Path) -> None:
     report = merge_models(slerp(models), tmp_path / "slerp", values={"t": [0.25, 0.5]})
     assert report.ts == (0.25, 0.5)
     assert [path.name for path in report.outputs] == ["t-0.25", "t-0.5"]
+
+
+@linux_only
+def test_several_outputs_keep_the_memory_promise(tmp_path: Path) -> None:
+    """Six at once, each with histograms of its own, of tensors of 16 MB."""
+    paths = [
+        write_model(tmp_path / f"{k}.safetensors", {"a.norm": (512,), "b.weight": (4_000, 1_000)}, k) for k in range(3)
+    ]
+    words = [
+        "run",
+        write(tmp_path, recipe("ties", paths)),
+        tmp_path / "out",
+        "--set",
+        "density=0.1,0.2,0.3,0.4,0.5,0.6",
+    ]
+    command = [sys.executable, "-m", "merge_tool", *map(str, words), "--memory", "80MB", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["peak_bytes"] <= 80_000_000
 
 
 def test_several_outputs_continue_where_they_were_stopped(models: list[Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from merge_tool._version import __version__
 from merge_tool.errors import OutputError, reason, shown
 from merge_tool.methods.inner import Weights, pair_angle
 from merge_tool.plan.plan import MergePlan, TensorJob, differences, words_of
+from merge_tool.plan.stacks import split_layer
 from merge_tool.recipe.options import as_json
 from merge_tool.run.findings import Finding, Findings, hex_results, hex_sums, median
 
@@ -129,7 +130,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
         found = describe(plan, job, findings[job.number], 0)
         if found.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
-        if found.angle_degrees is None:
+        if found.angle_degrees is None or _is_across_layers(job):
             continue
         groups.setdefault(_kind(job.out.name), array("d")).append(found.angle_degrees)
         if largest is None or found.angle_degrees > largest[0]:
@@ -151,6 +152,12 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
         tuple(antiparallel),
         groups,
     )
+
+
+def _is_across_layers(job: TensorJob) -> bool:
+    """Whether layers of different numbers are merged, whose angle tells nothing of how far apart the models are."""
+    names = {source.info.name for source in job.sources}
+    return len(names) > 1 and len({layer[1] for layer in map(split_layer, names) if layer}) > 1
 
 
 def _kind(name: str) -> str:

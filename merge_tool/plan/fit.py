@@ -107,7 +107,7 @@ def _vocabulary(a: TensorInfo, b: TensorInfo) -> str:
 
 def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], found: _Differences) -> None:
     """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
-    problems, ways = list(expansion.range_problems), []
+    problems, ways = list[str](), list[str]()
     if found.lacking:
         for model, names in found.lacking.items():
             others = [k for k in sorted(recipe.sources) if k != model]
@@ -123,11 +123,15 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], f
             ways.append("--on-mismatch base: such tensors are BASE's as they are.")
         if any("vocabulary mismatch" in sides for sides in found.shapes.values()):
             ways.append(f"{recipe.rows_option}: rows are matched by token; the output has those tokens.")
+    sizes = f"\n{'; '.join(_size(models[k]) for k in sorted(recipe.sources))}."
+    if expansion.range_problems and not problems:
+        layers = "\n  ".join(expansion.range_problems)
+        raise MismatchError(f"The models do not have all layers that the recipe names.\n  {layers}{sizes}")
     if problems:
         raise MismatchError(
             f"{_all([models[k] for k in sorted(recipe.sources)])} do not have the same tensors.\n  "
-            + "\n  ".join(problems)
-            + f"\n{'; '.join(_size(models[k]) for k in sorted(recipe.sources))}."
+            + "\n  ".join([*expansion.range_problems, *problems])
+            + sizes
             + "\nAll must be the same architecture, with one vocabulary. If you know better:\n  "
             + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
             + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")

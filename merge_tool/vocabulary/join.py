@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -112,7 +112,7 @@ def _joined(found: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[An
     for token in new:
         ids[token] = len(tokens)
         tokens.append(token)
-    lacking = [[token for token in one.ids if token not in ids] for one in found]
+    lacking = [[token for token in _added_first(one) if token not in ids] for one in found]
     told = {
         "size": len(tokens), "sizes": [one.size for one in found], "place": lead.place, "added": len(new),
         "pieces": sum(not any(token in one.added for one in found) for token in new if token not in question["named"]),
@@ -127,10 +127,15 @@ def _joined(found: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[An
 
 
 def _alone(one: TokenizerJson, all_of_them: Sequence[TokenizerJson]) -> list[str]:
-    """Some tokens that only one tokenizer has: added ones first, which people know."""
+    """Some tokens that only one tokenizer has."""
     others = [other.ids for other in all_of_them if other is not one]
-    only = (token for token in dict.fromkeys((*one.added, *one.ids)) if not any(token in ids for ids in others))
+    only = (token for token in _added_first(one) if not any(token in ids for ids in others))
     return list(islice(only, _SOME))
+
+
+def _added_first(one: TokenizerJson) -> Iterable[str]:
+    """All tokens; those that were added first, which people know."""
+    return dict.fromkeys((*one.added, *one.ids))
 
 
 def _new_tokens(lead: TokenizerJson, others: Sequence[TokenizerJson], named: Sequence[str]) -> Iterator[str]:
