@@ -4,6 +4,7 @@ report says that its passes found; or everything, by a whole merge whose writers
 from __future__ import annotations
 
 import random
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -167,11 +168,13 @@ class _Comparer:
 
     def __init__(self, file: LocalFile) -> None:
         self.file, self.first, self.nbytes = file, -1, 0
+        self.lock = threading.Lock()  # of `first`
 
     def write(self, offset: int, data: memoryview) -> None:
         place = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
-        if place is not None and (self.first < 0 or place < self.first):
-            self.first = place
+        with self.lock:
+            if place is not None and (self.first < 0 or place < self.first):
+                self.first = place
 
     def hash_next(self, data: memoryview) -> None:
         self.nbytes += len(data)
@@ -188,6 +191,7 @@ class Comparison:
 
     def __init__(self, checks: Checks, files: Mapping[int, LocalFile]) -> None:
         self.checks, self.files, self.findings = checks, files, Findings()
+        self.lock = threading.Lock()  # of findings and checks
 
     def open_shard(self, shard: ShardPlan, header: bytearray) -> Sequence[_Comparer]:
         comparer = _Comparer(self.files[shard.number])
@@ -195,10 +199,14 @@ class Comparison:
         return [comparer]
 
     def finish_shard(self, done: ShardDone, writers: Sequence[_Comparer]) -> None:
+        with self.lock:
+            self._take(done, writers[0].first)
+
+    def _take(self, done: ShardDone, place: int) -> None:
         for number, finding in done.tensors:
             self.findings.add(number, finding)
         self.checks.num_compared += sum(job.out.numel for job in done.shard.jobs)
-        if (place := writers[0].first) >= 0:
+        if place >= 0:
             jobs = done.shard.jobs
             number = bisect_right([job.out.offset for job in jobs], place) - 1
             what = f"tensor {jobs[number].out.name}" if number >= 0 else "its header"
