@@ -80,6 +80,15 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     return head if len(names) <= most else f"{head} and {len(names) - most:,} more"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """How many there are: `1 tensor`, `1,024 tensors`. `many` is what more than one are called, else `one` with an s.
+
+    >>> counted(1, "tensor is", "tensors are"), counted(1024, "tensor")
+    ('1 tensor is', '1,024 tensors')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def reason(e: BaseException) -> str:
     """What an error says is wrong: without the whole path of the user's that the system's errors carry.
 
@@ -98,5 +107,5 @@ def reason(e: BaseException) -> str:
 def output_failed(path: Path, e: OSError) -> OutputError:
     """The system refused something about the output at `path`."""
     return OutputError(
-        f"{shown(path)}: {reason(e)}. Mend that, then run the same command: it continues where it stopped."
+        f"{shown(path)}: {reason(e)}. Correct that, then run the same command: it continues where it stopped."
     )

@@ -197,7 +197,7 @@ def _evaluate(
     if done.returncode:
         raise EvaluationError(
             f"The evaluation command ended with {_ending(done.returncode)}. Its last lines:\n"
-            f"{_tail(folder / LOG, start, text)}\nMend it, then run the same sweep: it continues with these models."
+            f"{_tail(folder / LOG, start, text)}\nCorrect it, then run the same sweep: it continues with these models."
         )
     try:
         return parse_scores(text, len(folders), names)

@@ -116,12 +116,12 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "Error: base and ft do not have the same tensors.\n"
         "  7 tensors only in base: extra.0.weight, extra.1.weight, extra.2.weight, extra.3.weight, extra.4.weight and "
         "2 more\n"
-        "  1 tensors only in ft: new.bias\n"
+        "  1 tensor only in ft: new.bias\n"
         "  2 shapes differ:\n"
         "    lm_head.weight: [100, 32] in base, [104, 32] in ft (a vocabulary mismatch: 100 and 104 tokens)\n"
         "    model.norm.bias: [32] in base, [5] in ft\n"
         "base has 28,174 parameters and 3 layers; ft has 28,263 parameters and 3 layers.\n"
-        "All must be the same architecture, with one vocabulary. If you know better:\n"
+        "All must be the same architecture, with one vocabulary. To merge them anyway:\n"
         "  --on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.\n"
         "  --on-mismatch base: such tensors are BASE's as they are.\n"
         "  --vocab base, ft or union: rows are matched by token; the output has those tokens.\n"
@@ -238,7 +238,7 @@ def options_of(command: click.Command) -> list[str]:
 
 
 def test_the_options_are_frozen() -> None:
-    """A new option is a decision: add it here, to the README and to the changelog."""
+    """A new option is a decision: add it here, to docs/cli.md and to the changelog."""
     assert options_of(slerp_merge) == OPTIONS
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set"} - {*OF_PAIRS})
     assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "run", "sweep", "verify"]
@@ -301,9 +301,9 @@ def test_a_terminal_code_in_a_name_is_not_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "work", "told"),
     [
-        ("verify", "verify", "Nothing was changed."),
-        ("merge", "merge_recipe", "Run the same command"),
-        ("run", "merge_recipe", "Run the same command"),
+        ("verify", "verify.verify.verify", "Nothing was changed."),
+        ("merge", "cli.commands.merge_recipe", "Run the same command"),
+        ("run", "cli.commands.merge_recipe", "Run the same command"),
     ],
 )
 def test_an_interrupt_says_what_it_means_for_the_work(
@@ -314,7 +314,7 @@ def test_an_interrupt_says_what_it_means_for_the_work(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"merge_tool.cli.commands.{work}", interrupted)
+    monkeypatch.setattr(f"merge_tool.{work}", interrupted)
     (tmp_path / "r.yaml").write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
     paths = {"verify": ["out"], "merge": ["a", "b", "out"], "run": ["r.yaml", "out"]}[command]
     result = CliRunner().invoke(merge_tool, [command, *(str(tmp_path / path) for path in paths)])

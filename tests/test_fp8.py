@@ -265,7 +265,7 @@ def test_scales_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     assert "'a.weight_scale_inv' has shape [2, 3], which scales neither the whole of 'a.weight' [40, 40]" in wrong
     assert "blocks of 128 x 128" in refusal(both)
     bare = refusal({**both, "b.weight": codes}, quantization_config=settings)
-    assert "1 tensors of 8-bit floats have no scales, 1 others have: b.weight" in bare
+    assert "1 tensor of 8-bit floats without scales, 1 with scales: b.weight" in bare
     odd = refusal(both, quantization_config={**settings, "weight_block_size": [16]})
     assert "weight_block_size is [16], expected two sizes" in odd
     lone = refusal({"a.weight": normal(0, 4, 4), "a.weight_scale_inv": scales}, quantization_config=settings)

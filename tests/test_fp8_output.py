@@ -390,7 +390,7 @@ def test_codes_with_something_added_to_them_are_refused(tmp_path: Path) -> None:
     factors = {"m.0.lora_A.weight": normal(5, 2, 40), "m.0.lora_B.weight": normal(6, 50, 2)}
     save_file({f"base_model.model.{n}": a for n, a in factors.items()}, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
-    with pytest.raises(MergeToolError, match=r"base\+adapter has 1 tensors in 8 bits with something added.*m\.0\.wei"):
+    with pytest.raises(MergeToolError, match=r"base\+adapter has 1 tensor in 8 bits with something added.*m\.0\.wei"):
         merge(f"{base}+{adapter}", base, tmp_path / "out", dtype="base")
     merge(base, adapter, tmp_path / "out", dtype="base")
     before, after = load_folder(base), load_folder(tmp_path / "out")

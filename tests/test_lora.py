@@ -453,7 +453,7 @@ def test_all_that_has_no_place_or_does_not_fit_is_listed_at_once(tmp_path: Path)
         open_model(f"{base}+{save_adapter(tmp_path / 'lora', tensors)}")
     assert str(refused.value).splitlines() == [
         "lora is not an adapter of base, or not in a form that is read.",
-        "  4 tensors have no place there: base_model.model.o.lora_magnitude_vector, base_model.model.x.lora_A.weight, "
+        "  no place there for 4 tensors: base_model.model.o.lora_magnitude_vector, base_model.model.x.lora_A.weight, "
         "base_model.model.x.lora_B.weight, base_model.model.o.lora_B.bias",
         "  k: has no lora_B.weight",
         "  q: A [4, 23] F32 and B [40, 4] F32, of rank 4 by adapter_config.json, do not fit q.weight [40, 24] F32",
@@ -507,7 +507,7 @@ def test_what_two_models_share_is_told_once(adapted: tuple[Path, Path, Path], tm
         shutil.copytree(adapter, tmp_path / name)
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config(base_model_name_or_path="org/other")))
     left, right = (f"{base}+{tmp_path / name}" for name in ("left", "right"))
-    shared = "base: 1 tensors are in the shards but not in the index: model.norm.weight"
+    shared = "base: 1 tensor is in the shards but not in the index: model.norm.weight"
     for pair in ((base, base), (base, left), (left, right), (left, left), (base, tmp_path / "left")):
         for said in (run("merge", *pair, tmp_path / "out", "--dry-run").stderr, run("diff", *pair).stdout):
             assert said.count(shared) == 1

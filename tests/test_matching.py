@@ -64,7 +64,7 @@ def test_what_is_not_chosen_is_the_bases(tmp_path: Path, pair: tuple[Path, Path]
     assert (result.exit_code, result.stderr) == (0, "")
     names = {name for name in x if kept(name)}
     check_parts(tmp_path / "out", tmp_path / "whole", x, names)
-    assert f"{len(names)} tensors are not merged: they are the base's." in result.stdout
+    assert f"{len(names)} tensors are not merged: the base's are kept." in result.stdout
     told, whole = report(tmp_path / "out"), report(tmp_path / "whole")
     for name in x:
         if name in names:
@@ -153,7 +153,7 @@ def test_the_cards_command_chooses_the_same(tmp_path: Path, pair: tuple[Path, Pa
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--only", "self_atn"], "--only self_atn: matches no tensor. The tensors are lm_head.weight, "),
+        (["--only", "self_atn"], "--only self_atn: matches no tensor. Did you mean self_attn? The tensors are lm_head.weight, "),
         (["--exclude", "mlp.*"], "--exclude mlp.*: matches no tensor. A glob must match the whole name"),
         (["--only", "mlp", "--only", "nothing"], "--only nothing: matches no tensor."),
         (["--exclude", "*"], "--only and --exclude leave no tensor to merge."),
@@ -212,8 +212,8 @@ def test_what_ft_lacks_or_has_otherwise_is_the_bases_if_asked(tmp_path: Path, pa
     result = run(base, ft, tmp_path / "out", "--on-missing", "base", "--on-mismatch", "base", "--dtype", "base")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "Warning: 1 tensors are not in ft; base's are kept: model.norm.bias.",
-        "Warning: 1 tensors are only in ft; they are left out: value_head.weight.",
+        "Warning: 1 tensor is not in ft; base's are kept: model.norm.bias.",
+        "Warning: 1 tensor is only in ft; left out: value_head.weight.",
         "Warning: 3 tensors have another shape or type in ft; base's are kept: "
         "ids, lm_head.weight, model.embed_tokens.weight.",
     ]
@@ -407,7 +407,7 @@ def test_heads_that_are_not_clearly_tied_are_missing(
     for pair in ((full, less), (less, full)):
         result = run(*pair, tmp_path / "out", "--dry-run")
         assert result.exit_code == 1
-        assert f"1 tensors only in full: {here}\n" in result.stderr
+        assert f"1 tensor only in full: {here}\n" in result.stderr
         assert "--on-missing base" in result.stderr
 
 
@@ -512,7 +512,7 @@ def test_buffers_that_follow_from_the_configuration_may_be_on_one_side_only(tmp_
     assert any(text.startswith("4 tensors are not in new; old's are kept") for text in done.warnings)
     done = merge(new, old, tmp_path / "b")
     assert load_folder(tmp_path / "b").keys() == shared.keys()
-    assert any(text.startswith("4 tensors are only in old; they are left out") for text in done.warnings)
+    assert any(text.startswith("4 tensors are only in old; left out") for text in done.warnings)
     merge_models({"merge_method": "linear", "models": [
         {"model": str(m), "parameters": {"weight": 1}} for m in (new, old)]}, tmp_path / "c")  # fmt: skip
     assert load_folder(tmp_path / "c").keys() == shared.keys()

@@ -575,9 +575,9 @@ def test_all_tensors_that_some_models_lack_are_said_at_once() -> None:
     message = refusal(linear("1", "1"), [*llama(), "model.extra"], smaller)
     assert "5 tensors only in M0: model.extra, model.layers.4.input_layernorm.weight, " in message
     assert "M0 has 19 parameters and 5 layers; M1 has 14 parameters and 4 layers." in message
-    assert "1 tensors only in M1: model.other" in refusal(linear("1", "1"), llama(), [*llama(), "model.other"])
+    assert "1 tensor only in M1: model.other" in refusal(linear("1", "1"), llama(), [*llama(), "model.other"])
     message = refusal(linear("1", "1", "1"), [*llama(), "model.extra"], smaller, [*llama(), "model.other"])
-    for told in ("6 tensors not in M1: model.extra, ", "1 tensors not in M2: model.extra", "1 tensors not in M0: "):
+    for told in ("6 tensors not in M1: model.extra, ", "1 tensor not in M2: model.extra", "1 tensor not in M0: "):
         assert told in message
 
 

@@ -84,15 +84,15 @@ def test_missing_tensors_are_an_error_or_the_bases(models: list[Path], tmp_path:
     tensors = load(other)
     del tensors["model.norm.bias"]
     save_model(other, {**tensors, "only.there": np.ones(3, BF16)})
-    with pytest.raises(MismatchError, match=r"(?s)1 tensors not in two: model.norm.bias\n.*only.there"):
+    with pytest.raises(MismatchError, match=r"(?s)1 tensor not in two: model.norm.bias\n.*only.there"):
         merge_models(asked, tmp_path / "out")
     report = merge_models(asked, tmp_path / "out", on_missing="base")
     found = load(tmp_path / "out")
     assert found.keys() == load(lead).keys()
     assert found["model.norm.bias"].tobytes() == load(lead)["model.norm.bias"].tobytes()
     assert note(tmp_path / "out", "model.norm.bias") == "not in all models: base kept"
-    assert f"1 tensors are not in some model; {lead.name}'s are kept: model.norm.bias." in report.warnings
-    assert f"1 tensors are not in {lead.name}; they are left out: only.there." in report.warnings
+    assert f"1 tensor is not in some model; {lead.name}'s are kept: model.norm.bias." in report.warnings
+    assert f"1 tensor is not in {lead.name}; left out: only.there." in report.warnings
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
@@ -106,7 +106,7 @@ def test_other_shapes_are_an_error_or_the_bases(models: list[Path], tmp_path: Pa
         merge_models(asked, tmp_path / "out")
     report = merge_models(asked, tmp_path / "out", on_mismatch="base")
     assert load(tmp_path / "out")["lm_head.weight"].tobytes() == load(lead)["lm_head.weight"].tobytes()
-    told = f"1 tensors have another shape or type in some model; {lead.name}'s are kept: lm_head.weight."
+    told = f"1 tensor is of another shape or type in some model; {lead.name}'s are kept: lm_head.weight."
     assert told in report.warnings
 
 

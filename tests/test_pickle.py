@@ -185,7 +185,7 @@ NESTED: dict[str, tuple[Any, str]] = {
     "one dict of another name": ({"params": WEIGHTS}, "under 'params' are taken"),
     "an EMA beside it": ({"model": WEIGHTS, "ema": WEIGHTS}, "not read: ema"),
     "two deep": ({"checkpoint": {"model": WEIGHTS}}, "under 'model' are taken"),
-    "other entries": ({**WEIGHTS, "version": 3, "_extra_state": None}, "2 entries are no tensors and are left out"),
+    "other entries": ({**WEIGHTS, "version": 3, "_extra_state": None}, "2 entries that are no tensors are left out"),
 }
 
 
@@ -205,7 +205,7 @@ UNCLEAR: dict[str, tuple[Any, str]] = {
     "no tensors": ({"epoch": 3, "x\x1b[2J": 1}, "holds no tensors under names; its keys are epoch, x\\x1b[2J"),
     "a tensor": (torch.ones(2), "one tensor without a name"),
     "a list": ([torch.ones(2)], "a list, expected a state dict"),
-    "names that are numbers": ({0: torch.ones(2), **WEIGHTS}, "1 tensors whose names are no strings"),
+    "names that are numbers": ({0: torch.ones(2), **WEIGHTS}, "1 tensor under a name that is no string"),
     "a sparse tensor": ({"s": torch.eye(3).to_sparse()}, "tensor 's' is sparse"),
     "complex numbers": ({"c": torch.ones(2, dtype=torch.complex128)}, "tensor 'c' has dtype torch.complex128"),
     "a name that is no tensor's": ({"__metadata__": torch.ones(2)}, "tensor '__metadata__' has a name that"),

@@ -153,7 +153,7 @@ def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
 
     lacking = model("lacking")
     edit_index(lacking, lambda m: m.update({"ghost.weight": "model-00001-of-00002.safetensors"}))
-    assert "names 1 tensors that their shard lacks: ghost.weight" in refusal(lacking)
+    assert "names 1 tensor that the shard lacks: ghost.weight" in refusal(lacking)
 
     for bad in ("../other.safetensors", "/etc/passwd", "a/../../b.safetensors", "", "x\0y"):
         outside = model(f"outside{abs(hash(bad))}")
@@ -174,7 +174,7 @@ def test_tensors_that_the_index_forgets_are_taken_and_told(tmp_path: Path) -> No
     edit_index(folder, lambda m: m.pop("model.norm.bias"))
     with open_checkpoint(folder) as checkpoint:
         assert "model.norm.bias" in checkpoint.tensors
-        assert "1 tensors are in the shards but not in the index: model.norm.bias" in checkpoint.notices[0]
+        assert "1 tensor is in the shards but not in the index: model.norm.bias" in checkpoint.notices[0]
 
 
 @pytest.mark.parametrize(

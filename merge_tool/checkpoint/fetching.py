@@ -205,7 +205,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> str:
             f"{local} {constants.ENDPOINT} cannot be reached to fetch it ({_root(error)}). Check the connection "
             "and run the same command again, or give a local folder."
         )
-    return f"{name}: cannot be fetched ({_root(error)}). Mend that, then run the same command: it continues."
+    return f"{name}: cannot be fetched ({_root(error)}). Correct that, then run the same command: it continues."
 
 
 def _is_offline() -> bool:

@@ -18,7 +18,7 @@ from merge_tool.checkpoint.grid import Grid
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.checkpoint.sub_configs import is_sub_config, sub_configs
-from merge_tool.errors import CheckpointError, listed, shown
+from merge_tool.errors import CheckpointError, counted, listed, shown
 
 SCALES = ("_scale_inv", "_scale")  # what the name of a weight's scales adds to the weight's own
 ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
@@ -109,7 +109,10 @@ class Scaled:
         return frozenset({*(weight.scales.info.name for weight in self.made.values()), *self.activations})
 
     def notices(self, name: str) -> Iterator[str]:
-        yield f"{name}: {len(self.made):,} weights are 8-bit floats with scales; they are read as their real values."
+        yield (
+            f"{name}: {counted(len(self.made), 'weight is', 'weights are')} 8-bit floats with "
+            "scales, read as real values."
+        )
         if self.activations:
             yield (
                 f"{name}: {len(self.activations):,} scales of activations are not merged (only an output in BASE's 8 "
@@ -141,7 +144,8 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
     }
     if bare := [n for n, s in sources.items() if s.info.dtype in FLOAT8_DTYPES and n not in made]:
         raise CheckpointError(
-            f"{name}: {len(bare):,} tensors of 8-bit floats have no scales, {len(made):,} others have: {listed(bare)}. "
+            f"{name}: {counted(len(bare), 'tensor')} of 8-bit floats without scales, {len(made):,} with scales: "
+            f"{listed(bare)}. "
             "Fetch it again, or merge the original weights."
         )
     return Scaled(made, {n: s for n, s in sources.items() if n.endswith(ACTIVATION_SCALES)}, settings)

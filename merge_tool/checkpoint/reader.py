@@ -24,7 +24,7 @@ from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
-from merge_tool.errors import CheckpointError, HeaderError, listed, reason, shown
+from merge_tool.errors import CheckpointError, HeaderError, counted, listed, reason, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
     shards = [single] if single else sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if shard not in coming and not folder.has(shard)]:
         raise CheckpointError(
-            f"{folder.name}/{index}: names {len(missing)} shards that are missing: {listed(missing)}. "
+            f"{folder.name}/{index}: names {counted(len(missing), 'missing shard')}: {listed(missing)}. "
             "Finish the download, or save the model again."
         )
     if single and f"{single}.index.json" in listing:
@@ -365,12 +365,14 @@ def _collect(
                 file_of[info.name] = number
     if lacking := [name for name in weight_map if name not in tensors]:
         raise CheckpointError(
-            f"{folder.name}: the index names {len(lacking)} tensors that their shard lacks: {listed(lacking)}. "
+            f"{folder.name}: the index names {counted(len(lacking), 'tensor')} that the shard lacks: "
+            f"{listed(lacking)}. "
             "Index and shards are not of one model; fetch them again."
         )
     if unlisted:
         notices.append(
-            f"{folder.name}: {len(unlisted)} tensors are in the shards but not in the index: {listed(unlisted)}. "
+            f"{folder.name}: {counted(len(unlisted), 'tensor is', 'tensors are')} in the shards but not in the "
+            f"index: {listed(unlisted)}. "
             "They are merged too."
         )
     return tensors, file_of

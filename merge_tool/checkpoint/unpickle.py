@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from merge_tool.apart import answer
-from merge_tool.errors import CheckpointError, listed, reason, shown
+from merge_tool.errors import CheckpointError, counted, listed, reason, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
 _OLDEST_TORCH = (2, 6)  # before, weights_only could be made to run code (CVE-2025-32434)
@@ -219,9 +219,12 @@ def _holds_tensors(torch: Any, value: Any, depth: int) -> bool:
 
 def _named_tensors(torch: Any, found: Mapping[Any, Any], notices: list[str]) -> Mapping[str, Any]:
     if unnamed := [key for key, value in found.items() if torch.is_tensor(value) and not isinstance(key, str)]:
-        raise _Refused(f"has {len(unnamed):,} tensors whose names are no strings: {listed(unnamed)}.")
+        raise _Refused(f"has {counted(len(unnamed), 'tensor')} under a name that is no string: {listed(unnamed)}.")
     if other := [key for key, value in found.items() if not torch.is_tensor(value)]:
-        notices.append(f"{len(other):,} entries are no tensors and are left out: {listed(other)}.")
+        notices.append(
+            f"{counted(len(other), 'entry that is no tensor is', 'entries that are no tensors are')} left out: "
+            f"{listed(other)}."
+        )
     return {key: value for key, value in found.items() if torch.is_tensor(value)}
 
 

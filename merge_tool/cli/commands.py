@@ -133,7 +133,6 @@ def _terminable() -> Iterator[None]:
     "ts",
     multiple=True,
     default=[label_t(DEFAULT_T)],
-    show_default=label_t(DEFAULT_T),
     callback=parse_ts,
     metavar="NUMBER",
     help="How far to go from BASE (0) to FT (1). Several (0.3,0.5 or 0:1:0.1) are made in one pass.",

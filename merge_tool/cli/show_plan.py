@@ -35,7 +35,7 @@ def recipe_json(plan: MergePlan) -> dict[str, Any]:
 
 def effective_lines(plan: MergePlan) -> Iterator[str]:
     """What gradients and patterns come to, a line for the tensors of one layer with the same models and parameters;
-    nothing where they are the same for all."""
+    nothing for a pair without any."""
     if is_pair(plan.recipe) and not plan.num_scheduled:
         return
     rows = _rows(plan)

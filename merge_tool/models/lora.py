@@ -20,7 +20,7 @@ from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, FileTensor, open_found, open_one_file
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.checkpoint.strided import StridedTensor
-from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
+from merge_tool.errors import CheckpointError, MismatchError, counted, listed, reason, shown
 from merge_tool.models.lora_config import CONFIG, Settings, read_settings
 from merge_tool.models.low_rank import Factor, LowRankTensor
 from merge_tool.models.naming import is_head
@@ -222,7 +222,7 @@ class _Matcher:
     def _check(self) -> None:
         problems = []
         if self.homeless:
-            problems.append(f"{len(self.homeless):,} tensors have no place there: {listed(self.homeless, 50)}")
+            problems.append(f"no place there for {counted(len(self.homeless), 'tensor')}: {listed(self.homeless, 50)}")
         problems += self.unfit
         if problems:
             raise MismatchError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import text_configs
-from merge_tool.errors import shown
+from merge_tool.errors import counted, shown
 from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 
 
@@ -122,12 +122,14 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
             prefixes.setdefault((other.removesuffix(core), name.removesuffix(core)), []).append(name)
     for (theirs, ours), names in prefixes.items():
         yield (
-            f"{len(names):,} tensors have the prefix '{shown(theirs)}' in {ft.name}, '{shown(ours)}' in {base.name}: "
+            f"{counted(len(names), 'tensor has', 'tensors have')} the prefix '{shown(theirs)}' in {ft.name}, "
+            f"'{shown(ours)}' in {base.name}: "
             f"{shown(found.ft_names[names[0]])} is merged with {shown(names[0])}, and so on."
         )
     if otherwise:
         yield (
-            f"{len(otherwise):,} tensors have older or newer names in {ft.name}: {shown(found.ft_names[otherwise[0]])} "
+            f"{counted(len(otherwise), 'tensor has', 'tensors have')} older or newer names in {ft.name}: "
+            f"{shown(found.ft_names[otherwise[0]])} "
             f"is merged with {shown(otherwise[0])}, and so on."
         )
     for copy, tensor in found.copies.items():

@@ -92,7 +92,7 @@ class SideFiles:
                     yield chunk
         except (OSError, ValueError) as e:  # no JSON any more: it has changed since it was looked at
             raise CheckpointError(
-                f"{folder.name}/{shown(file.source)}: cannot be read ({reason(e)}). Mend that, then run the same "
+                f"{folder.name}/{shown(file.source)}: cannot be read ({reason(e)}). Correct that, then run the same "
                 "command: it continues where it stopped."
             ) from e
 

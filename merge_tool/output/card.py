@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.errors import CheckpointError, reason, shown
+from merge_tool.errors import CheckpointError, counted, reason, shown
 from merge_tool.output.report import Summary, remarks
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
@@ -30,6 +30,7 @@ def card_of(prepared: Prepared, summary: Summary, output: int) -> str:
         output,
         first_card=prepared.first_card,
         is_transformers=prepared.is_transformers,
+        has_own_rows=prepared.has_own_rows,
         has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
     )
 
@@ -67,6 +68,7 @@ def card_text(
     *,
     first_card: Path | None,
     is_transformers: bool,
+    has_own_rows: bool,
     has_code: bool,
 ) -> str:
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
@@ -78,23 +80,25 @@ def card_text(
     names = (part for name in plan.names for part in name.split("+"))  # MODEL+ADAPTER are two
     parents, tags = list(dict.fromkeys(names)), ["merge", "slerp-merge"]
     data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **inherited)
-    body = "\n\n".join(_card_sections(plan, summary, output, has_code))
+    body = "\n\n".join(_card_sections(plan, summary, output, has_own_rows, has_code))
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def _card_sections(plan: MergePlan, summary: Summary, output: int, has_code: bool) -> Iterator[str]:
+def _card_sections(plan: MergePlan, summary: Summary, output: int, has_own_rows: bool, has_code: bool) -> Iterator[str]:
     names = [_plain(name) for name in plan.names]
     yield f"# {' + '.join(names)}"
     yield from _how(plan, output, names)
     yield f"```\n{_command(plan, output)}\n```"
     yield (
-        f"{summary.num_tensors:,} tensors, {summary.num_parameters:,} parameters. Side files (configuration, "
-        f"tokenizer) are those of {names[plan.recipe.donor]}.{_tokenizer(plan, names)}"
+        f"{counted(summary.num_tensors, 'tensor')}, {counted(summary.num_parameters, 'parameter')}. Side files "
+        "(configuration, "
+        f"tokenizer) are those of {names[plan.recipe.donor]}.{_tokenizer(plan, names) if has_own_rows else ''}"
     )
     if plan.num_quantised:
         yield (
-            f"{plan.num_quantised:,} weights are 8-bit floats with scales, as in {names[plan.recipe.first]}: merged in "
-            "their real values and quantised again."
+            f"{counted(plan.num_quantised, 'weight is', 'weights are')} 8-bit floats with scales, as in "
+            f"{names[plan.recipe.first]}: "
+            "merged in real values and quantised again."
         )
     if has_code:
         yield "The folder holds Python code of that model, copied as it is and not run; read it before you trust it."
@@ -130,7 +134,7 @@ def _fenced(text: str) -> str:
 
 
 def _exceptions(plan: MergePlan) -> str:
-    return f" ({plan.num_scheduled:,} tensors at a t of their own)" if plan.num_scheduled else ""
+    return f" ({counted(plan.num_scheduled, 'tensor')} at a t of their own)" if plan.num_scheduled else ""
 
 
 def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
@@ -182,8 +186,8 @@ def _front_matter(card: Path | None) -> dict[str, Any]:
             head = file.read(65_536).decode("utf-8", "replace")
     except OSError as e:
         raise CheckpointError(
-            f"{shown(card.name)}, the model card of the first model: cannot be read ({reason(e)}). Mend that, then run "
-            "the same command: it continues where it stopped."
+            f"{shown(card.name)}, the model card of the first model: cannot be read ({reason(e)}). Correct that, then "
+            "run the same command: it continues where it stopped."
         ) from e
     match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
     if not match:

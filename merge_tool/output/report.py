@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.errors import OutputError, reason, shown
+from merge_tool.errors import OutputError, counted, reason, shown
 from merge_tool.methods.inner import Weights, pair_angle
 from merge_tool.plan.plan import MergePlan, TensorJob, differences, words_of
 from merge_tool.plan.stacks import split_layer
@@ -175,9 +175,9 @@ def remarks(summary: Summary) -> list[str]:
             "linear interpolation agree there to less than half a bfloat16 step."
         )
     if summary.num_copied:
-        found.append(f"{summary.num_copied:,} tensors are not merged: they are the base's.")
+        found.append(f"{counted(summary.num_copied, 'tensor is', 'tensors are')} not merged: the base's are kept.")
     if summary.num_kept_base:
-        found.append(f"{summary.num_kept_base:,} integer tensors differ; the base's are kept.")
+        found.append(f"{counted(summary.num_kept_base, 'integer tensor')} not alike: the base's are kept.")
     return found
 
 
@@ -201,7 +201,10 @@ def alarms(summary: Summary) -> list[str]:
         for name in summary.antiparallel[:5]
     )
     if len(summary.antiparallel) > 5:
-        found.append(f"{len(summary.antiparallel) - 5:,} more tensors point in opposite directions.")
+        found.append(
+            f"{counted(len(summary.antiparallel) - 5, 'more tensor points', 'more tensors point')} in opposite "
+            "directions."
+        )
     return found
 
 

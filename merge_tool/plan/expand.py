@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.errors import RecipeError, counted, listed, shown
 from merge_tool.methods.steps import REQUIRED, Method
 from merge_tool.models.naming import comes_last
 from merge_tool.models.renaming import Renaming
@@ -216,7 +216,9 @@ class Expansion:
     def check_values(self) -> None:
         """Raise RecipeError for all tensors that a required parameter has no value for."""
         if unset := self._values.unset:
-            lines = [f"'{shown(key)}' of {len(names):,} tensors: {listed(names)}" for key, names in unset.items()]
+            lines = [
+                f"'{shown(key)}' of {counted(len(names), 'tensor')}: {listed(names)}" for key, names in unset.items()
+            ]
             raise RecipeError(
                 f"{self._recipe.method} needs values that the recipe's filters give to other tensors only.\n  "
                 + "\n  ".join(lines)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from merge_tool.arrays import FLOAT_DTYPES
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import MismatchError, RecipeError, listed, shown
+from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.models.naming import has_token_rows, is_derived
 from merge_tool.plan.expand import Expansion, Place
 from merge_tool.plan.stacks import Stacks, natural_key
@@ -112,7 +112,7 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], f
         for model, names in found.lacking.items():
             others = [k for k in sorted(recipe.sources) if k != model]
             where = f"only in {models[others[0]].name}" if len(others) == 1 else f"not in {models[model].name}"
-            problems.append(f"{len(names):,} tensors {where}: {listed(_natural(names))}")
+            problems.append(f"{counted(len(names), 'tensor')} {where}: {listed(_natural(names))}")
         ways.append("--on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.")
     if recipe.options.on_mismatch == "error":
         for unlike, what in ((found.shapes, "shapes differ"), (found.dtypes, "dtypes cannot be merged")):
@@ -132,7 +132,7 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], f
             f"{_all([models[k] for k in sorted(recipe.sources)])} do not have the same tensors.\n  "
             + "\n  ".join([*expansion.range_problems, *problems])
             + sizes
-            + "\nAll must be the same architecture, with one vocabulary. If you know better:\n  "
+            + "\nAll must be the same architecture, with one vocabulary. To merge them anyway:\n  "
             + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
             + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")
         )
@@ -145,7 +145,7 @@ def _all(models: Sequence[Checkpoint]) -> str:
 
 def _size(model: Checkpoint) -> str:
     layers, count = Stacks(model.tensors).told, sum(info.numel for info in model.tensors.values())
-    return f"{model.name} has {count:,} parameters{f' and {layers}' if layers else ''}"
+    return f"{model.name} has {counted(count, 'parameter')}{f' and {layers}' if layers else ''}"
 
 
 def _warnings(
@@ -157,12 +157,12 @@ def _warnings(
     where = f"only in {other}" if len(others) == 1 else f"not in {base}"
     missing, unlike = ([name for name, reason in kept.items() if reason == what] for what in (MISSING, UNLIKE))
     for names, what in (
-        (missing, f"are not in {other}; {base}'s are kept"),
-        (left_out, f"are {where}; they are left out"),
-        (unlike, f"have another shape or type in {other}; {base}'s are kept"),
+        (missing, f"not in {other}; {base}'s are kept"),
+        (left_out, f"{where}; left out"),
+        (unlike, f"of another shape or type in {other}; {base}'s are kept"),
     ):
         if names:
-            yield f"{len(names):,} tensors {what}: {listed(_natural(names), 50)}."
+            yield f"{counted(len(names), 'tensor is', 'tensors are')} {what}: {listed(_natural(names), 50)}."
 
 
 def _natural(names: Iterable[str]) -> list[str]:

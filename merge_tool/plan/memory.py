@@ -10,7 +10,7 @@ from pathlib import Path
 
 from merge_tool.arrays import STORED_DTYPES, TILE
 from merge_tool.checkpoint.quantise import extra_bytes
-from merge_tool.errors import RecipeError
+from merge_tool.errors import RecipeError, counted
 from merge_tool.methods.inner import Scratch
 from merge_tool.plan.plan import MergePlan, TensorJob
 
@@ -113,7 +113,7 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
     if needed > budget:
         enough = _megabytes(needed + _SLACK_BYTES)
         raise RecipeError(
-            f"This merge of {plan.num_tensors:,} tensors needs at least {enough} of memory, the budget is "
+            f"This merge of {counted(plan.num_tensors, 'tensor')} needs at least {enough} of memory, the budget is "
             f"{_megabytes(budget)}. Give --memory {enough} or more."
         )
     rest = room - jobs * (slot_bytes + temporary + scratch)

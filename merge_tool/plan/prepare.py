@@ -39,13 +39,14 @@ class Prepared:
     `samples` are digests of a few bytes of many tensors of each input (none after a dry run, which reads no
     weights): what tells two finetunes of one layout apart. `refs` are the models by local paths, `inputs` all of these
     paths, adapters' too; `download` is what of them was still to be fetched, after a dry run. `first_card` is the card
-    of the model whose licence and language the output inherits.
+    of the model whose licence and language the output inherits. `has_own_rows` says that rows were matched by token.
     """
 
     plan: MergePlan
     side_files: SideFiles
     first_card: Path | None
     is_transformers: bool
+    has_own_rows: bool
     layout: Layout
     budget: int
     held_bytes: int
@@ -113,6 +114,7 @@ def prepare(
         side_files=side_files,
         first_card=first_card,
         is_transformers=is_transformers,
+        has_own_rows=alignment is not None,
         layout=plan_layout(plan, machine.budget, machine.jobs, held=held),
         budget=machine.budget,
         held_bytes=held,

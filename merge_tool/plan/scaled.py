@@ -15,7 +15,7 @@ from merge_tool.checkpoint.fp8 import Scaled, ScaledTensor
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import TensorSource
-from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.errors import RecipeError, counted, listed, shown
 from merge_tool.methods.steps import Method
 from merge_tool.recipe.options import QUANTISE_LATER
 from merge_tool.recipe.recipe import Recipe
@@ -98,7 +98,8 @@ def plan_scaled(recipe: Recipe, method: Method, models: Sequence[Checkpoint]) ->
     changed = [name for name, weight in scaled.made.items() if base.source(name) is not weight]
     if changed:
         raise RecipeError(
-            f"dtype is 'base', and {base.name} has {len(changed):,} tensors in 8 bits with something added to them: "
+            f"dtype is 'base', and {base.name} has {counted(len(changed), 'tensor')} in 8 bits with something "
+            "added to them: "
             f"{listed(changed)}. Only BASE's own codes are quantised again; write bfloat16 (the default), and quantise "
             "it afterwards."
         )

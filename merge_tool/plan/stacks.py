@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.errors import RecipeError, counted, listed, shown
 
 _LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
 _FEWEST_TENSORS = 3  # in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` is none
@@ -47,9 +47,9 @@ class Stacks:
     def told(self) -> str:
         """How many layers there are, in words; nothing if there are none."""
         if len(self.of_layers) == 1:
-            return f"{self.num_layers(self.of_layers[0]):,} layers"
+            return counted(self.num_layers(self.of_layers[0]), "layer")
         return ", ".join(
-            f"{self.num_layers(stack):,} layers in {shown(stack.rstrip('.'))}" for stack in self.of_layers[:3]
+            f"{counted(self.num_layers(stack), 'layer')} in {shown(stack.rstrip('.'))}" for stack in self.of_layers[:3]
         )
 
     def position(self, name: str) -> float:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from merge_tool.arrays import NUMPY_DTYPES, TILE, Array, same_values
-from merge_tool.errors import DataError, listed, shown
+from merge_tool.errors import DataError, counted, listed, shown
 from merge_tool.methods.inner import Scratch
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.run.findings import Finding
@@ -125,15 +125,14 @@ def check_exact_tensors(plan: MergePlan) -> None:
     differing = [job.out.name for job in plan.jobs() if job.exact and not _same_values(job)]
     if differing:
         raise DataError(
-            f"{len(differing):,} integer tensors {_differ(plan)}: {listed(differing)}. Give --on-mismatch base to keep "
-            "the base's."
+            f"{counted(len(differing), 'integer tensor differs', 'integer tensors differ')} between {_models(plan)}, and "
+            f"integers have nothing between them: {listed(differing)}. Give --on-mismatch base to keep the base's."
         )
 
 
-def _differ(plan: MergePlan) -> str:
+def _models(plan: MergePlan) -> str:
     names = sorted(plan.recipe.sources)
-    between = " and ".join(plan.names[k] for k in names) if len(names) == 2 else "the models"
-    return f"differ between {between}, and integers have nothing between them"
+    return " and ".join(plan.names[k] for k in names) if len(names) == 2 else "the models"
 
 
 def _same_values(job: TensorJob, chunk: int = TILE) -> bool:
