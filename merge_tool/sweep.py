@@ -401,6 +401,6 @@ def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
         key = different[0]
         raise OutputError(
             f"{shown(path)}: is of another sweep: {', '.join(different)} differ "
-            f"({key}: {shown(before.get(key), 80)} there, {shown(now.get(key), 80)} now). "
+            f"({key}: {shown(before.get(key, 'nothing'), 80)} there, {shown(now.get(key, 'nothing'), 80)} now). "
             "Choose another folder, or --overwrite to start anew."
         )
