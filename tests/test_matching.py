@@ -125,7 +125,7 @@ def test_copies_take_part_in_several_outputs_and_in_resuming(tmp_path: Path, pai
 
     with pytest.raises(Stop):
         merge(*pair, tmp_path / "stopped", 0.2, on_progress=stop, **options)
-    assert "only was ['mlp'], now []" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
+    assert "only was mlp, now none" in run(*pair, tmp_path / "stopped", "--t", "0.2").stderr
     merge(*pair, tmp_path / "stopped", 0.2, **options)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "0.2")
 
@@ -153,7 +153,10 @@ def test_the_cards_command_chooses_the_same(tmp_path: Path, pair: tuple[Path, Pa
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--only", "self_atn"], "--only self_atn: matches no tensor. Did you mean self_attn? The tensors are lm_head.weight, "),
+        (
+            ["--only", "self_atn"],
+            "--only self_atn: matches no tensor. Did you mean self_attn? The tensors are lm_head.weight, ",
+        ),
         (["--exclude", "mlp.*"], "--exclude mlp.*: matches no tensor. A glob must match the whole name"),
         (["--only", "mlp", "--only", "nothing"], "--only nothing: matches no tensor."),
         (["--exclude", "*"], "--only and --exclude leave no tensor to merge."),
@@ -214,7 +217,7 @@ def test_what_ft_lacks_or_has_otherwise_is_the_bases_if_asked(tmp_path: Path, pa
     assert result.stderr.splitlines() == [
         "Warning: 1 tensor is not in ft; base's are kept: model.norm.bias.",
         "Warning: 1 tensor is only in ft; left out: value_head.weight.",
-        "Warning: 3 tensors have another shape or type in ft; base's are kept: "
+        "Warning: 3 tensors are of another shape or type in ft; base's are kept: "
         "ids, lm_head.weight, model.embed_tokens.weight.",
     ]
     kept = UNLIKE | {"model.norm.bias"}

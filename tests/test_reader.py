@@ -149,7 +149,7 @@ def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
 
     missing = model("missing")
     (missing / "model-00002-of-00002.safetensors").unlink()
-    assert "names 1 shards that are missing: model-00002-of-00002.safetensors" in refusal(missing)
+    assert "names 1 missing shard: model-00002-of-00002.safetensors" in refusal(missing)
 
     lacking = model("lacking")
     edit_index(lacking, lambda m: m.update({"ghost.weight": "model-00001-of-00002.safetensors"}))

@@ -105,8 +105,8 @@ class Exact:
         differs = self.differs.is_set()
         if differs and not self.plan.keeps_base_on_mismatch:
             raise DataError(
-                f"{shown(self.job.out.name)}: the values {_differ(self.plan)}. Give --on-mismatch base to keep the "
-                "base's."
+                f"{shown(self.job.out.name)}: the values differ between {_models(self.plan)}, and integers have nothing "
+                "between them. Give --on-mismatch base to keep the base's."
             )
         self.resume(Finding(equal=not differs, kept_base=differs))
 
@@ -125,8 +125,8 @@ def check_exact_tensors(plan: MergePlan) -> None:
     differing = [job.out.name for job in plan.jobs() if job.exact and not _same_values(job)]
     if differing:
         raise DataError(
-            f"{counted(len(differing), 'integer tensor differs', 'integer tensors differ')} between {_models(plan)}, and "
-            f"integers have nothing between them: {listed(differing)}. Give --on-mismatch base to keep the base's."
+            f"{counted(len(differing), 'integer tensor differs', 'integer tensors differ')} between {_models(plan)}, "
+            f"and integers have nothing between them: {listed(differing)}. Give --on-mismatch base to keep the base's."
         )
 
 
