@@ -38,9 +38,9 @@ def write_model(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> Pa
     return path
 
 
-def measured(base: Path, ft: Path, out: Path, *options: str) -> tuple[int, int]:
+def measured(*words: str | Path) -> tuple[int, int]:
     """Peak bytes of a merge in a process of its own, and what a dry run expected."""
-    command = [*COMMAND, str(base), str(ft), str(out), "--json", *options]
+    command = [sys.executable, "-m", "merge_tool", *map(str, words), "--json"]
     planned = subprocess.run([*command, "--dry-run"], capture_output=True, check=True)
     done = subprocess.run(command, capture_output=True, check=True)
     return json.loads(done.stdout)["peak_bytes"], json.loads(planned.stdout)["expected_peak_bytes"]
@@ -60,21 +60,50 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
 @linux_only
 @pytest.mark.parametrize("jobs", ["1", "8"])
 def test_a_tensor_ten_times_the_budget_is_merged_below_it(huge: tuple[Path, Path], tmp_path: Path, jobs: str) -> None:
-    peak, expected = measured(*huge, tmp_path / "out", "--memory", "64MB", "--jobs", jobs)
+    peak, expected = measured("merge", *huge, tmp_path / "out", "--memory", "64MB", "--jobs", jobs)
     (tmp_path / "out/model.safetensors").unlink()
     assert peak < LEAST
     assert abs(expected - peak) < 0.2 * peak
 
 
+SLERP = """\
+merge_method: slerp
+base_model: {0}
+models: [{{model: {0}}}, {{model: {1}}}]
+parameters:
+  t: [{{filter: experts.1, value: [0, 0.5, 1]}}, {{filter: layers.1, value: 0.2}}, {{value: 0.5}}]
+"""
+TIES = """\
+merge_method: ties
+base_model: {0}
+models:
+  - model: {1}
+    parameters: {{weight: [0, 0.5, 1], density: 0.5}}
+  - model: {2}
+    parameters: {{weight: [{{filter: experts.1, value: 0.3}}, {{value: 1}}], density: 0.4}}
+"""
+
+
 @linux_only
 @pytest.mark.parametrize(
-    "options",
-    ["--t 0.5", "--t 0.1,0.3,0.5,0.7,0.9", "--t-for experts.1=0,0.5,1 --t-for layers.1=0.2 --exclude layers.3."],
+    "asked",
+    [
+        "--t 0.5",
+        "--t 0.1,0.3,0.5,0.7,0.9",
+        "--t-for experts.1=0,0.5,1 --t-for layers.1=0.2 --exclude layers.3.",
+        SLERP,
+        TIES,
+    ],
 )
-def test_ten_thousand_tensors_stay_below_the_least_budget(tmp_path: Path, options: str) -> None:
+def test_ten_thousand_tensors_stay_below_the_least_budget(tmp_path: Path, asked: str) -> None:
+    """Of a pair, and of a recipe for two models and for three."""
     shapes = {f"model.layers.{n // 100}.mlp.experts.{n % 100}.down_proj.weight": (8, 16) for n in range(10_000)}
-    base, ft = (write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in (1, 2))
-    peak, expected = measured(base, ft, tmp_path / "out", "--memory", "64MB", *options.split())
+    models = [write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in range(3)]
+    words = ["merge", *models[:2], tmp_path / "out", *asked.split()]
+    if asked in (SLERP, TIES):
+        (tmp_path / "recipe.yaml").write_text(asked.format(*models))
+        words = ["run", tmp_path / "recipe.yaml", tmp_path / "out"]
+    peak, expected = measured(*words, "--memory", "64MB")
     assert peak < LEAST
     assert abs(expected - peak) < 0.2 * peak
 
@@ -84,7 +113,7 @@ def test_ten_thousand_tensors_stay_below_the_least_budget(tmp_path: Path, option
 def test_the_budget_holds_and_the_estimate_is_within_a_fifth(tmp_path: Path, budget: int) -> None:
     shapes = {f"layers.{n}.weight": (1500 + 100 * n, 2000) for n in range(8)}
     base, ft = (write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in (1, 2))
-    peak, expected = measured(base, ft, tmp_path / "out", "--memory", f"{budget}MB")
+    peak, expected = measured("merge", base, ft, tmp_path / "out", "--memory", f"{budget}MB")
     assert peak < budget * 1_000_000
     assert abs(expected - peak) < 0.2 * peak
 
@@ -108,7 +137,7 @@ def test_what_would_not_fit_is_refused_with_the_figure(tmp_path: Path) -> None:
 def test_a_hundred_thousand_tensors_cost_two_kilobytes_each(tmp_path: Path) -> None:
     shapes = {f"model.layers.{n // 500}.mlp.experts.{n % 500}.down_proj.weight": (8, 8) for n in range(100_000)}
     base, ft = (write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in (1, 2))
-    peak, _ = measured(base, ft, tmp_path / "out", "--memory", "300MB")
+    peak, _ = measured("merge", base, ft, tmp_path / "out", "--memory", "300MB")
     assert peak < LEAST + 2_000 * 90_000
 
 

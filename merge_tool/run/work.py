@@ -105,8 +105,8 @@ class Exact:
         differs = self.differs.is_set()
         if differs and not self.plan.keeps_base_on_mismatch:
             raise DataError(
-                f"{shown(self.job.out.name)}: the values differ between {_models(self.plan)}, and integers have nothing "
-                "between them. Give --on-mismatch base to keep the base's."
+                f"{shown(self.job.out.name)}: the values differ between {_models(self.plan)}, and integers have "
+                "nothing between them. Give --on-mismatch base to keep the base's."
             )
         self.resume(Finding(equal=not differs, kept_base=differs))
 
