@@ -295,6 +295,7 @@ def test_a_one_file_output_is_verified_with_its_report(tmp_path: Path, pair: tup
     out, report = tmp_path / "x.safetensors", tmp_path / "r.json"
     merge(*pair, out, report_path=report)
     assert problems(out) == []
+    assert [(one.num_files, one.nbytes) for one in verify(out)] == [(1, out.stat().st_size)]
     with pytest.raises(MergeToolError, match="Give the one of its merge: --report"):
         problems(out, *pair)
     for full in (False, True):

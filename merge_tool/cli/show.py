@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from merge_tool.cli.show_plan import effective_lines, first_line, recipe_json, table_lines
-from merge_tool.errors import listed, shown
+from merge_tool.errors import counted, listed, shown
 from merge_tool.output.report import remarks
 from merge_tool.plan.stacks import Stacks
 from merge_tool.recipe.recipe import label_t
@@ -24,12 +24,12 @@ if TYPE_CHECKING:  # what is shown is made before: nothing of it need be loaded 
 
 
 def inspection_lines(found: Inspection) -> Iterator[str]:
-    counts = f"{found.num_tensors:,} tensors, {found.num_parameters:,} parameters"
+    counts = f"{counted(found.num_tensors, 'tensor')}, {counted(found.num_parameters, 'parameter')}"
     yield f"{shown(found.name)}: {counts}, {_size(found.nbytes)}"
     for shard in found.shards:
-        yield f"  {shown(shard.name)}: {shard.num_tensors:,} tensors, {_size(shard.nbytes)}"
+        yield f"  {shown(shard.name)}: {counted(shard.num_tensors, 'tensor')}, {_size(shard.nbytes)}"
     for dtype, (tensors, parameters) in found.dtypes.items():
-        yield f"  {dtype}: {tensors:,} tensors, {parameters:,} parameters"
+        yield f"  {dtype}: {counted(tensors, 'tensor')}, {counted(parameters, 'parameter')}"
     for key, value in found.metadata.items():
         yield f"  metadata {shown(key)}: {shown(value)}"
     for notice in found.notices:
@@ -80,13 +80,13 @@ def verification_lines(found: Verification) -> Iterator[str]:
     for name in found.others:
         yield f"{path}: not of the merge: {shown(name)}"
     if found.problems:
-        yield f"{path}: NOT VERIFIED, {len(found.problems)} problems"
+        yield f"{path}: NOT VERIFIED, {counted(len(found.problems), 'problem')}"
         return
     sums = " and all sums" if found.full else ""
     again = f"; {found.num_compared:,} of {found.num_elements:,} elements{sums} merged again, bit for bit the same"
     yield (
-        f"{path}: verified: {found.num_files:,} files, {_size(found.nbytes)}, {found.num_tensors:,} tensors"
-        f"{again if found.num_compared else ''}"
+        f"{path}: verified: {counted(found.num_files, 'file')}, {_size(found.nbytes)}, "
+        f"{counted(found.num_tensors, 'tensor')}{again if found.num_compared else ''}"
     )
 
 
@@ -139,7 +139,7 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
     yield f"  shards    {len(plan.shards):,}"
     for shard in plan.shards[:10]:
-        yield f"            {shown(shard.file_name)}: {len(shard.jobs):,} tensors, {_size(shard.size)}"
+        yield f"            {shown(shard.file_name)}: {counted(len(shard.jobs), 'tensor')}, {_size(shard.size)}"
     if len(plan.shards) > 10:
         yield f"            and {len(plan.shards) - 10:,} more"
     yield f"  copied    {len(prepared.side_files.copied):,} other files"
@@ -197,8 +197,8 @@ def summary_lines(report: MergeReport) -> Iterator[str]:
     if report.ts:
         what = f"{report.method} at t = {', '.join(map(label_t, report.ts))}"
     if report.num_scheduled:
-        what += f" ({report.num_scheduled:,} tensors with {'a t' if report.ts else 'parameters'} of their own)"
-    yield f"{where}: {what}, {summary.num_tensors:,} tensors, {_size(report.output_bytes)}"
+        what += f" ({counted(report.num_scheduled, 'tensor')} with {'a t' if report.ts else 'parameters'} of their own)"
+    yield f"{where}: {what}, {counted(summary.num_tensors, 'tensor')}, {_size(report.output_bytes)}"
     yield (
         f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
         f"peak memory {_size(report.peak_bytes)}"
@@ -215,7 +215,7 @@ def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
     """Tables by layer, by module and, if asked, by tensor; then what could not be compared."""
     base, ft = (shown(name) for name in diff.names)
     equal = sum(tensor.equal for tensor in diff.tensors)
-    yield f"{base} and {ft}: {len(diff.tensors):,} tensors compared, {equal:,} of them equal"
+    yield f"{base} and {ft}: {counted(len(diff.tensors), 'tensor')} compared, {equal:,} of them equal"
     head = ["tensors", "angle (median)", "(largest)", "norm ratio", "relative change"]
     for title, groups in (("by layer", diff.layers), ("by module", diff.modules)):
         if groups:
@@ -237,7 +237,7 @@ def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
         ("hold NaN or infinity, or are integers that differ", _without_figures(diff)),
     ):
         if names:
-            yield f"{len(names):,} tensors {what}: {listed(names)}"
+            yield f"{counted(len(names), 'tensor')} {what}: {listed(names)}"
     yield from (f"note: {notice}" for notice in diff.notices)
 
 

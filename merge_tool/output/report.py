@@ -20,7 +20,7 @@ from merge_tool.errors import OutputError, counted, reason, shown
 from merge_tool.methods.inner import Weights, pair_angle
 from merge_tool.plan.plan import MergePlan, TensorJob, differences, words_of
 from merge_tool.plan.stacks import split_layer
-from merge_tool.recipe.options import as_json
+from merge_tool.recipe.options import Options, as_json
 from merge_tool.run.findings import Finding, Findings, hex_results, hex_sums, median
 
 FORMAT = 2  # of merge_report.json
@@ -272,7 +272,8 @@ def _head_facts(heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **words_of([one["parameters"] for one in heads]),
         **head["inputs"],
         **head["words"],
-        **head["options"],
+        **as_json(Options(), all_of_them=True),
+        **head["options"],  # those that are not as they are by themselves
         "version": head["tool"],
     }
 

@@ -114,6 +114,8 @@ def _verify(
     others: list[str] = []
     if file_name is None:
         others = _check_manifest(checks, folder)
+    elif (root / file_name).is_file():
+        checks.num_files, checks.nbytes = 1, (root / file_name).stat().st_size
     try:
         if file_name is None or report_path is not None:
             report = _open_report(report_path or folder.regular(REPORT))
