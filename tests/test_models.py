@@ -379,8 +379,8 @@ def test_an_interrupted_recipe_that_changed_is_refused_by_what_changed(models: l
         merge_models(asked, out, on_progress=stop, max_shard_bytes=20_000)
     changed = {**asked, "parameters": {"lambda": 0.9}}
     for what, again, options in (
-        ("seed was 0, now 7", asked, {"seed": 7}), ("recipe_sha256 was", changed, {}),
-        (r"exclude was \[\], now \['mlp'\]", asked, {"exclude": ["mlp"]}),
+        ("seed was 0, now 7", asked, {"seed": 7}), ("the recipe changed", changed, {}),
+        ("exclude was none, now mlp", asked, {"exclude": ["mlp"]}),
     ):  # fmt: skip
         with pytest.raises(OutputError, match=what):
             merge_models(again, out, **{"max_shard_bytes": 20_000, **options})

@@ -158,7 +158,7 @@ def test_results_nested_too_deeply_are_a_problem(models: list[Path], tmp_path: P
         nested = [nested]
     in_report(out, LARGE, lambda tensor: tensor.update(passes=nested))
     (problem,) = verify(out, recipe=path)[0].problems
-    assert problem.startswith("merge_report.json: its tensors cannot be read (what passes found is nested too deeply)")
+    assert problem.startswith("merge_report.json: its tensors cannot be read (lists in lists in lists: passes find no")
 
 
 def test_results_that_are_too_many_are_made_again(models: list[Path], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 from merge_tool.methods.inner import PairSums
 
 Results: TypeAlias = "float | list[Results]"  # of a pass: a number, or lists of them
-_MOST_DEPTH = 8  # outputs, passes, arrays, ranks; a stranger's report may nest hundreds of lists
 _MOST_KEPT = 256  # numbers; the passes of a tensor that found more are made again instead
+_DEEPEST = 8  # lists in lists; a pass finds at most 2, and each output has a list of passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ def hex_results(results: Results) -> Any:
 
 
 def _parse_results(stored: Any, depth: int = 0) -> Results:
-    if depth > _MOST_DEPTH:
-        raise ValueError("what passes found is nested too deeply")
+    if depth > _DEEPEST:
+        raise ValueError("lists in lists in lists: passes find no such thing")
     return float.fromhex(stored) if isinstance(stored, str) else [_parse_results(part, depth + 1) for part in stored]
 
 
