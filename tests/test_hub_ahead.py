@@ -401,7 +401,7 @@ def test_an_index_that_names_what_the_repository_lacks_is_refused(hub: Replica, 
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.bias"] = "../../../secret.safetensors"
     path.write_text(json.dumps(index))
-    assert "names 1 shards that are missing" in refusal(hub, tmp_path, *COMMAND)
+    assert "names 1 missing shard" in refusal(hub, tmp_path, *COMMAND)
 
 
 def test_a_library_without_the_names_fetches_the_whole(hub: Replica, tmp_path: Path) -> None:

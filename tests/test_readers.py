@@ -193,10 +193,10 @@ def test_a_reader_that_is_killed_says_what_it_read_and_why_perhaps(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a system that is out of memory."""
-    monkeypatch.setattr("merge_tool.tokenizer_json._START", "import os; os.kill(os.getpid(), 9)  # {module}")
+    monkeypatch.setattr("merge_tool.apart._START", "import os; os.kill(os.getpid(), 9)  # {module}")
     said = check(UNION, place)
-    assert "base/tokenizer.json and ft/tokenizer.json: the process that reads them ended with signal 9" in said
-    assert "Most likely memory was short" in said
+    assert "base/tokenizer.json and ft/tokenizer.json: reading it was ended by signal 9" in said
+    assert "for lack of memory" in said
 
 
 def test_a_line_of_a_report_that_is_damaged_is_named(place: Path) -> None:

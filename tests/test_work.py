@@ -25,7 +25,7 @@ from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.recipe.mergekit import read_recipe
 from merge_tool.recipe.pair import pair
 from merge_tool.run import stepped, weighted, work
-from merge_tool.run.findings import Finding
+from merge_tool.run.findings import Finding, Findings
 from merge_tool.run.run import ShardDone
 from merge_tool.run.stepped import Stepped
 from merge_tool.run.weighted import Scaled, Weighted
@@ -274,8 +274,9 @@ def test_a_verification_counts_every_shard_however_many_end_at_once(tmp_path: Pa
 
     def finish(shard: ShardPlan) -> None:
         (job,) = tuple.__iter__(shard.jobs)
-        found = Finding(PairSums(job.number, 2.0 * job.number, 3.0))
-        done = ShardDone(shard, ("",), ((job.number, found),))
+        found = Findings()
+        found.add(job.number, Finding(PairSums(job.number, 2.0 * job.number, 3.0)))
+        done = ShardDone(shard, ("",), found)
         sink.finish_shard(done, sink.open_shard(shard, plan.shards[shard.number].header()))
 
     first = threading.Thread(target=finish, args=(replace(plan.shards[0], jobs=SlowJobs(plan.shards[0].jobs)),))
