@@ -111,14 +111,14 @@ def diff_checkpoints(
     reading = max((model.source(name).extra_bytes(TILE) for model in models for name in names), default=0)
     found = list(_compare_all(models, names, _workers(budget, jobs or default_jobs(), _WORKER_BYTES + reading)))
     return Diff(
-        (models[0].name, models[1].name) if models[0].name != models[1].name else (str(base), str(ft)),
-        tuple(tensor for tensor, _ in found),
-        tuple(sorted(sorted(a.keys() - b.keys()), key=natural_key)),
-        tuple(sorted(sorted(b.keys() - a.keys()), key=natural_key)),
-        tuple(f"{n}: {a[n].dtype} {list(a[n].shape)}, {b[n].dtype} {list(b[n].shape)}" for n in unlike),
-        tuple(notice for model in models for notice in model.notices),
-        tuple(_groups(found, lambda t: "outside layers" if t.layer is None else f"layer {t.layer}")),
-        tuple(_groups(found, lambda t: t.module)),
+        names=(models[0].name, models[1].name) if models[0].name != models[1].name else (str(base), str(ft)),
+        tensors=tuple(tensor for tensor, _ in found),
+        only_base=tuple(sorted(sorted(a.keys() - b.keys()), key=natural_key)),
+        only_ft=tuple(sorted(sorted(b.keys() - a.keys()), key=natural_key)),
+        unlike=tuple(f"{n}: {a[n].dtype} {list(a[n].shape)}, {b[n].dtype} {list(b[n].shape)}" for n in unlike),
+        notices=tuple(notice for model in models for notice in model.notices),
+        layers=tuple(_groups(found, lambda t: "outside layers" if t.layer is None else f"layer {t.layer}")),
+        modules=tuple(_groups(found, lambda t: t.module)),
     )
 
 
@@ -283,11 +283,11 @@ def _group(name: str, found: Sequence[_Found]) -> GroupDiff:
     rows = [(s.xx, s.norms[1] ** 2, s.dd) for s in sums] or [(0.0, 0.0, 0.0)]
     xx, yy, dd = (total(column) for column in zip(*rows, strict=True))
     return GroupDiff(
-        name,
-        len(found),
-        sum(tensor.equal for tensor, _ in found),
-        median(angles) if angles else None,
-        max(angles, default=None),
-        _finite(math.sqrt(yy / xx)) if xx else None,
-        _finite(math.sqrt(dd / xx)) if xx else None,
+        name=name,
+        num_tensors=len(found),
+        num_equal=sum(tensor.equal for tensor, _ in found),
+        median_degrees=median(angles) if angles else None,
+        largest_degrees=max(angles, default=None),
+        norm_ratio=_finite(math.sqrt(yy / xx)) if xx else None,
+        relative_change=_finite(math.sqrt(dd / xx)) if xx else None,
     )

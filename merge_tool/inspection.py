@@ -69,14 +69,14 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             if not file.file_name.endswith(".json")  # an adapter's configuration
         )
         return Inspection(
-            checkpoint.name,
-            len(checkpoint.tensors),
-            sum(parameters for _, parameters in dtypes.values()),
-            sum(info.nbytes for info in checkpoint.tensors.values()),
-            shards,
-            dict(sorted(dtypes.items())),
-            checkpoint.metadata,
-            checkpoint.notices,
+            name=checkpoint.name,
+            num_tensors=len(checkpoint.tensors),
+            num_parameters=sum(parameters for _, parameters in dtypes.values()),
+            nbytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+            shards=shards,
+            dtypes=dict(sorted(dtypes.items())),
+            metadata=checkpoint.metadata,
+            notices=checkpoint.notices,
         )
 
 
@@ -122,11 +122,29 @@ def _tensor_health(checkpoint: Checkpoint, name: str) -> TensorHealth:
         if first is None and found.first_nonfinite is not None:
             first = start + found.first_nonfinite
     if not info.numel:
-        return TensorHealth(name, info.dtype, 0, None, None, None, 0, None)
+        return TensorHealth(
+            name=name,
+            dtype=info.dtype,
+            numel=0,
+            norm=None,
+            rms=None,
+            largest=None,
+            num_nonfinite=0,
+            first_nonfinite=None,
+        )
     scale, squares = _total_squares(parts)
     norm = scale * math.sqrt(squares)
     rms = scale * math.sqrt(squares / info.numel)
-    return TensorHealth(name, info.dtype, info.numel, norm, rms, largest, bad, first)
+    return TensorHealth(
+        name=name,
+        dtype=info.dtype,
+        numel=info.numel,
+        norm=norm,
+        rms=rms,
+        largest=largest,
+        num_nonfinite=bad,
+        first_nonfinite=first,
+    )
 
 
 def _total_squares(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

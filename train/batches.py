@@ -40,7 +40,7 @@ class Batch:
         ids, labels, positions, lengths = (
             t.to(device, non_blocking=True) for t in (self.ids, self.labels, self.positions, self.lengths)
         )
-        return Batch(ids, labels, positions, lengths, self.sources)
+        return Batch(ids=ids, labels=labels, positions=positions, lengths=lengths, sources=self.sources)
 
 
 Row = tuple[tuple[int, int], ...]  # the examples of one sequence, as (source, example)
@@ -183,4 +183,4 @@ def collate(rows: Sequence[Sequence[tuple[str, Examples, int]]], pad_id: int) ->
             positions[number, at:] = np.arange(width - at)
     titles = tuple(sorted({title for row in rows for title, _, _ in row}))
     tensors = [torch.from_numpy(a) for a in (ids, labels, positions, lengths)]
-    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], titles)
+    return Batch(ids=tensors[0], labels=tensors[1], positions=tensors[2], lengths=tensors[3], sources=titles)

@@ -111,7 +111,7 @@ def open_sources(config: TrainConfig, cache: Path, names: Sequence[str]) -> list
         stored = json.loads((cache / name / "report.json").read_text())
         report = SourceReport(**{**stored, "title": asked.title})
         train, held_out = (_open_examples(cache / name, part) for part in ("train", "held_out"))
-        sources.append(Source(asked.title, train, held_out, report, name))
+        sources.append(Source(title=asked.title, train=train, held_out=held_out, report=report, digest=name))
     return sources
 
 

@@ -89,7 +89,15 @@ def _finetune(config: TrainConfig, world: World) -> None:
     hf_model = load_model(str(saved[-1]) if saved else config.model, config, model_config, dtype)
     model = ready_model(hf_model, config, world)
     optimizer = Optimizer(dict(hf_model.named_parameters()), config, generators["rounding"])
-    session = Session(config, world, model, tokenizer, mixture, optimizer, generators)
+    session = Session(
+        config=config,
+        world=world,
+        model=model,
+        tokenizer=tokenizer,
+        mixture=mixture,
+        optimizer=optimizer,
+        generators=generators,
+    )
     if config.fused_backward:
         optimizer.step_in_backward(lambda: session.lr)
 

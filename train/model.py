@@ -299,7 +299,7 @@ def _tiny_batch(lengths: list[int], device: torch.device) -> Batch:
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
     sizes = torch.cat([torch.full((n,), n) for n in lengths])[None].to(device)
     ids = torch.cat([torch.arange(1, n + 1) + n for n in lengths])[None].to(device)
-    return Batch(ids, torch.full_like(ids, -100), positions, sizes, ())
+    return Batch(ids=ids, labels=torch.full_like(ids, -100), positions=positions, lengths=sizes, sources=())
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:

@@ -69,7 +69,9 @@ def train_step(
             optimizer.step(lr)
         for parameter in model.parameters():
             parameter.grad = None
-    return StepResult(loss_sum / labelled, norm, labelled, tokens, is_finite, stops > 0)
+    return StepResult(
+        loss=loss_sum / labelled, grad_norm=norm, labelled=labelled, tokens=tokens, is_finite=is_finite, stop=stops > 0
+    )
 
 
 def _counts(batch: Batch) -> torch.Tensor:

@@ -35,7 +35,14 @@ class Grid:
             of_row = self._scale_row(np.arange(top, bottom))
             first, last = int(of_row[0]), int(of_row[-1]) + 1
             end = begin + (bottom - top) * (right - left)
-            yield Patch(slice(begin, end), (bottom - top, right - left), left, (first, last), of_row - first, self)
+            yield Patch(
+                cut=slice(begin, end),
+                shape=(bottom - top, right - left),
+                left=left,
+                scale_rows=(first, last),
+                of_row=of_row - first,
+                grid=self,
+            )
             begin = end
 
     def _scale_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -83,10 +83,18 @@ def look(ref: str | Path) -> Snapshot:
         answer = _ask_apart(held, "look", *asked)
         folder, coming, place = Path(answer["folder"]), {}, held.tell()
         for name, size, length in answer["coming"]:
-            coming[name] = ComingFile(f"{asked[0]}/{name}", size, held, place, length)
+            coming[name] = ComingFile(name=f"{asked[0]}/{name}", size=size, held=held, place=place, length=length)
             place += length
         cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
-        return Snapshot(folder, coming, cached, fetched, begun, asked, held)
+        return Snapshot(
+            folder=folder,
+            coming=coming,
+            cached_bytes=cached,
+            fetched_bytes=fetched,
+            begun_bytes=begun,
+            asked=asked,
+            held=held,
+        )
     except BaseException:
         held.close()
         raise

@@ -142,9 +142,19 @@ class Checkpoint:
         tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
         file_of = self._file_of
         found = Checkpoint(
-            name, self.folder, (*self.files, *files), tensors, file_of, self.metadata, self.config, self.index_name,
-            notices, {**self._made, **made}, tokenizer_folder or self.tokenizer_folder, self.scaled,
-        )  # fmt: skip
+            name=name,
+            folder=self.folder,
+            files=(*self.files, *files),
+            tensors=tensors,
+            file_of=file_of,
+            metadata=self.metadata,
+            config=self.config,
+            index_name=self.index_name,
+            notices=notices,
+            made={**self._made, **made},
+            tokenizer_folder=tokenizer_folder or self.tokenizer_folder,
+            scaled=self.scaled,
+        )
         found.stored = self.stored or self
         return found
 
@@ -169,9 +179,18 @@ class Checkpoint:
         tensors = {name: scaled.made[name].info if name in scaled.made else info for name, info in kept.items()}
         notices, config = (*self.notices, *scaled.notices(self.name)), without_quantization(self.config)
         return Checkpoint(
-            self.name, self.folder, self.files, tensors, self._file_of, dict(self.metadata), config, self.index_name,
-            notices, {**made, **scaled.made}, scaled=scaled,
-        )  # fmt: skip
+            name=self.name,
+            folder=self.folder,
+            files=self.files,
+            tensors=tensors,
+            file_of=self._file_of,
+            metadata=dict(self.metadata),
+            config=config,
+            index_name=self.index_name,
+            notices=notices,
+            made={**made, **scaled.made},
+            scaled=scaled,
+        )
 
     def close(self) -> None:
         """Nothing stays open between reads; here so that a Checkpoint can be used with `with`."""
@@ -242,7 +261,18 @@ def _alone(source: LocalFile, file_name: str, max_header_bytes: int) -> Checkpoi
     notices: list[str] = []
     file, tensors, metadata = _read_files([file_name], [source], max_header_bytes, made, notices)[0]
     infos = {info.name: info for info in tensors}
-    return Checkpoint(source.name, None, (file,), infos, {}, metadata, None, None, tuple(notices), made)
+    return Checkpoint(
+        name=source.name,
+        folder=None,
+        files=(file,),
+        tensors=infos,
+        file_of={},
+        metadata=metadata,
+        config=None,
+        index_name=None,
+        notices=tuple(notices),
+        made=made,
+    )
 
 
 def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_bytes: int) -> Checkpoint:
@@ -270,7 +300,18 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
         metadata = {**found, **metadata}
     config = folder.load_json("config.json") if "config.json" in listing else None
     files = tuple(file for file, _, _ in parsed)
-    return Checkpoint(folder.name, folder, files, tensors, file_of, metadata, config, index, tuple(notices), made)
+    return Checkpoint(
+        name=folder.name,
+        folder=folder,
+        files=files,
+        tensors=tensors,
+        file_of=file_of,
+        metadata=metadata,
+        config=config,
+        index_name=index,
+        notices=tuple(notices),
+        made=made,
+    )
 
 
 def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:

@@ -116,7 +116,7 @@ def sharpen(
         sign, factor = found
         parts = [sum_refined_tile(x, y, sums.scale, sign, factor, scratch) for x, y in tiles()]
         yy, ee = (total(column) for column in zip(*parts, strict=True))
-        sums = PairSums(sums.xx, sums.xd, sums.dd, sums.scale, (sign, factor, yy, ee))
+        sums = PairSums(xx=sums.xx, xd=sums.xd, dd=sums.dd, scale=sums.scale, refined=(sign, factor, yy, ee))
     return sums
 
 

@@ -108,7 +108,7 @@ def pair_sums(vectors: Vectors) -> Generator[Pass, list[float], PairSums]:
     while is_finite(sums) and (found := refinement(sums)) is not None:
         sign, factor = found
         yy, ee = yield Sums(functools.partial(_refined, vectors, scale, sign * factor), 2)
-        sums = PairSums(xx, xd, dd, scale, (sign, factor, yy, ee))
+        sums = PairSums(xx=xx, xd=xd, dd=dd, scale=scale, refined=(sign, factor, yy, ee))
     return sums
 
 

@@ -84,11 +84,11 @@ class Inputs:
     def download(self) -> Download:
         found = {one.folder: one for one in self._found.values()}.values()  # two revisions may be one commit
         return Download(
-            sum(file.size for one in found for file in one.coming.values()),
-            sum(one.cached_bytes for one in found),
-            sum(one.fetched_bytes for one in found),
-            sum(one.begun_bytes for one in found),
-            next((one.folder for one in found if one.coming), None),
+            nbytes=sum(file.size for one in found for file in one.coming.values()),
+            cached_bytes=sum(one.cached_bytes for one in found),
+            fetched_bytes=sum(one.fetched_bytes for one in found),
+            begun_bytes=sum(one.begun_bytes for one in found),
+            cache=next((one.folder for one in found if one.coming), None),
         )
 
     def fetch(self) -> None:

@@ -289,7 +289,7 @@ class _Matcher:
             what = f"A {list(a.shape)} {a.dtype} and B {list(b.shape)} {b.dtype}, of rank {rank} by {CONFIG}"
             self.unfit.append(f"{shown(module)}: {what}, do not fit {shown(target)} {list(w.shape)} {w.dtype}")
             return None
-        return _Layer(module, target, a, b, (True,) if is_embedding else ways)
+        return _Layer(module=module, target=target, a=a, b=b, ways=(True,) if is_embedding else ways)
 
     def _is_transposed(self, layers: Sequence[_Layer]) -> bool:
         """Which way square layers go: fan_in_fan_out, unless the other layers' shapes deny it."""
@@ -326,7 +326,9 @@ class _Matcher:
     def _make(self, target: str, left: Factor, right: Factor, scale: float) -> None:
         w = self._info(target)
         info = TensorInfo(target, "F64" if w.dtype == "F64" else "F32", w.shape, 0)
-        self.made[target] = LowRankTensor(info, self._source(target), left, right, scale, (self.settings.file,))
+        self.made[target] = LowRankTensor(
+            info=info, base=self._source(target), left=left, right=right, scale=scale, also_read=(self.settings.file,)
+        )
 
 
 def _fits(w: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *, transposed: bool) -> bool:

@@ -102,10 +102,20 @@ def read_settings(folder: Folder) -> Settings:
     saved = tuple(map(str, saved)) if isinstance(saved, list) else ()
     unknown = tuple(sorted(key for key, value in config.items() if key not in _KNOWN and value))
     return Settings(
-        LocalFile(path, where), hashlib.sha256(folder.read(CONFIG)).hexdigest(), where, weights, int(rank), alpha,
-        bool(config.get("use_rslora")), bool(config.get("fan_in_fan_out")),
-        str(config.get("base_model_name_or_path") or ""), ranks, alphas, saved, unknown,
-    )  # fmt: skip
+        file=LocalFile(path, where),
+        sha256=hashlib.sha256(folder.read(CONFIG)).hexdigest(),
+        where=where,
+        weights=weights,
+        rank=int(rank),
+        alpha=alpha,
+        root_scaled=bool(config.get("use_rslora")),
+        transposed=bool(config.get("fan_in_fan_out")),
+        base_name=str(config.get("base_model_name_or_path") or ""),
+        ranks=ranks,
+        alphas=alphas,
+        saved_modules=saved,
+        unknown=unknown,
+    )
 
 
 def _weights_file(folder: Folder) -> str:

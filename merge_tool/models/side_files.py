@@ -226,7 +226,7 @@ def _members(text: str, start: int) -> Iterator[_Member]:
         key, place = decoder.raw_decode(text, start)
         begin, start = start, _after(text, _after(text, place) + 1)
         value, end = decoder.raw_decode(text, start)
-        yield _Member(key, value, begin, start, end)
+        yield _Member(key=key, value=value, begin=begin, start=start, end=end)
         start = _after(text, end)
         start = _after(text, start + 1) if text[start] == "," else start
 

@@ -48,7 +48,7 @@ def describe(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> 
     note = "equal: copied" if finding.equal else "differs: base kept" if finding.kept_base else ""
     sums = finding.sums
     if sums is None or not math.isfinite(sums.xx + sums.xd + sums.dd):
-        return TensorReport(None, None, None, None, note)
+        return TensorReport(angle_degrees=None, norms=None, relative_change=None, weights=None, note=note)
     angle = pair_angle(sums)
     degrees = None if angle is None else math.degrees(angle.theta)
     n0, n1 = (norm / sums.scale for norm in sums.norms)
@@ -56,7 +56,13 @@ def describe(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> 
     weights = None
     if not finding.equal and plan.method.weights is not None:
         weights = plan.method.weights(sums, job.given(plan.seed, output))
-    return TensorReport(degrees, (n0, n1), change, weights, note or (weights.note if weights else ""))
+    return TensorReport(
+        angle_degrees=degrees,
+        norms=(n0, n1),
+        relative_change=change,
+        weights=weights,
+        note=note or (weights.note if weights else ""),
+    )
 
 
 def _finite(value: float) -> float | None:
@@ -139,18 +145,18 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
     for group in groups.values():
         angles.extend(group)
     return Summary(
-        plan.num_tensors,
-        plan.num_parameters,
-        sum(findings[number].equal for number in findings),
-        sum(findings[number].kept_base for number in findings),
-        sum(angle < CLOSE_DEGREES for angle in angles),
-        len(angles),
-        median(angles) if angles else None,
-        largest[0] if largest else None,
-        largest[1] if largest else None,
-        plan.num_kept,
-        tuple(antiparallel),
-        groups,
+        num_tensors=plan.num_tensors,
+        num_parameters=plan.num_parameters,
+        num_equal=sum(findings[number].equal for number in findings),
+        num_kept_base=sum(findings[number].kept_base for number in findings),
+        num_close=sum(angle < CLOSE_DEGREES for angle in angles),
+        num_angles=len(angles),
+        median_degrees=median(angles) if angles else None,
+        largest_degrees=largest[0] if largest else None,
+        largest_name=largest[1] if largest else None,
+        num_copied=plan.num_kept,
+        antiparallel=tuple(antiparallel),
+        groups=groups,
     )
 
 

@@ -155,18 +155,20 @@ class Expansion:
         if (module.name or "") not in self._sliced:
             part = module.slices[0]
             position = self._position(name, part) if self._values.lie_along_layers else 0.0
-            return Place(name, (name,) * len(part.sources), position, part, module)
+            return Place(name=name, names=(name,) * len(part.sources), position=position, part=part, module=module)
         found = split_layer(name)
         stack, starts = self._sliced[module.name or ""]
         if found is None or found[0] != stack:
             part = module.slices[-1 if comes_last(name) else 0]
-            return Place(name, (name,) * len(part.sources), 0.0, part, module)
+            return Place(name=name, names=(name,) * len(part.sources), position=0.0, part=part, module=module)
         number = bisect_right(starts, found[1]) - 1
         part, offset = module.slices[number], found[1] - starts[number]
         rest = name[len(stack) + len(str(found[1])) :]
         names = tuple(f"{stack}{(source.layers or (0, 0))[0] + offset}{rest}" for source in part.sources)
         length = part.num_layers or 0
-        return Place(name, names, offset / (length - 1) if length > 1 else 1.0, part, module)
+        return Place(
+            name=name, names=names, position=offset / (length - 1) if length > 1 else 1.0, part=part, module=module
+        )
 
     def has_base(self, place: Place) -> bool:
         """Whether the method compares the inputs with a base, which then is the first of `sources`."""

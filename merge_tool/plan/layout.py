@@ -33,7 +33,7 @@ def lay_out(
         jobs = tuple(job(number + k, out) for k, out in enumerate(placed))
         number += len(jobs)
         size = len(header) + sum(out.nbytes for out in placed)
-        shards.append(ShardPlan(position, name, size, jobs, metadata))
+        shards.append(ShardPlan(number=position, file_name=name, size=size, jobs=jobs, metadata=metadata))
     return tuple(shards)
 
 

@@ -61,7 +61,7 @@ def plan_merge(
     expansion = Expansion(recipe, method, [model.tensors.keys() for model in models], renamings)
     fitted = fit(recipe, expansion, models)
     scaled = plan_scaled(recipe, method, models)
-    jobs = _Jobs(recipe, method, models, expansion, fitted.kept, scaled)
+    jobs = _Jobs(recipe=recipe, method=method, models=models, expansion=expansion, kept=fitted.kept, scaled=scaled)
     stem, max_bytes = output_stem(first), None if single_file else recipe.options.max_shard_bytes
     shards = lay_out(jobs.infos(fitted), first, stem, max_bytes, single_file, jobs)
     expansion.check_values()
@@ -148,7 +148,15 @@ class _Jobs:
             return TensorJob(number, out, sources, sides, exact=True)
         has_base = self.expansion.has_base(place)
         values = self.expansion.values(place)
-        job = TensorJob(number, out, sources, sides, values, has_base, note=rows_note(sources[0]))
+        job = TensorJob(
+            number=number,
+            out=out,
+            sources=sources,
+            sides=sides,
+            values=values,
+            has_base=has_base,
+            note=rows_note(sources[0]),
+        )
         if len(sources) == 1 and (exact or self.method.steps is None or all(map(_is_plain_copy, values))):
             return replace(job, values=(), note=_ONE_HAS_IT)
         self._check(job)

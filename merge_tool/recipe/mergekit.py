@@ -84,7 +84,7 @@ def parse_recipe(
     Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
     parameters: with the file, the line, and what would be right.
     """
-    parser = _Parser(where, methods, extrapolate, values, options or Options())
+    parser = _Parser(where=where, methods=methods, extrapolate=extrapolate, values=values, options=options or Options())
     return parser.recipe(parse_yaml(text, where), text)
 
 

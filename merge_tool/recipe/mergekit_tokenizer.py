@@ -68,7 +68,13 @@ class _Parser:
         if token_id is not None and (type(token_id) is not int or token_id < 0):
             raise self._text.error(source.line, f"{what} has a token_id that is not a whole number.")
         text = self._text.string(fields["token"], "token") if "token" in fields else None
-        return TokenRow("model_token", self._models.number(self._models.ref(fields["model"])), text, token_id, force)
+        return TokenRow(
+            kind="model_token",
+            model=self._models.number(self._models.ref(fields["model"])),
+            token=text,
+            token_id=token_id,
+            force=force,
+        )
 
     def _multiple(self, value: Value | None) -> int | None:
         if value is None or value.plain is None:

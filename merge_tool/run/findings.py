@@ -152,7 +152,7 @@ def _parse_sums(stored: Mapping[str, Any]) -> PairSums:
     refined = None
     if more := stored.get("refined"):
         refined = (more["sign"], *(float.fromhex(more[key]) for key in ("factor", "yy", "ee")))
-    return PairSums(xx, xd, dd, float.fromhex(stored.get("scale", "0x1p0")), refined)
+    return PairSums(xx=xx, xd=xd, dd=dd, scale=float.fromhex(stored.get("scale", "0x1p0")), refined=refined)
 
 
 def median(values: Sequence[float]) -> float:

@@ -259,7 +259,16 @@ class _Run:
         work = start_work(self.plan, job)
         chunk = max(1, self.layout.chunk_elements // work.tile) * work.tile
         chunks = -(-job.out.numel // chunk) or 1
-        tensor = _OpenTensor(job, work, shard, chunk, kept, region, chunks, is_ready=not work.needs_chunks)
+        tensor = _OpenTensor(
+            job=job,
+            work=work,
+            shard=shard,
+            chunk_elements=chunk,
+            kept=kept,
+            region=region,
+            writes_left=chunks,
+            is_ready=not work.needs_chunks,
+        )
         opened: list[TensorSource] = []
         try:
             for source in job.sources:

@@ -151,7 +151,7 @@ def check_parents(
         findings = sink.findings
         _check_lines(checks, report, plan, findings)
     else:
-        Sample(checks, files, prepared, findings, sample).check()
+        Sample(checks=checks, files=files, prepared=prepared, findings=findings, share=sample).check()
         _check_lines(checks, report, plan, findings)
     if _is_told_alike(report, plan):
         _check_words(checks, folder, report, prepared, findings)

@@ -135,9 +135,16 @@ def _verify(
         checks.problems.append(f"and {checks.more:,} more")
     path = root if file_name is None else root / file_name
     return Verification(
-        path, checks.num_files, checks.nbytes, weights[0], checks.num_compared, weights[1], full, tuple(others),
-        tuple(checks.problems),
-    )  # fmt: skip
+        path=path,
+        num_files=checks.num_files,
+        nbytes=checks.nbytes,
+        num_tensors=weights[0],
+        num_compared=checks.num_compared,
+        num_elements=weights[1],
+        full=full,
+        others=tuple(others),
+        problems=tuple(checks.problems),
+    )
 
 
 # --------------------------------------------------------------------------------------- the manifest

@@ -64,7 +64,13 @@ def align(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint
     numbers = {k: position for position, k in enumerate(folders)}
     joined = _joined(ask, folders, numbers, lead)
     sides = [
-        Side(k, models[k].name, known_rows(models[k]), k in recipe.sources, numbers[k])
+        Side(
+            number=k,
+            name=models[k].name,
+            rows=known_rows(models[k]),
+            is_merged=k in recipe.sources,
+            tokenizer=numbers[k],
+        )
         for k in sorted({*recipe.sources, *lent})
     ]
     plan = RowPlan(ask, joined, sides, lead=lead, base=recipe.base)
@@ -80,7 +86,9 @@ def align(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint
         return ids.index(number) if number in ids else None
 
     insert = joined.insert if joined.added[0] else None
-    alignment = Alignment(folders[lead], insert, frozenset(sizes), plan.size, new_id)
+    alignment = Alignment(
+        tokenizer=folders[lead], insert=insert, sizes_before=frozenset(sizes), rows=plan.size, new_id=new_id
+    )
     return _aligned(models, folders, sides, made, warnings), alignment
 
 

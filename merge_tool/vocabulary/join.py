@@ -88,15 +88,15 @@ def join_tokenizers(
     size, count = told["size"], len(folders)
     ids = array("i", rest[: 4 * size * count])
     return Joined(
-        tuple(ids[size * k : size * (k + 1)] for k in range(count)),
-        tuple(told["sizes"]),
-        tuple(told["kinds"]),
-        tuple((number, tuple(some)) for number, some in told["lacking"]),
-        tuple(map(tuple, told["alone"])),
-        (told["added"], told["pieces"]),
-        (told["place"], rest[4 * len(ids) :]),
-        told["named"],
-        tuple(told["wanted"]),
+        ids=tuple(ids[size * k : size * (k + 1)] for k in range(count)),
+        sizes=tuple(told["sizes"]),
+        kinds=tuple(told["kinds"]),
+        lacking=tuple((number, tuple(some)) for number, some in told["lacking"]),
+        alone=tuple(map(tuple, told["alone"])),
+        added=(told["added"], told["pieces"]),
+        insert=(told["place"], rest[4 * len(ids) :]),
+        named=told["named"],
+        wanted=tuple(told["wanted"]),
     )
 
 
