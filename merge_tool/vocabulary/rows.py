@@ -156,16 +156,18 @@ class RowTensor:
             if not self._means:
                 totals, count, columns = np.zeros((2, self.columns)), 0, self.columns
                 step = max(1, _MOST // columns)
+                room: Array = np.empty((step, columns))
                 for row in range(0, self.rows.num_averaged, step):
                     cut = slice(row, min(row + step, self.rows.num_averaged))
-                    some: Array = np.empty((cut.stop - row, columns))
+                    some = room[: cut.stop - row]
                     self._read(row * columns, some.reshape(-1))
                     is_own = (self.rows.codes[cut] != MEAN) & np.isfinite(some).all(axis=1)
                     count += int(is_own.sum())
                     for total, chosen in zip(totals, (is_own, is_own & self.rows.alone[cut]), strict=True):
-                        for values in some[chosen]:  # one by one: the same sum for any step
-                            total += values
-                self._means.append(totals / max(count, 1))
+                        for place in np.flatnonzero(chosen):  # one by one: the same sum for any step
+                            total += some[place]
+                totals /= max(count, 1)
+                self._means.append(totals)
             return self._means[0]
 
     def merged_mean(
@@ -193,10 +195,10 @@ class RowTensor:
 
     def extra_bytes(self, count: int) -> int:
         reading = max(source.extra_bytes(count) for source in self.sources)
-        makes_means = self.rows.num_averaged or len(self.rows.averages)
-        averaging = 8 * (3 * self.columns + max(_MOST, self.columns))
+        makes_rows = bool((self.rows.codes < 0).any())
+        making = 8 * (5 * self.columns + max(_MOST, self.columns) + _MOST)
         rows = 40 * (count // self.columns + 2)  # codes, and the runs of a permutation
-        reading += 8 * min(count, _MOST) + (averaging if makes_means else 0) + rows
+        reading += 8 * min(count, _MOST) + (making if makes_rows else 0) + rows
         return max(reading, 2 * NUMPY_DTYPES[self.info.dtype].itemsize * count)  # work's copies, without rows alone
 
 
