@@ -21,6 +21,7 @@ from merge_tool.api import plan_recipe
 from merge_tool.checkpoint import writer as writer_module
 from merge_tool.methods.inner import PairSums
 from merge_tool.output.journal import Journal
+from merge_tool.output.lock import FolderLock
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.target import Target
 from merge_tool.recipe.pair import pair as pair_recipe
@@ -294,6 +295,37 @@ def test_a_journal_ends_at_the_first_line_that_is_damaged(
         (out / ".slerp-merge/journal.jsonl").write_bytes(b"".join([*lines[:number], damaged, *lines[number + 1 :]]))
         merge(*pair, out, **SMALL)
         assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_what_is_half_published_is_checked_where_it_is(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """With `check_resumed`: a shard that is in OUT already, or not yet, and was damaged since, is named, and nothing
+    goes on; undamaged ones are published."""
+    options: dict[str, Any] = {} if "." in out else {"t": [0.3, 0.5], **SMALL}
+    merge(*pair, tmp_path / "whole" / out, **options)
+    with monkeypatch.context() as patch:
+        if options:
+            stop_after(patch, WorkFolder, "_move", 1)
+        else:
+            stop_after(patch, FolderLock, "remove_with", 0)
+        with pytest.raises(Stop):
+            merge(*pair, tmp_path / "half" / out, **options)
+    shards = sorted((tmp_path / "half").rglob("*.safetensors"))
+    places = {".slerp-merge" in shard.parts for shard in shards}
+    assert places == ({False, True} if options else {False})
+    for shard in shards:
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        before = contents(tmp_path / "half")
+        told = refusal(*pair, tmp_path / "half" / out, check_resumed=True, overwrite=not options, **options)
+        assert f"was half published, and {shard.name} is damaged since" in told
+        changed = {name for name, content in contents(tmp_path / "half").items() if content != before[name]}
+        assert {name.split("/")[-1] for name in changed} == {"lock"}
+        shard.write_bytes(whole)
+    merge(*pair, tmp_path / "half" / out, check_resumed=True, overwrite=not options, **options)
+    assert contents(tmp_path / "half") == contents(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------- other people's files, other models
