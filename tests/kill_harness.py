@@ -37,6 +37,7 @@ VARIANTS = [
     "merge {base} {ft} {out} --t 0.2,0.4,0.8 --jobs 4 --overwrite",
     "merge {base} {ft} {out} --t 0.5 --max-shard-size 200kB --jobs 2 --overwrite",
     "run {recipe} {out} --max-shard-size 300kB --seed 3 --only self_attn --only embed --jobs 2",
+    "run {recipe} {out} --set lambda=0.5,1 --only self_attn --max-shard-size 400kB --jobs 2 --overwrite",
     "merge {base} {other} {out} --vocab union --pad-vocab-to-multiple-of 64 --max-shard-size 400kB",
     "merge {base} {adapter} {out} --t 1 --max-shard-size 400kB --overwrite",
 ]
@@ -52,8 +53,11 @@ chat_template: chatml
 Inputs = dict[str, Path]
 
 
+SEVERAL = ("t-", "lambda-")  # how the folders of several outputs begin
+
+
 def outputs(out: Path) -> list[Path]:
-    return [out, *sorted(p for p in out.glob("t-*") if p.is_dir())] if out.exists() else []
+    return [out, *sorted(p for p in out.iterdir() if p.name.startswith(SEVERAL))] if out.exists() else []
 
 
 def looks_finished(folder: Path, *, transformers: bool) -> bool:
@@ -148,7 +152,7 @@ def check_left(out: Path, whole: dict[str, bytes], old: dict[str, bytes], where:
     for folder in outputs(out):
         if not looks_finished(folder, transformers=transformers):
             continue
-        there = {n: d for n, d in contents(folder).items() if not n.startswith((".slerp-merge/", "t-"))}
+        there = {n: d for n, d in contents(folder).items() if not n.startswith((".slerp-merge/", *SEVERAL))}
         label = "" if folder == out else f"{folder.name}/"
         expected = {n.removeprefix(label): d for n, d in whole.items() if n.startswith(label)}
         weights = {n for n in there if n.endswith((".safetensors", ".index.json"))}
