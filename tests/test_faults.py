@@ -379,6 +379,33 @@ def test_a_thread_that_ends_unexpectedly_names_its_cause(
     merge(*pair, tmp_path / "out")
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_merge_waits_for_a_thread_that_has_ended(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Whichever of two it is that takes a task and is never heard of again."""
+    real, count, told = _Run._work, iter(range(2)), list[MergeToolError]()
+
+    def lost(run: Any) -> None:
+        if next(count) == number:
+            run._next_task()
+        else:
+            real(run)
+
+    def attempt() -> None:
+        try:
+            merge(*pair, tmp_path / "out", jobs=2)
+        except MergeToolError as e:
+            told.append(e)
+
+    monkeypatch.setattr(_Run, "_work", lost)
+    thread = threading.Thread(target=attempt, daemon=True)  # a merge that does wait must not keep the tests from ending
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert [type(e) for e in told] == [WorkerError]
+
+
 def test_a_system_that_starts_no_thread_is_not_said_to_lack_memory_alone(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
