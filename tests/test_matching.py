@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
-from merge_tool import merge
+from merge_tool import merge, open_checkpoint
 from merge_tool.api import merge_models, plan_recipe
 from merge_tool.arrays import TILE
 from merge_tool.cli import slerp_merge
+from merge_tool.models.renaming import tied_embedding
 from merge_tool.recipe.pair import pair as recipe_of_pair
 from oracle import float64_merge
 
@@ -412,6 +413,32 @@ def test_heads_that_are_not_clearly_tied_are_missing(
         assert result.exit_code == 1
         assert f"1 tensor only in full: {here}\n" in result.stderr
         assert "--on-missing base" in result.stderr
+
+
+HEAD = (10, 4)
+ENCODER, DECODER = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ({"model.embed_tokens.weight": HEAD, "vision.embed_tokens.weight": (6, 4)}, "model.embed_tokens.weight"),
+        ({"model.embed_tokens.weight": HEAD, "vision.embed_tokens.weight": HEAD}, None),
+        ({"shared.weight": HEAD, ENCODER: HEAD, DECODER: HEAD}, "shared.weight"),
+        ({ENCODER: HEAD, DECODER: HEAD}, None),
+        ({ENCODER: (9, 4), DECODER: HEAD}, DECODER),
+        ({"model.embed_tokens.weight": (12, 4)}, "model.embed_tokens.weight"),
+        ({"model.embed_tokens.weight": (10, 5)}, None),
+        ({"model.embed_tokens.weight": (10,)}, None),
+        ({"model.embed_tokens.weight": HEAD, "lm_head.weight": HEAD}, None),
+    ],
+)
+def test_of_several_embeddings_the_head_is_the_one_that_can_be(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], expected: str | None
+) -> None:
+    """The only one of its shape, or what those are copies of; the only one of all, be it of another vocabulary."""
+    model = save_model(tmp_path / "m", {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    assert tied_embedding(open_checkpoint(model), HEAD) == expected
 
 
 def test_tied_heads_of_another_vocabulary_are_a_mismatch(tmp_path: Path) -> None:
