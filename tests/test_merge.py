@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
 from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
-from merge_tool import MergeToolError, merge, open_checkpoint, plan_merge, run_plan
+from merge_tool import MergeToolError, merge, merge_models, open_checkpoint, plan_merge, run_plan
 from merge_tool.arrays import TILE
 from merge_tool.plan.memory import Layout, resident_bytes
 from merge_tool.recipe.pair import pair as pair_recipe
@@ -405,6 +406,39 @@ def test_overflow_of_the_output_dtype_is_an_error(tmp_path: Path) -> None:
         assert "w: element 1 is finite but too large for F16" in message
         assert not (tmp_path / "out").exists()
     merge(base, ft, tmp_path / "out", dtype="bfloat16")
+
+
+TOO_LARGE: dict[str, Any] = {  # what is asked: the t and the method of a pair, or a recipe's method
+    "merged": {"t": 0.5},
+    "merged, linear": {"t": 0.5, "method": "linear"},
+    "the base's": {"t": 0},
+    "the finetune's": {"t": 1},
+    "copied": "passthrough",
+    "of three models": "linear",
+    "after passes": "model_stock",
+}
+
+
+@pytest.mark.parametrize("place", [TILE + 5, 2 * TILE + 5])
+@pytest.mark.parametrize("kind", TOO_LARGE)
+def test_the_first_element_that_is_too_large_is_named(tmp_path: Path, kind: str, place: int) -> None:
+    """In its tensor, not in its chunk or tile, and not the first of the tile."""
+    models = []
+    for seed in range(3):
+        values = np.random.default_rng(seed).standard_normal(3 * TILE).astype(np.float32)
+        values[[place, place + 4]] = 1e6
+        models.append(save_model(tmp_path / f"m{seed}", {"first": values, "other": np.ones(3, np.float32) + seed}))
+    asked = TOO_LARGE[kind]
+    if isinstance(asked, dict):
+        task = partial(merge, *models[:2], dtype="float16", **asked)
+    else:
+        count = 1 if asked == "passthrough" else 3
+        listed = [{"model": str(model), "parameters": {"weight": 1}} for model in models[:count]]
+        recipe: dict[str, Any] = {"merge_method": asked, "models": listed, "dtype": "float16"}
+        base = {"base_model": str(models[0])} if asked == "model_stock" else {}
+        task = partial(merge_models, recipe | base)
+    with pytest.raises(MergeToolError, match=rf"^first: element {place:,} is finite but too large for F16\."):
+        task(out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("code", ["I64", "I32", "U8", "BOOL"])

@@ -589,3 +589,17 @@ def test_the_budget_holds_with_a_vocabulary_of_ordinary_size(tmp_path: Path) -> 
     peak, expected = measured("merge", tmp_path / "base", tmp_path / "ft", tmp_path / "out", *options)
     assert peak < 64_000_000
     assert abs(expected - peak) < 0.2 * peak
+
+
+def test_the_element_of_a_tokens_row_that_is_too_large_is_named(tmp_path: Path) -> None:
+    """In its tensor, not in its row: of a token that FT alone has."""
+    base, ft = (np.full((rows, HIDDEN), rows, np.float32) for rows in (3, 4))
+    ft[3, 5] = 1e6
+    folders = [
+        save_model(tmp_path / name, {"embed_tokens.weight": rows}, side_files={"tokenizer.json": tokenizer(words)})
+        for name, rows, words in (("base", base, ["a", "b", "c"]), ("ft", ft, ["a", "b", "c", "d"]))
+    ]
+    with pytest.raises(
+        DataError, match=rf"embed_tokens\.weight: element {3 * HIDDEN + 5} is finite but too large for F16"
+    ):
+        merge(*folders, tmp_path / "out", vocab="union", dtype="float16")
