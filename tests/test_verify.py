@@ -266,6 +266,19 @@ def test_an_index_that_names_another_shard_is_found(tmp_path: Path, pair: tuple[
     assert "does not name exactly the shards' tensors" in problems(tmp_path / "out")[0]
 
 
+def test_an_index_beside_a_single_file_is_found(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """A loader may take it for the model's. Beside a one-file output, whose report is elsewhere, it is another's."""
+    merge(*pair, tmp_path / "out")
+    index = "model.safetensors.index.json"
+    (tmp_path / "out" / index).write_text('{"weight_map": {}}')
+    resign(tmp_path / "out")
+    assert f"{index}: an index where one file has all tensors." in problems(tmp_path / "out")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / index).write_text('{"weight_map": {}}')
+    merge(*pair, tmp_path / "files/x.safetensors", report_path=tmp_path / "r.json")
+    assert problems(tmp_path / "files/x.safetensors", report_path=tmp_path / "r.json") == []
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
 def test_hostile_outputs_neither_hang_nor_lead_away(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """A pipe in place of each file, and links that lead out of the folder."""
