@@ -134,6 +134,11 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
         )
     for copy, tensor in found.copies.items():
         if copy in unchosen:
+            if tensor not in unchosen:
+                yield (
+                    f"{shown(copy)} is not chosen, but {base.name} and the output use {shown(tensor)} in its place, "
+                    f"which is merged. To keep {base.name}'s values there, give --exclude {shown(tensor)}, too."
+                )
             continue
         what, why = f"has {shown(tensor)} in its place", "one with it in such models"
         if is_head(copy):
