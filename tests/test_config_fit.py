@@ -62,6 +62,21 @@ def test_heads_that_are_copies_everywhere_stay_tied(tmp_path: Path) -> None:
     assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("options", [{"exclude": "lm_head"}, {"exclude": "embed_tokens"}, {"t_for": {"lm_head": 0.2}}])
+def test_a_copy_that_is_merged_otherwise_is_no_longer_tied(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Else a loader would put the embedding in its place."""
+    base, ft = (model(tmp_path / name, 6, head=True, tied=True) for name in ("base", "ft"))
+    report = merge(base, ft, tmp_path / "out", **options)
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+    assert report.warnings[0] == (
+        "tie_word_embeddings in config.json is false: the output has a head of its own, which is not merged as its "
+        "embedding is."
+    )
+    for alike in ({"exclude": ["lm_head", "embed_tokens"]}, {"t_for": {"lm_head": 0.2, "embed_tokens": 0.2}}):
+        merge(base, ft, tmp_path / "alike", overwrite=True, **alike)
+        assert config_of(tmp_path / "alike") == config_of(base)
+
+
 def test_rows_of_another_size_are_said_of_the_config_that_is_copied(tmp_path: Path) -> None:
     base = model(tmp_path / "base", 6, head=True, tied=False)
     ft = model(tmp_path / "ft", 9, head=True, tied=False)

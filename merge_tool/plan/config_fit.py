@@ -5,24 +5,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.models.naming import is_head
+from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import SideFiles, counts_layers
+from merge_tool.plan.plan import TensorJob
 from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows
 
 
 def fit_config(
-    found: SideFiles, outputs: Iterable[TensorInfo], donor: Checkpoint, models: Sequence[Checkpoint]
+    found: SideFiles, jobs: Iterable[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]
 ) -> tuple[SideFiles, list[str]]:
     """The side files with config.json as the output's tensors are, and what to tell of it."""
-    infos = list(outputs)
-    ties, told = _ties(infos, donor, models), []
+    infos, ends = list[TensorInfo](), list[TensorJob]()
+    for job in jobs:  # which are made as they are asked for: only embeddings and heads are kept
+        infos.append(job.out)
+        if is_head(job.out.name) or is_embedding(job.out.name):
+            ends.append(job)
+    ties, told = _ties(ends, donor, models), []
     if ties is not None:
         head = "has no head of its own" if ties else "has a head of its own"
+        if not ties and _are_all_tied(models):
+            head = "has a head of its own, which is not merged as its embedding is"
         told.append(f"tie_word_embeddings in config.json is {str(ties).lower()}: the output {head}.")
     said, rows = frozenset(config_sizes(donor)), embedding_rows(infos)
     sizes = found.vocab_sizes
@@ -46,14 +54,32 @@ def _has_other_rows(donor: Checkpoint, rows: int) -> bool:
     return embedding_rows(stored.tensors.values()) != rows
 
 
-def _ties(outputs: Sequence[TensorInfo], donor: Checkpoint, models: Sequence[Checkpoint]) -> bool | None:
+def _ties(ends: Sequence[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]) -> bool | None:
     """What tie_word_embeddings must say instead; None if the donor's config.json is right."""
     if not any(is_head(name) for model in models for name in model.tensors):
         return None
     said, donor_has_head = says_tied(donor.config or {}), any(map(is_head, donor.tensors))
-    is_tied = not any(is_head(info.name) for info in outputs)
+    is_tied = not any(is_head(job.out.name) for job in ends)
     if is_tied:
         return True if said is False or (said is None and donor_has_head) else None
-    if all(says_tied(model.config or {}) for model in models):  # a copy of the embedding in all of them
+    if _are_all_tied(models) and not _come_apart(ends):  # a copy of the embedding in all of them, and in the output
         return None
     return False if said or (said is None and not donor_has_head) else None
+
+
+def _are_all_tied(models: Sequence[Checkpoint]) -> bool:
+    return all(says_tied(model.config or {}) for model in models)
+
+
+def _come_apart(ends: Sequence[TensorJob]) -> bool:
+    """Whether a head has other parameters than the embedding that it is a copy of, or one of them is not merged."""
+    for head in (job for job in ends if is_head(job.out.name)):
+        alike = (job for job in ends if is_embedding(job.out.name) and job.out.shape == head.out.shape)
+        fates = {_fate(job) for job in alike if own_name(job.out.name) not in COPIES}
+        if len(fates) == 1 and fates != {_fate(head)}:
+            return True
+    return False
+
+
+def _fate(job: TensorJob) -> tuple[Any, ...]:
+    return job.is_copied, job.sides, job.values

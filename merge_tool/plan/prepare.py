@@ -159,7 +159,7 @@ def _side_files(
             warnings.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
         warnings += settings_warnings(alignment, recipe.donor, found.folder)
     if found.folder is not None:
-        found, fitted = fit_config(found, (job.out for job in plan.jobs()), donor, models)
+        found, fitted = fit_config(found, plan.jobs(), donor, models)
         warnings += fitted
     if plan.chat_template and found.folder is not None:
         found = with_template(found, plan.chat_template)
