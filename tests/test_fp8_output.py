@@ -19,6 +19,7 @@ from checkpoints import BF16, DTYPES, STORED, Array, contents, load_file, load_f
 from merge_tool import DataError, MergeToolError, merge, open_checkpoint
 from merge_tool.api import plan_recipe
 from merge_tool.checkpoint.header import TensorInfo, build_header
+from merge_tool.checkpoint.source import LocalFile
 from merge_tool.diff import diff_checkpoints
 from merge_tool.inspection import inspect_checkpoint
 from merge_tool.recipe.pair import pair as pair_recipe
@@ -459,6 +460,32 @@ def test_bytes_do_not_depend_on_memory_jobs_or_sharding(tmp_path: Path) -> None:
     for full in (False, True):
         found = verify(tmp_path / "many", (base, ft), full=full)
         assert [one.problems for one in found] == [(), (), (), ()]
+
+
+@pytest.mark.parametrize("scales_bytes", [10**6, 0])
+def test_codes_begin_with_what_the_passes_of_the_scales_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scales_bytes: int
+) -> None:
+    """A weight that does not fit the memory is read three times where its scales can be kept, and five times
+    elsewhere: the same bytes."""
+    shape = (700, 512)  # three tiles
+    base = save_model(tmp_path / "b", packed({"a.weight": normal(1, *shape)}, (8, 8)), config=config_of((8, 8)))
+    ft = save_model(tmp_path / "f", {"a.weight": normal(2, *shape)})
+    merge(base, ft, tmp_path / "usual", 0.4, dtype="base")
+    large, read_some, counted = base / "model.safetensors", LocalFile._read_some, [0]
+
+    def counting(self: LocalFile, offset: int, buffer: memoryview) -> int:
+        count = read_some(self, offset, buffer)
+        counted[0] += count if self.path.samefile(large) and len(buffer) > 10_000 else 0
+        return count
+
+    monkeypatch.setattr(LocalFile, "_read_some", counting)
+    monkeypatch.setattr("merge_tool.plan.memory._arena_bytes", lambda plan, room: 0)
+    monkeypatch.setattr("merge_tool.plan.memory._stored_scales_bytes", lambda plan: scales_bytes)
+    merge(base, ft, tmp_path / "out", 0.4, dtype="base", jobs=1)
+    codes = shape[0] * shape[1]
+    assert counted[0] // codes == (3 if scales_bytes else 5)
+    assert same_bytes(load_folder(tmp_path / "out"), load_folder(tmp_path / "usual"))
 
 
 def test_an_interrupted_merge_continues_to_the_same_bytes(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Layout:
     """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once.
 
     `scratch_bytes` are each job's for the sums and the combine of two weights; `temporary_bytes` what it holds beside
-    them for a moment, `state_bytes` what a method's passes hold.
+    them for a moment, `state_bytes` what a method's passes hold, `scales_bytes` what is kept of scales in 8 bits.
     """
 
     jobs: int
@@ -41,11 +41,12 @@ class Layout:
     scratch_bytes: int = Scratch.NBYTES
     temporary_bytes: int = 0
     state_bytes: int = 0
+    scales_bytes: int = 0
 
     @property
     def buffer_bytes(self) -> int:
         each = self.slot_bytes + self.scratch_bytes + self.temporary_bytes
-        return self.jobs * each + self.arena_bytes + self.state_bytes
+        return self.jobs * each + self.arena_bytes + self.state_bytes + self.scales_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +118,16 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
             f"{_megabytes(budget)}. Give --memory {enough} or more."
         )
     rest = room - jobs * (slot_bytes + temporary + scratch)
+    scales = min(_stored_scales_bytes(plan), rest // 4)
     return Layout(
         jobs=jobs,
         chunk_elements=tiles * unit,
         slot_bytes=slot_bytes,
-        arena_bytes=_arena_bytes(plan, rest),
+        arena_bytes=_arena_bytes(plan, rest - scales),
         scratch_bytes=scratch,
         temporary_bytes=temporary,
         state_bytes=state,
+        scales_bytes=scales,
     )
 
 
@@ -161,6 +164,12 @@ def _scales_bytes(plan: MergePlan, job: TensorJob) -> int:
         return 0
     itemsize = STORED_DTYPES[job.scaling.like.scales.info.dtype].itemsize
     return len(plan.labels) * job.scaling.num_scales * (8 + itemsize)
+
+
+def _stored_scales_bytes(plan: MergePlan) -> int:
+    """The scales of a shard, as they are stored. Who keeps them need not make a weight's passes again for its codes."""
+    shards = (sum(job.out.nbytes for job in shard.jobs if job.is_scales) for shard in plan.shards)
+    return len(plan.labels) * max(shards, default=0)
 
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:

@@ -64,10 +64,10 @@ class Prepared:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of weights to be read: once what fits the arena or is copied, twice the rest, 8-bit codes thrice."""
+        """Bytes of weights to be read: once what fits the arena or is copied, twice the rest. 8-bit codes once more."""
         arena = self.layout.arena_bytes
         return sum(
-            job.input_nbytes * (1 if region_bytes(job) <= arena else 3 if job.scaling and not job.is_scales else 2)
+            job.input_nbytes * (1 if region_bytes(job) <= arena or (job.scaling and not job.is_scales) else 2)
             for job in self.plan.jobs()
         )
 

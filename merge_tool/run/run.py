@@ -29,6 +29,7 @@ from merge_tool.plan.memory import Layout, aligned, region_bytes
 from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.run.buffers import Arena, Worker, WorkerMemory, ended
 from merge_tool.run.findings import Findings
+from merge_tool.run.weighted import ScalesStore
 from merge_tool.run.work import Work, start_work
 
 Progress = Callable[[int, str], None]
@@ -167,6 +168,7 @@ class _Run:
         self.open_shards: list[_OpenShard] = []
         self.open_tensors: list[_OpenTensor] = []
         self.arena = Arena(layout.arena_bytes)
+        self.scales = ScalesStore(layout.scales_bytes)
         self.failure: BaseException | None = None
         self.closing = self.abandoned = False
         self.workers: list[Worker] = []
@@ -184,6 +186,9 @@ class _Run:
         for shard_plan in shards:
             shard = self._open_shard(shard_plan)
             for job in shard_plan.jobs:
+                if waiting is not None and job.scaling is not None and job.scaling is waiting.job.scaling:
+                    self._queue_merge(waiting)  # this job begins with what the passes of the other find
+                    waiting = None
                 region = self._take_region(job)
                 if region is None and self._fits_arena(job):
                     if waiting is not None:
@@ -235,7 +240,7 @@ class _Run:
         return shard
 
     def _fits_arena(self, job: TensorJob) -> bool:
-        return 0 < region_bytes(job) <= self.arena.nbytes
+        return 0 < region_bytes(job) <= self.arena.nbytes and not self.scales.has(job)
 
     def _take_region(self, job: TensorJob) -> int | None:
         with self.changed:
@@ -256,7 +261,7 @@ class _Run:
         kept = None
         if region is not None and not job.is_copied:
             kept = self._kept(job, region)
-        work = start_work(self.plan, job)
+        work = start_work(self.plan, job, self.scales)
         chunk = max(1, self.layout.chunk_elements // work.tile) * work.tile
         chunks = -(-job.out.numel // chunk) or 1
         tensor = _OpenTensor(

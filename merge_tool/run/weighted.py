@@ -13,6 +13,7 @@ from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import DataError, shown
 from merge_tool.methods.inner import PairSums, Scratch, Weights, combine, is_finite, sharpen, sum_tile, total
 from merge_tool.plan.plan import MergePlan, TensorJob
+from merge_tool.plan.scaled import Scaling
 from merge_tool.run.findings import Finding
 from merge_tool.run.values import Chunks, converted, overflow, refuse_nonfinite
 from merge_tool.vocabulary.rows import alone_ranges, mean_ranges
@@ -117,19 +118,56 @@ def _shared_rows(job: TensorJob, start: int, x: Array, y: Array) -> tuple[Array,
 # ------------------------------------------------------------------------------------------------ 8 bits
 
 
+class ScalesStore:
+    """The scales that one of a weight's two jobs has made, until its other job takes them.
+
+    A file has all scales before all codes and is hashed in its order, so codes and scales are two jobs. The passes that
+    both need are made once. At most `nbytes` are kept; what has no room is made again. Used from several threads.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._room, self._lock = nbytes, threading.Lock()
+        self._entries: dict[int, tuple[Finding, dict[int, Array]]] = {}
+
+    def keep(self, scaling: Scaling, finding: Finding, scales: dict[int, Array]) -> None:
+        size = sum(values.nbytes for values in scales.values())
+        with self._lock:
+            if size <= self._room:
+                self._room -= size
+                self._entries[id(scaling)] = finding, scales
+
+    def has(self, job: TensorJob) -> bool:
+        with self._lock:
+            return id(job.scaling) in self._entries
+
+    def take(self, scaling: Scaling) -> tuple[Finding, dict[int, Array]] | None:
+        with self._lock:
+            entry = self._entries.pop(id(scaling), None)
+            if entry is not None:
+                self._room += sum(values.nbytes for values in entry[1].values())
+            return entry
+
+
 class Scaled:
     """Two weighted tensors in BASE's 8 bits: the codes, or their scales. If neither parent's codes can be copied, a
-    second pass merges every element to find each group's maximum: the same for codes and scales, in any order."""
+    second pass merges every element to find each group's maximum: the same for codes and scales, in any order.
+
+    The first of a weight's two jobs leaves in `store` what its passes found; the second begins with that.
+    """
 
     tile, in_order = TILE, False
 
-    def __init__(self, plan: MergePlan, job: TensorJob) -> None:
+    def __init__(self, plan: MergePlan, job: TensorJob, store: ScalesStore | None = None) -> None:
         assert job.scaling is not None
         self.job, self.scaling, self.pair = job, job.scaling, Weighted(plan, job)
         self.fresh: list[int] = []  # the outputs with scales of their own
         self.largest: dict[int, Array] = {}
         self.scales: dict[int, Array] = {}
-        self.lock = threading.Lock()
+        self.lock, self.store = threading.Lock(), store
+        if store is not None and (entry := store.take(job.scaling)) is not None:
+            finding, self.scales = entry
+            self.pair.resume(finding)
+            self.fresh, self.store = list(self.scales), None
 
     @property
     def finding(self) -> Finding:
@@ -163,9 +201,11 @@ class Scaled:
         if self.pair.needs_chunks:
             self.pair.settle(chunks, scratch)
             self.fresh = [k for k in range(len(self.job.values)) if self.copied(k) is None]
-            return
-        for output in self.fresh:
-            self.scales[output] = scales_of(self.job, self.largest.pop(output))
+        else:
+            for output in self.fresh:
+                self.scales[output] = scales_of(self.job, self.largest.pop(output))
+        if self.store is not None and not self.needs_chunks:
+            self.store.keep(self.scaling, self.pair.finding, self.scales)
 
     def resume(self, finding: Finding) -> bool:
         """Take up what the sums came to; the scales must then be given (`scales`), if they are not copied."""

@@ -19,7 +19,7 @@ from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.run.findings import Finding
 from merge_tool.run.stepped import Stepped
 from merge_tool.run.values import Chunks, converted
-from merge_tool.run.weighted import Scaled, Weighted
+from merge_tool.run.weighted import Scaled, ScalesStore, Weighted
 
 
 class Work(Protocol):
@@ -52,13 +52,14 @@ class Work(Protocol):
         without inputs."""
 
 
-def start_work(plan: MergePlan, job: TensorJob) -> Work:
+def start_work(plan: MergePlan, job: TensorJob, store: ScalesStore | None = None) -> Work:
+    """The work of one job. `store` has what a weight's first job in 8 bits leaves for the second."""
     if job.is_copied:
         return Copied(job)
     if job.exact:
         return Exact(plan, job)
     if job.scaling is not None:
-        return Scaled(plan, job)
+        return Scaled(plan, job, store)
     return Weighted(plan, job) if plan.is_weighted(job) else Stepped(plan, job)
 
 
