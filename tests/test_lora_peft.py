@@ -24,10 +24,6 @@ def llama(**settings: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads, **settings))
 
 
-def tied_llama() -> Any:
-    return llama(tie_word_embeddings=True)
-
-
 def gpt2() -> Any:
     """Its layers are Conv1D, whose weights are [in, out]; its head is tied."""
     ends = {"bos_token_id": 0, "eos_token_id": 0}
@@ -48,8 +44,6 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "modules to save": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "fan in, fan out": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "embedding and head": (llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
-    "tied embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "embedding of GPT-2": (gpt2, {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}),
     "all biases": (llama, {"target_modules": ["q_proj"], "bias": "all"}),
     "biases of layers": (llama, {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "LoRA's own biases": (llama, {"target_modules": ["q_proj"], "lora_bias": True}),

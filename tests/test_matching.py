@@ -371,9 +371,10 @@ def test_a_head_that_ft_ties_is_its_embedding(tmp_path: Path, tied: bool | None,
 
 
 @pytest.mark.parametrize(
-    ("ft_tied", "reason"), [(True, "a copy, says its config"), (False, "what it learned apart is lost")]
+    ("ft_tied", "reason"), [(True, "a copy, says its config"), (None, "what it learned apart is lost")]
 )
-def test_a_head_that_base_ties_stays_tied(tmp_path: Path, ft_tied: bool, reason: str) -> None:
+def test_a_head_that_base_ties_stays_tied(tmp_path: Path, ft_tied: bool | None, reason: str) -> None:
+    """FT's own config.json says that its head is a copy, or says nothing, which means the same in most models."""
     x, y = language_model(0), language_model(1)
     del x["lm_head.weight"]
     base = save_model(tmp_path / "base", x, config=config_of(True))
@@ -482,10 +483,42 @@ def test_transformers_loads_what_was_resolved(tmp_path: Path, tied: str) -> None
     assert not info["unexpected_keys"]
     x, y, merged = (model.state_dict() for model in (base, ft, loaded))
     for name in merged:
-        other = y["model.embed_tokens.weight" if name == "lm_head.weight" and tied != "inner" else name]
+        other = y["model.embed_tokens.weight" if name == "lm_head.weight" and tied == "ft" else name]
         np.testing.assert_allclose(
             merged[name], float64_merge(x[name].numpy(), other.numpy(), 0.3), rtol=1e-5, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("side", ["base", "ft", "both"])
+@pytest.mark.parametrize(
+    ("usual", "left"),
+    [
+        ("model.embed_tokens.weight", "lm_head.weight"),
+        ("transformer.wte.weight", "lm_head.weight"),
+        ("shared.weight", "lm_head.weight"),
+        ("shared.weight", DECODER),
+        ("lm_head.bias", "lm_head.decoder.bias"),
+    ],
+)
+def test_the_only_copy_of_a_tied_tensor_is_that_tensor(tmp_path: Path, usual: str, left: str, side: str) -> None:
+    """Whatever name of several safetensors.torch.save_model left: in FT, in BASE, in both."""
+    x, y = (
+        {"n.weight": rng.standard_normal(3), "it": rng.standard_normal((10, 4))}
+        for rng in map(np.random.default_rng, (1, 2))
+    )
+    folders = {}
+    for name, tensors in (("base", x), ("ft", y)):
+        own = left if side in (name, "both") else usual
+        folders[name] = save_model(
+            tmp_path / name, {"n.weight": tensors["n.weight"], own: tensors["it"]}, config=config_of(True)
+        )
+    report = merge(folders["base"], folders["ft"], tmp_path / "out", 0.3)
+    out = load_folder(tmp_path / "out")
+    assert out.keys() == load_folder(folders["base"]).keys()
+    (matrix,) = (out[name] for name in out if name != "n.weight")
+    np.testing.assert_allclose(matrix, float64_merge(x["it"], y["it"], 0.3), rtol=1e-6)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+    assert not any("left out" in warning for warning in report.warnings)
 
 
 @pytest.mark.parametrize("old", ["base", "ft"])

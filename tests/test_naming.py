@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,18 @@ import pytest
 from checkpoints import BF16, Array, load_folder, save_model
 from merge_tool import MismatchError, merge, merge_models, open_checkpoint
 from merge_tool.models.naming import (
+    COPIES,
     EMBEDDINGS,
     HEADS,
     comes_last,
     embeds_tokens,
     has_token_rows,
+    head_of,
     is_embedding,
     is_head,
     is_of_positions,
+    own_name,
+    predicts_tokens,
 )
 from merge_tool.models.renaming import find_renaming
 from merge_tool.recipe.pair import pair
@@ -106,3 +111,25 @@ def test_a_head_that_is_no_row_long_enough_ties_nothing(tmp_path: Path) -> None:
     ft = {"embed_tokens.weight": normal(6, 8)}
     models = [open_checkpoint(save_model(tmp_path / n, t, config={})) for n, t in (("base", base), ("ft", ft))]
     assert find_renaming(*models).ft_names == {}
+
+
+@pytest.mark.slow
+def test_heads_have_the_names_that_transformers_gives_them() -> None:
+    """Of every class that ties its head: the name that the head has where it is not tied, or that it is not known."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.auto import modeling_auto
+
+    tables = [vars(modeling_auto)[name] for name in dir(modeling_auto) if re.fullmatch(r"MODEL_FOR_.*_NAMES", name)]
+    names = {n for table in tables for v in table.values() for n in ([v] if isinstance(v, str) else v)}
+    known = 0
+    for name in sorted(names):
+        try:
+            ties = getattr(getattr(transformers, name), "_tied_weights_keys", None) or {}
+        except (AttributeError, ImportError, RuntimeError):  # a package that it needs is not there
+            continue
+        for head, embedding in ties.items() if isinstance(ties, dict) else ():
+            if is_embedding(embedding) and own_name(head) not in COPIES:
+                assert head_of(embedding, name) in (head, None), name
+                assert head_of(embedding, name) == head or predicts_tokens(name) or "LM" not in name, name
+                known += head_of(embedding, name) == head
+    assert known > 200

@@ -137,8 +137,10 @@ class Checkpoint:
         made: Mapping[str, TensorSource],
         notices: tuple[str, ...],
         tokenizer_folder: Folder | None = None,
+        config: dict[str, Any] | None = None,
     ) -> Checkpoint:
-        """This checkpoint with tensors of other sources in place of its own or beside them, read from `files`, too."""
+        """This checkpoint with tensors of other sources in place of its own or beside them, read from `files`, too.
+        `config` is what config.json must say of them, if that is not what it says."""
         tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
         file_of = self._file_of
         found = Checkpoint(
@@ -148,7 +150,7 @@ class Checkpoint:
             tensors=tensors,
             file_of=file_of,
             metadata=self.metadata,
-            config=self.config,
+            config=self.config if config is None else config,
             index_name=self.index_name,
             notices=notices,
             made={**self._made, **made},

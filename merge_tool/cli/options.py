@@ -109,6 +109,8 @@ def _option_of(field: Field[Any]) -> Callable[[Any], Any]:
         settings["callback"] = parse_size
     if about.get("is_whole"):
         settings["type"] = int
+    if about.get("is_flag"):
+        settings["is_flag"] = True
     if about.get("is_many"):
         settings |= {"multiple": True, "default": None}
     return click.option(about["flag"], field.name, **settings)

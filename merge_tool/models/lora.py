@@ -21,18 +21,17 @@ from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, FileTensor,
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import CheckpointError, MismatchError, counted, listed, reason, shown
+from merge_tool.models.heads import renamed, untied_config
 from merge_tool.models.lora_config import CONFIG, Settings, read_settings
+from merge_tool.models.lora_ends import ends_notice, find_ends
+from merge_tool.models.lora_names import AdapterTensor, parse_name
 from merge_tool.models.low_rank import Factor, LowRankTensor
-from merge_tool.models.naming import is_head
-from merge_tool.models.renaming import Names, tied_embedding
+from merge_tool.models.renaming import Names
 
 Coming = Mapping[Path, Mapping[str, ByteSource]]  # of folders, the weights that are not there yet
 NOTHING: Coming = {}
 
-_PREFIX = "base_model.model."
 _AND_SAVE = "(merge_and_unload, then save_pretrained)"
-_FULL = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # what peft puts into names of whole tensors
-_FACTOR = re.compile(r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_B\.bias)")
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -166,7 +165,8 @@ def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_H
     )
     told = (*base.notices, *weights.notices, *_notices(base, folder, settings), *matched.notices)
     brought = folder if folder.has("tokenizer.json") else None
-    return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told, brought)
+    config = untied_config(base.config) if matched.ends.head is not None and base.config is not None else None
+    return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told, brought, config)
 
 
 def _notices(base: Checkpoint, folder: Folder, settings: Settings) -> Iterator[str]:
@@ -197,6 +197,8 @@ class _Matcher:
     def __init__(self, base: Checkpoint, name: str, settings: Settings, weights: Checkpoint) -> None:
         self.base, self.name, self.settings, self.weights = base, name, settings, weights
         self.names = Names(base.tensors)
+        self.tensors = [parse_name(info) for _, info in sorted(weights.tensors.items())]
+        self.ends = find_ends(base, self.names, settings, self.tensors)
         self.made: dict[str, TensorSource] = {}
         self.notices: list[str] = []
         self.homeless: list[str] = []
@@ -205,11 +207,14 @@ class _Matcher:
     def match(self) -> None:
         """Fill `made`; MismatchError with all tensors that have no place in BASE or do not fit there."""
         modules: dict[str, dict[str, TensorInfo]] = {}
-        for key, info in sorted(self.weights.tensors.items()):
-            if factor := _FACTOR.fullmatch(key.removeprefix(_PREFIX)):
-                modules.setdefault(factor[1], {})[factor[2]] = info
+        for part in self.tensors:
+            if part.module in self.ends.skipped:
+                continue
+            if part.is_factor:
+                modules.setdefault(part.module, {})[part.factor] = part.info
             else:
-                self._replace(info)
+                self._replace(part)
+        self._begin_head()
         layers = [layer for module, found in modules.items() if (layer := self._layer(module, found))]
         default = self._is_transposed(layers)
         for layer in layers:
@@ -218,6 +223,31 @@ class _Matcher:
             if bias := found.get("lora_B.bias"):
                 self._add_bias(module, bias)
         self._check()
+
+    def _find(self, name: str) -> str | None:
+        """The tensor of BASE, or of what the adapter makes of it, that a name of the adapter's means."""
+        return name if name == self.ends.head else self.names.find(name)
+
+    def _begin_head(self) -> None:
+        """Where a tied head is a tensor of its own now: what it is before the adapter adds to it."""
+        tie, head = self.ends.tie, self.ends.head
+        if self.ends.skipped:
+            self.notices.append(
+                f"{self.name}: {listed(self.ends.skipped)} is left out, a copy of what {shown(tie and tie.embedding)} "
+                f"has there; {self.base.name} ties the two."
+            )
+        if tie is None or head is None:
+            return
+        self.notices.append(ends_notice(self.name, self.base, self.ends))
+        if head not in self.made and tie.copy is None:
+            source = self._source(tie.embedding) if self.ends.follows else self.base.source(tie.embedding)
+            self.made[head] = renamed(source, head)
+        rows = self._info(head).shape[0], self._info(tie.embedding).shape[0]
+        if rows[0] != rows[1]:
+            self.unfit.append(
+                f"{shown(head)} would have {rows[0]:,} rows, {shown(tie.embedding)} {rows[1]:,}: the adapter does not "
+                "hold the other rows of the head"
+            )
 
     def _check(self) -> None:
         problems = []
@@ -239,16 +269,14 @@ class _Matcher:
 
     # ------------------------------------------------------------------------------ whole tensors
 
-    def _replace(self, info: TensorInfo) -> None:
+    def _replace(self, part: AdapterTensor) -> None:
         """A whole tensor of the adapter (modules_to_save, biases, resized embeddings) takes the place of BASE's."""
-        name = _FULL.sub("", info.name.removeprefix(_PREFIX))
-        target = self.names.find(name)
-        if target is None and is_head(name) and (embedding := tied_embedding(self.base, info.shape)):
-            self._leave_out(name, embedding)
-        elif target is None or target in self.made:
+        info, target = part.info, self._find(part.target)
+        if target is None or target in self.made:
             self.homeless.append(info.name)
         else:
-            old = self.base.tensors[target]
+            own = target if target in self.base.tensors or self.ends.tie is None else self.ends.tie.embedding
+            old = self.base.tensors[own]
             if old.dtype != info.dtype and not {old.dtype, info.dtype} <= FLOAT_DTYPES:
                 self.unfit.append(f"{shown(info.name)}: is {info.dtype}, {shown(target)} is {old.dtype}")
             if old.shape != info.shape:
@@ -258,22 +286,15 @@ class _Matcher:
                 )
             found = self.weights.source(info.name)
             assert isinstance(found, FileTensor | StridedTensor)  # all that a file of weights has
-            written_as = self.base.stored_dtype(target)
+            written_as = self.base.stored_dtype(own)
             self.made[target] = replace(found, info=replace(info, name=target), written_as=written_as)
-
-    def _leave_out(self, head: str, embedding: str) -> None:
-        if any(head.removesuffix(".weight").endswith(module) for module in self.settings.saved_modules):
-            self.unfit.append(f"{shown(head)}: was trained apart, while {self.base.name} ties its head to {embedding}")
-        self.notices.append(
-            f"{self.name}: {shown(head)} is left out, as {self.base.name} ties it to {shown(embedding)}."
-        )
 
     # ------------------------------------------------------------------------------------ factors
 
     def _layer(self, module: str, found: Mapping[str, TensorInfo]) -> _Layer | None:
         is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
         keys = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        target = self.names.find(f"{module}.weight")
+        target = self._find(f"{module}.weight")
         if target is None:
             self.homeless += [info.name for info in found.values()]
             return None

@@ -61,7 +61,12 @@ class Settings:
     ranks: Mapping[str, Any] = field(default_factory=dict)
     alphas: Mapping[str, Any] = field(default_factory=dict)
     saved_modules: tuple[str, ...] = ()
+    keeps_tie: bool = False  # whether embedding and head stay one where they are one
     unknown: tuple[str, ...] = ()
+
+    def saves(self, module: str) -> bool:
+        """Whether a module is trained as a whole (modules_to_save)."""
+        return any(module == saved or module.endswith(f".{saved}") for saved in self.saved_modules)
 
     def rank_of(self, module: str) -> int:
         return int(_number(self.where, "rank_pattern", _by_pattern(self.ranks, module, self.rank)))
@@ -114,6 +119,7 @@ def read_settings(folder: Folder) -> Settings:
         ranks=ranks,
         alphas=alphas,
         saved_modules=saved,
+        keeps_tie=bool(config.get("ensure_weight_tying")),
         unknown=unknown,
     )
 

@@ -39,6 +39,15 @@ HEADS = (
     "vocab_projector",  # DistilBERT
     "generator_lm_head",  # ELECTRA
 )
+# Classes whose head is not called lm_head, by the beginning of their name; None where its name is not known here.
+_HEAD_OF_CLASS = {
+    "Whisper": "proj_out", "Moonshine": "proj_out", "Canary": "proj_out", "CohereAsr": "proj_out", "Rwkv": "head",
+    "BioGpt": "output_projection", "TrOCR": "output_projection", "GPTNeoXJapanese": "embed_out", "XLNet": "lm_loss",
+    "Git": "output", "XLMWith": None, "Flaubert": None, "T5Gemma": None, "ModernBert": None, "SpeechT5": None,
+}  # fmt: skip
+# Classes that have a head for each token, by the end of their name.
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSpeechToText", "ForTextToText")
+_PREDICTS = re.compile(r"LM|ForPreTraining|MTModel|ForConditionalGeneration|Text2Text|(?:Speech|Text)To(?:Speech|Text)")
 # Biases with an element for each token, beside those of heads.
 _BIASES = ("cls.predictions.bias", "predictions.bias", "final_logits_bias")
 # What some checkpoints hold beside the tensor that it is one with.
@@ -104,6 +113,29 @@ def is_head(name: str) -> bool:
     """
     module, _, leaf = own_name(name).rpartition(".")
     return leaf == "weight" and module in HEADS
+
+
+def head_of(embedding: str, architecture: str) -> str | None:
+    """The name of the output head of a model with this input embedding, by the class that config.json names, if any;
+    None where the class has no head, or one that is not known here.
+
+    >>> head_of("language_model.model.embed_tokens.weight", "LlavaForConditionalGeneration")
+    'language_model.lm_head.weight'
+    """
+    for start, head in _HEAD_OF_CLASS.items():
+        if architecture.startswith(start):
+            return head and f"{head}.weight"
+    if ".word_embeddings." in embedding and ".embeddings." in embedding:  # BERT and its kin
+        return None
+    if architecture and not architecture.endswith(_GENERATES):
+        return None
+    prefix = re.match(r"(?:text_model|language_model)\.(?=model\.|transformer\.)", embedding)
+    return f"{prefix[0] if prefix else ''}lm_head.weight"
+
+
+def predicts_tokens(architecture: str) -> bool:
+    """Whether a class, as config.json names it, has a head for each token; true where none is named."""
+    return not architecture or _PREDICTS.search(architecture) is not None
 
 
 def is_embedding(name: str) -> bool:

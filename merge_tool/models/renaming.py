@@ -42,19 +42,41 @@ def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
     for head in sorted(extra - set(found.ft_names.values())):
         if is_head(head) and (embedding := tied_embedding(base, ft.tensors[head].shape)):
             found.copies[head] = embedding
+    for name in sorted(lacking - found.ft_names.keys()):
+        if copies := _lone_copies(base, ft, name):
+            found.ft_names[name] = copies[0]
+            found.copies |= {copy: name for copy in copies[1:] if copy in extra}
+            found.copies.pop(copies[0], None)
     found.ft_names |= _copies(base, ft, lacking - found.ft_names.keys())
     found.copies |= _copies(ft, base, extra - found.explained)
     return found
 
 
+def _lone_copies(base: Checkpoint, ft: Checkpoint, name: str) -> list[str]:
+    """What FT calls a tensor that it holds under the names of its copies only; the best first. Of a tied model,
+    safetensors.torch.save_model leaves one name, be it the head's."""
+    info = base.tensors[name]
+    copies = [n for n in ft.tensors if COPIES.get(own_name(n)) == own_name(name)]
+    copies = sorted(n for n in copies if ft.tensors[n].shape == info.shape)
+    if not is_embedding(name) or own_name(name) in COPIES:
+        return copies
+    if says_tied(ft.config or {}) is False or any(is_embedding(n) and own_name(n) not in COPIES for n in ft.tensors):
+        return copies
+    heads = [n for n in ft.tensors if is_head(n)]
+    alike = [n for n in base.tensors if is_embedding(n) and own_name(n) not in COPIES]
+    fit = len(heads) == 1 and alike == [name] and ft.tensors[heads[0]].shape[1:] == info.shape[1:]
+    return [*copies, *heads] if fit else copies
+
+
 def _copies(here: Checkpoint, there: Checkpoint, lacking: Iterable[str]) -> dict[str, str]:
-    """For what only `here` has: the tensor there that it is one with, if that is here, too, and of its shape."""
+    """For what only `here` has: the tensor there that it is one with; of the shape that this has here, if it does."""
     own, other = Names(here.tensors), Names(there.tensors)
     found = {}
     for name in sorted(lacking):
         one_with = COPIES.get(own_name(name), "")
         place, twin = other.find(one_with), own.find(one_with)
-        if place and twin and here.tensors[name].shape == here.tensors[twin].shape:
+        shape = here.tensors[twin].shape if twin else there.tensors[place].shape if place else None
+        if place and here.tensors[name].shape == shape:
             found[name] = place
     return found
 

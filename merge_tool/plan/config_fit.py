@@ -58,13 +58,17 @@ def _ties(ends: Sequence[TensorJob], donor: Checkpoint, models: Sequence[Checkpo
     """What tie_word_embeddings must say instead; None if the donor's config.json is right."""
     if not any(is_head(name) for model in models for name in model.tensors):
         return None
-    said, donor_has_head = says_tied(donor.config or {}), any(map(is_head, donor.tensors))
+    if not any(is_embedding(job.out.name) for job in ends):  # under the head's name, perhaps: the donor's own affair
+        return None
+    stored = donor.stored or donor  # what its config.json speaks of
+    said, donor_has_head = says_tied(stored.config or {}), any(map(is_head, stored.tensors))
     is_tied = not any(is_head(job.out.name) for job in ends)
     if is_tied:
         return True if said is False or (said is None and donor_has_head) else None
     if _are_all_tied(models) and not _come_apart(ends):  # a copy of the embedding in all of them, and in the output
         return None
-    return False if said or (said is None and not donor_has_head) else None
+    is_denied = any(says_tied(model.config or {}) is False for model in models)
+    return False if said or (said is None and (is_denied or not donor_has_head)) else None
 
 
 def _are_all_tied(models: Sequence[Checkpoint]) -> bool:

@@ -17,8 +17,11 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
+from merge_tool.models.heads import untie
 from merge_tool.models.inputs import Download, Inputs
 from merge_tool.models.lora import open_models
+from merge_tool.models.naming import is_head
+from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import BASE_CARD, CARD, FT_CARD, SideFiles, plan_side_files
 from merge_tool.plan.config_fit import fit_config
 from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes, resident_bytes
@@ -96,6 +99,7 @@ def prepare(
     """
     try:
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
+        opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
         models, alignment = align(recipe, opened)
         plan = _plan(recipe, models, methods, target)
         warnings = [*plan.warnings, *parent_warnings(models, "" if alignment is not None else recipe.rows_option)]
@@ -158,6 +162,9 @@ def _side_files(
         if target.is_file:
             warnings.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
         warnings += settings_warnings(alignment, recipe.donor, found.folder)
+    stored = donor.stored or donor
+    if found.folder is None and says_tied(stored.config or {}) and any(is_head(job.out.name) for job in plan.jobs()):
+        warnings.append("The output has a head of its own: set tie_word_embeddings to false in its config.json.")
     if found.folder is not None:
         found, fitted = fit_config(found, plan.jobs(), donor, models)
         warnings += fitted

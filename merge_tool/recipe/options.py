@@ -27,7 +27,7 @@ _NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
 def option(default: Any, flag: str, text: str, **kind: Any) -> Any:
     """A field that the command line offers as `flag`; `text` is its help. `kind` says what values there are:
     choices, metavar, is_size (bytes with a unit; `show_default` is the default as a user would write it), is_many (may
-    be repeated), is_whole (a whole number)."""
+    be repeated), is_whole (a whole number), is_flag (no value)."""
     return field(default=default, metadata={"flag": flag, "help": text, **kind})
 
 
@@ -40,7 +40,8 @@ class Options:
     matches (all, without one) and none of `exclude`; the rest is the base's. `on_mismatch` says what happens to integer
     tensors that differ and to tensors of another shape or type, `on_missing` to tensors that some model lacks.
     `files_from` names the model whose configuration and tokenizer files are copied: "base", "ft" for the second model
-    of a pair, or a model as the recipe names it. `seed` decides the random bits of methods that have any.
+    of a pair, or a model as the recipe names it. `untie` gives the output a head of its own, where the base's is its
+    embedding. `seed` decides the random bits of methods that have any.
     """
 
     only: Sequence[str] = option(
@@ -76,6 +77,11 @@ class Options:
         "error", "--on-missing", "If a model lacks a tensor: stop, or write exactly BASE's tensors.",
         choices=STOP_OR_BASE,
     )  # fmt: skip
+    untie: bool = option(
+        False, "--untie",
+        "Give the output a head of its own where BASE's head is its embedding, and say so in config.json.",
+        is_flag=True,
+    )  # fmt: skip
     seed: int = option(0, "--seed", "Random seed of dare and della.", is_whole=True)
 
     def __post_init__(self) -> None:
@@ -108,7 +114,7 @@ def as_words(options: Any) -> list[str]:
     for f in fields(options):
         values = stored.get(f.name, [])
         for value in values if isinstance(values, list) else [values]:
-            words += [f.metadata["flag"], str(value)]
+            words += [f.metadata["flag"]] if f.metadata.get("is_flag") else [f.metadata["flag"], str(value)]
     return words
 
 

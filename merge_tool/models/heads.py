@@ -1,0 +1,141 @@
+"""Models whose output head is their input embedding: which tensor that is, and the same model with a head of its own.
+
+An untied model is read as if its embedding stood in its files under the head's name, too. So whoever merges models
+needs to know of nothing but two tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.source import TensorSource
+from merge_tool.checkpoint.sub_configs import is_of_text, is_sub_config
+from merge_tool.errors import MismatchError, RecipeError, shown
+from merge_tool.models.naming import COPIES, head_of, is_embedding, is_head, own_name, predicts_tokens
+from merge_tool.models.renaming import says_tied, tied_embedding
+
+# Models that scale what goes into a tied head: an untied head would have to be another matrix.
+_SCALING = frozenset({"t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop", "t5gemma"})
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """A tied head: the embedding that it is; `copy` is the head's name where the checkpoint has a copy of it."""
+
+    embedding: str
+    copy: str | None
+
+
+def find_tie(model: Checkpoint) -> Tie | None:
+    """The tied head of a model; None if it has none, or if that is not clear."""
+    names = [name for name in model.tensors if is_embedding(name) and len(model.tensors[name].shape) == 2]
+    heads = [name for name in model.tensors if is_head(name)]
+    if not heads:
+        found = {tied_embedding(model, model.tensors[name].shape) for name in names} - {None}
+        return Tie(found.pop(), None) if len(found) == 1 else None  # type: ignore[arg-type]  # None is left out
+    names = [n for n in names if model.tensors[n].shape == model.tensors[heads[0]].shape and own_name(n) not in COPIES]
+    if says_tied(model.config or {}) and len(heads) == len(names) == 1:
+        return Tie(names[0], heads[0])
+    return None
+
+
+def architecture(model: Checkpoint) -> str:
+    """The class that config.json names first; nothing if it names none."""
+    named = (model.config or {}).get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+
+
+def has_scaled_head(model: Checkpoint) -> bool:
+    return (model.config or {}).get("model_type") in _SCALING
+
+
+def named_head(model: Checkpoint, embedding: str) -> str | None:
+    """What a tied model's head is called where it is a tensor of its own; None if the model has no head at all.
+
+    Raises MismatchError where the name is not known, or where the head is more than a matrix.
+    """
+    what = architecture(model)
+    if not predicts_tokens(what):
+        return None
+    head = head_of(embedding, what)
+    if head is None or has_scaled_head(model):
+        why = "scales what goes into its tied head" if has_scaled_head(model) else "calls its head by an unknown name"
+        raise MismatchError(
+            f"{model.name}: its head is tied to {shown(embedding)} and needs to be a tensor of its own here, but "
+            f"{what or 'the model'} {why}. Untie it with transformers first, and give that folder."
+        )
+    return head
+
+
+def renamed(source: TensorSource, name: str) -> TensorSource:
+    """The same elements under another name."""
+    changed: TensorSource = replace(source, info=replace(source.info, name=name))  # type: ignore[type-var]
+    return changed
+
+
+def untied_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json of a model whose head is a tensor of its own."""
+    return {**_with_ties(config or {}, ()), "tie_word_embeddings": False}
+
+
+def _with_ties(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    found = dict(config)
+    for key, value in config.items():
+        if is_sub_config(key, value):
+            found[key] = _with_ties(value, (*keys, key))
+        elif key == "tie_word_embeddings" and is_of_text(keys):
+            found[key] = False
+    return found
+
+
+def with_own_head(model: Checkpoint, tie: Tie, head: str, notices: Sequence[str] = ()) -> Checkpoint:
+    """A tied model with its embedding as the head, too."""
+    made = {} if tie.copy else {head: renamed(model.source(tie.embedding), head)}
+    told = (*model.notices, *notices)
+    return model.with_made(model.name, (), made, told, config=untied_config(model.config))
+
+
+def untie(models: Sequence[Checkpoint], first: int, merged: frozenset[int], *, is_asked: bool) -> list[Checkpoint]:
+    """The models, the first with a head of its own if that is asked, or if one of those to be merged has one.
+
+    Raises RecipeError where it is asked of a model that ties no head; MismatchError as `named_head`.
+    """
+    found, tie = list(models), find_tie(models[first])
+    if tie is None:
+        if is_asked and not any(map(is_head, models[first].tensors)):
+            raise RecipeError(
+                f"--untie: {models[first].name} has no input embedding that is its head, too, as far as names and "
+                "config.json tell. Leave --untie out."
+            )
+        return found
+    base, others = models[first], [models[k] for k in sorted(merged - {first})]
+    own = {name: model for model in others for name in own_heads(model) if _fits(model, name, base, tie)}
+    if not own and not is_asked:
+        return found
+    head = tie.copy
+    if head is None and own and not has_scaled_head(base):
+        head = head_of(tie.embedding, architecture(base)) or next(iter(own))
+    elif head is None:
+        head = named_head(base, tie.embedding)
+    if head is None:
+        raise RecipeError(f"--untie: {architecture(base)} has no output head. Leave --untie out.")
+    told = () if tie.copy or not own or is_asked else (
+        f"{base.name} ties its head to {shown(tie.embedding)}, {next(iter(own.values())).name} has a head of its own: "
+        f"the output has one, too, merged from these two ({shown(head)}).",
+    )  # fmt: skip
+    found[first] = with_own_head(base, tie, head, told)
+    return found
+
+
+def own_heads(model: Checkpoint) -> list[str]:
+    """The heads of a model that says that they are not its embedding."""
+    if says_tied(model.config or {}) is not False:
+        return []
+    return [name for name in model.tensors if is_head(name)]
+
+
+def _fits(model: Checkpoint, head: str, base: Checkpoint, tie: Tie) -> bool:
+    return model.tensors[head].shape[1:] == base.tensors[tie.embedding].shape[1:]

@@ -1,0 +1,41 @@
+"""The names of an adapter's tensors, as peft writes them -> which module they change, and how."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from merge_tool.checkpoint.header import TensorInfo
+
+_PREFIX = "base_model.model."
+_FULL = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # what peft puts into names of whole tensors
+_FACTOR = re.compile(r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_B\.bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTensor:
+    """A tensor of an adapter: a `factor` of a layer's change (its name there), or a whole tensor in place of BASE's.
+
+    `module` and `leaf` are the name of the tensor that it changes.
+    """
+
+    info: TensorInfo
+    module: str
+    leaf: str
+    factor: str = ""
+
+    @property
+    def is_factor(self) -> bool:
+        return bool(self.factor)
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.leaf}" if self.module else self.leaf
+
+
+def parse_name(info: TensorInfo) -> AdapterTensor:
+    name = info.name.removeprefix(_PREFIX)
+    if found := _FACTOR.fullmatch(name):
+        return AdapterTensor(info, found[1], "bias" if found[2] == "lora_B.bias" else "weight", found[2])
+    module, _, leaf = _FULL.sub("", name).rpartition(".")
+    return AdapterTensor(info, module, leaf)

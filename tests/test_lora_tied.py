@@ -1,0 +1,204 @@
+"""Adapters of models whose head is their embedding: the result is what the live model computes, in transformers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from checkpoints import load_folder, save_model
+from merge_tool import MergeToolError, merge
+from oracle import float64_merge
+
+SIZES = {"vocab_size": 48, "hidden_size": 16, "num_attention_heads": 2}
+IDS = torch.arange(1, 20)[None]
+
+
+def llama() -> Any:
+    config = transformers.LlamaConfig(
+        **SIZES, intermediate_size=24, num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=True
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    """Its config.json says nothing of the tie."""
+    config = transformers.GPT2Config(
+        vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bloom() -> Any:
+    return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=48, hidden_size=16, n_layer=2, n_head=2))
+
+
+def neox() -> Any:
+    config = transformers.GPTNeoXConfig(**SIZES, intermediate_size=24, num_hidden_layers=2, tie_word_embeddings=True)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], str, str, str]] = {  # its embedding, its head, and another layer
+    "llama": (llama, "embed_tokens", "lm_head", "q_proj"),
+    "gpt2": (gpt2, "wte", "lm_head", "c_attn"),
+    "bloom": (bloom, "word_embeddings", "lm_head", "query_key_value"),
+    "neox": (neox, "embed_in", "embed_out", "query_key_value"),
+}
+TRAINED = {  # what is saved whole, and what has factors
+    "embedding saved": ("e", ""),
+    "head saved": ("h", ""),
+    "both saved": ("eh", ""),
+    "embedding by factors": ("", "e"),
+    "head by factors": ("", "h"),
+    "both by factors": ("", "eh"),
+    "embedding saved, head by factors": ("e", "h"),
+    "head saved, embedding by factors": ("h", "e"),
+}
+
+
+def adapted(folder: Path, family: str, saved: str, factors: str, **settings: Any) -> tuple[Path, Path, Any]:
+    """A tied base, an adapter of it, and the live model's logits."""
+    make, embedding, head, layer = FAMILIES[family]
+    names = {"e": embedding, "h": head if family != "neox" else _head_of_neox(make)}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make().save_pretrained(folder / "base")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+        asked = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=2, target_modules=[layer, *(names[k] for k in factors)],
+            modules_to_save=[names[k] for k in saved] or None, **settings,
+        )  # fmt: skip
+        live = peft.get_peft_model(model, asked)
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        live.save_pretrained(folder / "adapter")
+        return folder / "base", folder / "adapter", live(IDS).logits.detach()
+
+
+def _head_of_neox(make: Callable[[], Any]) -> str:
+    return "lm_head" if hasattr(make(), "lm_head") else "embed_out"
+
+
+def logits(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model(IDS).logits.detach()
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool((a - b).abs().max() < 1e-5 * b.abs().max())
+
+
+@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_merge_at_t_1_is_the_live_model(tmp_path: Path, family: str, case: str) -> None:
+    """Whatever of the two is trained, the other keeps the matrix that they shared."""
+    base, adapter, live = adapted(tmp_path, family, *TRAINED[case])
+    told: list[str] = []
+    merge(base, adapter, tmp_path / "out", 1, on_warning=told.append)
+    assert same(logits(tmp_path / "out"), live)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    assert sum("the result has a head of its own" in line for line in told) == 1
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_stored_copy_of_the_head_is_no_copy_any_more(tmp_path: Path, case: str) -> None:
+    """A checkpoint that holds the tied matrix twice, as some tools save it."""
+    base, adapter, live = adapted(tmp_path, "llama", *TRAINED[case])
+    tensors = load_folder(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_model(base, tensors, config=json.loads((base / "config.json").read_text()))
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+
+
+@pytest.mark.parametrize("case", ["embedding saved", "head saved", "both saved", "embedding by factors"])
+def test_an_adapter_that_keeps_the_tie_leaves_one_tensor(tmp_path: Path, case: str) -> None:
+    base, adapter, live = adapted(tmp_path, "llama", *TRAINED[case], ensure_weight_tying=True)
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+    assert "lm_head.weight" not in load_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_between_the_two_each_end_is_merged_with_its_own(tmp_path: Path, case: str) -> None:
+    base, adapter, _ = adapted(tmp_path, "llama", *TRAINED[case])
+    merge(base, adapter, tmp_path / "ft", 1)
+    merge(base, adapter, tmp_path / "out", 0.4)
+    x, y, out = load_folder(base), load_folder(tmp_path / "ft"), load_folder(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        exact = float64_merge(x["model.embed_tokens.weight"], y[name], 0.4)
+        assert abs(out[name] - exact).max() < 1e-6, name
+    logits(tmp_path / "out")
+
+
+def test_an_adapter_in_bases_place_unties_the_output(tmp_path: Path) -> None:
+    base, adapter, live = adapted(tmp_path, "llama", "e", "")
+    merge(f"{base}+{adapter}", base, tmp_path / "out", 0)
+    assert same(logits(tmp_path / "out"), live)
+
+
+def test_a_resized_embedding_without_the_heads_rows_is_refused(tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, "llama", "e", "")
+    tensors = load_folder(base)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:40]
+    save_model(base, tensors, config=json.loads((base / "config.json").read_text()))
+    with pytest.raises(MergeToolError, match=r"lm_head\.weight would have 40 rows, model\.embed_tokens\.weight 48"):
+        merge(base, adapter, tmp_path / "out", 1)
+
+
+# ----------------------------------------------------------------------------------------- whole models
+
+
+def untied(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model = llama()
+    config = transformers.LlamaConfig(**{**model.config.to_dict(), "tie_word_embeddings": False})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("t", [1, 0.4])
+def test_a_finetune_with_a_head_of_its_own_keeps_it(tmp_path: Path, t: float) -> None:
+    """BASE ties its head, FT has untied it: the output at t = 1 is FT."""
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    base, ft = tmp_path / "base", untied(tmp_path / "ft", 1)
+    told: list[str] = []
+    merge(base, ft, tmp_path / "out", t, on_warning=told.append)
+    x, y, out = load_folder(base), load_folder(ft), load_folder(tmp_path / "out")
+    exact = float64_merge(x["model.embed_tokens.weight"], y["lm_head.weight"], t)
+    assert abs(out["lm_head.weight"] - exact).max() < 1e-6
+    if t == 1:
+        assert same(logits(tmp_path / "out"), logits(ft))
+    assert any("ft has a head of its own: the output has one, too" in line for line in told)
+
+
+def test_untie_gives_tied_models_a_head_that_changes_nothing(tmp_path: Path) -> None:
+    for name in ("base", "ft"):
+        torch.manual_seed(len(name))
+        llama().save_pretrained(tmp_path / name)
+    merge(tmp_path / "base", tmp_path / "ft", tmp_path / "tied", 0.4)
+    merge(tmp_path / "base", tmp_path / "ft", tmp_path / "out", 0.4, untie=True)
+    assert same(logits(tmp_path / "out"), logits(tmp_path / "tied"))
+    assert "lm_head.weight" in load_folder(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_one_file_says_what_its_config_json_must_say(tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, "llama", "e", "")
+    report = merge(base, adapter, tmp_path / "out.safetensors")
+    assert any("set tie_word_embeddings to false" in warning for warning in report.warnings)
