@@ -220,7 +220,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 OPTIONS = [
     "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs",
     "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only", "--overwrite",
-    "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t", "--t-for", "--version", "--vocab",
+    "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t", "--t-for", "--untie", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
