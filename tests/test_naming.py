@@ -128,7 +128,7 @@ def test_heads_have_the_names_that_transformers_gives_them() -> None:
         except (AttributeError, ImportError, RuntimeError):  # a package that it needs is not there
             continue
         for head, embedding in ties.items() if isinstance(ties, dict) else ():
-            if is_embedding(embedding) and ".embed_" not in head and own_name(head) not in COPIES:
+            if is_embedding(embedding) and "embed" not in head and own_name(head) not in COPIES:
                 assert head_of(embedding, name) in (head, None), name
                 assert head_of(embedding, name) == head or predicts_tokens(name) or "LM" not in name, name
                 known += head_of(embedding, name) == head
