@@ -3,42 +3,70 @@ do not fit, for the error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.checkpoint.sub_configs import sub_configs
-from merge_tool.errors import CheckpointError, MismatchError, reason, shown
+from merge_tool.checkpoint.sub_configs import Place, is_of_text, sub_configs
+from merge_tool.errors import CheckpointError, MismatchError, shown
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.vocabulary.align import TOKENIZER_FILES, explain
+from merge_tool.vocabulary.align import explain
+from merge_tool.vocabulary.differences import Ways, same_bytes, tokenizer_warnings
 from merge_tool.vocabulary.join import compare_tokenizers
 from merge_tool.vocabulary.row_tensors import rows_of
 from merge_tool.vocabulary.tokenizer_json import TOKENIZER
 
-_COMPARED_SETTINGS = (
-    "architectures",
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_heads",
-    "rope_theta",
-    "rope_scaling",
-    "tie_word_embeddings",
-)
-_ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta"})  # worth a word if only one says
+_KIND = "are these related models?"
+_POSITIONS = "the two see positions differently"
+_SCALES = "the same values have another effect in each"
+_REACH = "the two attend to other tokens"
+_EXPERTS = "the two choose and weigh experts differently"
+# What changes the meaning of weights, and why; as libraries spell it.
+_SETTINGS: Mapping[str, str] = {
+    **dict.fromkeys(("architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"), _KIND),
+    **dict.fromkeys(("num_key_value_heads", "num_heads", "tie_word_embeddings", "head_dim", "position_embedding_type"),
+                    _KIND),
+    **dict.fromkeys(("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_dim", "alibi",
+                     "rope_interleave", "no_rope_layers", "no_rope_layer_interval", "rope_local_base_freq",
+                     "global_rope_theta", "local_rope_theta", "original_max_position_embeddings"), _POSITIONS),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function", "hidden_activation_function"),
+                    "the weights were trained for another activation"),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon",
+                     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+                     "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+                     "logit_scale", "scale_emb", "scale_depth", "dim_model_base", "clip_qkv", "attn_scale",
+                     "scale_attn_weights", "use_parallel_residual", "parallel_attn", "scale_decoder_outputs"), _SCALES),
+    **dict.fromkeys(("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern",
+                     "layer_types", "attention_chunk_size", "is_causal"), _REACH),
+    **dict.fromkeys(("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group",
+                     "topk_group", "topk_method", "moe_top_k"), _EXPERTS),
+}  # fmt: skip
+_ONE_SIDED = frozenset(
+    {"num_attention_heads", "num_key_value_heads", "rope_theta", "rope_scaling"}
+)  # worth a word then
 
 
-def parent_warnings(models: Sequence[Checkpoint], way: str) -> Iterable[str]:
-    """Notices of the models, and what each says otherwise than the first. `way` is how rows can be matched by token;
-    nothing if they are."""
+def parent_warnings(recipe: Recipe, models: Sequence[Checkpoint], *, has_own_rows: bool) -> Iterable[str]:
+    """Notices of the models, and what each says otherwise than that whose files the output has. `has_own_rows`: rows
+    were matched by token."""
     for model in models:
         yield from model.notices
-    for other in models[1:]:
-        yield from _differences(models[0], other)
-        yield from _tokenizer_differences(models[0], other, way)
+    donor = models[recipe.donor]
+    for number, other in enumerate(models):
+        if other is donor:
+            continue
+        yield from _differences(donor, other)
+        name = recipe.names[number] if recipe.is_strict else str(recipe.models[number])
+        yield from tokenizer_warnings(donor, other, _ways(recipe, name, has_own_rows))
+
+
+def _ways(recipe: Recipe, name: str, has_own_rows: bool) -> Ways:
+    chooses = recipe.options.chat_template or recipe.chat_template
+    return Ways(
+        rows="" if has_own_rows else recipe.rows_option,
+        files=f"--files-from {shown(name)}",
+        template="" if chooses else f"--chat-template {shown(name)}",
+    )
 
 
 def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
@@ -49,7 +77,7 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
         here, there = base.tokenizer_folder, other.tokenizer_folder
         if here is None or there is None or not (here.has(TOKENIZER) and there.has(TOKENIZER)):
             continue
-        if rows_of(base) is None or _same_bytes(here, there, TOKENIZER):
+        if rows_of(base) is None or same_bytes(here, there, TOKENIZER):
             continue
         try:
             found = compare_tokenizers(here, there)
@@ -83,53 +111,58 @@ def _compared(base: Checkpoint, ft: Checkpoint) -> str:
         return f"The vocabularies cannot be compared: {str(e).rstrip('.')}"
 
 
-def _differences(base: Checkpoint, ft: Checkpoint) -> Iterable[str]:
-    a, b = (_settings(model.config or {}) for model in (base, ft))
-    for key in sorted(a.keys() | b.keys()):
-        if a.get(key) == b.get(key) or base.config is None or ft.config is None:
-            continue
-        if key.endswith("tie_word_embeddings") and base.tensors.keys() != ft.tensors.keys():
-            continue  # the heads themselves were told of already
-        if (key in a and key in b) or key.split(".")[-1] in _ONE_SIDED:
-            here, there = (shown(side.get(key, "nothing")) for side in (a, b))
-            yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}. Are these related models?"
-
-
-def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, way: str) -> Iterable[str]:
-    here, there = base.tokenizer_folder, ft.tokenizer_folder
-    if here is None or there is None:
+def _differences(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
+    if base.config is None or ft.config is None:
         return
-    for name in TOKENIZER_FILES:
-        if not (here.has(name) and there.has(name)) or _same_bytes(here, there, name):
+    a, b = _settings(base.config), _settings(ft.config)
+    nested = len(_language(base.config)) != len(_language(ft.config))  # a language model, and the same in another one
+    for key in sorted(a.keys() | b.keys()):
+        own, theirs, last = a.get(key), b.get(key), key.split(".")[-1]
+        if own == theirs or (last == "tie_word_embeddings" and base.tensors.keys() != ft.tensors.keys()):
+            continue  # of heads their own warning speaks
+        if (nested and last == "model_type") or (key not in (a if key in b else b) and last not in _ONE_SIDED):
             continue
-        told = f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
-        if name != TOKENIZER:
-            yield told
-        elif way:
-            yield f"{told} {_compared(base, ft)}. With {way} rows are matched by token."
+        here, there = (shown(side.get(key, "nothing")) for side in (a, b))
+        yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}: {_SETTINGS[last]}."
+
+
+def _language(config: Mapping[str, Any]) -> list[Place]:
+    return [place for place, _ in sub_configs(config) if is_of_text(place)]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that matter, those of a part as `text_config.num_attention_heads`."""
-    found: dict[str, Any] = {}
+    """The settings that matter: the language model's by their names, those of another part as `vision_config.head_dim`.
+
+    None where a setting is off: without scaling of positions, or null.
+    """
+    found: dict[str, Any] = {"rope_scaling": None}
     for place, part in sub_configs(config):
-        rope = part.get("rope_parameters")
-        if isinstance(rope, dict) and "rope_theta" in rope:
-            part = {"rope_theta": rope["rope_theta"], **part}
-        named = {key: ".".join((*place, key)) for key in _COMPARED_SETTINGS}
-        found |= {name: part[key] for key, name in named.items() if part.get(key) is not None}
+        prefix = "" if is_of_text(place) else ".".join((*place, ""))
+        for key, value in _with_rope(part).items():
+            if key in _SETTINGS and not (
+                prefix == "" and key in ("architectures", "model_type") and place and key in found
+            ):
+                found[prefix + key] = value
     return found
 
 
-def _same_bytes(base: Folder, ft: Folder, name: str) -> bool:
-    paths = base.regular(name), ft.regular(name)
-    try:
-        if paths[0].stat().st_size != paths[1].stat().st_size:
-            return False
-        with paths[0].open("rb") as a, paths[1].open("rb") as b:
-            while True:
-                left, right = a.read(65_536), b.read(65_536)
-                if left != right or not left:
-                    return left == right
-    except OSError as e:
-        raise CheckpointError(f"{name} of {base.name} or {ft.name}: cannot be read ({reason(e)}).") from e
+def _with_rope(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with its rotary positions as `rope_theta` and `rope_scaling`, whatever version wrote it."""
+    found = dict(part)
+    rope = part.get("rope_parameters") or part.get("rope_scaling")
+    if not isinstance(rope, dict):
+        return found
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layers
+        return {**found, "rope_scaling": rope}
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rest = {
+        key: value
+        for key, value in rope.items()
+        if key not in ("rope_theta", "rope_type", "type") and value is not None
+    }
+    if "partial_rotary_factor" in rest:
+        found["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
+    found["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **dict(sorted(rest.items()))}
+    return found

@@ -102,7 +102,7 @@ def prepare(
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
         models, alignment = align(recipe, opened)
         plan = _plan(recipe, models, methods, target)
-        warnings = [*plan.warnings, *parent_warnings(models, "" if alignment is not None else recipe.rows_option)]
+        warnings = [*plan.warnings, *parent_warnings(recipe, models, has_own_rows=alignment is not None)]
         side_files, more = _side_files(recipe, plan, models, alignment, target)
         samples = tuple(_sample(model) for model in models) if read_samples else ()
     except OSError as e:
@@ -139,9 +139,10 @@ def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Me
         raise MismatchError(f"{e}{explain_rows(models)}") from e
     if recipe.tokenizer is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
         check_vocabularies(recipe, models)
-    if recipe.chat_template is None:
+    asked = recipe.options.chat_template or recipe.chat_template
+    if asked is None:
         return plan
-    template = choose_template(recipe.chat_template, models, recipe.first) or ""
+    template = choose_template(recipe, models) or ""
     lacking = () if template else ("chat_template: no model has one, so the output has none.",)
     return replace(plan, chat_template=template, warnings=(*plan.warnings, *lacking))
 

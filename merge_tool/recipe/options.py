@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from merge_tool.arrays import NAMES
-from merge_tool.errors import RecipeError, shown
+from merge_tool.errors import RecipeError, reason, shown
 from merge_tool.recipe.settings import Pattern
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -40,7 +41,8 @@ class Options:
     matches (all, without one) and none of `exclude`; the rest is the base's. `on_mismatch` says what happens to integer
     tensors that differ and to tensors of another shape or type, `on_missing` to tensors that some model lacks.
     `files_from` names the model whose configuration and tokenizer files are copied: "base", "ft" for the second model
-    of a pair, or a model as the recipe names it. `untie` gives the output a head of its own, where the base's is its
+    of a pair, or a model as the recipe names it; `chat_template` the model whose template they have instead, a template
+    known by name, or one as Jinja. `untie` gives the output a head of its own, where the base's is its
     embedding. `seed` decides the random bits of methods that have any.
     """
 
@@ -68,6 +70,12 @@ class Options:
     files_from: str = option(
         "base", "--files-from", "Copy the configuration and tokenizer files of this model.", metavar="MODEL"
     )
+    chat_template: str | None = option(
+        None, "--chat-template",
+        "The output's chat template: that of a model (base, ft, or as the recipe names it), auto (what most models "
+        "have), one known by name (chatml, llama3 ...), or a file with Jinja.  [default: as --files-from]",
+        metavar="MODEL|NAME|FILE",
+    )  # fmt: skip
     on_mismatch: str = option(
         "error", "--on-mismatch",
         "If the models have different shapes, types or integers in a tensor: stop, or keep BASE's tensor.",
@@ -89,6 +97,8 @@ class Options:
             if self.dtype.lower().startswith(_NOT_WRITTEN):
                 raise RecipeError(f"dtype is '{shown(self.dtype)}': {QUANTISE_LATER}")
             check_choice("dtype", self.dtype, OUTPUT_DTYPES)
+        if self.chat_template is not None:
+            object.__setattr__(self, "chat_template", read_template(self.chat_template))
         for name in ("on_mismatch", "on_missing"):
             check_choice(name, getattr(self, name), STOP_OR_BASE)
         if self.max_shard_bytes < 1:
@@ -98,6 +108,20 @@ class Options:
             object.__setattr__(self, name, (texts,) if isinstance(texts, str) else tuple(texts))
             for text in getattr(self, name):
                 Pattern(text)
+
+
+def read_template(asked: str) -> str:
+    """A chat template's text, if a file that holds it is asked for. Raises RecipeError for a file that is not there, or
+    holds no text."""
+    if "{" in asked or not (asked.endswith((".jinja", ".jinja2", ".j2")) or Path(asked).is_file()):
+        return asked
+    try:
+        text = Path(asked).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise RecipeError(f"--chat-template {shown(asked)}: cannot be read ({reason(e)}).") from e
+    if "{" not in text:
+        raise RecipeError(f"--chat-template {shown(asked)}: holds no template in Jinja: nothing in braces is in it.")
+    return text
 
 
 def as_json(options: Any, *, all_of_them: bool = False) -> dict[str, Any]:
@@ -114,6 +138,7 @@ def as_words(options: Any) -> list[str]:
     for f in fields(options):
         values = stored.get(f.name, [])
         for value in values if isinstance(values, list) else [values]:
+            value = "FILE" if f.name == "chat_template" and "{" in value else value
             words += [f.metadata["flag"]] if f.metadata.get("is_flag") else [f.metadata["flag"], str(value)]
     return words
 

@@ -128,14 +128,20 @@ class Recipe:
     @property
     def donor(self) -> int:
         """The model whose configuration and tokenizer are copied. Raises RecipeError for a name that no model has."""
-        wanted = self.options.files_from
-        if wanted == "base":
+        if (number := self.number_of(wanted := self.options.files_from)) is None:
+            raise RecipeError(f"--files-from is '{shown(wanted)}', expected one of: {', '.join(self.known_models)}.")
+        return number
+
+    def number_of(self, text: str) -> int | None:
+        """Which model an option's value names: base, ft, or one as the recipe names it."""
+        if text == "base":
             return self.first
-        named = [k for k, ref in enumerate(self.models) if wanted in (str(ref), self.names[k])]
-        if len(named) != 1:
-            known = ", ".join(dict.fromkeys(("base", *self.names, *map(shown, self.models))))
-            raise RecipeError(f"--files-from is '{shown(wanted)}', expected one of: {known}.")
-        return named[0]
+        named = [k for k, ref in enumerate(self.models) if text in (str(ref), self.names[k])]
+        return named[0] if len(named) == 1 else None
+
+    @property
+    def known_models(self) -> list[str]:
+        return list(dict.fromkeys(("base", *self.names, *map(shown, self.models))))
 
     @property
     def num_layers(self) -> int | None:

@@ -9,21 +9,32 @@ from dataclasses import replace
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError
+from merge_tool.errors import CheckpointError, RecipeError, shown
 from merge_tool.models.side_files import SideFile, SideFiles, with_member
+from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.templates import TEMPLATE_TOKENS, TEMPLATES
 
 FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 _LARGEST = 1_000_000  # bytes
 
 
-def choose_template(asked: str, models: Sequence[Checkpoint], donor: int) -> str | None:
-    """The template's text; None if it is that of most models (`auto`), and none of them has one.
+def choose_template(recipe: Recipe, models: Sequence[Checkpoint]) -> str | None:
+    """The text of the template that the recipe asks for; None if that is the one of most models, and none has one.
 
-    Of several that equally many have, the donor's counts, else the first.
+    Of several that equally many have, the donor's counts, else the first. Raises RecipeError for what is no template.
     """
+    asked, donor = recipe.options.chat_template or recipe.chat_template or "", recipe.first
     if asked != "auto":
-        return TEMPLATES.get(asked, asked)
+        if asked in TEMPLATES or "{" in asked:
+            return TEMPLATES.get(asked, asked)
+        if (number := recipe.number_of(asked)) is not None:
+            if (text := template_of(models[number].tokenizer_folder)) is not None:
+                return text
+            raise RecipeError(f"--chat-template {shown(asked)}: {models[number].name} has no chat template.")
+        raise RecipeError(
+            f"--chat-template is '{shown(asked)}', expected a model ({', '.join(recipe.known_models)}), auto, one of "
+            f"{', '.join(TEMPLATES)}, or a file with a template in Jinja."
+        )
     found = [template_of(model.tokenizer_folder) for model in models]
     texts = [text.strip() for text in (found[donor], *found) if text and text.strip()]
     own = (found[donor] or "").strip()

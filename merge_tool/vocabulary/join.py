@@ -24,8 +24,8 @@ class Joined:
     `lacking[k]` are those of model k's tokens that are not in it: how many, and some; `alone[k]` are some that no
     other model has. `added` are its tokens behind the lead's: how many, and how many of them are pieces of another
     tokenizer's model. `insert` is what makes the lead's tokenizer.json that of all: bytes, and where
-    they are put in. `named` are the vocabulary's ids of the tokens asked for, `wanted` those of models, -1 where there
-    is no such token.
+    they are put in. `unlike` are the parts beside the vocabulary in which the tokenizers differ. `named` are the
+    vocabulary's ids of the tokens asked for, `wanted` those of models, -1 where there is no such token.
     """
 
     ids: tuple[array[int], ...]
@@ -35,6 +35,7 @@ class Joined:
     alone: tuple[tuple[str, ...], ...]
     added: tuple[int, int]
     insert: tuple[int, bytes]
+    unlike: tuple[str, ...]
     named: Mapping[str, int]
     wanted: tuple[int, ...]
 
@@ -95,6 +96,7 @@ def join_tokenizers(
         alone=tuple(map(tuple, told["alone"])),
         added=(told["added"], told["pieces"]),
         insert=(told["place"], rest[4 * len(ids) :]),
+        unlike=tuple(told["unlike"]),
         named=told["named"],
         wanted=tuple(told["wanted"]),
     )
@@ -119,6 +121,7 @@ def _joined(found: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[An
         "lacking": [[len(some), some[:_SOME]] for some in lacking],
         "kinds": [one.kind for one in found], "alone": [_alone(one, found) for one in found],
         "named": {token: ids[token] for token in question["named"]},
+        "unlike": [part for part in lead.parts if len({one.parts[part] for one in found}) > 1],
         "wanted": [found[model].ids.get(token, _NONE) for model, token in question["wanted"]],
     }  # fmt: skip
     entries = [added_entry(token, ids[token], _settings(token, found)) for token in new]

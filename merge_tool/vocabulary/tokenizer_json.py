@@ -6,6 +6,7 @@ Tokens are the same if their strings are, as the files spell them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from json.decoder import scanstring  # type: ignore[attr-defined]  # public in CPython since 2.6, not in its stubs
@@ -77,7 +78,8 @@ class _Broken(Exception):
 
 
 class TokenizerJson:
-    """`ids` of every token; those that were added to its model, as they stand there; where more may be put in."""
+    """`ids` of every token; those that were added to its model, as they stand there; where more may be put in; and
+    digests of the other `parts` that decide which tokens a text becomes, whatever the file's layout."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name, self.place, self.is_empty = name, -1, True
@@ -88,6 +90,7 @@ class TokenizerJson:
             members = dict(self._members(_text(raw)))
             self.ids, self.kind = _model_ids(members.get("model"))
             self.added = {entry["content"]: entry for entry in _added(members.get("added_tokens"))}
+            self.parts = _parts(members)
         except _Broken as e:
             raise CheckpointError(
                 f"{name}: is not a tokenizer that can be read: {e}. Fetch it again, or save it again with transformers."
@@ -199,6 +202,26 @@ def _model_ids(model: Any) -> tuple[dict[str, Any], str]:
     if odd := [entry for entry in vocab if not _is_scored(entry)]:
         raise _Broken(f"its vocab has '{shown(odd[0])}', expected a token and its score")
     return {token: number for number, (token, _) in enumerate(vocab)}, kind
+
+
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+def _parts(members: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of each step beside the model's vocabulary; not of padding and truncation, which callers choose."""
+    model = members["model"]
+    found = {key: _plain(members.get(key)) for key in _STEPS}
+    found["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
+    found["scores"] = [entry[1] for entry in model["vocab"]] if isinstance(model["vocab"], list) else []
+    found["model"] = _plain({key: value for key, value in model.items() if key not in ("vocab", "merges")})
+    return {key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Settings without those that say no, which one version of the library writes and another leaves out."""
+    if isinstance(value, dict):
+        return {key: plain for key, item in value.items() if (plain := _plain(item)) not in (None, False, "")}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_scored(entry: Any) -> bool:
