@@ -116,9 +116,9 @@ def sweep(
     except OSError as e:
         raise output_failed(folder, e) from e
     try:
-        found = journal.scores
-        _put_away(folder, [t for t in journal.begun if t in found], keep=keep)
-        rest = [t for t in chosen_ts if t not in found]
+        done = journal.scores
+        _put_away(folder, [t for t in journal.begun if t in done], keep=keep)
+        rest = [t for t in chosen_ts if t not in done]
         for chosen in (rest[start : start + batch] for start in range(0, len(rest), batch)):
             folders = _merge(base, ft, folder, chosen, journal, {**settings, **options})
             results = _evaluate(command, folders, folder, journal.names)
@@ -128,7 +128,7 @@ def sweep(
                 if on_scores is not None:
                     on_scores(SweepPoint(t, scores))
             _put_away(folder, chosen, keep=keep)
-        report = build_report(folder, {t: found[t] for t in sorted(found)}, minimize)
+        report = build_report(folder, {t: done[t] for t in sorted(done)}, minimize)
         _write_whole(folder / TABLE, report.as_csv())
         return report
     except OSError as e:
@@ -184,9 +184,9 @@ def _evaluate(
     command: Sequence[str], folders: Sequence[Path], folder: Path, names: tuple[str, ...] | None
 ) -> list[dict[str, float]]:
     """The command's scores for each folder. What it writes on stderr is kept in the log."""
-    given = [str(path) for path in folders]
-    has_place = "{}" in command
-    args = [arg for word in command for arg in (given if word == "{}" else [word])] + ([] if has_place else given)
+    paths = [str(path) for path in folders]
+    has_braces = "{}" in command
+    args = [arg for word in command for arg in (paths if word == "{}" else [word])] + ([] if has_braces else paths)
     try:
         with (folder / LOG).open("ab") as log:
             start = log.tell()
@@ -236,20 +236,20 @@ def parse_scores(text: str, count: int, names: tuple[str, ...] | None = None) ->
     >>> parse_scores("loading 3 files\\naccuracy 0.5\\nloss: 2\\naccuracy 0.75\\nloss: 1", 2)
     [{'accuracy': 0.5, 'loss': 2.0}, {'accuracy': 0.75, 'loss': 1.0}]
     """
-    found = _parse_json(text)
-    if found is None:
-        found = _parse_lines(text, count)
-    if len(found) != count:
-        raise ValueError(f"scores for {len(found)} models, expected {count}")
-    expected = names or tuple(found[0])
+    rows = _parse_json(text)
+    if rows is None:
+        rows = _parse_lines(text, count)
+    if len(rows) != count:
+        raise ValueError(f"scores for {len(rows)} models, expected {count}")
+    expected = names or tuple(rows[0])
     if not expected:
         raise ValueError("no score was found")
-    for scores in found:
+    for scores in rows:
         if scores.keys() != set(expected):
             raise ValueError(f"the scores are {', '.join(scores)}, expected {', '.join(expected)}")
         if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise ValueError(f"{bad[0]} is {scores[bad[0]]}")
-    return [{name: scores[name] for name in expected} for scores in found]
+    return [{name: scores[name] for name in expected} for scores in rows]
 
 
 def _parse_json(text: str) -> list[dict[str, float]] | None:
@@ -281,12 +281,12 @@ def _parse_lines(text: str, count: int) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------------------------------- report
 
 
-def build_report(folder: Path, found: Mapping[float, Mapping[str, float]], minimize: Iterable[str]) -> SweepReport:
+def build_report(folder: Path, scores_of: Mapping[float, Mapping[str, float]], minimize: Iterable[str]) -> SweepReport:
     """The points with their Pareto marks. Raises RecipeError when `minimize` names no score."""
-    names = tuple(next(iter(found.values())))
+    names = tuple(next(iter(scores_of.values())))
     less = _less_is_better(names, minimize)
-    marks = pareto([[-s[n] if n in less else s[n] for n in names] for s in found.values()])
-    points = (SweepPoint(t, scores, mark) for (t, scores), mark in zip(found.items(), marks, strict=True))
+    marks = pareto([[-s[n] if n in less else s[n] for n in names] for s in scores_of.values()])
+    points = (SweepPoint(t, scores, mark) for (t, scores), mark in zip(scores_of.items(), marks, strict=True))
     return SweepReport(folder, tuple(points), less)
 
 
@@ -375,14 +375,14 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not line.endswith(b"\n"):
             return
         try:
-            found = json.loads(line)
+            record = json.loads(line)
         except (ValueError, RecursionError):
-            found = None
-        if not _is_whole(found):
+            record = None
+        if not _is_whole(record):
             raise OutputError(
                 f"{shown(path)}: line {number + 1} is damaged. Choose another folder, or --overwrite to start anew."
             )
-        yield found
+        yield record
 
 
 def _is_whole(line: Any) -> bool:

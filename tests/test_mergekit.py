@@ -62,9 +62,9 @@ def asks(text: str, *names: list[str], renamings: dict[int, Renaming] | None = N
     found: dict[str, Ask] = {}
     for name in expansion.names():
         assert name not in found
-        place = expansion.place(name)
-        sources, (values,) = expansion.sources(place), expansion.values(place)
-        base = sources[0] if expansion.has_base(place) else None
+        tensor = expansion.tensor(name)
+        sources, (values,) = expansion.sources(tensor), expansion.values(tensor)
+        base = sources[0] if expansion.has_base(tensor) else None
         found[name] = Ask(base, sources[base is not None :], values.shared, values.each)
     return found
 

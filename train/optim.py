@@ -212,16 +212,16 @@ class Optimizer:
         for full, (name, key, shape) in declared.items():
             tensor = read(full, self._parameters[name])
             if (tuple(tensor.shape), tensor.dtype) != (shape, torch.float32):
-                found = f"{tensor.dtype} {list(tensor.shape)}"
-                raise TrainError(f"optimizer state {full} is {found}, expected torch.float32 {list(shape)}")
+                actual = f"{tensor.dtype} {list(tensor.shape)}"
+                raise TrainError(f"optimizer state {full} is {actual}, expected torch.float32 {list(shape)}")
             self._slots[name].state[key] = tensor
         for name, slot in self._slots.items():
             slot.updates = updates[name]
 
 
-def _check_names(what: str, found: Collection[str], expected: Collection[str]) -> None:
+def _check_names(what: str, actual: Collection[str], expected: Collection[str]) -> None:
     """Raise TrainError for names that are missing or too many, with the first of each."""
-    differences = {"missing": {*expected} - {*found}, "not expected": {*found} - {*expected}}
+    differences = {"missing": {*expected} - {*actual}, "not expected": {*actual} - {*expected}}
     texts = [
         f"{verb}: {', '.join(sorted(names)[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for verb, names in differences.items()

@@ -51,9 +51,9 @@ class World:
         """Every process's value, in order of rank, everywhere."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def first(self, action: Callable[[], T]) -> T:
         """Do `action` in the first process; its result, or its TrainError, everywhere."""
@@ -101,14 +101,14 @@ class StopSignals:
     """SIGTERM and SIGINT set `asked`; the loop saves after the step. A second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> StopSignals:
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _ask(self, *_: object) -> None:
-        self.asked = True
+        self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: object) -> None:

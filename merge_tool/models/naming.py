@@ -1,7 +1,7 @@
-"""What tensors are, by their names: embeddings, heads, copies of these, what stands after the layers. Each table once.
+"""Kinds of tensors, by their names: embeddings, heads, copies of these, tensors after the layers. Each table once.
 
-Names and nothing else: who needs a shape to be sure asks for it. The words are those of the libraries that write
-checkpoints; a name that is in no table is an ordinary tensor.
+Names only; callers check shapes if they must be sure. The words are those of the libraries that write checkpoints; a
+name in no table is an ordinary tensor.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def own_name(name: str) -> str:
         if not dot or first not in _WRAPPERS:
             break
         name = rest
-    return _ALIAS.sub(lambda found: _ALIASES[found[0]], name)
+    return _ALIAS.sub(lambda match: _ALIASES[match[0]], name)
 
 
 def is_in_layer(name: str) -> bool:

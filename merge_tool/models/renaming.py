@@ -30,33 +30,33 @@ class Renaming:
 
 def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
     """Pair up what has no namesake, as far as there is one way to do it."""
-    found = Renaming()
+    renaming = Renaming()
     lacking, extra = base.tensors.keys() - ft.tensors.keys(), ft.tensors.keys() - base.tensors.keys()
     if not lacking and not extra:
-        return found
+        return renaming
     if lacking and extra:
-        found.ft_names |= _without_wrappers(base, ft, lacking, extra)
-    for head in sorted(lacking - found.ft_names.keys()):
+        renaming.ft_names |= _without_wrappers(base, ft, lacking, extra)
+    for head in sorted(lacking - renaming.ft_names.keys()):
         if is_head(head) and (embedding := tied_embedding(ft, base.tensors[head].shape)):
-            found.ft_names[head] = embedding
-    for head in sorted(extra - set(found.ft_names.values())):
+            renaming.ft_names[head] = embedding
+    for head in sorted(extra - set(renaming.ft_names.values())):
         if is_head(head) and (embedding := tied_embedding(base, ft.tensors[head].shape)):
-            found.copies[head] = embedding
-    found.ft_names |= _copies(base, ft, lacking - found.ft_names.keys())
-    found.copies |= _copies(ft, base, extra - found.explained)
-    return found
+            renaming.copies[head] = embedding
+    renaming.ft_names |= _copies(base, ft, lacking - renaming.ft_names.keys())
+    renaming.copies |= _copies(ft, base, extra - renaming.explained)
+    return renaming
 
 
 def _copies(here: Checkpoint, there: Checkpoint, lacking: Iterable[str]) -> dict[str, str]:
     """For what only `here` has: the tensor there that it is one with, if that is here, too, and of its shape."""
     own, other = Names(here.tensors), Names(there.tensors)
-    found = {}
+    copies = {}
     for name in sorted(lacking):
         one_with = COPIES.get(own_name(name), "")
-        place, twin = other.find(one_with), own.find(one_with)
-        if place and twin and here.tensors[name].shape == here.tensors[twin].shape:
-            found[name] = place
-    return found
+        tensor, twin = other.find(one_with), own.find(one_with)
+        if tensor and twin and here.tensors[name].shape == here.tensors[twin].shape:
+            copies[name] = tensor
+    return copies
 
 
 class Names:
@@ -78,8 +78,8 @@ def _without_wrappers(
     """BASE's name -> FT's, where both are all that have this core on their side."""
     unique_base, unique_ft = (_unique_cores(model.tensors) for model in (base, ft))
     theirs = {core: name for name in extra if (core := own_name(name)) in unique_ft}
-    found = {name: theirs.get(core) for name in lacking if (core := own_name(name)) in unique_base}
-    return {name: other for name, other in sorted(found.items()) if other is not None}
+    renamed = {name: theirs.get(core) for name in lacking if (core := own_name(name)) in unique_base}
+    return {name: other for name, other in sorted(renamed.items()) if other is not None}
 
 
 def _unique_cores(names: Iterable[str]) -> set[str]:
@@ -92,12 +92,12 @@ def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
     if says_tied(model.config or {}) is False or any(map(is_head, model.tensors)):
         return None
     embeddings = (name for name in model.tensors if is_embedding(name))
-    found = [n for n in embeddings if len(model.tensors[n].shape) == 2 and model.tensors[n].shape[1:] == shape[1:]]
-    if len(found) > 1:
-        found = [name for name in found if model.tensors[name].shape == shape]
-    if len(found) > 1:  # what the others are copies of
-        found = [name for name in found if own_name(name) not in COPIES]
-    return found[0] if len(found) == 1 else None
+    candidates = [n for n in embeddings if len(model.tensors[n].shape) == 2 and model.tensors[n].shape[1:] == shape[1:]]
+    if len(candidates) > 1:
+        candidates = [name for name in candidates if model.tensors[name].shape == shape]
+    if len(candidates) > 1:  # what the others are copies of
+        candidates = [name for name in candidates if own_name(name) not in COPIES]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
@@ -106,16 +106,16 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
     return said.pop() if len(said) == 1 else None
 
 
-def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchosen: Collection[str]) -> Iterator[str]:
+def renaming_warnings(base: Checkpoint, ft: Checkpoint, renaming: Renaming, unchosen: Collection[str]) -> Iterator[str]:
     """What was resolved, said aloud."""
     prefixes: dict[tuple[str, str], list[str]] = {}
     otherwise: list[str] = []
-    for name, other in found.ft_names.items():
+    for name, other in renaming.ft_names.items():
         core = own_name(name)
         if name in unchosen:
             continue
         if core != own_name(other):
-            yield f"{shown(name)} is not in {ft.name}, {_in_place(name, other)} of its own, as {base.name}."
+            yield f"{shown(name)} is not in {ft.name}, {_instead(name, other)} of its own, as {base.name}."
         elif not (name.endswith(core) and other.endswith(core)):
             otherwise.append(name)
         else:
@@ -124,15 +124,15 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
         yield (
             f"{counted(len(names), 'tensor has', 'tensors have')} the prefix '{shown(theirs)}' in {ft.name}, "
             f"'{shown(ours)}' in {base.name}: "
-            f"{shown(found.ft_names[names[0]])} is merged with {shown(names[0])}, and so on."
+            f"{shown(renaming.ft_names[names[0]])} is merged with {shown(names[0])}, and so on."
         )
     if otherwise:
         yield (
             f"{counted(len(otherwise), 'tensor has', 'tensors have')} older or newer names in {ft.name}: "
-            f"{shown(found.ft_names[otherwise[0]])} "
+            f"{shown(renaming.ft_names[otherwise[0]])} "
             f"is merged with {shown(otherwise[0])}, and so on."
         )
-    for copy, tensor in found.copies.items():
+    for copy, tensor in renaming.copies.items():
         if copy in unchosen:
             if tensor not in unchosen:
                 yield (
@@ -147,7 +147,7 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
         yield f"{base.name} {what}, and so does the output: {shown(copy)} of {ft.name} is left out ({why})."
 
 
-def _in_place(name: str, other: str) -> str:
+def _instead(name: str, other: str) -> str:
     if is_head(name):
         return f"whose head is tied: merged with its input embedding {shown(other)}. The output has a head"
     return f"which has {shown(other)} in its place: merged with that. The output has a tensor"

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
-from merge_tool.checkpoint.sub_configs import Place, is_of_text, is_sub_config, text_configs
+from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config, text_configs
 from merge_tool.errors import CheckpointError, reason, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
@@ -85,8 +85,8 @@ class SideFiles:
                 return
             with path.open("rb") as content:
                 if file.insert is not None:
-                    place, text = file.insert
-                    yield content.read(place)
+                    position, text = file.insert
+                    yield content.read(position)
                     yield text
                 while chunk := content.read(_COPY_BYTES):
                     yield chunk
@@ -135,25 +135,25 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
 
 def _module_folders(folder: Folder) -> frozenset[str]:
     """Sub-folders that modules.json (sentence-transformers) or model_index.json (diffusers) names as parts."""
-    found: set[str] = set()
+    folders: set[str] = set()
     if folder.has("model_index.json"):
         index = folder.load_json("model_index.json")
-        found.update(key for key, value in index.items() if isinstance(value, list))
+        folders.update(key for key, value in index.items() if isinstance(value, list))
     if folder.has("modules.json"):
         for module in _load_modules(folder):
             if isinstance(module, dict) and isinstance(module.get("path"), str):
-                found.add(module["path"].split("/")[0])
-    return frozenset(found - {""})
+                folders.add(module["path"].split("/")[0])
+    return frozenset(folders - {""})
 
 
 def _load_modules(folder: Folder) -> Iterable[Any]:
     if folder.size("modules.json") > 1_000_000:
         return []
     try:
-        found = json.loads(folder.read("modules.json"))
+        modules = json.loads(folder.read("modules.json"))
     except (ValueError, RecursionError):
         return []
-    return found if isinstance(found, list) else []
+    return modules if isinstance(modules, list) else []
 
 
 def _edit_config(config: bytes, dtype: str | None) -> bytes:
@@ -223,38 +223,38 @@ def _members(text: str, start: int) -> Iterator[_Member]:
     decoder = json.JSONDecoder()
     start = _after(text, start + 1)
     while text[start] != "}":
-        key, place = decoder.raw_decode(text, start)
-        begin, start = start, _after(text, _after(text, place) + 1)
+        key, key_end = decoder.raw_decode(text, start)
+        begin, start = start, _after(text, _after(text, key_end) + 1)
         value, end = decoder.raw_decode(text, start)
         yield _Member(key=key, value=value, begin=begin, start=start, end=end)
         start = _after(text, end)
         start = _after(text, start + 1) if text[start] == "," else start
 
 
-def _config_members(text: str, start: int, place: Place = ()) -> Iterator[tuple[Place, _Member]]:
+def _config_members(text: str, start: int, keys: KeyPath = ()) -> Iterator[tuple[KeyPath, _Member]]:
     """The members of the configuration at `start` and, where they stand, those of its parts' configurations."""
     for member in _members(text, start):
         if is_sub_config(member.key, member.value):
-            yield from _config_members(text, member.start, (*place, member.key))
+            yield from _config_members(text, member.start, (*keys, member.key))
         else:
-            yield place, member
+            yield keys, member
 
 
-def _set(config: bytes, new: Callable[[Place, str, Any], Any]) -> bytes:
+def _set(config: bytes, new: Callable[[KeyPath, str, Any], Any]) -> bytes:
     """config.json with `new(place, key, value)` as the value of each member that is no part's configuration."""
 
     def edits(text: str) -> Iterator[tuple[int, int, str]]:
-        for place, member in _config_members(text, _first(text)):
-            value = new(place, member.key, member.value)
+        for keys, member in _config_members(text, _first(text)):
+            value = new(keys, member.key, member.value)
             if value != member.value:
                 yield member.start, member.end, json.dumps(value, ensure_ascii=False)
 
     return _replaced(config, edits)
 
 
-def _after(text: str, place: int) -> int:
-    match = _SPACE.match(text, place)
-    return match.end() if match else place
+def _after(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def edit_config_dtype(config: bytes, dtype: str) -> bytes:
@@ -263,7 +263,7 @@ def edit_config_dtype(config: bytes, dtype: str) -> bytes:
     Only those words change: spaces, order and line ends stay as they are. So do values that name no float type.
     """
 
-    def new(place: Place, key: str, value: Any) -> Any:
+    def new(keys: KeyPath, key: str, value: Any) -> Any:
         if key not in {"dtype", "torch_dtype"} or not isinstance(value, str):
             return value
         prefix = "torch." if value.startswith("torch.") else ""
@@ -277,8 +277,8 @@ def edit_vocab_size(config: bytes, before: frozenset[int], after: int) -> bytes:
     """config.json with `after` wherever a vocab_size of the language model is one of those `before`; the rest stays."""
     return _set(
         config,
-        lambda place, key, value: (
-            after if key == "vocab_size" and type(value) is int and value in before and is_of_text(place) else value
+        lambda keys, key, value: (
+            after if key == "vocab_size" and type(value) is int and value in before and is_of_text(keys) else value
         ),
     )
 
@@ -289,11 +289,11 @@ def edit_ties(config: bytes, ties: bool) -> bytes:
 
     def edits(text: str) -> Iterator[tuple[int, int, str]]:
         word, first = json.dumps(ties), _first(text)
-        members = (member for place, member in _config_members(text, first) if is_of_text(place))
-        found = [m for m in members if m.key == "tie_word_embeddings" and isinstance(m.value, bool)]
-        for member in found:
+        members = (member for keys, member in _config_members(text, first) if is_of_text(keys))
+        ties_members = [m for m in members if m.key == "tie_word_embeddings" and isinstance(m.value, bool)]
+        for member in ties_members:
             yield member.start, member.end, word
-        if not found:
+        if not ties_members:
             comma = "" if text[_after(text, first + 1)] == "}" else ","
             yield first + 1, first + 1, f'\n  "tie_word_embeddings": {word}{comma}'
 

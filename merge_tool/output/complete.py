@@ -83,8 +83,8 @@ def _why_another(prepared: Prepared) -> list[str]:
     if not before:
         return []
     now = [report_head(plan, number, prepared.samples) for number in range(len(plan.labels))]
-    if found := head_differences(before, now):
-        return found
+    if differences := head_differences(before, now):
+        return differences
     lost = [f"{label}/{name}".lstrip("/") for label in plan.labels for name in _lost(prepared, out / label)]
     return [f"{listed(lost)} changed or missing"] if lost else []
 

@@ -38,13 +38,13 @@ def read_sums(folder: Path) -> dict[str, str]:
         lines = os.fsdecode((folder / SUMS).read_bytes()).split("\n")
     except OSError:
         return {}
-    found = {}
+    sums = {}
     for line in lines:
         if match := _SUMS_LINE.fullmatch(line):
             name = re.sub(r"\\[\\nr]", lambda m: _ESCAPES[m[0]], match[2]) if match[1] else match[2]
             if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name:
-                found[name] = line.removeprefix("\\")[:64]
-    return found
+                sums[name] = line.removeprefix("\\")[:64]
+    return sums
 
 
 def is_ours(folder: Path) -> bool:
@@ -75,8 +75,8 @@ def is_output_of_several(folder: Path) -> bool:
         return False
     try:
         with (folder / REPORT).open(encoding="utf-8") as file:
-            found = _PARAMETERS.search(file.read(65_536))
-        words = json.loads(found[1]) if found else {}
+            match = _PARAMETERS.search(file.read(65_536))
+        words = json.loads(match[1]) if match else {}
     except (OSError, ValueError):
         return False
     if len(words) > _MOST_PARAMETERS:

@@ -18,7 +18,7 @@ from merge_tool.vocabulary.row_tensors import embedding_rows
 
 
 def fit_config(
-    found: SideFiles, jobs: Iterable[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]
+    side_files: SideFiles, jobs: Iterable[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]
 ) -> tuple[SideFiles, list[str]]:
     """The side files with config.json as the output's tensors are, and what to tell of it."""
     infos, ends = list[TensorInfo](), list[TensorJob]()
@@ -26,26 +26,26 @@ def fit_config(
         infos.append(job.out)
         if is_head(job.out.name) or is_embedding(job.out.name):
             ends.append(job)
-    ties, told = _ties(ends, donor, models), []
+    ties, warnings = _ties(ends, donor, models), []
     if ties is not None:
         head = "has no head of its own" if ties else "has a head of its own"
         if not ties and _are_all_tied(models):
             head = "has a head of its own, which is not merged as its embedding is"
-        told.append(f"tie_word_embeddings in config.json is {str(ties).lower()}: the output {head}.")
+        warnings.append(f"tie_word_embeddings in config.json is {str(ties).lower()}: the output {head}.")
     said, rows = frozenset(config_sizes(donor)), embedding_rows(infos)
-    sizes = found.vocab_sizes
+    sizes = side_files.vocab_sizes
     if sizes is None and rows is not None and said and rows not in said and _has_other_rows(donor, rows):
         sizes = said, rows
-        told.append(
+        warnings.append(
             f"vocab_size in config.json is {rows:,}, the rows of the output's embedding; {donor.name} says "
             f"{', '.join(f'{size:,}' for size in sorted(said))}. Its tokenizer may name other tokens."
         )
-    if found.layers and donor.config is not None and not counts_layers(donor.config):
-        told.append(
+    if side_files.layers and donor.config is not None and not counts_layers(donor.config):
+        warnings.append(
             f"config.json of {donor.name} does not say under a known name how many layers there are. The output has "
-            f"{len(found.layers):,}: set that number in its config.json."
+            f"{len(side_files.layers):,}: set that number in its config.json."
         )
-    return replace(found, ties=ties, vocab_sizes=sizes), told
+    return replace(side_files, ties=ties, vocab_sizes=sizes), warnings
 
 
 def _has_other_rows(donor: Checkpoint, rows: int) -> bool:

@@ -13,7 +13,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.models.naming import has_token_rows, is_derived
-from merge_tool.plan.expand import Expansion, Place
+from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.stacks import Stacks, natural_key
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.recipe import Recipe
@@ -52,20 +52,20 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
     Raises MismatchError with all that does not fit, unless the recipe says what to do then; RecipeError for a pattern
     that matches nothing, and where nothing is left to merge.
     """
-    options, found = recipe.options, _Differences()
+    options, differences = recipe.options, _Differences()
     names, kept, merged = list(expansion.names()), dict[str, str](), list[str]()
     left_out: list[str] = []
     unchosen = find_unchosen(options, [*names, *expansion.copies])
     for name in names:
-        place = expansion.place(name)
-        reason = NOT_CHOSEN if name in unchosen else _reason(options, expansion, place, models, found)
+        tensor = expansion.tensor(name)
+        reason = NOT_CHOSEN if name in unchosen else _reason(options, expansion, tensor, models, differences)
         if reason == "":
             merged.append(name)
-        elif expansion.base_of(place) is not None:
+        elif expansion.base_of(tensor) is not None:
             kept[name] = reason
         elif reason != NOT_CHOSEN:
             left_out.append(name)
-    _check(recipe, expansion, models, found)
+    _check(recipe, expansion, models, differences)
     if not merged:
         if any(reason != NOT_CHOSEN for reason in kept.values()):
             raise MismatchError(f"{_all(models)} have no tensor in common that could be merged. Are they related?")
@@ -77,24 +77,24 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
 
 
 def _reason(
-    options: Options, expansion: Expansion, place: Place, models: Sequence[Checkpoint], found: _Differences
+    options: Options, expansion: Expansion, tensor: OutputTensor, models: Sequence[Checkpoint], unlike: _Differences
 ) -> str:
     """Why a tensor is not merged; nothing if it is. What is not allowed is noted."""
-    if lacking := expansion.lacking(place):
-        if options.on_missing != "base" and not is_derived(place.name):
+    if lacking := expansion.lacking(tensor):
+        if options.on_missing != "base" and not is_derived(tensor.name):
             for model in lacking:
-                found.lacking.setdefault(model, []).append(place.name)
+                unlike.lacking.setdefault(model, []).append(tensor.name)
         return MISSING
-    sources = expansion.sources(place)
+    sources = expansion.sources(tensor)
     infos = [models[model].tensors[name] for model, name in sources]
     for (model, _), info in zip(sources[1:], infos[1:], strict=True):
         here, there = models[sources[0][0]].name, models[model].name
         if info.shape != infos[0].shape:
             sides = f"{list(infos[0].shape)} in {here}, {list(info.shape)} in {there}{_vocabulary(infos[0], info)}"
-            found.shapes[place.name] = sides
+            unlike.shapes[tensor.name] = sides
             return UNLIKE
         if info.dtype != infos[0].dtype and not {info.dtype, infos[0].dtype} <= FLOAT_DTYPES:
-            found.dtypes[place.name] = f"{infos[0].dtype} in {here}, {info.dtype} in {there}"
+            unlike.dtypes[tensor.name] = f"{infos[0].dtype} in {here}, {info.dtype} in {there}"
             return UNLIKE
     return ""
 
@@ -105,23 +105,23 @@ def _vocabulary(a: TensorInfo, b: TensorInfo) -> str:
     return ""
 
 
-def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], found: _Differences) -> None:
+def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], differences: _Differences) -> None:
     """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
     problems, ways = list[str](), list[str]()
-    if found.lacking:
-        for model, names in found.lacking.items():
+    if differences.lacking:
+        for model, names in differences.lacking.items():
             others = [k for k in sorted(recipe.sources) if k != model]
             where = f"only in {models[others[0]].name}" if len(others) == 1 else f"not in {models[model].name}"
             problems.append(f"{counted(len(names), 'tensor')} {where}: {listed(_natural(names))}")
         ways.append("--on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.")
     if recipe.options.on_mismatch == "error":
-        for unlike, what in ((found.shapes, "shapes differ"), (found.dtypes, "dtypes cannot be merged")):
+        for unlike, what in ((differences.shapes, "shapes differ"), (differences.dtypes, "dtypes cannot be merged")):
             if unlike:
                 lines = [f"{shown(name)}: {unlike[name]}" for name in _natural(unlike)]
                 problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
-        if found.shapes or found.dtypes:
+        if differences.shapes or differences.dtypes:
             ways.append("--on-mismatch base: such tensors are BASE's as they are.")
-        if any("vocabulary mismatch" in sides for sides in found.shapes.values()):
+        if any("vocabulary mismatch" in sides for sides in differences.shapes.values()):
             ways.append(f"{recipe.rows_option}: rows are matched by token; the output has those tokens.")
     sizes = f"\n{'; '.join(_size(models[k]) for k in sorted(recipe.sources))}."
     if expansion.range_problems and not problems:
@@ -144,7 +144,7 @@ def _all(models: Sequence[Checkpoint]) -> str:
 
 
 def _size(model: Checkpoint) -> str:
-    layers, count = Stacks(model.tensors).told, sum(info.numel for info in model.tensors.values())
+    layers, count = Stacks(model.tensors).in_words, sum(info.numel for info in model.tensors.values())
     return f"{model.name} has {counted(count, 'parameter')}{f' and {layers}' if layers else ''}"
 
 

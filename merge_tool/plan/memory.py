@@ -201,8 +201,8 @@ def resident_bytes() -> int:
 
 def peak_bytes() -> int:
     """Peak resident memory of this process so far (VmHWM; ru_maxrss elsewhere; 0 where nothing tells)."""
-    if found := _status_field("VmHWM:"):
-        return found
+    if peak := _status_field("VmHWM:"):
+        return peak
     if sys.platform == "win32":
         return 0
     import resource
@@ -221,8 +221,8 @@ def _status_field(field: str) -> int:
 
 def available_bytes() -> int | None:
     """Memory that could be taken without swapping: the machine's, or its cgroup's if that is less."""
-    found = [*_machine_available(), *_cgroup_available()]
-    return min(found, default=None)
+    available = [*_machine_available(), *_cgroup_available()]
+    return min(available, default=None)
 
 
 def _machine_available() -> Iterable[int]:

@@ -23,29 +23,29 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 def lies_in(path: Path, other: Path) -> bool:
     """Whether `path` is `other`, or lies inside it, be it there or still to be made."""
-    real, place = path.resolve(), other.resolve()
-    if real.is_relative_to(place):
+    real, other_real = path.resolve(), other.resolve()
+    if real.is_relative_to(other_real):
         return True
-    own = identity(place)
+    own = identity(other_real)
     return own is not None and own in map(identity, (real, *real.parents))
 
 
-def find_shared(places: Iterable[Path], inputs: Iterable[Path]) -> tuple[Path, Path] | None:
-    """The first of `places` that is an input, or lies inside or around one or in a folder of one; and that input."""
+def find_shared(paths: Iterable[Path], inputs: Iterable[Path]) -> tuple[Path, Path] | None:
+    """The first of `paths` that is an input, or lies inside or around one or in a folder of one; and that input."""
     inside: dict[tuple[int, int] | None, Path] = {}
     above: dict[tuple[int, int] | None, Path] = {}
     for source in inputs:
         inside |= dict.fromkeys(map(identity, (source, *_folders_in(source))), source)
         above |= dict.fromkeys(map(identity, source.resolve().parents), source)
-    for found in (inside, above):
-        found.pop(None, None)
-    for place in places:
-        real = place.resolve()
+    for owners in (inside, above):
+        owners.pop(None, None)
+    for path in paths:
+        real = path.resolve()
         for own in map(identity, (real, *real.parents)):
             if own in inside:
-                return place, inside[own]
+                return path, inside[own]
         if (own := identity(real)) in above:
-            return place, above[own]
+            return path, above[own]
     return None
 
 
@@ -56,12 +56,12 @@ def find_showing(work: Path, name: str, mark: bytes, inputs: Iterable[Path], *, 
     """
     real = work.resolve()
     for source in inputs:
-        place = source.resolve()
-        folders = [place / real.relative_to(parent) for parent in real.parents]
+        input_path = source.resolve()
+        folders = [input_path / real.relative_to(parent) for parent in real.parents]
         if is_file:
-            folders.append(place.with_name(f"{place.name}{real.suffix}"))
+            folders.append(input_path.with_name(f"{input_path.name}{real.suffix}"))
         else:
-            folders += [parent / real.name for parent in place.parents]
+            folders += [parent / real.name for parent in input_path.parents]
         if any(_holds(folder / name, mark) for folder in folders):
             return source
     return None

@@ -52,10 +52,10 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
         if rows_of(base) is None or _same_bytes(here, there, TOKENIZER):
             continue
         try:
-            found = compare_tokenizers(here, there)
+            comparison = compare_tokenizers(here, there)
         except CheckpointError:
             continue  # a warning tells of it
-        if found.num_moved or (recipe.is_strict and any(found.num_alone)):
+        if comparison.num_moved or (recipe.is_strict and any(comparison.num_alone)):
             raise MismatchError(
                 f"{base.name} and {other.name} have different vocabularies, so rows of one number mean other tokens. "
                 f"{explain(base, other)}.\nWith {recipe.rows_option} rows are matched by token; --exclude PATTERN "
@@ -66,8 +66,8 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
 def explain_rows(models: Sequence[Checkpoint]) -> str:
     """How far the vocabularies of models agree whose embeddings differ in their rows; nothing if they do not."""
     base, *others = models
-    told = [f"\n{text}." for other in others if _has_other_rows(base, other) and (text := _compared(base, other))]
-    return "".join(told)
+    lines = [f"\n{text}." for other in others if _has_other_rows(base, other) and (text := _compared(base, other))]
+    return "".join(lines)
 
 
 def _has_other_rows(base: Checkpoint, other: Checkpoint) -> bool:
@@ -102,23 +102,23 @@ def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, way: str) -> Iterab
     for name in TOKENIZER_FILES:
         if not (here.has(name) and there.has(name)) or _same_bytes(here, there, name):
             continue
-        told = f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
+        difference = f"{name} differs between {base.name} and {ft.name}: tokens may not mean the same in both."
         if name != TOKENIZER:
-            yield told
+            yield difference
         elif way:
-            yield f"{told} {_compared(base, ft)}. With {way} rows are matched by token."
+            yield f"{difference} {_compared(base, ft)}. With {way} rows are matched by token."
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that matter, those of a part as `text_config.num_attention_heads`."""
-    found: dict[str, Any] = {}
-    for place, part in sub_configs(config):
+    settings: dict[str, Any] = {}
+    for keys, part in sub_configs(config):
         rope = part.get("rope_parameters")
         if isinstance(rope, dict) and "rope_theta" in rope:
             part = {"rope_theta": rope["rope_theta"], **part}
-        named = {key: ".".join((*place, key)) for key in _COMPARED_SETTINGS}
-        found |= {name: part[key] for key, name in named.items() if part.get(key) is not None}
-    return found
+        named = {key: ".".join((*keys, key)) for key in _COMPARED_SETTINGS}
+        settings |= {name: part[key] for key, name in named.items() if part.get(key) is not None}
+    return settings
 
 
 def _same_bytes(base: Folder, ft: Folder, name: str) -> bool:

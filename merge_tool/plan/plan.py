@@ -15,7 +15,7 @@ from merge_tool.arrays import TILE
 from merge_tool.checkpoint.header import TensorInfo, header_bytes
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import listed, shown
-from merge_tool.methods.steps import Given, Method, seed_key, tile_elements
+from merge_tool.methods.steps import MergeSpec, Method, seed_key, tile_elements
 from merge_tool.plan.scaled import Scaling
 from merge_tool.recipe.recipe import Recipe, label_t
 
@@ -76,10 +76,10 @@ class TensorJob:
     def input_nbytes(self) -> int:
         return sum(source.info.nbytes for source in self.sources)
 
-    def given(self, seed: int, output: int = 0) -> Given:
+    def given(self, seed: int, output: int = 0) -> MergeSpec:
         """What the method is told about this tensor in an output."""
         values = self.values[output]
-        return Given(
+        return MergeSpec(
             shape=self.first.info.shape,
             num_inputs=self.num_inputs,
             has_base=self.has_base,
@@ -154,8 +154,8 @@ class MergePlan:
         """How many elements of this tensor belong together."""
         if not self.has_steps(job):
             return TILE
-        given = job.given(self.seed)
-        return tile_elements(given, self.method.granularity(given))
+        spec = job.given(self.seed)
+        return tile_elements(spec, self.method.granularity(spec))
 
     def jobs(self) -> Iterator[TensorJob]:
         for shard in self.shards:

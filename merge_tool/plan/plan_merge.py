@@ -16,11 +16,11 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, listed, shown
-from merge_tool.methods.passes import check_given
+from merge_tool.methods.passes import check_spec
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.renaming import find_renaming, renaming_warnings
-from merge_tool.plan.expand import Expansion, Place
+from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.fit import Fit, fit, no_match
 from merge_tool.plan.layout import lay_out, output_dtype, output_stem
 from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
@@ -114,15 +114,15 @@ class _Jobs:
         return [stored.get(name) or self._info(name) for name in names]
 
     def _info(self, name: str) -> TensorInfo:
-        model, own = self._sources(self.expansion.place(name))[0]
+        model, own = self._sources(self.expansion.tensor(name))[0]
         info, stored = self.models[model].tensors[own], self.models[model].stored_dtype(own)
         dtype = stored if name in self.kept else output_dtype(self.recipe, stored)
         return info if (info.name, info.dtype) == (name, dtype) else replace(info, name=name, dtype=dtype)
 
-    def _sources(self, place: Place) -> tuple[tuple[int, str], ...]:
-        if place.name not in self.kept:
-            return self.expansion.sources(place)
-        base = self.expansion.base_of(place)
+    def _sources(self, tensor: OutputTensor) -> tuple[tuple[int, str], ...]:
+        if tensor.name not in self.kept:
+            return self.expansion.sources(tensor)
+        base = self.expansion.base_of(tensor)
         assert base is not None  # else it is left out
         return (base,)
 
@@ -135,8 +135,8 @@ class _Jobs:
         return self._plain(number, out)
 
     def _plain(self, number: int, out: TensorInfo) -> TensorJob:
-        place = self.expansion.place(out.name)
-        origin = self._sources(place)
+        tensor = self.expansion.tensor(out.name)
+        origin = self._sources(tensor)
         sources: tuple[TensorSource, ...] = tuple(self.models[k].source(name) for k, name in origin)
         sides = self._sides.setdefault(sides := tuple(k for k, _ in origin), sides)
         if (reason := self.kept.get(out.name)) is not None:
@@ -146,8 +146,8 @@ class _Jobs:
         exact = sources[0].info.dtype not in FLOAT_DTYPES
         if exact and len(sources) > 1:
             return TensorJob(number, out, sources, sides, exact=True)
-        has_base = self.expansion.has_base(place)
-        values = self.expansion.values(place)
+        has_base = self.expansion.has_base(tensor)
+        values = self.expansion.values(tensor)
         job = TensorJob(
             number=number,
             out=out,
@@ -172,7 +172,7 @@ class _Jobs:
                 continue
             self._checked.add(key)
             try:
-                check_given(self.method, given := job.given(0, output))
+                check_spec(self.method, given := job.given(0, output))
             except ValueError as e:
                 where = self._where(str(e))
                 raise RecipeError(f"{where}: {e} (The first such tensor: {shown(job.out.name)}.)") from e

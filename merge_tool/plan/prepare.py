@@ -147,24 +147,24 @@ def _side_files(
 ) -> tuple[SideFiles, list[str]]:
     """The files that are copied and what is changed in them, with warnings."""
     donor, warnings = models[recipe.donor], list[str]()
-    found = plan_side_files(
+    side_files = plan_side_files(
         None if target.is_file else donor.folder,
         donor.weight_files,
         card=BASE_CARD if recipe.donor == recipe.first else FT_CARD,
     )
-    found = replace(found, layers=plan.layers, keeps_quantization=plan.is_scaled)
+    side_files = replace(side_files, layers=plan.layers, keeps_quantization=plan.is_scaled)
     if alignment is not None:
-        found = side_files_of(alignment, found)
+        side_files = side_files_of(alignment, side_files)
         if target.is_file:
             warnings.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
-        warnings += settings_warnings(alignment, recipe.donor, found.folder)
-    if found.folder is not None:
-        found, fitted = fit_config(found, plan.jobs(), donor, models)
+        warnings += settings_warnings(alignment, recipe.donor, side_files.folder)
+    if side_files.folder is not None:
+        side_files, fitted = fit_config(side_files, plan.jobs(), donor, models)
         warnings += fitted
-    if plan.chat_template and found.folder is not None:
-        found = with_template(found, plan.chat_template)
-        warnings += template_warnings(plan.chat_template, found)
-    return found, warnings
+    if plan.chat_template and side_files.folder is not None:
+        side_files = with_template(side_files, plan.chat_template)
+        warnings += template_warnings(plan.chat_template, side_files)
+    return side_files, warnings
 
 
 def _file_warnings(side_files: SideFiles) -> Iterable[str]:

@@ -17,8 +17,8 @@ def split_layer(name: str) -> tuple[str, int] | None:
     >>> split_layer("model.layers.3.mlp.experts.7.w1.weight"), split_layer("lm_head.weight")
     (('model.layers.', 3), None)
     """
-    found = _LAYER.search(name)
-    return (name[: found.start()], int(found[0])) if found else None
+    match = _LAYER.search(name)
+    return (name[: match.start()], int(match[0])) if match else None
 
 
 def natural_key(name: str) -> str:
@@ -44,7 +44,7 @@ class Stacks:
         return self._last.get(stack, -1) + 1
 
     @property
-    def told(self) -> str:
+    def in_words(self) -> str:
         """How many layers there are, in words; nothing if there are none."""
         if len(self.of_layers) == 1:
             return counted(self.num_layers(self.of_layers[0]), "layer")
@@ -54,21 +54,21 @@ class Stacks:
 
     def position(self, name: str) -> float:
         """Where a tensor lies in its stack: 0 the first layer, or outside any; 1 the last layer, or the only one."""
-        found = split_layer(name)
-        if found is None:
+        layer = split_layer(name)
+        if layer is None:
             return 0.0
-        return found[1] / last if (last := self._last.get(found[0], 0)) else 1.0
+        return layer[1] / last if (last := self._last.get(layer[0], 0)) else 1.0
 
     def only(self) -> str:
         """The one stack of layers. Raises RecipeError, naming them, if there are several, or none."""
         if len(self.of_layers) != 1:
-            found = f"{len(self.of_layers):,} stacks: {listed(self.of_layers)}" if self.of_layers else "none"
+            shown_stacks = f"{len(self.of_layers):,} stacks: {listed(self.of_layers)}" if self.of_layers else "none"
             hint = "" if not self.of_layers else (
                 f" Say which is meant: modules: {{{shown(self.of_layers[0].rstrip('.'))}: {{slices: ...}}, ...}}, "
                 "with an entry for each."
             )  # fmt: skip
             raise RecipeError(
-                f"`slices` needs the one stack of numbered layers, but the tensors' names show {found}.{hint}"
+                f"`slices` needs the one stack of numbered layers, but the tensors' names show {shown_stacks}.{hint}"
             )
         return self.of_layers[0]
 
@@ -85,10 +85,10 @@ class Owners:
     def __init__(self, stacks: Stacks, modules: Sequence[str]) -> None:
         alone = len(modules) == len(stacks.of_layers) == 1
         self._stacks_of = {name: stacks.of_layers if alone else stacks.called(name) for name in modules}
-        self._of = {stack: name for name, found in self._stacks_of.items() for stack in found}
+        self._of = {stack: name for name, own in self._stacks_of.items() for stack in own}
         known = f"the stacks of layers are: {listed(stacks.of_layers) or 'none'}"
-        for name, found in self._stacks_of.items():
-            if not found:
+        for name, own in self._stacks_of.items():
+            if not own:
                 raise RecipeError(f"No tensor belongs to the module '{shown(name)}'; {known}.")
         if sum(map(len, self._stacks_of.values())) != len(self._of):
             raise RecipeError(f"Two of the modules ({listed(modules)}) mean the same stack; {known}.")
@@ -97,14 +97,14 @@ class Owners:
 
     def stack(self, name: str) -> str:
         """The only stack of a module. Raises RecipeError if it has several."""
-        if len(found := self._stacks_of[name]) > 1:
-            raise RecipeError(f"The module '{shown(name)}' has slices but means several stacks: {listed(found)}.")
-        return found[0]
+        if len(own := self._stacks_of[name]) > 1:
+            raise RecipeError(f"The module '{shown(name)}' has slices but means several stacks: {listed(own)}.")
+        return own[0]
 
     def owner(self, name: str) -> str:
-        found = split_layer(name)
-        if found is not None and found[0] in self._of:
-            return self._of[found[0]]
+        layer = split_layer(name)
+        if layer is not None and layer[0] in self._of:
+            return self._of[layer[0]]
         return max(self._stacks_of, key=lambda module: max(_alike(name, s) for s in self._stacks_of[module]))
 
 

@@ -40,9 +40,9 @@ class Parameters:
         there, as nothing would read them."""
         if value is None or value.plain is None:
             return {}
-        given = self._text.mapping(value, what)
-        kept = {key: found for key, found in given.items() if self._counts(key, found, what, of_model)}
-        return {key: self._setting(key, found) for key, found in kept.items()}
+        mapping = self._text.mapping(value, what)
+        kept = {key: item for key, item in mapping.items() if self._counts(key, item, what, of_model)}
+        return {key: self._setting(key, item) for key, item in kept.items()}
 
     def outputs(self, values: Mapping[str, Sequence[Value]]) -> tuple[Output, ...]:
         """One output for each combination of these values, which stand in place of the recipe's own."""
@@ -51,14 +51,14 @@ class Parameters:
             meant = nearest(key, self._defaults.keys())
             raise self._text.error(0, f"{self._name} has no parameter '{shown(key)}'{meant}. It has: {known}.")
         chosen = [[(key, self._scalar(key, value)) for value in several] for key, several in values.items()]
-        found = []
+        outputs = []
         for combination in product(*chosen):
             words = {key: value for key, value in combination if len(values[key]) > 1}
             settings = {key: constant(value) for key, value in combination}
-            found.append(Output(label_of(words), dict(combination), settings))
-        if len({output.label for output in found}) < len(found):
+            outputs.append(Output(label_of(words), dict(combination), settings))
+        if len({output.label for output in outputs}) < len(outputs):
             raise self._text.error(0, "two of the values are the same, and so would be two outputs.")
-        return tuple(found)
+        return tuple(outputs)
 
     def _counts(self, key: str, value: Value, what: str, of_model: bool) -> bool:
         if of_model and key in self._shared and key not in self._each and key not in INERT:
@@ -159,15 +159,15 @@ class Parameters:
 def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:
     """NAME=VALUE[,VALUE...] texts, or the same as a mapping, by name. Raises RecipeError."""
     pairs = list(values.items()) if isinstance(values, Mapping) else [_parse_value(text) for text in values]
-    found: dict[str, tuple[Value, ...]] = {}
+    parsed: dict[str, tuple[Value, ...]] = {}
     for key, several in pairs:
-        if key in found:
+        if key in parsed:
             raise RecipeError(f"--set: '{shown(key)}' is given twice; write {shown(key)}=VALUE,VALUE.")
         items = several if isinstance(several, (list, tuple)) else [several]
         if not items:
             raise RecipeError(f"--set: '{shown(key)}' has no value; write {shown(key)}=VALUE.")
-        found[key] = tuple(Value(0, _plain(item), str(item)) for item in items)
-    return found
+        parsed[key] = tuple(Value(0, _plain(item), str(item)) for item in items)
+    return parsed
 
 
 def _parse_value(text: str) -> tuple[str, list[str]]:

@@ -66,9 +66,9 @@ def _split(text: str, sign: str, what: str) -> tuple[str, str | None]:
 
 def _existing_heads(text: str, sign: str) -> Iterator[str]:
     """What stands before one of the signs and exists (a revision may follow it), the longest first."""
-    for place in range(len(text) - 1, 0, -1):
-        if text[place] == sign and _exists(text[:place]):
-            yield text[:place]
+    for end in range(len(text) - 1, 0, -1):
+        if text[end] == sign and _exists(text[:end]):
+            yield text[:end]
 
 
 def _exists(text: str) -> bool:

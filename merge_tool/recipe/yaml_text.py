@@ -59,8 +59,8 @@ def parse_yaml(text: str, where: str) -> Value:
         node = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        place = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{shown(where)}{place}: not YAML ({shown(e.problem or e.context)}).{_hint(e)}") from e
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{shown(where)}{line}: not YAML ({shown(e.problem or e.context)}).{_hint(e)}") from e
     except (yaml.YAMLError, ValueError) as e:
         raise RecipeError(f"{shown(where)}: not YAML ({shown(e)}).") from e
     if node is None:
@@ -107,23 +107,23 @@ class _Reader:
         inherited: dict[str, Value] = {}
         for key, value in node.value:
             if key.tag == _MERGE:
-                for name, found in self._inherited(value, depth):
-                    inherited.setdefault(name, found)  # what comes first counts
+                for name, item in self._inherited(value, depth):
+                    inherited.setdefault(name, item)  # what comes first counts
                 continue
             name = self._key(key)
             if name in own:
                 raise self._error(key, f"'{shown(name)}' is given twice, first in line {own[name].key_line}")
             own[name] = self.value(value, depth + 1, key.start_mark.line + 1)
-        return own | {name: found for name, found in inherited.items() if name not in own}
+        return own | {name: item for name, item in inherited.items() if name not in own}
 
     def _inherited(self, node: Any, depth: int) -> list[tuple[str, Value]]:
         """What `<<: *other` or `<<: [*one, *other]` adds."""
-        found: list[tuple[str, Value]] = []
+        items: list[tuple[str, Value]] = []
         for mapping in node.value if node.id == "sequence" else [node]:
             if mapping.id != "mapping":
                 raise self._error(mapping, "`<<` expects a mapping or a list of them")
-            found.extend(self.value(mapping, depth + 1).plain.items())
-        return found
+            items.extend(self.value(mapping, depth + 1).plain.items())
+        return items
 
     def _key(self, node: Any) -> str:
         if node.id != "scalar":
@@ -171,12 +171,12 @@ class Text:
         mapping = self.mapping(value, what)
         unknown = [key for key in mapping if key not in known and key not in self.inert]
         if unknown:
-            found = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
-            raise self.error(mapping[unknown[0]].key_line, f"{what} has no key {found}. Known: {', '.join(known)}.")
+            unread = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
+            raise self.error(mapping[unknown[0]].key_line, f"{what} has no key {unread}. Known: {', '.join(known)}.")
         for key in mapping:
             if key not in known:
                 self.warn(mapping[key].key_line, key, self.inert[key])
-        return {key: found for key, found in mapping.items() if key in known}
+        return {key: item for key, item in mapping.items() if key in known}
 
     def meant(self, key: str, known: Collection[str]) -> str:
         """What may have been meant by an unknown key, in brackets; or nothing."""
@@ -190,8 +190,8 @@ class Text:
     def items(self, value: Value, what: str) -> tuple[Value, ...]:
         """A list that is not empty."""
         if not isinstance(value.plain, tuple) or not value.plain:
-            found = "an empty list" if value.plain == () else kind(value)
-            raise self.error(value.line, f"{what} is {found}, expected a list.")
+            what_is = "an empty list" if value.plain == () else kind(value)
+            raise self.error(value.line, f"{what} is {what_is}, expected a list.")
         return value.plain
 
     def string(self, value: Value, what: str) -> str:

@@ -16,7 +16,7 @@ from merge_tool.arrays import Array, convert, decode, first_nonfinite, same_valu
 from merge_tool.errors import DataError, shown
 from merge_tool.methods.inner import Scratch
 from merge_tool.methods.passes import Running, begin_steps, check_combine, check_merged, start_pass
-from merge_tool.methods.steps import FLAT, ColumnSums, Combine, Given, Method, Pass, Steps, Tile, tile_elements
+from merge_tool.methods.steps import FLAT, ColumnSums, Combine, MergeSpec, Method, Pass, Steps, Tile, tile_elements
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.run.findings import Finding, Results, keep_results
 from merge_tool.run.values import Chunks, check_finite, converted, overflow
@@ -109,7 +109,7 @@ class Stepped:
 class _Way:
     """A method's passes and its combine for one set of parameters. What it refuses names the tensor."""
 
-    def __init__(self, method: Method, given: Given, name: str, num_tiles: int) -> None:
+    def __init__(self, method: Method, given: MergeSpec, name: str, num_tiles: int) -> None:
         self.given, self.name, self.num_tiles = given, name, num_tiles
         self.steps: Steps = begin_steps(method, given)
         self.running: Running | None = None
@@ -142,16 +142,16 @@ class _Way:
     def settle(self) -> None:
         running = self.running
         if running is not None and not self._checked(running.settle):
-            self.results.append(running.found)
-            self._advance(lambda: self.steps.send(running.found))
+            self.results.append(running.result)
+            self._advance(lambda: self.steps.send(running.result))
 
     def resume(self, results: Results) -> bool:
         """Give the method what its passes found before; false unless that is all that it asks for."""
         for result in results if isinstance(results, list) else ():
             if self.running is None:
                 return False
-            found = np.array(result) if isinstance(self.request, ColumnSums) else result
-            self._advance(partial(self.steps.send, found))
+            answer = np.array(result) if isinstance(self.request, ColumnSums) else result
+            self._advance(partial(self.steps.send, answer))
         return self.running is None
 
     def close(self) -> None:

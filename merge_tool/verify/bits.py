@@ -128,21 +128,21 @@ class Sample:
         """The output's own."""
         assert codes.scaling is not None
         job, file = self.places[codes.scaling.like.scales.info.name]
-        found: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
-        file.read_into(job.out.offset, as_bytes(found))
-        return found
+        scales: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
+        file.read_into(job.out.offset, as_bytes(scales))
+        return scales
 
     def _check_scales(self, file: LocalFile, job: TensorJob, work: Scaled) -> None:
         """Rows of scales, each from all the values that share them. One scale for a whole tensor takes all of it."""
         columns = work.scaling.like.grid.scale_columns
         rows = self._chosen(job.out.numel // columns)
         if (source := work.copied(0)) is not None:
-            found: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
-            source.read_into(0, found)
+            scales: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
+            source.read_into(0, scales)
         else:
-            found = self._fresh_scales(job, work, rows)
+            scales = self._fresh_scales(job, work, rows)
         for row in rows:
-            if not self._compare(file, job, row * columns, found[row * columns : (row + 1) * columns]):
+            if not self._compare(file, job, row * columns, scales[row * columns : (row + 1) * columns]):
                 return
 
     def _fresh_scales(self, job: TensorJob, work: Scaled, rows: list[int]) -> Array:
@@ -171,10 +171,10 @@ class _Comparer:
         self.lock = threading.Lock()  # of `first`
 
     def write(self, offset: int, data: memoryview) -> None:
-        place = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
+        position = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
         with self.lock:
-            if place is not None and (self.first < 0 or place < self.first):
-                self.first = place
+            if position is not None and (self.first < 0 or position < self.first):
+                self.first = position
 
     def hash_next(self, data: memoryview) -> None:
         self.nbytes += len(data)
@@ -202,15 +202,15 @@ class Comparison:
         with self.lock:
             self._take(done, writers[0].first)
 
-    def _take(self, done: ShardDone, place: int) -> None:
+    def _take(self, done: ShardDone, position: int) -> None:
         for number in done.findings:
             self.findings.add(number, done.findings[number])
         self.checks.num_compared += sum(job.out.numel for job in done.shard.jobs)
-        if place >= 0:
+        if position >= 0:
             jobs = done.shard.jobs
-            number = bisect_right([job.out.offset for job in jobs], place) - 1
+            number = bisect_right([job.out.offset for job in jobs], position) - 1
             what = f"tensor {jobs[number].out.name}" if number >= 0 else "its header"
             self.checks.add(
-                f"{shown(done.shard.file_name)}: is not the merge of these parents: from byte {place:,} on "
+                f"{shown(done.shard.file_name)}: is not the merge of these parents: from byte {position:,} on "
                 f"({shown(what)}) it differs."
             )

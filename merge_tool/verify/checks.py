@@ -39,11 +39,13 @@ def check_bytes(
     job: TensorJob | None = None,
 ) -> bool:
     """Compare `expected` with the file's bytes from `offset` on."""
-    place = first_difference(file, offset, expected, room if room is not None else bytearray(_PIECE))
-    if place is None:
+    position = first_difference(file, offset, expected, room if room is not None else bytearray(_PIECE))
+    if position is None:
         return True
-    element = f"element {(place - job.out.offset) // (job.out.nbytes // job.out.numel):,}" if job else f"byte {place:,}"
-    checks.add(f"{shown(file.name)}: {shown(what)} is not the merge of these parents: {element} differs.")
+    where = f"byte {position:,}"
+    if job is not None:
+        where = f"element {(position - job.out.offset) // (job.out.nbytes // job.out.numel):,}"
+    checks.add(f"{shown(file.name)}: {shown(what)} is not the merge of these parents: {where} differs.")
     return False
 
 

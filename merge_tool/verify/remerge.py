@@ -153,7 +153,7 @@ def check_parents(
     else:
         Sample(checks=checks, files=files, prepared=prepared, findings=findings, share=sample).check()
         _check_lines(checks, report, plan, findings)
-    if _is_told_alike(report, plan):
+    if _has_same_names(report, plan):
         _check_words(checks, folder, report, prepared, findings)
     if prepared.target.path.is_dir():
         _check_side_files(checks, folder, prepared)
@@ -165,7 +165,7 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
     before = len(checks.problems)
     arguments = ("BASE", "FT") if is_pair(plan.recipe) else plan.names
     inputs = {side: head["inputs"].get(side) for side in plan.recipe.names}
-    files = {side: found.get("files") if isinstance(found, dict) else None for side, found in inputs.items()}
+    files = {side: facts.get("files") if isinstance(facts, dict) else None for side, facts in inputs.items()}
     if is_pair(plan.recipe) and _are_swapped(files, head["samples_sha256"], prepared):
         checks.add("BASE and FT are swapped: what the report says of BASE is true of FT. Give --against FT BASE.")
         return False
@@ -173,8 +173,8 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
         if files[side] != plan.facts[side]["files"]:
             which = _unlike(files[side], plan.facts[side]["files"])
             checks.add(f"{argument}: its files are not those that the report names ({which}); no element was compared.")
-    for argument, told, sampled in zip(arguments, head["samples_sha256"], prepared.samples, strict=False):
-        if told != sampled:
+    for argument, stored, sampled in zip(arguments, head["samples_sha256"], prepared.samples, strict=False):
+        if stored != sampled:
             checks.add(f"{argument}: its weights are not those that were merged; no element was compared.")
     shards = {shard.file_name: shard.size for shard in plan.shards}
     if head["shards"] != shards:
@@ -184,18 +184,18 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
 
 def _are_swapped(files: Mapping[str, Any], sampled: Sequence[Any], prepared: Prepared) -> bool:
     """Whether what the report says of each of two parents is true of the other."""
-    found = [prepared.plan.facts[side]["files"] for side in prepared.plan.recipe.names]
-    told, now = [list(files.values()), list(sampled)], [found, list(prepared.samples)]
-    return told != now and told == [part[::-1] for part in now]
+    files_now = [prepared.plan.facts[side]["files"] for side in prepared.plan.recipe.names]
+    stored, now = [list(files.values()), list(sampled)], [files_now, list(prepared.samples)]
+    return stored != now and stored == [part[::-1] for part in now]
 
 
-def _unlike(told: Any, found: Mapping[str, Any]) -> str:
+def _unlike(stored: Any, now: Mapping[str, Any]) -> str:
     """Which of a model's files are others than the report has."""
-    told = told if isinstance(told, dict) else {}
+    stored = stored if isinstance(stored, dict) else {}
     kinds = (
-        ("differ", [name for name in found if name in told and told[name] != found[name]]),
-        ("are not in the report", [name for name in found if name not in told]),
-        ("are missing", [name for name in told if name not in found]),
+        ("differ", [name for name in now if name in stored and stored[name] != now[name]]),
+        ("are not in the report", [name for name in now if name not in stored]),
+        ("are missing", [name for name in stored if name not in now]),
     )
     return "; ".join(f"{listed(names)} {kind}" for kind, names in kinds if names)
 
@@ -203,14 +203,14 @@ def _unlike(told: Any, found: Mapping[str, Any]) -> str:
 def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Findings:
     """What the report says of every tensor; tensors that it lacks, or has elsewhere, are an error."""
     findings = Findings()
-    for job, told in zip_longest(plan.jobs(), report.tensors()):
-        if job is None or told is None or told[1].get("name") != job.out.name:
+    for job, entry in zip_longest(plan.jobs(), report.tensors()):
+        if job is None or entry is None or entry[1].get("name") != job.out.name:
             raise ValueError("they are not the plan's tensors in its order")
         if job.is_copied:  # the base's: nothing is to be found out about it
             findings.add(job.number, Finding())
             continue
-        kept = job.exact and told[1].get("note") == "differs: base kept"
-        findings.add(job.number, from_record({**told[1], "kept_base": kept}))
+        kept = job.exact and entry[1].get("note") == "differs: base kept"
+        findings.add(job.number, from_record({**entry[1], "kept_base": kept}))
     return findings
 
 
@@ -223,12 +223,12 @@ def _check_lines(checks: Checks, report: StoredReport, plan: MergePlan, findings
 
 
 def _difference(text: str, expected: str) -> str:
-    told, ours = json.loads(text), json.loads(expected)
-    keys = [key for key in {**ours, **told} if told.get(key) != ours.get(key)]
-    return "; ".join(f"{key} {told.get(key)}, found {ours.get(key)}" for key in keys) or "the same in other words"
+    stored, ours = json.loads(text), json.loads(expected)
+    keys = [key for key in {**ours, **stored} if stored.get(key) != ours.get(key)]
+    return "; ".join(f"{key} {stored.get(key)}, found {ours.get(key)}" for key in keys) or "the same in other words"
 
 
-def _is_told_alike(report: StoredReport, plan: MergePlan) -> bool:
+def _has_same_names(report: StoredReport, plan: MergePlan) -> bool:
     """Whether the report is of this version, and its parents' folders still have their names: it holds both."""
     names = [report.head["inputs"][side].get("name") for side in plan.recipe.names]
     return report.head.get("tool") == f"slerp-merge {__version__}" and names == list(plan.names)
@@ -244,11 +244,11 @@ def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared:
         return
     card = card_of(prepared, summarise(prepared.plan, findings), 0)
     try:
-        told = folder.regular(CARD).read_text(encoding="utf-8")
+        stored = folder.regular(CARD).read_text(encoding="utf-8")
     except (CheckpointError, OSError, ValueError) as e:
         checks.add(f"{CARD}: {reason(e)}")
         return
-    if _body(told) != _body(card):
+    if _body(stored) != _body(card):
         checks.add(f"{CARD}: is not the card of a merge of these parents.")
 
 

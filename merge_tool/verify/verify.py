@@ -91,11 +91,11 @@ def _outputs(path: Path) -> list[Path]:
         raise OutputError(f"{shown(path)}: {'is not a folder' if path.exists() else 'no such file or folder'}.")
     if (path / REPORT).exists() or (path / SUMS).exists():
         return [path]
-    found = sorted(p for p in path.iterdir() if is_output_of_several(p))
-    if not found:
+    outputs = sorted(p for p in path.iterdir() if is_output_of_several(p))
+    if not outputs:
         unfinished = f" The merge in {WORK} is not finished: run its command again." if (path / WORK).exists() else ""
         raise OutputError(f"{shown(path)}: holds no {REPORT}, so it is no output of slerp-merge.{unfinished}")
-    return found
+    return outputs
 
 
 def _verify(
@@ -227,9 +227,9 @@ def _check_weights(
         for name in _indices(folder):
             checks.add(f"{shown(name)}: an index where one file has all tensors.")
     count = elements = 0
-    for _, told in report.tensors():
+    for _, entry in report.tensors():
         count += 1
-        elements += _check_tensor(checks, told, held)
+        elements += _check_tensor(checks, entry, held)
     for name in list(held)[:_MOST]:
         checks.add(f"{shown(name)}: is in {shown(held[name][2])}, but not in the report.")
     return count, elements

@@ -74,7 +74,7 @@ def align(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint
         for k in sorted({*recipe.sources, *lent})
     ]
     plan = RowPlan(ask, joined, sides, lead=lead, base=recipe.base)
-    of_first = plan.places.get(recipe.first, plan.merged[0])
+    of_first = plan.index_of.get(recipe.first, plan.merged[0])
     made, notices = align_rows(
         [models[side.number] for side in sides], of_first, [side.rows for side in sides], plan.rows()
     )
@@ -99,7 +99,7 @@ def _lead(recipe: Recipe, ask: Tokenizer) -> int:
 
 def _folders(recipe: Recipe, models: Sequence[Checkpoint], numbers: set[int], lead: int) -> dict[int, Folder]:
     """Every model's tokenizer; a model that has none, but as many rows as the first, is taken to have the first's."""
-    found: dict[int, Folder] = {}
+    folders: dict[int, Folder] = {}
     for k in sorted(numbers):
         folder = models[k].tokenizer_folder
         if folder is None or not any(map(folder.has, TOKENIZER_FILES)):
@@ -109,8 +109,8 @@ def _folders(recipe: Recipe, models: Sequence[Checkpoint], numbers: set[int], le
                 raise CheckpointError(
                     f"{models[k].name}: has no tokenizer, which rows by token ({recipe.rows_option}) need. {way}"
                 )
-        found[k] = folder
-    return found
+        folders[k] = folder
+    return folders
 
 
 def _are_alike(models: Sequence[Checkpoint], folders: Mapping[int, Folder], numbers: set[int]) -> bool:
@@ -137,13 +137,13 @@ def _aligned(
     warnings: Sequence[str],
 ) -> list[Checkpoint]:
     """The models with what was made in place of their own tensors; the first one has the warnings."""
-    found = list(models)
+    aligned = list(models)
     for side, sources in zip(sides, made, strict=True):
         model = models[side.number]
         files = (tokenizer_file(folders[side.number]),)
-        found[side.number] = model.with_made(model.name, files, sources, model.notices)
-    found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, *warnings))
-    return found
+        aligned[side.number] = model.with_made(model.name, files, sources, model.notices)
+    aligned[0] = aligned[0].with_made(aligned[0].name, (), {}, (*aligned[0].notices, *warnings))
+    return aligned
 
 
 def tokenizer_file(folder: Folder) -> CheckpointFile:
@@ -178,13 +178,13 @@ def explain(base: Checkpoint, other: Checkpoint) -> str:
     here, there = base.tokenizer_folder, other.tokenizer_folder
     if here is None or there is None or not any(f.has(n) for f in (here, there) for n in TOKENIZER_FILES):
         return ""
-    found = compare_tokenizers(here, there)
+    comparison = compare_tokenizers(here, there)
     padding = [
         f"{rows - size:,} in {model.name}"
-        for model, size in zip((base, other), found.sizes, strict=True)
+        for model, size in zip((base, other), comparison.sizes, strict=True)
         if (rows := rows_of(model)) is not None
     ]
-    text = found.figures((base.name, other.name))
+    text = comparison.figures((base.name, other.name))
     return text + (f"; rows beyond the tokenizer (padding): {', '.join(padding)}" if padding else "")
 
 
@@ -196,10 +196,10 @@ def config_sizes(model: Checkpoint) -> Iterator[int]:
     return (part["vocab_size"] for part in text_configs(model.config) if type(part.get("vocab_size")) is int)
 
 
-def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
+def side_files_of(alignment: Alignment, side_files: SideFiles) -> SideFiles:
     """The side files with the chosen tokenizer's in place of the donor's, and config.json's vocab_size."""
-    copied = list(found.copied)
-    if found.folder is not None and alignment.tokenizer is not found.folder:
+    copied = list(side_files.copied)
+    if side_files.folder is not None and alignment.tokenizer is not side_files.folder:
         copied = [file for file in copied if file.source not in TOKENIZER_FILES]
         folder = alignment.tokenizer
         copied += [SideFile(name, name, folder.size(name), folder) for name in TOKENIZER_FILES if folder.has(name)]
@@ -209,7 +209,7 @@ def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
             for file in copied
         ]
     before, rows = alignment.sizes_before, alignment.rows
-    return replace(found, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
+    return replace(side_files, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
 
 
 def settings_warnings(alignment: Alignment, model: int, folder: Folder | None) -> Iterator[str]:

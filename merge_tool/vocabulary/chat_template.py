@@ -17,16 +17,16 @@ FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_t
 _LARGEST = 1_000_000  # bytes
 
 
-def choose_template(asked: str, models: Sequence[Checkpoint], donor: int) -> str | None:
+def choose_template(choice: str, models: Sequence[Checkpoint], donor: int) -> str | None:
     """The template's text; None if it is that of most models (`auto`), and none of them has one.
 
     Of several that equally many have, the donor's counts, else the first.
     """
-    if asked != "auto":
-        return TEMPLATES.get(asked, asked)
-    found = [template_of(model.tokenizer_folder) for model in models]
-    texts = [text.strip() for text in (found[donor], *found) if text and text.strip()]
-    own = (found[donor] or "").strip()
+    if choice != "auto":
+        return TEMPLATES.get(choice, choice)
+    templates = [template_of(model.tokenizer_folder) for model in models]
+    texts = [text.strip() for text in (templates[donor], *templates) if text and text.strip()]
+    own = (templates[donor] or "").strip()
     return max(texts, key=lambda text: (texts.count(text) - (text == own), text == own), default=None)
 
 
@@ -37,12 +37,12 @@ def template_of(folder: Folder | None) -> str | None:
     if folder.has(FILE):
         return _text(folder, FILE)
     for name in (CONFIG, OLD_FILE):
-        found = folder.load_json(name).get("chat_template") if folder.has(name) else None
-        if isinstance(found, list):
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-            found = named.get("default")
-        if isinstance(found, str):
-            return found
+        template = folder.load_json(name).get("chat_template") if folder.has(name) else None
+        if isinstance(template, list):
+            named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
     return None
 
 
@@ -55,29 +55,29 @@ def _text(folder: Folder, name: str) -> str:
         raise folder.unreadable(name, e) from e
 
 
-def with_template(found: SideFiles, text: str) -> SideFiles:
+def with_template(side_files: SideFiles, text: str) -> SideFiles:
     """The side files with this template in place of theirs: chat_template.jinja, and where tokenizer_config.json has
     one, there too."""
-    copied = [file for file in found.copied if file.target not in (FILE, OLD_FILE)]
+    copied = [file for file in side_files.copied if file.target not in (FILE, OLD_FILE)]
     content = text.encode("utf-8", "surrogatepass")
     copied.append(SideFile(FILE, FILE, len(content), content=content))
-    return replace(found, copied=tuple(_edited(found, file, text) for file in copied))
+    return replace(side_files, copied=tuple(_edited(side_files, file, text) for file in copied))
 
 
-def _edited(found: SideFiles, file: SideFile, text: str) -> SideFile:
-    folder = file.folder or found.folder
+def _edited(side_files: SideFiles, file: SideFile, text: str) -> SideFile:
+    folder = file.folder or side_files.folder
     if file.source != CONFIG or folder is None or "chat_template" not in folder.load_json(CONFIG):
         return file
     content = with_member(folder.read(CONFIG), "chat_template", text)
     return replace(file, content=content, size=len(content))
 
 
-def template_warnings(text: str, found: SideFiles) -> Iterator[str]:
+def template_warnings(text: str, side_files: SideFiles) -> Iterator[str]:
     """What a template known by name writes, and the output's tokenizer does not have as tokens."""
     name = next((name for name, known in TEMPLATES.items() if known == text), "")
-    tokenizer = next((file for file in found.copied if file.target == "tokenizer.json"), None)
+    tokenizer = next((file for file in side_files.copied if file.target == "tokenizer.json"), None)
     if name not in TEMPLATE_TOKENS or tokenizer is None:
         return
-    held = b"".join(found.read(tokenizer, None))
+    held = b"".join(side_files.read(tokenizer, None))
     if lacking := [token for token in TEMPLATE_TOKENS[name] if json.dumps(token).encode() not in held]:
         yield f"chat_template: {name} writes {', '.join(lacking)}, which are no tokens of the output's tokenizer."

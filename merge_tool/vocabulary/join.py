@@ -84,19 +84,19 @@ def join_tokenizers(
     Raises CheckpointError where there is no tokenizer.json, or none that can be read.
     """
     question = {"lead": lead, "union": union, "named": list(named), "wanted": [list(pair) for pair in wanted]}
-    told, rest = ask_apart(__name__, folders, question)
-    size, count = told["size"], len(folders)
+    answer, rest = ask_apart(__name__, folders, question)
+    size, count = answer["size"], len(folders)
     ids = array("i", rest[: 4 * size * count])
     return Joined(
         ids=tuple(ids[size * k : size * (k + 1)] for k in range(count)),
-        sizes=tuple(told["sizes"]),
-        kinds=tuple(told["kinds"]),
-        lacking=tuple((number, tuple(some)) for number, some in told["lacking"]),
-        alone=tuple(map(tuple, told["alone"])),
-        added=(told["added"], told["pieces"]),
-        insert=(told["place"], rest[4 * len(ids) :]),
-        named=told["named"],
-        wanted=tuple(told["wanted"]),
+        sizes=tuple(answer["sizes"]),
+        kinds=tuple(answer["kinds"]),
+        lacking=tuple((number, tuple(some)) for number, some in answer["lacking"]),
+        alone=tuple(map(tuple, answer["alone"])),
+        added=(answer["added"], answer["pieces"]),
+        insert=(answer["insert_at"], rest[4 * len(ids) :]),
+        named=answer["named"],
+        wanted=tuple(answer["wanted"]),
     )
 
 
@@ -104,26 +104,28 @@ def main() -> None:
     answer_apart(_joined)
 
 
-def _joined(found: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[Any, bytes]:
-    lead = found[question["lead"]]
+def _joined(tokenizers: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[Any, bytes]:
+    lead = tokenizers[question["lead"]]
     tokens: list[str | None] = lead.numbered()
     ids = dict(lead.ids)
-    new = list(_new_tokens(lead, found if question["union"] else (), question["named"]))
+    new = list(_new_tokens(lead, tokenizers if question["union"] else (), question["named"]))
     for token in new:
         ids[token] = len(tokens)
         tokens.append(token)
-    lacking = [[token for token in _added_first(one) if token not in ids] for one in found]
-    told = {
-        "size": len(tokens), "sizes": [one.size for one in found], "place": lead.place, "added": len(new),
-        "pieces": sum(not any(token in one.added for one in found) for token in new if token not in question["named"]),
+    lacking = [[token for token in _added_first(one) if token not in ids] for one in tokenizers]
+    answer = {
+        "size": len(tokens), "sizes": [one.size for one in tokenizers], "insert_at": lead.insert_at, "added": len(new),
+        "pieces": sum(token not in question["named"] and _settings(token, tokenizers) is None for token in new),
         "lacking": [[len(some), some[:_SOME]] for some in lacking],
-        "kinds": [one.kind for one in found], "alone": [_alone(one, found) for one in found],
+        "kinds": [one.kind for one in tokenizers], "alone": [_alone(one, tokenizers) for one in tokenizers],
         "named": {token: ids[token] for token in question["named"]},
-        "wanted": [found[model].ids.get(token, _NONE) for model, token in question["wanted"]],
+        "wanted": [tokenizers[model].ids.get(token, _NONE) for model, token in question["wanted"]],
     }  # fmt: skip
-    entries = [added_entry(token, ids[token], _settings(token, found)) for token in new]
-    maps = b"".join(array("i", (one.ids.get(t, _NONE) if t is not None else _NONE for t in tokens)) for one in found)
-    return told, maps + (lead.insertion(entries) if entries else b"")
+    entries = [added_entry(token, ids[token], _settings(token, tokenizers)) for token in new]
+    maps = b"".join(
+        array("i", (_NONE if token is None else one.ids.get(token, _NONE) for token in tokens)) for one in tokenizers
+    )
+    return answer, maps + (lead.insertion(entries) if entries else b"")
 
 
 def _alone(one: TokenizerJson, all_of_them: Sequence[TokenizerJson]) -> list[str]:
@@ -147,6 +149,6 @@ def _new_tokens(lead: TokenizerJson, others: Sequence[TokenizerJson], named: Seq
             yield token
 
 
-def _settings(token: str, found: Sequence[TokenizerJson]) -> Mapping[str, Any] | None:
+def _settings(token: str, tokenizers: Sequence[TokenizerJson]) -> Mapping[str, Any] | None:
     """How the first tokenizer that added a token did it."""
-    return next((one.added[token] for one in found if token in one.added), None)
+    return next((one.added[token] for one in tokenizers if token in one.added), None)

@@ -24,8 +24,8 @@ def _embeddings(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
 
 def embedding_rows(infos: Iterable[TensorInfo]) -> int | None:
     """How many rows the embedding has; None if there is none, or if several differ."""
-    found = {info.shape[0] for info in _embeddings(infos).values()}
-    return found.pop() if len(found) == 1 else None
+    counts = {info.shape[0] for info in _embeddings(infos).values()}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def has_row_tensors(infos: Iterable[TensorInfo]) -> bool:
@@ -40,12 +40,12 @@ def rows_of(model: Checkpoint) -> int | None:
 
 def known_rows(model: Checkpoint) -> int:
     if (rows := rows_of(model)) is None:
-        found = [
+        embeddings = [
             f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model.tensors.values()).items())
         ]
         what = f"has no embedding under a known name ({', '.join(EMBEDDINGS)})"
-        if found:
-            what = f"has embeddings of different sizes ({', '.join(found)})"
+        if embeddings:
+            what = f"has embeddings of different sizes ({', '.join(embeddings)})"
         raise MismatchError(
             f"{model.name}: {what}, so it cannot be told which rows are tokens. Do not match rows by token (leave out "
             "--vocab, or the recipe's tokenizer), and keep such tensors as they are: --exclude PATTERN."
@@ -66,7 +66,7 @@ def align_rows(
     made: list[dict[str, TensorSource]] = [{} for _ in models]
     notices, unfit = [], []
     for name in sorted(_row_tensors(models[lead], before[lead])):
-        theirs = [found.get(name, name) for found in names]
+        theirs = [ft_names.get(name, name) for ft_names in names]
         if problem := _misfit(name, models, theirs, before, lead):
             unfit.append(problem)
             continue
@@ -106,8 +106,8 @@ def _row_tensors(model: Checkpoint, rows: int) -> Iterator[str]:
     widths = {info.shape[1] for info in _embeddings(model.tensors.values()).values()}
     for name, info in model.tensors.items():
         has_rows = info.shape[:1] == (rows,) or (info.shape == (1, rows) and "bias" in name)
-        by_place = not is_in_layer(name) and rows not in widths and not is_of_positions(name)
-        if has_rows and (has_token_rows(name) or by_place):
+        by_position = not is_in_layer(name) and rows not in widths and not is_of_positions(name)
+        if has_rows and (has_token_rows(name) or by_position):
             yield name
 
 

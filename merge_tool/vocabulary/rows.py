@@ -113,8 +113,8 @@ class RowTensor:
 
     def _read(self, start: int, values: Array) -> None:
         """All but the rows that are the mean of others."""
-        for source, begin, count, place in self._pieces(start, start + len(values)):
-            _read_as(source, begin, values[place : place + count])
+        for source, begin, count, offset in self._pieces(start, start + len(values)):
+            _read_as(source, begin, values[offset : offset + count])
         for row, cut, columns in self.parts(start, len(values), lambda codes: codes < MEAN):
             encode(self._made(int(self.rows.codes[row]), columns), values[cut])
 
@@ -164,8 +164,8 @@ class RowTensor:
                     is_own = (self.rows.codes[cut] != MEAN) & np.isfinite(some).all(axis=1)
                     count += int(is_own.sum())
                     for total, chosen in zip(totals, (is_own, is_own & self.rows.alone[cut]), strict=True):
-                        for place in np.flatnonzero(chosen):  # one by one: the same sum for any step
-                            total += some[place]
+                        for index in np.flatnonzero(chosen):  # one by one: the same sum for any step
+                            total += some[index]
                 totals /= max(count, 1)
                 self._means.append(totals)
             return self._means[0]

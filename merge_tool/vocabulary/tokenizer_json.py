@@ -80,7 +80,7 @@ class TokenizerJson:
     """`ids` of every token; those that were added to its model, as they stand there; where more may be put in."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.name, self.place, self.is_empty = name, -1, True
+        self.name, self.insert_at, self.is_empty = name, -1, True
         try:
             raw = path.read_bytes()
             if known := known_start(raw):
@@ -124,7 +124,7 @@ class TokenizerJson:
             value, end = _read(decoder.raw_decode, text, _after(text, at, ":"))
             if key == "added_tokens" and isinstance(value, list):
                 last = len(text[: end - 1].rstrip())
-                self.place, self.is_empty = len(text[:last].encode()), not value
+                self.insert_at, self.is_empty = len(text[:last].encode()), not value
             yield key, value
             at = _skip(text, end)
             sign, at = text[at], at + 1
@@ -133,14 +133,14 @@ class TokenizerJson:
 
     def numbered(self) -> list[str | None]:
         """The token of each id, None where there is none."""
-        found: list[str | None] = [None] * self.size
+        tokens: list[str | None] = [None] * self.size
         for token, number in self.ids.items():
-            found[number] = token
-        return found
+            tokens[number] = token
+        return tokens
 
     def insertion(self, entries: Sequence[Mapping[str, Any]]) -> bytes:
         """What adds tokens, put in at `place`. Raises CheckpointError where it has no place for any."""
-        if self.place < 0:
+        if self.insert_at < 0:
             raise CheckpointError(f"{self.name}: has no list added_tokens. Save it again with transformers.")
         text = ",".join(f"\n    {json.dumps(entry)}" for entry in entries)
         return (("," if entries and not self.is_empty else "") + text).encode()
