@@ -28,7 +28,7 @@ _TOKENIZE_ROWS = 256
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source: every row and example is counted somewhere."""
+    """The counts for one source: every row and example is in one of them."""
 
     title: str
     rows: int  # in the file or data set
@@ -74,7 +74,7 @@ class Source:
 
 
 def prepare_sources(config: TrainConfig, tokenizer: Any, cache: Path) -> list[str]:
-    """Names of each source's example store below `cache`, tokenised now where it is not there yet.
+    """The name of each source's example store below `cache`; a store that is missing is made now.
 
     One process calls this; the others get the names. Raises TrainError for unreadable sources, missing
     columns, or a source that gives no example.

@@ -1,7 +1,7 @@
 """Adalite v1 and AdamW for weights without a float32 master, and schedules as pure functions of the step.
 
-Each rule is a free function that changes one float32 parameter in place from its gradient and its state; beside it
-stands what that state holds, so a checkpoint is taken up whole or refused. `Optimizer` owns the states and can step one
+Each rule is a free function that changes one float32 parameter in place from its gradient and its state; beside it is
+the declaration of that state, so a checkpoint is loaded whole or refused. `Optimizer` owns the states and can step one
 parameter at a time, which is what fused backward needs. Only whole-tensor operations are used, so a DTensor (FSDP2) is
 updated as if it were in one piece: norms and means are over the parameter, not over a rank's shard. bfloat16 weights
 are rounded stochastically, or steps below half an ulp would be lost.
@@ -159,7 +159,7 @@ class Optimizer:
         wide, grad = (p.data, grad) if is_wide else (p.data.float(), grad.float())
         self._rule.update(wide, grad, slot.state, slot.updates, lr, self._config)
         declared = self._rule.state(tuple(p.shape)).keys()
-        if slot.state.keys() != declared:  # or a checkpoint would not be taken up
+        if slot.state.keys() != declared:  # else a checkpoint could not be loaded
             raise ValueError(f"the rule keeps {sorted(slot.state)} for {name}, and declares {sorted(declared)}")
         if is_wide:
             return

@@ -43,7 +43,7 @@ def check_resume(config: TrainConfig, holds_a_run: bool) -> None:
 
 
 def check_same_run(output: Path, record: dict[str, Any]) -> None:
-    """Raise TrainError listing what differs between `asked` and the run that `output` holds.
+    """Raise TrainError listing what differs between `record` and the run in `output`.
 
     Only FREE_KEYS may differ between sessions.
     """

@@ -1,4 +1,4 @@
-"""The processes of one run: which one this is, how many there are, what they exchange, and who asks them to stop.
+"""The processes of one run: which one this is, how many there are, what they exchange, and the signals that stop them.
 
 Rank and world size are read from the environment here, once, and passed on. One process needs no process group; several
 (under torchrun) use NCCL on GPUs and gloo on CPUs.
@@ -98,7 +98,7 @@ def close_world(world: World) -> None:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT set `asked`; the loop saves after the step. A second SIGINT interrupts at once."""
+    """SIGTERM and SIGINT set `requested`; the loop saves after the step. A second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -396,9 +396,7 @@ def diff_command(
 )
 @click.option("--batch", type=click.IntRange(1), default=1, help="Models merged in one pass and given to one COMMAND.")
 @click.option("--keep", is_flag=True, help="Keep the merged models; otherwise each is deleted once it has its scores.")
-@click.option(
-    "--minimize", multiple=True, metavar="NAME", help="A score where less is better.  [default: by its name]"
-)
+@click.option("--minimize", multiple=True, metavar="NAME", help="A score where less is better.  [default: by its name]")
 @with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Forget the scores that are in OUT and start anew.")

@@ -1,5 +1,5 @@
-"""One model's names in two checkpoints: prefixes of wrappers, names that libraries changed, heads and embeddings that
-are tied. Only what is unambiguous is resolved; names, shapes and config.json are all there is to see."""
+"""One model's names in two checkpoints: prefixes of wrappers, names that libraries changed, tied heads and embeddings.
+Names are paired only if that is unambiguous, from names, shapes and config.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 
 @dataclass(slots=True)
 class Renaming:
-    """`ft_names`: what some of BASE's tensors are called in FT. `copies`: FT's heads and other copies that BASE has no
-    place for, tied as it is, and the tensor that BASE uses."""
+    """`ft_names`: FT's names for some of BASE's tensors. `copies`: FT's heads and other copies that BASE ties and does
+    not store, and the tensor that BASE uses instead."""
 
     ft_names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Renaming:
 
 
 def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
-    """Pair up what has no namesake, as far as there is one way to do it."""
+    """Pair the tensors whose names differ, if there is only one way to pair them."""
     renaming = Renaming()
     lacking, extra = base.tensors.keys() - ft.tensors.keys(), ft.tensors.keys() - base.tensors.keys()
     if not lacking and not extra:
@@ -48,7 +48,8 @@ def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
 
 
 def _copies(here: Checkpoint, there: Checkpoint, lacking: Iterable[str]) -> dict[str, str]:
-    """For what only `here` has: the tensor there that it is one with, if that is here, too, and of its shape."""
+    """For tensors that only `here` has: the tensor of `there` that they are copies of, if `here` has that tensor, too,
+    in the same shape."""
     own, other = Names(here.tensors), Names(there.tensors)
     copies = {}
     for name in sorted(lacking):
@@ -60,7 +61,7 @@ def _copies(here: Checkpoint, there: Checkpoint, lacking: Iterable[str]) -> dict
 
 
 class Names:
-    """A checkpoint's names, to look one up whatever wrappers it has."""
+    """A checkpoint's names, to be looked up with or without wrappers."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
@@ -68,14 +69,14 @@ class Names:
         self._by_core = {core: name for name in self.names if (core := own_name(name)) in unique}
 
     def find(self, name: str) -> str | None:
-        """The name itself, or the only one that differs in its wrappers at most."""
+        """The same name, or the only name that differs in nothing but wrappers."""
         return name if name in self.names else self._by_core.get(own_name(name))
 
 
 def _without_wrappers(
     base: Checkpoint, ft: Checkpoint, lacking: Collection[str], extra: Collection[str]
 ) -> dict[str, str]:
-    """BASE's name -> FT's, where both are all that have this core on their side."""
+    """BASE's name -> FT's name, if on each side only one name has this core."""
     unique_base, unique_ft = (_unique_cores(model.tensors) for model in (base, ft))
     theirs = {core: name for name in extra if (core := own_name(name)) in unique_ft}
     renamed = {name: theirs.get(core) for name in lacking if (core := own_name(name)) in unique_base}
@@ -87,27 +88,27 @@ def _unique_cores(names: Iterable[str]) -> set[str]:
 
 
 def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
-    """The input embedding that is this model's output head, too, with rows as long as a head of this `shape` has; None
-    if its config denies that or several might be."""
+    """The input embedding that is also this model's output head, with rows as long as those of a head of this `shape`.
+    None if the config denies tying, or if several embeddings are possible."""
     if says_tied(model.config or {}) is False or any(map(is_head, model.tensors)):
         return None
     embeddings = (name for name in model.tensors if is_embedding(name))
     candidates = [n for n in embeddings if len(model.tensors[n].shape) == 2 and model.tensors[n].shape[1:] == shape[1:]]
     if len(candidates) > 1:
         candidates = [name for name in candidates if model.tensors[name].shape == shape]
-    if len(candidates) > 1:  # what the others are copies of
+    if len(candidates) > 1:  # leave out the copies
         candidates = [name for name in candidates if own_name(name) not in COPIES]
     return candidates[0] if len(candidates) == 1 else None
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """What config.json says of tie_word_embeddings, in all its parts about text; None if nothing, or both."""
+    """tie_word_embeddings in config.json, in all parts about text; None if it is missing or contradictory."""
     said = {tied for part in text_configs(config) if isinstance(tied := part.get("tie_word_embeddings"), bool)}
     return said.pop() if len(said) == 1 else None
 
 
 def renaming_warnings(base: Checkpoint, ft: Checkpoint, renaming: Renaming, unchosen: Collection[str]) -> Iterator[str]:
-    """What was resolved, said aloud."""
+    """A warning for every pair that was resolved."""
     prefixes: dict[tuple[str, str], list[str]] = {}
     otherwise: list[str] = []
     for name, other in renaming.ft_names.items():

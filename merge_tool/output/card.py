@@ -1,6 +1,6 @@
 """The model card of an output: the Hub's metadata, what was merged, how far apart the parents are.
 
-No template engine, no path of the user's; what is inherited from the base's card are plain strings only.
+No template engine, none of the user's paths; only plain strings are inherited from the base's card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from merge_tool.run.findings import median
 
 
 def card_of(prepared: Prepared, summary: Summary, output: int) -> str:
-    """The model card of the output of that number."""
+    """The model card of one output, by its number."""
     return card_text(
         prepared.plan,
         summary,
@@ -128,7 +128,7 @@ def _how(plan: MergePlan, output: int, names: list[str]) -> Iterator[str]:
 
 
 def _fenced(text: str) -> str:
-    """A recipe's text, such that it cannot end its own code block."""
+    """A recipe's text in a code block that the text itself cannot end."""
     lines = ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
     return "\n".join(lines).strip("\n").replace("```", "~~~")
 
@@ -148,7 +148,7 @@ def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
 
 
 def _tokenizer(plan: MergePlan, names: Sequence[str]) -> str:
-    """A sentence about a vocabulary that was chosen."""
+    """A sentence about the output's vocabulary; empty if rows were not matched by token."""
     if (tokenizer := plan.recipe.tokenizer) is None:
         return ""
     lead = names[tokenizer.source if isinstance(tokenizer.source, int) else plan.recipe.first]
@@ -166,7 +166,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 def _inherited(first_card: Path | None) -> dict[str, Any]:
-    """Licence, language, task and library of the base's card, as far as they are plain strings."""
+    """Licence, language, task and library from the base's card, if they are plain strings or lists of them."""
     inherited: dict[str, Any] = {}
     for key, value in _front_matter(first_card).items():
         is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)

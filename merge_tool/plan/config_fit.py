@@ -1,5 +1,5 @@
-"""What config.json must say of the output's tensors where the model that it is copied from has others: how many rows
-the embedding has, and whether the head is the embedding. Loaders believe it, and make up what they do not find."""
+"""Correct the copied config.json to the output's tensors: vocab_size (the embedding's rows) and tie_word_embeddings
+(whether the head is the embedding). Loaders trust these values and initialise missing tensors at random."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from merge_tool.vocabulary.row_tensors import embedding_rows
 def fit_config(
     side_files: SideFiles, jobs: Iterable[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]
 ) -> tuple[SideFiles, list[str]]:
-    """The side files with config.json as the output's tensors are, and what to tell of it."""
+    """The side files with config.json corrected to the output's tensors, and warnings about the corrections."""
     infos, ends = list[TensorInfo](), list[TensorJob]()
-    for job in jobs:  # which are made as they are asked for: only embeddings and heads are kept
+    for job in jobs:  # jobs are made one at a time: only embeddings and heads are kept
         infos.append(job.out)
         if is_head(job.out.name) or is_embedding(job.out.name):
             ends.append(job)
@@ -49,20 +49,20 @@ def fit_config(
 
 
 def _has_other_rows(donor: Checkpoint, rows: int) -> bool:
-    """Whether the donor's own file does not have so many: if it has, what it says of itself is its own affair."""
+    """Whether the donor's own embedding has another number of rows. If not, the donor's config.json stays as it is."""
     stored = donor.stored or donor
     return embedding_rows(stored.tensors.values()) != rows
 
 
 def _ties(ends: Sequence[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]) -> bool | None:
-    """What tie_word_embeddings must say instead; None if the donor's config.json is right."""
+    """The corrected tie_word_embeddings; None if the donor's config.json is right."""
     if not any(is_head(name) for model in models for name in model.tensors):
         return None
     said, donor_has_head = says_tied(donor.config or {}), any(map(is_head, donor.tensors))
     is_tied = not any(is_head(job.out.name) for job in ends)
     if is_tied:
         return True if said is False or (said is None and donor_has_head) else None
-    if _are_all_tied(models) and not _come_apart(ends):  # a copy of the embedding in all of them, and in the output
+    if _are_all_tied(models) and not _come_apart(ends):  # a copy of the embedding in all models, and in the output
         return None
     return False if said or (said is None and not donor_has_head) else None
 
@@ -72,7 +72,8 @@ def _are_all_tied(models: Sequence[Checkpoint]) -> bool:
 
 
 def _come_apart(ends: Sequence[TensorJob]) -> bool:
-    """Whether a head has other parameters than the embedding that it is a copy of, or one of them is not merged."""
+    """Whether a head and the embedding that it is a copy of have different parameters, or only one of them is
+    merged."""
     for head in (job for job in ends if is_head(job.out.name)):
         alike = (job for job in ends if is_embedding(job.out.name) and job.out.shape == head.out.shape)
         fates = {_fate(job) for job in alike if own_name(job.out.name) not in COPIES}

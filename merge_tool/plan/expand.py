@@ -1,7 +1,7 @@
-"""Recipe + the models' tensor names -> for each name of the output: what it is merged from, and by which parameters.
+"""Recipe + the models' tensor names -> for each tensor of the output: its sources and its parameters.
 
-Names and numbers only; no table of architectures, every layer is known by the number in its names. Nothing is listed: a
-tensor's place follows from its name, so a plan of 100,000 tensors holds no more than the plan itself.
+Names and numbers only. No table of architectures: a layer is known by the number in its tensors' names. No lists:
+everything about a tensor follows from its name, so 100,000 tensors take no memory beside the plan itself.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from merge_tool.recipe.settings import Choice, Settings, find_choice
 
 
 class OutputTensor(NamedTuple):
-    """A tensor of the output: the slice and module that it belongs to, its `position` along the layers, and what it is
-    called in each of the slice's sources, in their order, as the first model would call it there."""
+    """A tensor of the output: its slice (`part`) and module, its `position` along the layers, and in `names` its name
+    in each of the slice's sources, in their order, as the first model names tensors."""
 
     name: str
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class OutputTensor(NamedTuple):
 
 
 class _Names:
-    """A model's tensors under the first model's names: no copy, where nothing is renamed."""
+    """A model's tensors under the first model's names; nothing is copied if nothing is renamed."""
 
     def __init__(self, names: Collection[str], first: Collection[str], renaming: Renaming) -> None:
         self._names = names if isinstance(names, (Set, Mapping)) else dict.fromkeys(names)
@@ -56,9 +56,9 @@ class _Names:
 class Expansion:
     """All tensors that a recipe asks for, by name.
 
-    `names` are each model's tensors; `renamings` say, by model, what it calls the first model's, and which of its own
-    have no place there: `copies`. `range_problems` tell of layers that models do not have. Raises RecipeError for
-    stacks that cannot be told apart.
+    `names` are each model's tensors. `renamings` has, by model, its names for the first model's tensors, and the
+    `copies` that the first model does not store. `range_problems` are messages about layers that models lack. Raises
+    RecipeError for ambiguous stacks.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Expansion:
         self._by_name = {module.name or "": module for module in recipe.modules}
         self._whole = recipe.modules[0]
         self._owners: Owners | None = None
-        self._stacks: dict[int, Stacks] = {}  # by model: the layers that a list of values lies along
+        self._stacks: dict[int, Stacks] = {}  # by model: the layers along which lists of values run
         self._sliced: dict[str, tuple[str, list[int]]] = {}  # module -> its stack, the first layer of each slice
-        self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (place among its sources, model)
+        self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (index among its sources, model)
         self.range_problems: list[str] = []
         if recipe.modules[0].name is not None or any(module.num_layers is not None for module in recipe.modules):
             self._find_stacks()
@@ -95,7 +95,7 @@ class Expansion:
                 self._check_ranges(module, stack)
 
     def _position(self, name: str, part: Slice) -> float:
-        """Where a tensor lies along the layers of the first model that the slice has."""
+        """A tensor's position along the layers of the slice's first model."""
         lead = self._first_before({source.model for source in part.sources})[0]
         if lead not in self._stacks:
             self._stacks[lead] = Stacks(iter(self.known[lead]))
@@ -127,7 +127,7 @@ class Expansion:
             number += part.num_layers or 0
 
     def _names_in(self, module: Module, part: Slice) -> Iterator[str]:
-        """The names of a slice's sources that belong to the module, the first model's first."""
+        """The tensor names of a slice's sources that belong to the module, starting with the first model's."""
         before: list[_Names] = []
         for k in self._first_before({source.model for source in part.sources}):
             new: Iterable[str] = self.known[k]
@@ -150,7 +150,7 @@ class Expansion:
     # -------------------------------------------------------------------------------------- what each is
 
     def tensor(self, name: str) -> OutputTensor:
-        """Where a tensor of the output comes from."""
+        """A tensor of the output, by its name."""
         module = self._by_name[self._owners.owner(name)] if self._owners is not None else self._whole
         if (module.name or "") not in self._sliced:
             part = module.slices[0]
@@ -172,7 +172,7 @@ class Expansion:
         return OutputTensor(name=name, names=names, position=position, part=part, module=module)
 
     def has_base(self, tensor: OutputTensor) -> bool:
-        """Whether the method compares the inputs with a base, which then is the first of `sources`."""
+        """Whether the method compares the inputs with a base; the base is then the first of `sources`."""
         return tensor.part.base is not None and self._method.base != "first"
 
     def sources(self, tensor: OutputTensor) -> tuple[tuple[int, str], ...]:
@@ -185,7 +185,8 @@ class Expansion:
         return tuple((model, self.known[model].own(tensor.names[number])) for number, model in self._numbers[key])
 
     def base_of(self, tensor: OutputTensor) -> tuple[int, str] | None:
-        """The tensor of the slice's base, else of the first model, else of the first source; None if that lacks it."""
+        """The tensor in the slice's base, else in the first model, else in the first source; None if that model lacks
+        it."""
         sources = tensor.part.sources
         of_first = (k for k, source in enumerate(sources) if source.model == self._recipe.first)
         number = tensor.part.base if tensor.part.base is not None else next(of_first, 0)
@@ -193,7 +194,7 @@ class Expansion:
         return (model, self.known[model].own(name)) if name in self.known[model] else None
 
     def lacking(self, tensor: OutputTensor) -> list[int]:
-        """The models that lack a tensor which they have a part in."""
+        """The models of the tensor's slice that lack the tensor."""
         pairs = zip(tensor.part.sources, tensor.names, strict=True)
         return [source.model for source, name in pairs if name not in self.known[source.model]]
 
@@ -203,7 +204,7 @@ class Expansion:
 
     @property
     def num_scheduled(self) -> int:
-        """How many tensors, of those asked for so far, have parameters by a pattern or along the layers."""
+        """The number of tensors so far whose parameters are set by a pattern or along the layers."""
         return self._values.num_scheduled
 
     def _first_before(self, models: Iterable[int]) -> list[int]:
@@ -213,11 +214,11 @@ class Expansion:
 
     @property
     def lacks_values(self) -> bool:
-        """Whether a tensor, of those asked for so far, lacks a required parameter."""
+        """Whether a tensor so far lacks a required parameter."""
         return bool(self._values.unset)
 
     def check_values(self) -> None:
-        """Raise RecipeError for all tensors that a required parameter has no value for."""
+        """Raise RecipeError that names all tensors without a value for a required parameter."""
         if unset := self._values.unset:
             lines = [
                 f"'{shown(key)}' of {counted(len(names), 'tensor')}: {listed(names)}" for key, names in unset.items()
@@ -237,8 +238,8 @@ class Expansion:
                         yield key, choice
 
     def stacked_layers(self, models: Sequence[Collection[str]]) -> tuple[int, ...]:
-        """Which layer of its first source each of the output's layers was, in the sliced stack that has most tensors;
-        nothing if they are the donor's in their order."""
+        """For each output layer the layer of its first source, in the sliced stack with the most tensors; empty if the
+        layers are the donor's in their order."""
         counts = Counter(layer[0] for name in self.names() if (layer := split_layer(name)))
         if not self._sliced:
             return ()
@@ -254,13 +255,13 @@ class Expansion:
 
 
 def _order(method: Method, part: Slice) -> list[int]:
-    """The places of a slice's inputs among its sources."""
+    """The indices of a slice's inputs among its sources."""
     others = [k for k in range(len(part.sources)) if k != part.base]
     return [part.base, *others] if method.base == "first" and part.base is not None else others
 
 
 def _rests(names: Iterable[str], stack: str) -> dict[int, list[str]]:
-    """What stands behind the number in names of a stack, by layer."""
+    """The rest of each tensor name behind the layer's number, by layer, for the names of a stack."""
     rests: dict[int, list[str]] = {}
     for name in names:
         if (layer := split_layer(name)) and layer[0] == stack:
@@ -269,13 +270,13 @@ def _rests(names: Iterable[str], stack: str) -> dict[int, list[str]]:
 
 
 class _Values:
-    """Which parameters each tensor has, in one object for all that have the same."""
+    """Each tensor's parameters; tensors with equal parameters share one object."""
 
     def __init__(self, recipe: Recipe, method: Method) -> None:
         self._recipe, self._method = recipe, method
         self._shelf: dict[Any, Values] = {}
         self._tuples: dict[tuple[int, ...], tuple[Values, ...]] = {}
-        self._constant: dict[int, tuple[Values, ...] | None] = {}  # by slice: of those whose settings are constants
+        self._constant: dict[int, tuple[Values, ...] | None] = {}  # by slice, if all its settings are constants
         self.unset: dict[str, dict[str, None]] = {}
         self.used: set[Choice] = set()
         self.num_scheduled = 0
@@ -306,7 +307,7 @@ class _Values:
                 yield from self._scopes_of(tensor, output, source)
 
     def _scopes_of(self, tensor: OutputTensor, output: Output, source: Source | None) -> list[Settings]:
-        """What decides, the innermost first: of one source, or of all."""
+        """The settings that apply, the innermost first: for one source, or for all."""
         outer = [tensor.part.parameters, tensor.module.parameters, self._recipe.parameters]
         if source is None:
             return [output.parameters, *outer]

@@ -1,6 +1,6 @@
-"""What becomes of each tensor: merged, kept as the base has it, or left out. Or every mismatch at once.
+"""Decide about each tensor: merged, kept from the base, or left out. Or report every mismatch at once.
 
-Names, shapes and dtypes only: all that can go wrong because of them goes wrong here, in one message.
+Names, shapes and dtypes only: every error that they can cause is raised here, in one message.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ NOT_CHOSEN = "not chosen: base kept"
 MISSING = "not in all models: base kept"
 UNLIKE = "another shape or type in some model: base kept"
 NOTHING_CHOSEN = "--only and --exclude leave no tensor to merge."
-_MOST = 5  # mismatches of a kind that are named
+_MOST = 5  # at most so many mismatches of a kind are named
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The output's tensors in natural order (layer 2 before layer 10); those in `kept` stay as they are, for the reason
-    that stands there. `unchosen` are all that --only and --exclude leave out, in the output or not."""
+    """The output's tensors in natural order (layer 2 before layer 10). `kept` maps tensors that are not merged to the
+    reason. `unchosen` are all names that --only and --exclude leave out, in the output or not."""
 
     names: Sequence[str]
     kept: Mapping[str, str]
@@ -39,7 +39,7 @@ class Fit:
 
 @dataclass(slots=True)
 class _Differences:
-    """Names that models lack, by model; of tensors that do not fit, the two sides in words, by name."""
+    """`lacking`: the names that each model lacks. `shapes`, `dtypes`: by name, the two sides of a mismatch in words."""
 
     lacking: dict[int, list[str]] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
@@ -49,8 +49,8 @@ class _Differences:
 def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> Fit:
     """Decide about every tensor.
 
-    Raises MismatchError with all that does not fit, unless the recipe says what to do then; RecipeError for a pattern
-    that matches nothing, and where nothing is left to merge.
+    Raises MismatchError with all mismatches that the recipe does not allow; RecipeError for a pattern that matches no
+    tensor, and if no tensor is left to merge.
     """
     options, differences = recipe.options, _Differences()
     names, kept, merged = list(expansion.names()), dict[str, str](), list[str]()
@@ -79,7 +79,7 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
 def _reason(
     options: Options, expansion: Expansion, tensor: OutputTensor, models: Sequence[Checkpoint], unlike: _Differences
 ) -> str:
-    """Why a tensor is not merged; nothing if it is. What is not allowed is noted."""
+    """The reason why a tensor is not merged; empty if it is merged. Notes mismatches in `unlike`."""
     if lacking := expansion.lacking(tensor):
         if options.on_missing != "base" and not is_derived(tensor.name):
             for model in lacking:
@@ -106,7 +106,7 @@ def _vocabulary(a: TensorInfo, b: TensorInfo) -> str:
 
 
 def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], differences: _Differences) -> None:
-    """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
+    """Raise MismatchError for the differences that the recipe does not allow, and name the options that allow them."""
     problems, ways = list[str](), list[str]()
     if differences.lacking:
         for model, names in differences.lacking.items():
@@ -151,7 +151,7 @@ def _size(model: Checkpoint) -> str:
 def _warnings(
     recipe: Recipe, models: Sequence[Checkpoint], kept: Mapping[str, str], left_out: Sequence[str]
 ) -> Iterator[str]:
-    """What is kept and left out although nobody chose it tensor by tensor."""
+    """Warnings about tensors that are kept or left out because of an option, not by name."""
     base, others = models[recipe.first].name, [models[k].name for k in sorted(recipe.sources) if k != recipe.first]
     other = others[0] if len(others) == 1 else "some model"
     where = f"only in {other}" if len(others) == 1 else f"not in {base}"
@@ -192,7 +192,7 @@ def find_unchosen(options: Options, names: Sequence[str]) -> frozenset[str]:
 
 
 def no_match(option: str, pattern: Pattern, names: Iterable[str]) -> str:
-    """The message for a pattern that is probably a typo."""
+    """The message for a pattern that matches no tensor: probably a typo."""
     some = _natural(names)
     hint = pattern.hint(some)
     return f"{option}: matches no tensor.{hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."

@@ -1,5 +1,5 @@
-"""What the models to be merged say differently of themselves: configurations, tokenizers. For warnings; and, where they
-do not fit, for the error."""
+"""Differences between the configurations and tokenizers of the models to be merged, for warnings; if the models do not
+fit, for the error."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _COMPARED_SETTINGS = (
     "rope_scaling",
     "tie_word_embeddings",
 )
-_ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta"})  # worth a word if only one says
+# Settings to warn about even if only one model has them.
+_ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta"})
 
 
 def parent_warnings(models: Sequence[Checkpoint], way: str) -> Iterable[str]:
-    """Notices of the models, and what each says otherwise than the first. `way` is how rows can be matched by token;
-    nothing if they are."""
+    """The models' notices, and the differences between each model and the first. `way` is the option that matches rows
+    by token; empty if it is in use."""
     for model in models:
         yield from model.notices
     for other in models[1:]:
@@ -42,8 +43,8 @@ def parent_warnings(models: Sequence[Checkpoint], way: str) -> Iterable[str]:
 
 
 def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
-    """Raise MismatchError where rows of one number mean other tokens in two models: wherever the tokenizers differ, if
-    the recipe is strict, else where a token has another number."""
+    """Raise MismatchError if a row means different tokens in two models: if the recipe is strict, for any difference
+    between tokenizers, else only if a token's id differs."""
     base, *others = models
     for other in others:
         here, there = base.tokenizer_folder, other.tokenizer_folder
@@ -54,7 +55,7 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
         try:
             comparison = compare_tokenizers(here, there)
         except CheckpointError:
-            continue  # a warning tells of it
+            continue  # a warning covers it
         if comparison.num_moved or (recipe.is_strict and any(comparison.num_alone)):
             raise MismatchError(
                 f"{base.name} and {other.name} have different vocabularies, so rows of one number mean other tokens. "
@@ -64,14 +65,14 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
 
 
 def explain_rows(models: Sequence[Checkpoint]) -> str:
-    """How far the vocabularies of models agree whose embeddings differ in their rows; nothing if they do not."""
+    """How far vocabularies agree, for models whose embeddings differ in their number of rows; empty if none do."""
     base, *others = models
     lines = [f"\n{text}." for other in others if _has_other_rows(base, other) and (text := _compared(base, other))]
     return "".join(lines)
 
 
 def _has_other_rows(base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether the embeddings differ in how many rows they have."""
+    """Whether the embeddings differ in their number of rows."""
     rows = rows_of(base), rows_of(other)
     return None not in rows and rows[0] != rows[1]
 
@@ -89,7 +90,7 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterable[str]:
         if a.get(key) == b.get(key) or base.config is None or ft.config is None:
             continue
         if key.endswith("tie_word_embeddings") and base.tensors.keys() != ft.tensors.keys():
-            continue  # the heads themselves were told of already
+            continue  # another warning covers the heads
         if (key in a and key in b) or key.split(".")[-1] in _ONE_SIDED:
             here, there = (shown(side.get(key, "nothing")) for side in (a, b))
             yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}. Are these related models?"
@@ -110,7 +111,7 @@ def _tokenizer_differences(base: Checkpoint, ft: Checkpoint, way: str) -> Iterab
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that matter, those of a part as `text_config.num_attention_heads`."""
+    """The settings to compare; those of a part are named `text_config.num_attention_heads`."""
     settings: dict[str, Any] = {}
     for keys, part in sub_configs(config):
         rope = part.get("rope_parameters")

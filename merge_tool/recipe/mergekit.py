@@ -1,7 +1,7 @@
-"""mergekit's YAML -> `Recipe`: whatever the text alone can get wrong is found here, with its line.
+"""mergekit's YAML -> `Recipe`: every error that the text alone shows is raised here, with its line.
 
-Written from the format's rules, which docs/mergekit.md states. Where mergekit ignores what it does not know, an
-unknown key is an error here, and a known one without effect a warning. Opens no checkpoint; `expand` goes on from here.
+Follows the format's rules as docs/mergekit.md states them. mergekit ignores unknown keys; here an unknown key is an
+error, and a known key without effect a warning. Opens no checkpoint; `expand` is the next step.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def read_recipe(
     values: Sequence[str] | Mapping[str, Any] = (),
     **options: Any,
 ) -> Recipe:
-    """The recipe of a YAML file, or of the same as a mapping. `options` are the fields of Options; `values` stand in
-    place of the recipe's, as in parse_recipe. Raises RecipeError."""
+    """The recipe of a YAML file or an equal mapping. `options` are the fields of Options; `values` replace the
+    recipe's, as in parse_recipe. Raises RecipeError."""
     text, where = recipe_text(recipe)
     return parse_recipe(text, where, methods, extrapolate=extrapolate, values=values, options=make_options(**options))
 
@@ -76,10 +76,10 @@ def parse_recipe(
     values: Sequence[str] | Mapping[str, Any] = (),
     options: Options | None = None,
 ) -> Recipe:
-    """The recipe that `text` (of the file `where`) asks for; `methods` are those that there are.
+    """The recipe in `text` (of the file `where`); `methods` are the known methods.
 
-    `values` are parameters for all tensors, in place of the recipe's own: NAME=VALUE[,VALUE...], or a mapping. Several
-    values of a parameter are an output each.
+    `values` are parameters for all tensors that replace the recipe's: NAME=VALUE[,VALUE...], or a mapping. Each of
+    several values makes an output.
 
     Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
     parameters: with the file, the line, and what would be right.
@@ -116,7 +116,7 @@ class _Parser:
         base_number = self._models.number(base) if base else None
         tokenizer = parse_tokenizer(self._text, self._models, fields, has_base=base is not None)
         dtype, out_dtype = self._dtype(fields, "dtype"), self._dtype(fields, "out_dtype")
-        models = self._models.refs  # complete only now
+        models = self._models.refs  # the warnings are complete only now
         return Recipe(
             models=models,
             names=tuple(f"model-{number}" for number in range(1, len(models) + 1)),
@@ -194,7 +194,7 @@ class _Parser:
     # Slices and their sources
 
     def _all_layers(self, value: Value, base: ModelRef | None, scopes: list[Settings]) -> Slice:
-        """`models`: one slice of everything; base_model is one of its sources even if it is not listed."""
+        """`models`: one slice of all layers; base_model is one of its sources even if it is not listed."""
         refs: list[ModelRef] = []
         sources: list[Source] = []
         for item in self._text.items(value, "models"):
@@ -333,7 +333,7 @@ class _Parser:
 
 
 def make_options(**options: Any) -> Options:
-    """Options of these names. Raises RecipeError for a name that there is not."""
+    """Options from a mapping. Raises RecipeError for an unknown name."""
     known = [f.name for f in fields_of(Options)]
     if unknown := sorted(options.keys() - set(known)):
         raise RecipeError(f"There is no option {shown(unknown[0])}; there are: {', '.join(sorted(known))}.")
@@ -347,7 +347,7 @@ def _list_text(value: Value) -> Any:
 
 
 def recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
-    """The recipe as YAML, and what to call it in messages."""
+    """The recipe as YAML, and its name for messages."""
     if isinstance(recipe, Mapping):
         import yaml
 

@@ -13,7 +13,7 @@ from merge_tool.recipe.recipe import Output, label_of
 from merge_tool.recipe.settings import Choice, Pattern, Setting, Settings, constant
 from merge_tool.recipe.yaml_text import Text, Value, kind, nearest
 
-# Keys that mergekit knows, knew or is often given, and that change nothing.
+# Keys without effect that mergekit knows or knew, or that users often write.
 INERT = {
     "int8_mask": "it chose what mergekit keeps its masks in",
     "embed_slerp": "mergekit no longer reads it; a filter for embed_tokens or lm_head does what it did",
@@ -24,7 +24,7 @@ _SWITCHES = {"true": True, "false": False, "1": 1, "0": 0}
 
 
 class Parameters:
-    """What the parameters of one method may be."""
+    """The parameters of one method: names, types and ranges."""
 
     def __init__(self, text: Text, name: str, methods: Mapping[str, Method], extrapolate: bool) -> None:
         self._text = text
@@ -36,8 +36,8 @@ class Parameters:
         self._elsewhere = {key for method in methods.values() for key in (*method.shared, *method.each)}
 
     def parse(self, value: Value | None, what: str, *, of_model: bool = False) -> Settings:
-        """The settings in one place. Those `of_model` are for one input: parameters that all inputs share are an error
-        there, as nothing would read them."""
+        """The settings in one `parameters` mapping. `of_model`: the mapping of one input, where parameters that all
+        inputs share are an error, because nothing would read them."""
         if value is None or value.plain is None:
             return {}
         mapping = self._text.mapping(value, what)
@@ -45,7 +45,7 @@ class Parameters:
         return {key: self._setting(key, item) for key, item in kept.items()}
 
     def outputs(self, values: Mapping[str, Sequence[Value]]) -> tuple[Output, ...]:
-        """One output for each combination of these values, which stand in place of the recipe's own."""
+        """One output for each combination of these values, which replace the recipe's."""
         for key in values.keys() - self._defaults.keys():
             known = ", ".join(sorted(self._defaults)) or "none"
             meant = nearest(key, self._defaults.keys())
@@ -116,7 +116,7 @@ class Parameters:
     def _scalar(self, key: str, value: Value) -> Any:
         default = self._defaults[key]
         if isinstance(default, bool):
-            if value.plain in (True, False):  # 1 and 0, too, which mergekit-evolve writes as 1.0 and 0.0
+            if value.plain in (True, False):  # also 1 and 0, which mergekit-evolve writes as 1.0 and 0.0
                 return bool(value.plain)
             raise self._wrong(key, value, "true or false")
         if isinstance(default, str):
@@ -157,7 +157,7 @@ class Parameters:
 
 
 def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:
-    """NAME=VALUE[,VALUE...] texts, or the same as a mapping, by name. Raises RecipeError."""
+    """Parsed values by name, from NAME=VALUE[,VALUE...] texts or a mapping. Raises RecipeError."""
     pairs = list(values.items()) if isinstance(values, Mapping) else [_parse_value(text) for text in values]
     parsed: dict[str, tuple[Value, ...]] = {}
     for key, several in pairs:
@@ -178,5 +178,5 @@ def _parse_value(text: str) -> tuple[str, list[str]]:
 
 
 def _plain(value: Any) -> Any:
-    """A word of the command line as YAML would read it, as far as parameters go."""
+    """A word of the command line, read as YAML reads a parameter."""
     return _SWITCHES.get(value.lower(), value) if isinstance(value, str) else value

@@ -11,7 +11,7 @@ from merge_tool.recipe.yaml_text import Fields, Text, Value, kind
 
 
 def parse_tokenizer(text: Text, models: NamedModels, fields: Fields, *, has_base: bool) -> Tokenizer | None:
-    """What the recipe says of its vocabulary; None if nothing. Raises RecipeError."""
+    """The recipe's tokenizer; None if the recipe has no such key. Raises RecipeError."""
     return _Parser(text, models, has_base).parse(fields)
 
 

@@ -1,5 +1,5 @@
-"""YAML of strangers -> plain values that know their line, and what may be expected of them. The safe tags only; what is
-too large, too deep, too often repeated or given twice is refused before anything is built from it."""
+"""YAML of strangers -> plain values with their lines, and checks of their types. Only safe tags; text that is too
+large, too deep or too often repeated, and keys given twice, are refused before anything is built from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from merge_tool.errors import RecipeError, shown
 
 MOST_BYTES = 1_000_000
-_MOST_VALUES = 50_000  # aliases count each time: nine lines of them can stand for a billion values
+_MOST_VALUES = 50_000  # each use of an alias counts: nine lines of aliases can stand for a billion values
 _MOST_DEPTH = 40
 _TOO_MANY = f"more than {_MOST_VALUES:,} values, aliases included, which is no recipe"
 _TOO_DEEP = f"nested too deeply, expected at most {_MOST_DEPTH} levels"
@@ -21,8 +21,8 @@ _PLAIN = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value of the text: `plain` is a scalar, a tuple of Values or a mapping of text to Values. `line` counts
-    from 1. `key_line` is where its key stands, if it has one; `text` a scalar as it was written."""
+    """One value of the text: `plain` is a scalar, a tuple of Values or a mapping of text to Values. `line` counts from
+    1. `key_line` is the line of its key, if it has one; `text` is a scalar as it was written."""
 
     line: int
     plain: Any
@@ -35,10 +35,10 @@ Fields: TypeAlias = Mapping[str, Value]
 
 def parse_yaml(text: str, where: str) -> Value:
     """The one document of `text`. Raises RecipeError, with `where` and the line, for anything but plain, small YAML."""
-    import yaml  # here, because it costs every other command a megabyte
+    import yaml  # imported here, because it costs every other command a megabyte
 
     class Loader(yaml.SafeLoader):
-        """Stops where the text gets too deep or too long, while it is being read."""
+        """Stops as soon as the text gets too deep or too long."""
 
         num_nodes = depth = 0
 
@@ -108,7 +108,7 @@ class _Reader:
         for key, value in node.value:
             if key.tag == _MERGE:
                 for name, item in self._inherited(value, depth):
-                    inherited.setdefault(name, item)  # what comes first counts
+                    inherited.setdefault(name, item)  # the first mapping counts
                 continue
             name = self._key(key)
             if name in own:
@@ -117,7 +117,7 @@ class _Reader:
         return own | {name: item for name, item in inherited.items() if name not in own}
 
     def _inherited(self, node: Any, depth: int) -> list[tuple[str, Value]]:
-        """What `<<: *other` or `<<: [*one, *other]` adds."""
+        """The items that `<<: *other` or `<<: [*one, *other]` adds."""
         items: list[tuple[str, Value]] = []
         for mapping in node.value if node.id == "sequence" else [node]:
             if mapping.id != "mapping":
@@ -144,9 +144,10 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file being read: how its errors begin, what it expects of values, and the warnings so far (in order, once).
+    """A file being read: the beginning of its error messages, checks of values, and the warnings so far (in order, each
+    once).
 
-    `inert` says of keys that are known but change nothing why they do not; `hints` of others where they belong.
+    `inert` has for known keys without effect the reason; `hints` has for misplaced keys the right place.
     """
 
     where: str
@@ -156,11 +157,11 @@ class Text:
 
     @property
     def start(self) -> str:
-        """How its errors begin."""
+        """The beginning of error messages."""
         return f"{shown(self.where)}, line "
 
     def error(self, line: int, what: str) -> RecipeError:
-        """The error for what stands in a line; line 0 is the whole."""
+        """The error for a line; line 0 means the whole file."""
         return RecipeError(f"{self.start}{line}: {what}" if line else f"{shown(self.where)}: {what}")
 
     def warn(self, line: int, key: str, why: str) -> None:
@@ -179,7 +180,7 @@ class Text:
         return {key: item for key, item in mapping.items() if key in known}
 
     def meant(self, key: str, known: Collection[str]) -> str:
-        """What may have been meant by an unknown key, in brackets; or nothing."""
+        """A hint in brackets for an unknown key; or nothing."""
         return f" ({self.hints[key]})" if key in self.hints else nearest(key, known)
 
     def mapping(self, value: Value, what: str) -> Fields:
@@ -206,7 +207,7 @@ class Text:
 
 
 def kind(value: Value) -> str:
-    """What a value is, in words."""
+    """The kind of a value, in words."""
     if isinstance(value.plain, Mapping):
         return "a mapping"
     if isinstance(value.plain, tuple):

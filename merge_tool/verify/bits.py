@@ -1,5 +1,5 @@
-"""A stored output against its parents, bit for bit: a sample of tiles, each tensor's merge begun again from what the
-report says that its passes found; or everything, by a whole merge whose writers compare instead of writing."""
+"""A stored output against its parents, bit for bit: a sample of tiles, merged again from the pass results in the
+report; or everything, by a whole merge whose writers compare instead of writing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from merge_tool.run.work import Work, start_work
 from merge_tool.verify.checks import Checks, check_bytes, first_difference
 
 _PIECE = 1 << 20
-# What a method may raise when it is given something that its passes never found.
+# Errors that a method may raise for pass results that its passes never give.
 _UNREADABLE = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
 
 
@@ -53,7 +53,7 @@ class Sample:
     def _check_tensor(self, file: LocalFile, job: TensorJob) -> None:
         if (work := self._begun(job)) is None:
             return
-        with np.errstate(all="ignore"):  # scales of the output may be zero, or no numbers
+        with np.errstate(all="ignore"):  # the output's scales may be zero or NaN
             if isinstance(work, Scaled) and job.is_scales:
                 self._check_scales(file, job, work)
                 return
@@ -67,7 +67,7 @@ class Sample:
         return sorted(self.chance.sample(range(count), min(count, max(1, round(self.share * count)))))
 
     def _begun(self, job: TensorJob) -> Work | None:
-        """The tensor's work as the report says that its passes left it, or with its passes made again."""
+        """The tensor's work after its passes: from the report's results, or with the passes made again."""
         finding, work, what = self.findings[job.number], start_work(self.plan, job), shown(job.out.name)
         if isinstance(work, Scaled):
             codes = self.places[job.first.info.name][0]
@@ -125,7 +125,7 @@ class Sample:
     # ------------------------------------------------------------------------------------------ 8 bits
 
     def _scales_there(self, codes: TensorJob) -> Array:
-        """The output's own."""
+        """The scales that the output has."""
         assert codes.scaling is not None
         job, file = self.places[codes.scaling.like.scales.info.name]
         scales: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
@@ -133,7 +133,7 @@ class Sample:
         return scales
 
     def _check_scales(self, file: LocalFile, job: TensorJob, work: Scaled) -> None:
-        """Rows of scales, each from all the values that share them. One scale for a whole tensor takes all of it."""
+        """Compare rows of scales, each made from all values that share it. A single scale needs the whole tensor."""
         columns = work.scaling.like.grid.scale_columns
         rows = self._chosen(job.out.numel // columns)
         if (source := work.copied(0)) is not None:
@@ -146,7 +146,7 @@ class Sample:
                 return
 
     def _fresh_scales(self, job: TensorJob, work: Scaled, rows: list[int]) -> Array:
-        """All scales, of which those in `rows` are right."""
+        """An array of all scales; only those in `rows` are computed."""
         grid, codes = work.scaling.like.grid, self.places[job.first.info.name][0]
         largest = np.zeros(job.out.numel)
         whole = largest.reshape(-1, grid.scale_columns)
@@ -164,7 +164,7 @@ class Sample:
 
 
 class _Comparer:
-    """A shard's Writer that writes nothing: it compares with the file that is there, and keeps the first difference."""
+    """A shard's Writer that writes nothing: it compares with the existing file and keeps the first difference."""
 
     def __init__(self, file: LocalFile) -> None:
         self.file, self.first, self.nbytes = file, -1, 0
@@ -187,7 +187,7 @@ class _Comparer:
 
 
 class Comparison:
-    """A Sink that keeps the findings and says where the shards that are there differ from the merge."""
+    """A Sink that keeps the findings and reports where the existing shards differ from the merge."""
 
     def __init__(self, checks: Checks, files: Mapping[int, LocalFile]) -> None:
         self.checks, self.files, self.findings = checks, files, Findings()

@@ -1,8 +1,8 @@
 """An output against itself and against its parents: `verify`. Reads everything, writes nothing, trusts nothing.
 
-Alone: every file's SHA-256, and every shard, opened by the safetensors library, against the report. With the
-parents: the plan is made anew from their headers, and elements are merged again and compared bit for bit, by the
-very code that merged them. `full` is a whole merge whose writers compare instead of writing.
+Without the parents: compares every file's SHA-256, and every shard, opened by the safetensors library, with the report.
+With the parents: plans anew from their headers, merges elements again by the same code as the merge, and compares them
+bit for bit. `full` is a whole merge whose writers compare instead of writing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from merge_tool.output.report import FORMAT, stream_report, sums_text
 from merge_tool.verify.checks import Checks
 from merge_tool.verify.remerge import StoredReport, check_parents, plan_again
 
-_MOST = 50  # tensors too many that are named
+_MOST = 50  # at most so many superfluous tensors are named
 _HEAD: Mapping[str, type | tuple[type, ...]] = {
     "method": str, "parameters": dict, "words": dict, "inputs": dict, "options": dict, "shards": dict,
     "samples_sha256": list,
@@ -33,10 +33,10 @@ _HEAD: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked of one output and what is wrong with it: nothing, if `problems` is empty.
+    """The check of one output: what was checked, and its `problems`, none if it is right.
 
     `nbytes` were hashed. `num_compared` elements of `num_elements` were merged again, with the sums made again if
-    `full`. `others` are files that no manifest lists.
+    `full`. `others` are files that SHA256SUMS does not list.
     """
 
     path: Path
@@ -61,14 +61,14 @@ def verify(
     memory_bytes: int | None = None,
     jobs: int | None = None,
 ) -> tuple[Verification, ...]:
-    """Check the output at `out` (each of its outputs, where it holds several `t-...`) and say what is wrong.
+    """Check the output at `out` (if it holds several `t-...`, each of them) and list the problems.
 
-    `against` are BASE and FT, or give the `recipe` of an output that was made by one: a `sample` of the elements (0 to
-    1, whole tiles, at least one of every tensor, others in every run) is merged again with what the report says that
-    the passes found, and compared bit for bit; with `full` all elements, and the passes, and every line of the report.
-    A one-file output needs its `report_path`.
+    `against` are BASE and FT; for an output of a recipe give `recipe` instead. A `sample` of the elements (0 to 1,
+    whole tiles, at least one of every tensor, chosen anew in every run) is merged again with the report's pass results
+    and compared bit for bit. With `full` all elements, the passes, and every line of the report are compared. A
+    one-file output needs its `report_path`.
 
-    Raises MergeToolError where `out` is no output, or a parent cannot be read.
+    Raises MergeToolError if `out` is no output, or a parent cannot be read.
     """
     path = Path(out)
     if not 0 < sample <= 1:
@@ -151,7 +151,7 @@ def _verify(
 
 
 def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
-    """Hash what SHA256SUMS lists; returns what else lies there, and complains of weights that it does not list."""
+    """Hash the files that SHA256SUMS lists. Returns the other files; weights among them are problems."""
     if folder.has(WORK):
         checks.add(f"{WORK}: an unfinished merge lies in the folder; run its command again.")
     try:
@@ -207,7 +207,8 @@ def _open_report(path: Path) -> StoredReport:
 def _check_weights(
     checks: Checks, folder: Folder, file_name: str | None, report: StoredReport | None
 ) -> tuple[int, int]:
-    """Names, shapes, dtypes, index and sizes against the report; returns the tensors and elements that it names."""
+    """Compare names, shapes, dtypes, index and sizes with the report. Returns the numbers of its tensors and
+    elements."""
     sizes: Mapping[str, Any] = {file_name or "": None} if report is None else report.head["shards"]
     held: dict[str, tuple[tuple[int, ...], str, str]] = {}
     for name, size in sizes.items():

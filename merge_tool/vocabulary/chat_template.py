@@ -1,5 +1,5 @@
-"""The chat template that a recipe asks for: by name, as Jinja text, or the one that most models have; and the files
-that hold it. Strings only: no template is ever run."""
+"""A recipe's chat template: by name, as Jinja text, or the one that most models have; and the files that contain it.
+Strings only: no template is run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ _LARGEST = 1_000_000  # bytes
 
 
 def choose_template(choice: str, models: Sequence[Checkpoint], donor: int) -> str | None:
-    """The template's text; None if it is that of most models (`auto`), and none of them has one.
-
-    Of several that equally many have, the donor's counts, else the first.
+    """The template's text. `auto` is the template of most models; of templates that equally many models have, the
+    donor's counts, else the first. None if it is `auto` and no model has one.
     """
     if choice != "auto":
         return TEMPLATES.get(choice, choice)
@@ -31,7 +30,7 @@ def choose_template(choice: str, models: Sequence[Checkpoint], donor: int) -> st
 
 
 def template_of(folder: Folder | None) -> str | None:
-    """The template that a folder's tokenizer has, the one called default if it has several."""
+    """The template of a folder's tokenizer; of several, the one named default."""
     if folder is None:
         return None
     if folder.has(FILE):
@@ -56,8 +55,8 @@ def _text(folder: Folder, name: str) -> str:
 
 
 def with_template(side_files: SideFiles, text: str) -> SideFiles:
-    """The side files with this template in place of theirs: chat_template.jinja, and where tokenizer_config.json has
-    one, there too."""
+    """The side files with this template in place of theirs: in chat_template.jinja, and also in tokenizer_config.json
+    if it has a template."""
     copied = [file for file in side_files.copied if file.target not in (FILE, OLD_FILE)]
     content = text.encode("utf-8", "surrogatepass")
     copied.append(SideFile(FILE, FILE, len(content), content=content))
@@ -73,7 +72,7 @@ def _edited(side_files: SideFiles, file: SideFile, text: str) -> SideFile:
 
 
 def template_warnings(text: str, side_files: SideFiles) -> Iterator[str]:
-    """What a template known by name writes, and the output's tokenizer does not have as tokens."""
+    """Warnings about special tokens that a template known by name writes and the output's tokenizer lacks."""
     name = next((name for name, known in TEMPLATES.items() if known == text), "")
     tokenizer = next((file for file in side_files.copied if file.target == "tokenizer.json"), None)
     if name not in TEMPLATE_TOKENS or tokenizer is None:

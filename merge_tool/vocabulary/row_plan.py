@@ -1,7 +1,8 @@
-"""Which rows of the models the rows of the output's vocabulary are made of. Arrays and numbers only.
+"""Which rows of the models make each row of the output's vocabulary. Arrays and numbers only.
 
-A token that a model lacks has there the row of the only model that has it, else of base_model, else the mean of those
-that have it; or what the recipe says of it by name. So all models have a row for each of the output's tokens.
+If a model lacks a token, its row is taken from the only model that has the token, else from base_model, else it is the
+mean of the models that have the token. The recipe can decide otherwise for tokens that it names. So all models have a
+row for each of the output's tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from merge_tool.vocabulary.rows import FIRST_AVERAGE, MEAN, ZERO, Rows, code, ke
 
 @dataclass(frozen=True)
 class Side:
-    """A model that lends rows: its number in the recipe, how many rows it has, whether it is merged, and the place of
-    its tokenizer among those joined."""
+    """A model that lends rows: its number in the recipe, its number of rows, whether it is merged, and the index of its
+    tokenizer among the joined ones."""
 
     number: int
     name: str
@@ -31,10 +32,10 @@ class Side:
 
 
 class RowPlan:
-    """The rows of the output in each of `sides`. `lead` is the model (by its number) whose ids the output has, `base`
-    the base_model, if there is one. Raises RecipeError for tokens whose rows are not where `ask` says.
+    """The rows of the output in each of `sides`. `lead` is the number of the model whose ids the output has, `base` of
+    base_model, if there is one. Raises RecipeError if a model lacks a token whose row `ask` takes from it.
 
-    `size` counts the output's rows, `num_new` those of padding that no model has.
+    `size` is the number of the output's rows, `num_new` the number of padding rows that no model has.
     """
 
     def __init__(self, ask: Tokenizer, joined: Joined, sides: Sequence[Side], *, lead: int, base: int | None) -> None:
@@ -47,7 +48,7 @@ class RowPlan:
         self.merged, self.count = merged, np.sum([self.own[index] >= 0 for index in merged], axis=0)
 
     def _sizes(self) -> tuple[int, int]:
-        """Padding that the lead has stays."""
+        """The output's number of rows, and how many of them are new padding. The lead's padding stays."""
         there = 0 if self.lead is None else self.sides[self.lead].rows
         grows = there == 0 or self.ask.source == "union" or len(self.ask.tokens) > 0
         kept = max(there, self.joined.size) if grows else there
@@ -56,18 +57,18 @@ class RowPlan:
         return size, size - kept
 
     def _own(self, index: int, side: Side) -> Array:
-        """A model's own row for each of the output's, -1 where it has none."""
+        """A model's own row for each row of the output, -1 if it has none."""
         own = np.full(self.size, -1, np.int64)
         ids = np.asarray(self.joined.ids[side.tokenizer][: self.size], np.int64)
         own[: len(ids)] = np.where(ids < side.rows, ids, -1)
-        if index == self.lead:  # ids that no token has, and rows beyond the tokens, are its own as well
+        if index == self.lead:  # the lead also keeps ids without a token, and rows behind the tokens
             rows = np.arange(min(side.rows, self.size))
             rows = rows[(rows < self.joined.sizes[side.tokenizer]) | (rows >= self.joined.size)]
             own[rows] = rows
         return own
 
     def rows(self) -> list[Rows | None]:
-        """For each side; None for one that is not merged."""
+        """The rows for each side; None for a side that is not merged."""
         defaults, averages = self._defaults()
         forced = np.zeros(self.size, bool)
         self._name_rows(defaults, forced)
@@ -84,7 +85,7 @@ class RowPlan:
         return [made.get(index) for index in range(len(self.sides))]
 
     def _defaults(self) -> tuple[Array, Array]:
-        """What stands in for a row that a model lacks, as a code; and the averages."""
+        """The code of the substitute for each row that a model may lack; and the averages."""
         codes = np.full(self.size, MEAN, np.int64)
         for index in self.merged:
             codes = np.where((self.own[index] >= 0) & (self.count == 1), code(index, self.own[index]), codes)
@@ -103,7 +104,7 @@ class RowPlan:
     # ------------------------------------------------------------------------------- tokens given by name
 
     def _name_rows(self, defaults: Array, forced: Array) -> None:
-        """Put in what the recipe says of single tokens."""
+        """Apply the recipe's entries for single tokens."""
         ids = iter(self.joined.wanted)
         for token, row in self.ask.tokens.items():
             token_row = self.joined.named[token]
@@ -129,8 +130,8 @@ class RowPlan:
     # ------------------------------------------------------------------------------- what to tell
 
     def warnings(self, of: str, figures: str) -> Iterator[str]:
-        """Where the rows come from; `of` names the models whose tokens the output has, `figures` say how far these
-        agree."""
+        """Warnings about where the rows come from. `of` names the models whose tokens the output has; `figures` say how
+        far these models agree."""
         padding = max(0, self.size - self.joined.size)
         new = f", {self.num_new:,} of them new: the mean of the rows with tokens" if self.num_new else ""
         yield (
@@ -149,7 +150,7 @@ class RowPlan:
             yield f"{len(without):,} tokens have no row in any model{which}: theirs is the mean of all tokens' rows."
 
     def _without_rows(self) -> set[int]:
-        """Tokens that no model has a row for, and of which the recipe says nothing."""
+        """Tokens without a row in any model, and without an entry in the recipe."""
         named: Mapping[str, int] = self.joined.named
         is_token = np.any([np.asarray(ids) >= 0 for ids in self.joined.ids], axis=0)[: self.size]
         is_token[[token_row for token_row in named.values() if token_row < len(is_token)]] = True
