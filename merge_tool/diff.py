@@ -233,15 +233,23 @@ def _tiles(
 
 def _describe(name: str, a: TensorInfo, b: TensorInfo, equal: bool, sums: PairSums | None) -> TensorDiff:
     layer, module = split_layer(name)
-    facts = (name, layer, module, a.shape, a.dtype, b.dtype, equal)
+    described = partial(
+        TensorDiff,
+        name=name,
+        layer=layer,
+        module=module,
+        shape=a.shape,
+        dtype_base=a.dtype,
+        dtype_ft=b.dtype,
+        equal=equal,
+    )
     if sums is None:
         is_float = a.dtype in FLOAT_DTYPES
         note = "holds NaN or infinity" if is_float else "equal" if equal else "integers that differ"
-        return TensorDiff(*facts, note=note)
+        return described(note=note)
     angle = pair_angle(sums)
     n0, n1 = (norm / sums.scale for norm in sums.norms)
-    return TensorDiff(
-        *facts,
+    return described(
         angle_degrees=None if angle is None else math.degrees(angle.theta),
         norm_base=_finite(n0),
         norm_ft=_finite(n1),

@@ -95,12 +95,12 @@ def reason(e: BaseException) -> str:
     >>> reason(FileNotFoundError(2, "No such file or directory", "/home/me/model/config.json"))
     'No such file or directory'
     >>> reason(UnicodeDecodeError("utf-8", b"abc", 1, 2, "invalid start byte"))
-    'it is no text in utf-8, at byte 1'
+    'it is not utf-8 text, at byte 1'
     """
     if isinstance(e, OSError) and e.strerror:
         return shown(e.strerror)
     if isinstance(e, UnicodeDecodeError):
-        return f"it is no text in {e.encoding}, at byte {e.start:,}"
+        return f"it is not {e.encoding} text, at byte {e.start:,}"
     return shown(str(e) or type(e).__name__, 600)
 
 

@@ -181,7 +181,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> str:
 
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     name = repo if revision is None else f"{repo}@{shown(revision)}"
-    local = f"Nothing here is called {name}, and"
+    local = f"{name}: is not a local path, and"
     page = f"{constants.ENDPOINT}/{repo}"
     login = "`hf auth login` or HF_TOKEN"
     if "GatedRepoError" in kinds:
@@ -190,14 +190,14 @@ def _explained(error: Exception, repo: str, revision: str | None) -> str:
         return f"{name}: the Hub has {repo}, but no revision {shown(revision)} of it. {page}/tree/main lists them."
     if "RepositoryNotFoundError" in kinds:
         return (
-            f"{local} the Hub has no such model that you may see. Check the spelling; if it is private, "
+            f"{local} the Hub shows you no such model. Check the spelling; if it is private, "
             f"give your token by {login}."
         )
     if "HFValidationError" in kinds:
-        return f"{local} it cannot be a model's id on the Hub ({_first_line(error)})."
+        return f"{local} it is not a valid model id of the Hub ({_first_line(error)})."
     if _is_offline():
         return (
-            f"{local} the Hub's cache does not hold all of it, while HF_HUB_OFFLINE forbids to fetch it. "
+            f"{local} it is not fully in the Hub's cache; HF_HUB_OFFLINE prevents downloading it. "
             "Unset HF_HUB_OFFLINE, or give a local folder."
         )
     if "LocalEntryNotFoundError" in kinds or kinds & {"ConnectError", "ConnectionError", "TimeoutException"}:

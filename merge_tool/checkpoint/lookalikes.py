@@ -34,4 +34,4 @@ def lookalike(start: bytes) -> str | None:
     if known := known_start(start):
         return known
     kind = _KINDS.get(start.lstrip()[:1], "")
-    return f"is a text{kind}, not weights: perhaps an error message in their place. Fetch it again" if is_text else None
+    return f"is a text{kind}, not weights (perhaps a saved error page). Fetch it again" if is_text else None

@@ -123,7 +123,7 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     layers = Stacks(job.out.name for job in plan.jobs()).in_words
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters{f', {layers}' if layers else ''})"
     if plan.num_kept:
-        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are one model's as they are"
+        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} copied from one model, unchanged"
     if plan.num_quantised:
         base = shown(plan.names[plan.recipe.first])
         yield f"  8 bits    {plan.num_quantised:,} weights, quantised again as in {base}"

@@ -60,7 +60,7 @@ def known_parts(ref: str | Path) -> tuple[Path, ...]:
     paths = parts(ref)
     if len(paths) == 1 and "+" in str(ref) and not _may_exist(ref):
         raise CheckpointError(
-            f"{shown(ref)}: no such file or folder, nor a model and an adapter with a + between. Check the spelling."
+            f"{shown(ref)}: no such file or folder, and no MODEL+ADAPTER whose parts exist. Check the spelling."
         )
     return paths
 
@@ -115,7 +115,7 @@ def open_models(
     if alone[0] and not all(alone):
         other = shown(paths[alone.index(False)][0].name)
         raise CheckpointError(
-            f"{shown(paths[0][0].name)}: BASE is an adapter, and {other} is none. Give MODEL+ADAPTER for BASE."
+            f"{shown(paths[0][0].name)}: BASE is an adapter, but {other} is a model. Give MODEL+ADAPTER for BASE."
         )
     models: list[Checkpoint] = []
     for ref, path, is_alone in zip(refs, paths, alone, strict=True):
@@ -127,7 +127,7 @@ def open_models(
         notice = (
             f"{' and '.join(model.name for model in models)} are adapters: their factors are merged one by one, which "
         )
-        notice += "is not the merge of the models. For that give MODEL+ADAPTER each time."
+        notice += "is not the merge of the models. To merge the models, give MODEL+ADAPTER for each."
         models[0] = models[0].with_made(models[0].name, (), {}, (*models[0].notices, notice))
     _drop_repeated(models)
     return models

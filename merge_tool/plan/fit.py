@@ -113,14 +113,16 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
             others = [k for k in sorted(recipe.sources) if k != model]
             where = f"only in {models[others[0]].name}" if len(others) == 1 else f"not in {models[model].name}"
             problems.append(f"{counted(len(names), 'tensor')} {where}: {listed(_natural(names))}")
-        ways.append("--on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.")
+        ways.append(
+            "--on-missing base: tensors that a model lacks are copied from BASE; those that BASE lacks are left out."
+        )
     if recipe.options.on_mismatch == "error":
         for unlike, what in ((differences.shapes, "shapes differ"), (differences.dtypes, "dtypes cannot be merged")):
             if unlike:
                 lines = [f"{shown(name)}: {unlike[name]}" for name in _natural(unlike)]
                 problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
         if differences.shapes or differences.dtypes:
-            ways.append("--on-mismatch base: such tensors are BASE's as they are.")
+            ways.append("--on-mismatch base: such tensors are copied from BASE.")
         if any("vocabulary mismatch" in sides for sides in differences.shapes.values()):
             ways.append(f"{recipe.rows_option}: rows are matched by token; the output has those tokens.")
     sizes = f"\n{'; '.join(_size(models[k]) for k in sorted(recipe.sources))}."
@@ -133,7 +135,7 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
             + "\n  ".join([*expansion.range_problems, *problems])
             + sizes
             + "\nAll must be the same architecture, with one vocabulary. To merge them anyway:\n  "
-            + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
+            + "\n  ".join([*ways, "--exclude PATTERN: matching tensors are copied from BASE."])
             + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")
         )
 

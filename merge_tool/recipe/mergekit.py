@@ -336,7 +336,7 @@ def make_options(**options: Any) -> Options:
     """Options from a mapping. Raises RecipeError for an unknown name."""
     known = [f.name for f in fields_of(Options)]
     if unknown := sorted(options.keys() - set(known)):
-        raise RecipeError(f"There is no option {shown(unknown[0])}; there are: {', '.join(sorted(known))}.")
+        raise RecipeError(f"Unknown option {shown(unknown[0])}. The options are: {', '.join(sorted(known))}.")
     return Options(**options)
 
 

@@ -92,7 +92,7 @@ class Parameters:
         parts = [choice.pattern for choice in setting.choices]
         if None in parts[:-1]:
             line = items[parts.index(None) + 1].line
-            self._text.warn(line, key, "what stands after a value without a filter is never reached")
+            self._text.warn(line, key, "entries behind a value without a filter are never used")
         return setting
 
     def _choice(self, key: str, value: Value) -> Choice:

@@ -79,7 +79,7 @@ def pair(
     Options. Raises RecipeError for values out of range, and for unknown options."""
     known = {f.name for kind in (PairOptions, Options) for f in fields(kind)}
     if unknown := sorted(options.keys() - known):
-        raise RecipeError(f"There is no option {shown(unknown[0])}; there are: {', '.join(sorted(known))}.")
+        raise RecipeError(f"Unknown option {shown(unknown[0])}. The options are: {', '.join(sorted(known))}.")
     own_names = {f.name for f in fields(PairOptions)}
     own = PairOptions(**{name: value for name, value in options.items() if name in own_names})
     ts = check_ts(t if isinstance(t, Iterable) and not isinstance(t, str) else (t,), extrapolate)

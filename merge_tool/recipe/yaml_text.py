@@ -92,7 +92,7 @@ class _Reader:
         if depth > _MOST_DEPTH:
             raise self._error(node, _TOO_DEEP)
         if node.id in _PLAIN and node.tag != _PLAIN[node.id]:
-            raise self._error(node, f"'{shown(node.tag, 50)}' is none of YAML's plain kinds")
+            raise self._error(node, f"'{shown(node.tag, 50)}' is not one of YAML's plain types")
         plain: Any
         if node.id == "mapping":
             plain = self._mapping(node, depth)
@@ -136,7 +136,7 @@ class _Reader:
         try:
             return self._scalars.construct_object(node)
         except self._errors as e:
-            raise self._error(node, f"'{shown(node.value, 50)}' is no value of YAML's plain kinds") from e
+            raise self._error(node, f"'{shown(node.value, 50)}' is not a value of YAML's plain types") from e
 
     def _error(self, node: Any, what: str) -> RecipeError:
         return RecipeError(f"{shown(self._where)}, line {node.start_mark.line + 1}: {what}.")

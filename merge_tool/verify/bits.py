@@ -72,14 +72,14 @@ class Sample:
         if isinstance(work, Scaled):
             codes = self.places[job.first.info.name][0]
             if finding.equal != self.findings[codes.number].equal:
-                self.checks.add(f"{REPORT}: {what}: says otherwise whether the parents are equal.")
+                self.checks.add(f"{REPORT}: {what}: is wrong about whether the parents are equal.")
                 return None
             finding = self.findings[codes.number]
         try:
             if work.resume(finding):
                 return work
         except (*_UNREADABLE, MergeToolError) as e:
-            self.checks.add(f"{REPORT}: {what}: what its passes found cannot be ({shown(e)}).")
+            self.checks.add(f"{REPORT}: {what}: its pass results are not possible ({shown(e)}).")
             return None
         if isinstance(work, Weighted | Scaled):
             self.checks.add(f"{REPORT}: {what}: has no sums.")

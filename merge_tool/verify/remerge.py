@@ -125,7 +125,7 @@ def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
     except subprocess.TimeoutExpired as e:
         raise OutputError(
             f"{REPORT}: its patterns ({listed(patterns)}) take longer than {_MATCH_SECONDS} s to match the parents' "
-            "names. A merge had no reason to write such; nothing was compared."
+            "names. A merge does not write such patterns; nothing was compared."
         ) from e
 
 

@@ -214,7 +214,7 @@ def _check_weights(
     for name, size in sizes.items():
         path = folder.regular(name)
         if size is not None and path.stat().st_size != size:
-            checks.add(f"{shown(name)}: has {path.stat().st_size:,} bytes, planned were {shown(size, 30)}.")
+            checks.add(f"{shown(name)}: has {path.stat().st_size:,} bytes, expected {shown(size, 30)}.")
         open_checkpoint(path, mergeable=False)  # our own parser: every byte belongs to one tensor
         for tensor, shape, dtype in _library_view(path):
             if tensor in held:
@@ -226,7 +226,7 @@ def _check_weights(
         _check_index(checks, folder, {tensor: name for tensor, (_, _, name) in held.items()})
     elif report.path.parent.resolve() == folder.root:
         for name in _indices(folder):
-            checks.add(f"{shown(name)}: an index where one file has all tensors.")
+            checks.add(f"{shown(name)}: an index, although one file has all tensors.")
     count = elements = 0
     for _, entry in report.tensors():
         count += 1
@@ -256,7 +256,7 @@ def _check_tensor(checks: Checks, tensor: Mapping[str, Any], held: dict[str, Any
         checks.add(f"{shown(name)}: is in the report, but in no shard (or twice in the report).")
         return 0
     if [list(there[0]), there[1]] != [shape, dtype]:
-        checks.add(f"{shown(name)}: is {there[1]} {list(there[0])}, planned was {shown(dtype, 20)} {shown(shape)}.")
+        checks.add(f"{shown(name)}: is {there[1]} {list(there[0])}, expected {shown(dtype, 20)} {shown(shape)}.")
     return prod(there[0])
 
 
@@ -267,7 +267,7 @@ def _indices(folder: Folder) -> list[str]:
 def _check_index(checks: Checks, folder: Folder, weight_map: Mapping[str, str]) -> None:
     names = _indices(folder)
     if len(names) != 1:
-        checks.add(f"{len(names)} indices found, planned was one.")
+        checks.add(f"{len(names)} indices found, expected one.")
     elif folder.load_json(names[0]).get("weight_map") != weight_map:
         checks.add(f"{shown(names[0])}: does not name exactly the shards' tensors.")
 

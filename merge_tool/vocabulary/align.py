@@ -166,9 +166,9 @@ def _warnings(
     added, pieces = joined.added
     if pieces:
         yield (
-            f"{pieces:,} of the {added:,} tokens that were added are pieces of another tokenizer's model; in "
-            f"{TOKENIZER} they are added tokens, spelled as there. Its merges and scores cannot be taken over: added "
-            "tokens come before all else, so text with such pieces is split in another way than before."
+            f"{pieces:,} of the {added:,} added tokens are ordinary tokens of another model's tokenizer. Its "
+            f"merges and scores cannot be added to {TOKENIZER}. Added tokens match before all others, so text with "
+            "these tokens is split differently than before."
         )
     if len(kinds := sorted(set(joined.kinds))) > 1:
         names = ", ".join(map(shown, kinds))

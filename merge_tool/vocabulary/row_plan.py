@@ -147,7 +147,7 @@ class RowPlan:
         if without := self._without_rows():
             named = [token for token, token_row in self.joined.named.items() if token_row in without]
             which = f" ({listed(named)})" if named else ""
-            yield f"{len(without):,} tokens have no row in any model{which}: theirs is the mean of all tokens' rows."
+            yield f"{len(without):,} tokens have no row in any model{which}: each gets the mean of all tokens' rows."
 
     def _without_rows(self) -> set[int]:
         """Tokens without a row in any model, and without an entry in the recipe."""

@@ -48,8 +48,8 @@ def known_rows(model: Checkpoint) -> int:
         if embeddings:
             what = f"has embeddings of different sizes ({', '.join(embeddings)})"
         raise MismatchError(
-            f"{model.name}: {what}, so it cannot be told which rows are tokens. Do not match rows by token (leave out "
-            "--vocab, or the recipe's tokenizer), and keep such tensors as they are: --exclude PATTERN."
+            f"{model.name}: {what}, so the rows of tokens are not known. Do not match rows by token (leave out "
+            "--vocab, or the recipe's tokenizer), and copy such tensors from BASE: --exclude PATTERN."
         )
     return rows
 

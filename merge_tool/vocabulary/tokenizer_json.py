@@ -159,7 +159,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as e:
-        raise _Broken(f"it is no text in UTF-8, at byte {e.start:,}") from e
+        raise _Broken(f"it is not UTF-8 text, at byte {e.start:,}") from e
 
 
 def _read(read: Callable[[str, int], tuple[Any, int]], text: str, at: int) -> tuple[Any, int]:
