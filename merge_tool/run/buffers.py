@@ -58,12 +58,12 @@ class WorkerMemory:
 
     def arrays(self, job: TensorJob, length: int) -> tuple[list[Array], Array]:
         """Flat arrays of `length` elements for every input, and for the output."""
-        found, start = [], 0
+        arrays, start = [], 0
         for info in (*(source.info for source in job.sources), job.out):
             dtype = STORED_DTYPES[info.dtype]
-            found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
+            arrays.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
             start += aligned(length * dtype.itemsize)
-        return found[:-1], found[-1]
+        return arrays[:-1], arrays[-1]
 
 
 class Worker:

@@ -29,15 +29,15 @@ class Stepped:
         self.job = job
         distinct = list(dict.fromkeys(job.values))
         self.of_output = [distinct.index(values) for values in job.values]
-        given = [job.given(plan.seed, job.values.index(values)) for values in distinct]
-        self.granularity = plan.method.granularity(given[0])
-        self.tile = tile_elements(given[0], self.granularity)
-        num_tiles = -(-given[0].numel // self.tile) or 1
-        self.keeps_equal = all(map(plan.method.copies_equal, given))
+        specs = [job.given(plan.seed, job.values.index(values)) for values in distinct]
+        self.granularity = plan.method.granularity(specs[0])
+        self.tile = tile_elements(specs[0], self.granularity)
+        num_tiles = -(-specs[0].numel // self.tile) or 1
+        self.keeps_equal = all(map(plan.method.copies_equal, specs))
         self.differs = threading.Event()  # set by any thread, and never taken back
         self.is_checked = False
         self.finding = Finding()
-        self.ways = [_Way(plan.method, one, job.out.name, num_tiles) for one in given]
+        self.ways = [_Way(plan.method, one, job.out.name, num_tiles) for one in specs]
 
     @property
     def needs_chunks(self) -> bool:
@@ -86,8 +86,8 @@ class Stepped:
         for begin in range(0, len(out), self.tile):
             cut = slice(begin, begin + self.tile)
             merged = way.merged(self._decoded(start + begin, [x[cut] for x in inputs]))
-            if (place := first_nonfinite(merged)) is not None:
-                what = f"element {start + begin + place:,} became {float(merged[place])}"
+            if (index := first_nonfinite(merged)) is not None:
+                what = f"element {start + begin + index:,} became {float(merged[index])}"
                 raise DataError(f"{shown(self.job.out.name)}: {what} in the merge, from values that are finite.")
             if not convert(merged, out[cut]):
                 raise overflow(self.job, start + begin + (first_nonfinite(out[cut]) or 0))
@@ -96,22 +96,22 @@ class Stepped:
     def _decoded(self, start: int, parts: Sequence[Array]) -> Tile:
         """A tile as the method sees it, in memory that it may write to. Values are looked at once, in the first pass
         over them."""
-        columns = self.ways[0].given.columns
+        columns = self.ways[0].spec.columns
         shape = (-1,) if self.granularity == FLAT else (-1, columns)
         wide = [decode(values, np.empty(len(values))) for values in parts]
         if not self.is_checked:
             check_finite(self.job, start, wide)
         shaped = [values.reshape(shape) if values.size else values for values in wide]
         base = shaped.pop(0) if self.job.has_base else None
-        return Tile(start, base, shaped, self.ways[0].given.key)
+        return Tile(start, base, shaped, self.ways[0].spec.key)
 
 
 class _Way:
     """A method's passes and its combine for one set of parameters. What it refuses names the tensor."""
 
-    def __init__(self, method: Method, given: MergeSpec, name: str, num_tiles: int) -> None:
-        self.given, self.name, self.num_tiles = given, name, num_tiles
-        self.steps: Steps = begin_steps(method, given)
+    def __init__(self, method: Method, spec: MergeSpec, name: str, num_tiles: int) -> None:
+        self.spec, self.name, self.num_tiles = spec, name, num_tiles
+        self.steps: Steps = begin_steps(method, spec)
         self.running: Running | None = None
         self.combine: Combine | None = None
         self.results: list[Any] = []
@@ -122,7 +122,7 @@ class _Way:
         """The method's next pass, or its combine. What it finds impossible is the user's to mend."""
         try:
             self.request = step()
-            self.running = start_pass(self.request, self.given, self.num_tiles)
+            self.running = start_pass(self.request, self.spec, self.num_tiles)
         except StopIteration as e:
             self.running, self.combine = None, self._checked(partial(check_combine, e.value))
         except ValueError as e:

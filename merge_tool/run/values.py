@@ -38,8 +38,8 @@ def refuse_nonfinite(job: TensorJob, chunks: Chunks) -> None:
 def check_finite(job: TensorJob, start: int, inputs: Sequence[Array]) -> None:
     """Raise DataError for a value that is not finite; `inputs` are the elements from `start` on."""
     for source, values in zip(job.sources, inputs, strict=True):
-        if (place := first_nonfinite(values)) is not None:
+        if (index := first_nonfinite(values)) is not None:
             raise DataError(
-                f"{shown(source.info.name)} in {shown(source.where)}: element {start + place:,} is "
-                f"{float(values[place])}. A merge would spread it; repair or leave out that model."
+                f"{shown(source.info.name)} in {shown(source.where)}: element {start + index:,} is "
+                f"{float(values[index])}. A merge would spread it; repair or leave out that model."
             )

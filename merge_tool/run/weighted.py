@@ -25,8 +25,8 @@ class Weighted:
 
     def __init__(self, plan: MergePlan, job: TensorJob) -> None:
         self.job, self.method = job, plan.method
-        self.given = [job.given(plan.seed, output) for output in range(len(job.values))]
-        self.keeps_equal = [self.method.copies_equal(given) for given in self.given]
+        self.specs = [job.given(plan.seed, output) for output in range(len(job.values))]
+        self.keeps_equal = [self.method.copies_equal(spec) for spec in self.specs]
         self.parts = np.zeros((-(-job.numel // TILE), 3))
         self.differs = threading.Event()  # set by any thread, and never taken back
         self.weights: tuple[Weights, ...] = ()
@@ -59,7 +59,7 @@ class Weighted:
             if finding.sums is None:
                 return False
             assert self.method.weights is not None
-            self.weights = tuple(self.method.weights(finding.sums, given) for given in self.given)
+            self.weights = tuple(self.method.weights(finding.sums, spec) for spec in self.specs)
         self.needs_chunks = False
         return True
 
@@ -133,8 +133,8 @@ class Scaled:
 
     @property
     def finding(self) -> Finding:
-        found = self.pair.finding
-        return Finding(equal=found.equal) if self.job.is_scales else found
+        finding = self.pair.finding
+        return Finding(equal=finding.equal) if self.job.is_scales else finding
 
     @property
     def needs_chunks(self) -> bool:
@@ -151,8 +151,8 @@ class Scaled:
                 magnitudes = np.abs(merged, out=scratch.f64[1, : len(merged)])
                 self._raise(output, largest_of(self.scaling.like.grid, start + begin, magnitudes))
 
-    def _raise(self, output: int, found: Iterable[tuple[tuple[slice, slice], Array]]) -> None:
-        for cut, values in found:
+    def _raise(self, output: int, magnitudes: Iterable[tuple[tuple[slice, slice], Array]]) -> None:
+        for cut, values in magnitudes:
             with self.lock:
                 if output not in self.largest:
                     self.largest[output] = np.zeros(self.scaling.num_scales)
@@ -194,10 +194,10 @@ def scales_of(job: TensorJob, largest: Array) -> Array:
     """The scales of groups whose largest magnitudes these are. Raises DataError for values beyond 8 bits."""
     assert job.scaling is not None
     codes, scales = (side.info.dtype for side in (job.scaling.like.codes, job.scaling.like.scales))
-    found: Array = np.empty(len(largest), STORED_DTYPES[scales])
-    if not fresh_scales(largest, NUMPY_DTYPES[codes], found):
+    out: Array = np.empty(len(largest), STORED_DTYPES[scales])
+    if not fresh_scales(largest, NUMPY_DTYPES[codes], out):
         raise DataError(
             f"{shown(job.first.info.name)}: merged values reach {largest.max():.3g}, too much for {codes} with scales "
             f"in {scales}. Choose bfloat16 or float32 as the output's dtype."
         )
-    return found
+    return out
