@@ -1,4 +1,4 @@
-"""What a merge found out: findings -> merge_report.json, SHA256SUMS, a summary.
+"""The results of a merge: findings -> merge_report.json, SHA256SUMS, a summary.
 
 Everything written here is a function of the inputs and the recipe: no times, budgets or paths.
 """
@@ -161,7 +161,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
 
 
 def _is_across_layers(job: TensorJob) -> bool:
-    """Whether layers of different numbers are merged, whose angle tells nothing of how far apart the models are."""
+    """Whether layers of different numbers are merged; their angle says nothing about how far apart the models are."""
     names = {source.info.name for source in job.sources}
     return len(names) > 1 and len({layer[1] for layer in map(split_layer, names) if layer}) > 1
 
@@ -172,7 +172,7 @@ def _kind(name: str) -> str:
 
 
 def remarks(summary: Summary) -> list[str]:
-    """What a user should know about the angles, in plain sentences."""
+    """Remarks on the angles for the user, in sentences."""
     lines = []
     if summary.num_close and summary.num_equal < summary.num_tensors:
         which = "all" if summary.num_close == summary.num_angles else f"{summary.num_close:,} of"
@@ -188,7 +188,7 @@ def remarks(summary: Summary) -> list[str]:
 
 
 def alarms(summary: Summary) -> list[str]:
-    """What looks wrong after a merge."""
+    """Warnings about a result that looks wrong."""
     lines = []
     if summary.num_equal and summary.num_equal == summary.num_tensors - summary.num_copied:
         which = (
@@ -229,7 +229,7 @@ def report_lines(plan: MergePlan, findings: Findings, output: int, samples: Sequ
 
 
 def report_head(plan: MergePlan, output: int, samples: Sequence[str]) -> dict[str, Any]:
-    """What the merge_report.json of the output of that number says of the merge as a whole."""
+    """The head of one output's merge_report.json: the facts about the whole merge."""
     recipe, facts = plan.recipe, plan.facts_of(output)
     head: dict[str, Any] = {
         "format": FORMAT,
@@ -258,7 +258,7 @@ def read_head(report: Path) -> dict[str, Any]:
 
 
 def head_differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What two merges differ in, by the heads of their outputs' reports; in words, the likely reasons first."""
+    """The differences between two merges in words, from the heads of their reports; the likely reasons first."""
     try:
         (old, *_), (new, *_) = before, now
         parts = differences(*(_head_facts(heads) for heads in (before, now)))
@@ -271,7 +271,7 @@ def head_differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[
 
 
 def _head_facts(heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What makes one merge of some outputs, as `differences` compares it."""
+    """The facts of one merge of several outputs, in the form that `differences` compares."""
     head = heads[0]
     return {
         "method": head["method"],
@@ -348,7 +348,7 @@ def load_tensors(report: Path) -> list[dict[str, Any]]:
 
 
 def damaged(report: Path, e: Exception) -> OutputError:
-    """What to raise where a merge_report.json is not as it was written."""
+    """The error for a damaged merge_report.json."""
     return OutputError(f"{shown(report)}: cannot be read ({reason(e)}). Give --overwrite to merge again.")
 
 

@@ -32,7 +32,7 @@ from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
 
 _OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
-_LIBRARY_BYTES = 2_000  # what the safetensors library holds for each tensor of a file it has open, at most
+_LIBRARY_BYTES = 2_000  # bytes that the safetensors library holds for each tensor of an open file, at most
 
 
 # ------------------------------------------------------------------------------------------ the work
@@ -58,8 +58,8 @@ def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], i
 class WorkFolder:
     """The work folder of one merge, locked by this process from creation to `close`; it must not show up in `inputs`.
 
-    The sink of `run_plan`: keeps the shards that it finishes, and what it found out. `done_shards` are the shards that
-    an earlier run finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
+    The sink of `run_plan`: keeps the finished shards and the findings. `done_shards` are the shards that an earlier run
+    finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class WorkFolder:
     # --------------------------------------------------------------------- starting and resuming
 
     def begin(self, *, overwrite: bool) -> bool:
-        """Take up what an earlier run of the same merge left here, or start anew; returns whether it is taken up.
+        """Continue an earlier run of the same merge, or start anew. Returns whether an earlier run is continued.
 
         Raises OutputError when the work is another merge's, naming what differs, unless `overwrite`; and when it
         was begun with --overwrite, which must then be given again.
@@ -151,7 +151,7 @@ class WorkFolder:
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
             for folder in (self.path / "files", self.path, *(made.parent for made in self._made)):
-                sync_folder(folder)  # else a power cut could leave the journal without what it speaks of
+                sync_folder(folder)  # else a power cut could leave a journal without the folders that it names
             self.done_shards = frozenset(self._recover())
         except OSError as e:
             raise output_failed(self.path, e) from e
@@ -257,7 +257,7 @@ class WorkFolder:
             writer.publish()
 
     def findings(self) -> Findings:
-        """What this run and earlier ones found out, as the journal has it."""
+        """The findings of this run and earlier ones, from the journal."""
         findings = Findings()
         for record in self.journal.records():
             if record.get("record") == "tensor":
@@ -288,7 +288,7 @@ class WorkFolder:
     # --------------------------------------------------------------------------------- publishing
 
     def publish(self, *, check_bytes: int) -> list[str]:
-        """Move everything into place, what makes it a model last, and remove the work folder.
+        """Move everything into place, the file that makes it a model last, and remove the work folder.
 
         Before that the safetensors library audits each weight file, if that takes at most `check_bytes` of memory.
         Returns what else lies in OUT: files that are neither the new model's nor an older one's.

@@ -34,7 +34,7 @@ class Stepped:
         self.tile = tile_elements(specs[0], self.granularity)
         num_tiles = -(-specs[0].numel // self.tile) or 1
         self.keeps_equal = all(map(plan.method.copies_equal, specs))
-        self.differs = threading.Event()  # set by any thread, and never taken back
+        self.differs = threading.Event()  # set by any thread, never cleared
         self.is_checked = False
         self.finding = Finding()
         self.ways = [_Way(plan.method, one, job.out.name, num_tiles) for one in specs]
@@ -68,7 +68,7 @@ class Stepped:
             self.finding = Finding(passes=passes)
 
     def resume(self, finding: Finding) -> bool:
-        """Take up what the passes found; false if that is not known."""
+        """Continue from the results of the passes; false if they are not known."""
         self.finding, self.is_checked = finding, True
         if finding.equal:
             for way in self.ways:
@@ -94,8 +94,8 @@ class Stepped:
         return out
 
     def _decoded(self, start: int, parts: Sequence[Array]) -> Tile:
-        """A tile as the method sees it, in memory that it may write to. Values are looked at once, in the first pass
-        over them."""
+        """A tile as the method sees it, in memory that it may write to. Values are checked once, in the first pass over
+        them."""
         columns = self.ways[0].spec.columns
         shape = (-1,) if self.granularity == FLAT else (-1, columns)
         wide = [decode(values, np.empty(len(values))) for values in parts]
@@ -107,7 +107,7 @@ class Stepped:
 
 
 class _Way:
-    """A method's passes and its combine for one set of parameters. What it refuses names the tensor."""
+    """A method's passes and its combine for one set of parameters. Its errors name the tensor."""
 
     def __init__(self, method: Method, spec: MergeSpec, name: str, num_tiles: int) -> None:
         self.spec, self.name, self.num_tiles = spec, name, num_tiles
@@ -119,7 +119,7 @@ class _Way:
         self._advance(lambda: next(self.steps))
 
     def _advance(self, step: Callable[[], Pass]) -> None:
-        """The method's next pass, or its combine. What it finds impossible is the user's to mend."""
+        """Take the method's next pass, or its combine. Its ValueError becomes the user's DataError."""
         try:
             self.request = step()
             self.running = start_pass(self.request, self.spec, self.num_tiles)
@@ -129,7 +129,7 @@ class _Way:
             raise DataError(f"{shown(self.name)}: {e}") from e
 
     def _checked(self, ask: Callable[[], Any]) -> Any:
-        """What a method gives; what is wrong with it names the tensor."""
+        """A method's answer; its errors name the tensor."""
         try:
             return ask()
         except ValueError as e:
@@ -146,7 +146,7 @@ class _Way:
             self._advance(lambda: self.steps.send(running.result))
 
     def resume(self, results: Results) -> bool:
-        """Give the method what its passes found before; false unless that is all that it asks for."""
+        """Give the method the stored results of its passes; false unless it then needs no other pass."""
         for result in results if isinstance(results, list) else ():
             if self.running is None:
                 return False

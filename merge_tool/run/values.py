@@ -1,4 +1,4 @@
-"""Values on their way through a merge: converted, and refused by name where they cannot be merged."""
+"""Values in a merge: converted, and refused by name if they cannot be merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Chunks: TypeAlias = Callable[[], Iterable[tuple[int, Sequence[Array]]]]  # (firs
 
 
 def converted(job: TensorJob, start: int, values: Array, out: Array) -> Array:
-    """`values`, the elements from `start` on, in the output's dtype. Raises DataError where one does not fit it."""
+    """`values`, the elements from `start` on, in the output's dtype. Raises DataError if a value does not fit."""
     if values.dtype == out.dtype:
         return values
     if not convert(values, out):

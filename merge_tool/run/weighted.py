@@ -19,7 +19,7 @@ from merge_tool.vocabulary.rows import alone_ranges, mean_ranges
 
 
 class Weighted:
-    """Base and finetune by the weights that follow from their sums; the base, where all bytes are equal."""
+    """Base and finetune merged by the weights that their sums give; the base, if all bytes are equal."""
 
     tile, needs_chunks, in_order = TILE, True, False
 
@@ -53,7 +53,7 @@ class Weighted:
         self.resume(Finding(sums=sums, equal=equal))
 
     def resume(self, finding: Finding) -> bool:
-        """Take up what the sums came to; false if they are not known."""
+        """Continue from the sums; false if they are not known."""
         self.finding = finding
         if not finding.equal:
             if finding.sums is None:
@@ -64,7 +64,7 @@ class Weighted:
         return True
 
     def copied(self, output: int) -> int | None:
-        """Which input an output is, byte for byte; None if it is neither."""
+        """The input that an output equals byte for byte; None if it equals neither."""
         return 0 if self.finding.equal else self.weights[output].copied
 
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
@@ -168,11 +168,11 @@ class Scaled:
             self.scales[output] = scales_of(self.job, self.largest.pop(output))
 
     def resume(self, finding: Finding) -> bool:
-        """Take up what the sums came to; the scales must then be given (`scales`), if they are not copied."""
+        """Continue from the sums; if the scales are not copied, the caller must then set `scales`."""
         return self.pair.resume(finding)
 
     def copied(self, output: int) -> TensorSource | None:
-        """The codes or the scales that are taken byte for byte; None if they are made."""
+        """The codes or the scales to copy byte for byte; None if they are computed."""
         stored = self.scaling.copied(self.pair.copied(output))
         return None if stored is None else stored.scales if self.job.is_scales else stored.codes
 
