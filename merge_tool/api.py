@@ -101,11 +101,12 @@ def merge(
     `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each (`t-0.3`), in
     one pass over the inputs. `options` are those of the command line: the fields of `merge_tool.recipe.options.Options`
     (dtype, only, exclude, on_missing, on_mismatch, files_from, max_shard_bytes) and of
-    `merge_tool.recipe.pair.PairOptions` (method, t_for, vocab, pad_vocab_to_multiple_of): `t_for={"self_attn": [0, 0.5,
-    1], "mlp": 0.2}` gives some tensors a t of their own; a list of t runs along the layers; the first pattern that
-    matches counts. `memory_bytes` bounds the peak resident memory of the whole process, including what it holds before
-    the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed` hashes the shards that an earlier
-    run finished before it keeps them. `on_start(total)` and `on_progress(nbytes, tensor)` drive a progress bar.
+    `merge_tool.recipe.pair.PairOptions` (method, t_for, vocab, pad_vocab_to_multiple_of): with
+    `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` some tensors have a t of their own; a list of t runs along the
+    layers; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
+    including what it holds before the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed`
+    hashes the shards that an earlier run finished before it keeps them. `on_start(total)` and
+    `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -140,24 +141,19 @@ class Checkpoint:
         tokenizer_folder: Folder | None = None,
     ) -> Checkpoint:
         """This checkpoint with the tensors of `made` replaced or added; `files` are read for them, too."""
-        tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
-        file_of = self._file_of
-        checkpoint = Checkpoint(
-            name=name,
-            folder=self.folder,
-            files=(*self.files, *files),
-            tensors=tensors,
-            file_of=file_of,
-            metadata=self.metadata,
-            config=self.config,
-            index_name=self.index_name,
-            notices=notices,
-            made={**self._made, **made},
-            tokenizer_folder=tokenizer_folder or self.tokenizer_folder,
-            scaled=self.scaled,
-        )
-        checkpoint.stored = self.stored or self
-        return checkpoint
+        changed = copy(self)
+        changed.name, changed.files, changed.notices = name, (*self.files, *files), notices
+        changed.tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
+        changed._made = {**self._made, **made}
+        changed.tokenizer_folder = tokenizer_folder or self.tokenizer_folder
+        changed.stored = self.stored or self
+        return changed
+
+    def with_notices(self, notices: tuple[str, ...]) -> Checkpoint:
+        """This checkpoint with other notices."""
+        changed = copy(self)
+        changed.notices = notices
+        return changed
 
     def read(self, name: str, start: int, stop: int, out: Array) -> Array:
         """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
@@ -175,23 +171,13 @@ class Checkpoint:
     def with_real_values(self, scaled: Scaled, made: Mapping[str, TensorSource]) -> Checkpoint:
         """The same files, with 8-bit floats that have scales read as real values; the scales are then not listed as
         tensors. `made` are the other sources of tensors."""
+        changed, infos = copy(self), {name: source.info for name, source in scaled.made.items()}
         left_out = scaled.left_out
-        kept = {name: info for name, info in self.tensors.items() if name not in left_out}
-        tensors = {name: scaled.made[name].info if name in scaled.made else info for name, info in kept.items()}
-        notices, config = (*self.notices, *scaled.notices(self.name)), without_quantization(self.config)
-        return Checkpoint(
-            name=self.name,
-            folder=self.folder,
-            files=self.files,
-            tensors=tensors,
-            file_of=self._file_of,
-            metadata=dict(self.metadata),
-            config=config,
-            index_name=self.index_name,
-            notices=notices,
-            made={**made, **scaled.made},
-            scaled=scaled,
-        )
+        changed.tensors = {name: infos.get(name, info) for name, info in self.tensors.items() if name not in left_out}
+        changed.notices = (*self.notices, *scaled.notices(self.name))
+        changed.config = without_quantization(self.config)
+        changed._made, changed.scaled = {**made, **scaled.made}, scaled
+        return changed
 
     def close(self) -> None:
         """Nothing stays open between reads; exists so that a Checkpoint can be used with `with`."""

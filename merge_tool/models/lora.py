@@ -128,7 +128,7 @@ def open_models(
             f"{' and '.join(model.name for model in models)} are adapters: their factors are merged one by one, which "
         )
         notice += "is not the merge of the models. To merge the models, give MODEL+ADAPTER for each."
-        models[0] = models[0].with_made(models[0].name, (), {}, (*models[0].notices, notice))
+        models[0] = models[0].with_notices((*models[0].notices, notice))
     _drop_repeated(models)
     return models
 
@@ -138,8 +138,7 @@ def _drop_repeated(models: list[Checkpoint]) -> None:
     seen: set[str] = set()
     for k, model in enumerate(models):
         if not seen.isdisjoint(model.notices):
-            news = tuple(notice for notice in model.notices if notice not in seen)
-            models[k] = model.with_made(model.name, (), {}, news)
+            models[k] = model.with_notices(tuple(notice for notice in model.notices if notice not in seen))
         seen.update(model.notices)
 
 

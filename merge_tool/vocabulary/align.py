@@ -144,7 +144,7 @@ def _aligned(
         model = models[side.number]
         files = (tokenizer_file(folders[side.number]),)
         aligned[side.number] = model.with_made(model.name, files, sources, model.notices)
-    aligned[0] = aligned[0].with_made(aligned[0].name, (), {}, (*aligned[0].notices, *warnings))
+    aligned[0] = aligned[0].with_notices((*aligned[0].notices, *warnings))
     return aligned
 
 
