@@ -149,10 +149,10 @@ def ours(text: str, names: list[str]) -> tuple[list[str], dict[str, Ask]] | None
         method = registry.METHODS[recipe.method]
         expansion = Expansion(recipe, method, [names] * len(recipe.models))
         for name in expansion.names():
-            place = expansion.place(name)
-            sources, (found,) = expansion.sources(place), expansion.values(place)
-            base = sources[0] if expansion.has_base(place) or method.base == "first" else None
-            asks[name] = Ask(base, sources[expansion.has_base(place) :], found)
+            tensor = expansion.tensor(name)
+            sources, (values,) = expansion.sources(tensor), expansion.values(tensor)
+            base = sources[0] if expansion.has_base(tensor) or method.base == "first" else None
+            asks[name] = Ask(base, sources[expansion.has_base(tensor) :], values)
         expansion.check_values()
     except MergeToolError:
         return None

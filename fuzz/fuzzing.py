@@ -215,13 +215,13 @@ def read_adapter(folder: Folder) -> None:
 
 def read_tokenizer(folder: Folder) -> None:
     path = folder.root / "tokenizer.json"
-    found, other = TokenizerJson(path, "t"), TokenizerJson(path, "t")
+    one, other = TokenizerJson(path, "t"), TokenizerJson(path, "t")
     other.ids["only here"] = other.size
     other.size += 1
-    told, rest = _joined([found, other], {"lead": 0, "union": True, "named": [], "wanted": []})
-    place, raw = found.place, path.read_bytes()
-    end = rest[4 * 2 * told["size"] :]
-    if json.loads(raw[:place] + end + raw[place:])["added_tokens"][-1]["content"] != "only here":
+    answer, rest = _joined([one, other], {"lead": 0, "union": True, "named": [], "wanted": []})
+    insert_at, raw = one.insert_at, path.read_bytes()
+    end = rest[4 * 2 * answer["size"] :]
+    if json.loads(raw[:insert_at] + end + raw[insert_at:])["added_tokens"][-1]["content"] != "only here":
         raise Wrong("a token is put in somewhere else")
 
 

@@ -1,7 +1,7 @@
 """A question to a module of ours, answered in a process of its own: Hub, pickles, tokenizers, strangers' patterns.
 
-What the answer takes to find (torch, a library, minutes) is gone with that process, and is not the merge's. The module
-has a `main` that calls `answer`. Question and answer are JSON in UTF-8; bytes may follow the answer.
+Whatever the answer needs (torch, a library, minutes) ends with that process and costs the merge nothing. The module has
+a `main` that calls `answer`. Question and answer are JSON in UTF-8; bytes may follow the answer.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import IO, Any
 
 from merge_tool.errors import MergeToolError, reason, shown
 
-_START = (  # the same search path as ours: the current folder, which may be a stranger's, is not put in front
-    "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import main; main()"
-)
+# With the same search path as ours: Python would put the current folder first, which may hold a stranger's modules.
+_START = "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import main; main()"
 _REFUSED, _INTERRUPTED = 3, 130  # exit codes
 
 
@@ -33,11 +32,11 @@ def ask(
     keep_errors: bool = False,
     timeout: float | None = None,
 ) -> tuple[Any, bytes]:
-    """What `main` of a module answers: a value, and bytes. With `into`, a file, the bytes are left there, from its
-    position on. Its standard error is ours, so that progress bars show, unless `keep_errors`.
+    """The answer of a module's `main`: a value, and bytes. With `into`, a file, the bytes stay in that file, from its
+    position on. The process writes to our standard error, so that progress bars show, unless `keep_errors`.
 
-    Raises `error` with the module's own message, or with `what` is wrong and the `hint` what to do; TimeoutExpired
-    after `timeout` seconds.
+    Raises `error` with the module's own message, or with `what` failed and the `hint` what to do; TimeoutExpired after
+    `timeout` seconds.
     """
     try:
         done = subprocess.run(
@@ -73,8 +72,8 @@ def _ending(code: int, errors: bytes) -> str:
 
 
 def answer(reply: Callable[[Any], tuple[Any, Iterable[bytes]]]) -> None:
-    """Read the question, and write what `reply` says of it; a MergeToolError is a refusal, with its message. Whatever
-    else would print goes to standard error."""
+    """Read the question and write the reply to it; a MergeToolError becomes a refusal with its message. Everything else
+    that is printed goes to standard error."""
     pieces: Iterable[bytes] = ()
     try:
         with redirect_stdout(sys.stderr):

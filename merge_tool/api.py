@@ -39,11 +39,11 @@ _FLUSH_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was done: where the outputs are, what was found out, what it took.
+    """The result of a merge: where the outputs are, the findings, the time and memory used.
 
-    `ts` has the t of each output, where outputs have one; `models` are the models' names. `already_complete` is true
-    when the same merge was there and nothing was done. Sizes are bytes. `num_scheduled` tensors have parameters of
-    their own.
+    `ts` has the t of each output, if outputs have one; `models` are the models' names. `already_complete` is true if
+    OUT already held this merge and nothing was done. Sizes are bytes. `num_scheduled` counts the tensors that have
+    parameters of their own.
     """
 
     outputs: tuple[Path, ...]
@@ -61,14 +61,14 @@ class MergeReport:
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
-        """Every tensor of the first output as merge_report.json has it; empty for a one-file output."""
+        """Every tensor of the first output, as in merge_report.json; empty for a one-file output."""
         path = self.outputs[0] / REPORT
         return load_tensors(path) if path.exists() else []
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Who hears of a running merge: `on_warning(message)`, `on_start(total)` and `on_progress(nbytes, tensor)`."""
+    """Callbacks of a running merge: `on_warning(message)`, `on_start(total)` and `on_progress(nbytes, tensor)`."""
 
     on_warning: Callable[[str], None] | None = None
     on_start: Callable[[int], None] | None = None
@@ -98,14 +98,15 @@ def merge(
 ) -> MergeReport:
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
 
-    `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each
-    (`t-0.3`), in one pass over the inputs. `options` are those of the command line: the fields of
-    `merge_tool.recipe.options.Options` (dtype, only, exclude, on_missing, on_mismatch, files_from, max_shard_bytes) and
-    of `merge_tool.recipe.pair.PairOptions` (method, t_for, vocab, pad_vocab_to_multiple_of):
-    `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` gives some tensors a t of their own, along the layers where it is a
-    list; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
-    what it holds already included (default: see `merge_tool.plan.memory.default_budget`). `check_resumed` hashes what
-    an earlier run finished before it is kept. `on_start(total)` and `on_progress(nbytes, tensor)` drive a progress bar.
+    `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each (`t-0.3`), in
+    one pass over the inputs. `options` are those of the command line: the fields of `merge_tool.recipe.options.Options`
+    (dtype, only, exclude, on_missing, on_mismatch, files_from, max_shard_bytes) and of
+    `merge_tool.recipe.pair.PairOptions` (method, t_for, vocab, pad_vocab_to_multiple_of): with
+    `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` some tensors have a t of their own; a list of t runs along the
+    layers; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
+    including what it holds before the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed`
+    hashes the shards that an earlier run finished before it keeps them. `on_start(total)` and
+    `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.
@@ -153,7 +154,7 @@ def merge_models(
 
     >>> report = merge_models("ties.yaml", "merged")  # doctest: +SKIP
     """
-    from merge_tool.recipe.mergekit import read_recipe  # a megabyte that a pair does not need
+    from merge_tool.recipe.mergekit import read_recipe  # costs a megabyte, which a pair does not need
 
     known = {**METHODS, **(methods or {})}
     return merge_recipe(
@@ -187,7 +188,7 @@ def merge_recipe(
 
     # ------------------------------------------------------------------------- look, check, fetch, plan
     with Inputs(map(str, recipe.models)) as inputs:
-        check_target(target, inputs.paths)  # again: models of the Hub are elsewhere
+        check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
         if inputs.coming:
             check_output(prepare(recipe, inputs, target, limits, methods=methods), overwrite=overwrite)
             inputs.fetch()
@@ -198,7 +199,7 @@ def merge_recipe(
     try:
         check_apart(prepared)
         if not overwrite and not os.path.lexists(target.work) and is_complete(prepared):
-            return _found_complete(prepared, report, started)
+            return _already_complete(prepared, report, started)
         check_room(prepared, overwrite=overwrite)
         check_exact_tensors(prepared.plan)
         with WorkFolder(
@@ -210,7 +211,7 @@ def merge_recipe(
             inputs=prepared.inputs,
         ) as work:
             if _begin(prepared, work, overwrite=overwrite):
-                return _found_complete(prepared, report, started)
+                return _already_complete(prepared, report, started)
             _run(prepared, work, watch)
             findings = work.findings()
             summary = summarise(prepared.plan, findings)
@@ -218,7 +219,7 @@ def merge_recipe(
             if report is not None:
                 _write_report(report, report_lines(prepared.plan, findings, 0, prepared.samples))
             strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
-    except OSError as e:  # of the many looks at OUT that have no message of their own
+    except OSError as e:  # one of the many reads of OUT that have no message of their own
         raise output_failed(Path(e.filename) if isinstance(e.filename, str) else target.path, e) from e
     if strangers:
         watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
@@ -235,8 +236,8 @@ def plan_recipe(
     jobs: int | None = None,
     read_samples: bool = False,
 ) -> Prepared:
-    """Plan the merge that a recipe asks for, from headers alone (and a few bytes of weights, with `read_samples`): no
-    weights are fetched, nothing is written. Raises a MergeToolError."""
+    """Plan the merge that a recipe asks for, from headers alone (with `read_samples` also from a few bytes of weights).
+    Fetches no weights and writes nothing. Raises a MergeToolError."""
     target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None)
     with Inputs(map(str, recipe.models)) as inputs:
         check_target(target, inputs.paths)
@@ -247,7 +248,7 @@ def plan_recipe(
 
 
 def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
-    """Whether the merge is there already; raises OutputError where OUT cannot take it. For a dry run."""
+    """Whether OUT already holds this merge. Raises OutputError if OUT cannot take the output. For a dry run."""
     check_apart(prepared)
     if not overwrite and is_complete(prepared):
         return True
@@ -261,7 +262,7 @@ def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
 def _check_request(
     recipe: Recipe, out: str | Path, memory_bytes: int | None, jobs: int | None, report_path: str | Path | None
 ) -> tuple[Target, Machine, Path | None]:
-    """What can be checked before a model is looked for."""
+    """The checks that need no model."""
     target, report = Target(Path(out)), None if report_path is None else Path(report_path)
     if target.is_file and len(recipe.outputs) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.outputs)} outputs need a folder.")
@@ -273,9 +274,9 @@ def _check_request(
 
 
 def _begin(prepared: Prepared, work: WorkFolder, *, overwrite: bool) -> bool:
-    """Begin the work, under its lock; true if another run has finished this very merge meanwhile.
+    """Begin the work, under its lock. True if another run has finished the same merge meanwhile.
 
-    Raises OutputError when OUT turns out to hold something else, and leaves it as it was.
+    Raises OutputError if OUT holds something else, and leaves OUT as it was.
     """
     resumed = work.begin(overwrite=overwrite)
     try:
@@ -333,15 +334,15 @@ def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, 
 
 
 def _write_report(path: Path, lines: Iterable[str]) -> None:
-    """Write the report that was asked for beside the output; it appears whole."""
+    """Write the report for which the user gave a path; the file appears whole."""
     try:
         write_whole(path, (line.encode() for line in lines))
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
 
 
-def _found_complete(prepared: Prepared, report: Path | None, started: float) -> MergeReport:
-    """The report of a merge that was there already."""
+def _already_complete(prepared: Prepared, report: Path | None, started: float) -> MergeReport:
+    """The report of a merge that an earlier run completed."""
     stored = prepared.target.path / prepared.plan.labels[0] / REPORT
     summary = summarise(prepared.plan, _stored_findings(prepared, stored))
     if report is not None:

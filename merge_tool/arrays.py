@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 
-TILE = 131_072  # elements; chunks start at multiples of it, and sums are made tile by tile. Smaller tiles stay in
-# a cache but spend their time handing the interpreter lock around: at 32,768, two threads were slower than one.
+TILE = 131_072  # elements; chunks start at multiples of TILE, and sums are made tile by tile. Smaller tiles stay in
+# a cache, but threads then wait for the interpreter lock: at 32,768, two threads were slower than one.
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 POWERS_OF_TWO = np.dtype(ml_dtypes.float8_e8m0fnu)  # scales of 8-bit floats: 2^-127 to 2^127, and a NaN
@@ -37,7 +37,7 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "U32": np.dtype("<u4"),
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
-    "BOOL": np.dtype("u1"),  # compared and copied as bytes, whatever they hold
+    "BOOL": np.dtype("u1"),  # only compared and copied, as bytes
 }
 SCALE_DTYPES: Mapping[str, np.dtype[Any]] = {
     **{code: NUMPY_DTYPES[code] for code in ("F32", "BF16", "F16")},
@@ -45,7 +45,7 @@ SCALE_DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 STORED_DTYPES: Mapping[str, np.dtype[Any]] = {**NUMPY_DTYPES, **SCALE_DTYPES}  # scales included: copied or made
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8_DTYPES})
-NAMES: Mapping[str, str] = {  # what torch, config.json and recipes call the dtypes that outputs are written in
+NAMES: Mapping[str, str] = {  # the names of output dtypes in torch, config.json and recipes
     "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
 LARGEST_CODES = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in FLOAT8_DTYPES.values()}  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ def encode(values: Array, out: Array) -> Array:
     """Float32 or float64 `values` rounded once, to nearest even, to `out`'s dtype."""
     with np.errstate(over="ignore", invalid="ignore"):
         if values.dtype == np.float64 and (out.dtype == BFLOAT16 or out.dtype in FLOAT8_TABLES):
-            values = _round_to_odd(values)  # ml_dtypes goes through float32, which would round twice
+            values = _round_to_odd(values)  # ml_dtypes converts float64 through float32, which would round twice
         np.copyto(out, values, casting="unsafe")
     return out
 

@@ -1,7 +1,7 @@
 """How far apart two checkpoints are: every tensor's angle, norms and relative change, then by layer and by module.
 
-Streamed tile by tile, on the sums that a merge makes, so the angles are a merge's to the last bit. Any two
-checkpoints will do: what only one has, or has in another shape or type, is listed and not an error.
+Streamed tile by tile, with the same sums as a merge, so the angles are a merge's to the last bit. Any two checkpoints
+can be compared: tensors that only one has, or whose shape or type differs, are listed and are no error.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from merge_tool.run.buffers import cannot_start
 from merge_tool.run.findings import median
 
 _WORKER_BYTES = Scratch.NBYTES + 2 * 8 * TILE
-_RESERVE_BYTES = 8_000_000  # threads' stacks, malloc's own, the results
+_RESERVE_BYTES = 8_000_000  # threads' stacks, malloc's overhead, the results
 
 
 @dataclass(frozen=True, slots=True)
 class TensorDiff:
-    """One tensor of both: angle in degrees, norms, |y| / |x|, |y - x| / |x|; None where there is none.
+    """One tensor of both: angle in degrees, norms, |y| / |x|, |y - x| / |x|; None if there is none.
 
     `layer` is the first number in the name, `module` the name with `*` in its place. `note` says why figures are
     missing (integers, NaN), or that the bytes are equal.
@@ -73,7 +73,7 @@ class GroupDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two checkpoints compared. `unlike` are tensors of both whose shapes or types cannot be compared."""
+    """Two checkpoints compared. `unlike` are tensors whose shapes or types differ, so that they cannot be compared."""
 
     names: tuple[str, str]
     tensors: tuple[TensorDiff, ...]
@@ -85,9 +85,9 @@ class Diff:
     modules: tuple[GroupDiff, ...] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        found["base"], found["ft"] = found.pop("names")
-        return found
+        content = asdict(self)
+        content["base"], content["ft"] = content.pop("names")
+        return content
 
 
 def diff_checkpoints(
@@ -95,7 +95,7 @@ def diff_checkpoints(
 ) -> Diff:
     """Compare every tensor of `base` with `ft`'s of the same name, in at most `memory_bytes` of resident memory.
 
-    Raises CheckpointError when one cannot be read; RecipeError when the memory does not suffice.
+    Raises CheckpointError if a checkpoint cannot be read; RecipeError if the memory does not suffice.
     """
     budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
     if budget < LEAST_BYTES:
@@ -109,16 +109,16 @@ def diff_checkpoints(
     unlike = [name for name in shared if not _comparable(a[name], b[name])]
     names = [name for name in shared if _comparable(a[name], b[name])]
     reading = max((model.source(name).extra_bytes(TILE) for model in models for name in names), default=0)
-    found = list(_compare_all(models, names, _workers(budget, jobs or default_jobs(), _WORKER_BYTES + reading)))
+    compared = list(_compare_all(models, names, _workers(budget, jobs or default_jobs(), _WORKER_BYTES + reading)))
     return Diff(
         names=(models[0].name, models[1].name) if models[0].name != models[1].name else (str(base), str(ft)),
-        tensors=tuple(tensor for tensor, _ in found),
+        tensors=tuple(tensor for tensor, _ in compared),
         only_base=tuple(sorted(sorted(a.keys() - b.keys()), key=natural_key)),
         only_ft=tuple(sorted(sorted(b.keys() - a.keys()), key=natural_key)),
         unlike=tuple(f"{n}: {a[n].dtype} {list(a[n].shape)}, {b[n].dtype} {list(b[n].shape)}" for n in unlike),
         notices=tuple(notice for model in models for notice in model.notices),
-        layers=tuple(_groups(found, lambda t: "outside layers" if t.layer is None else f"layer {t.layer}")),
-        modules=tuple(_groups(found, lambda t: t.module)),
+        layers=tuple(_groups(compared, lambda t: "outside layers" if t.layer is None else f"layer {t.layer}")),
+        modules=tuple(_groups(compared, lambda t: t.module)),
     )
 
 
@@ -138,25 +138,25 @@ def _workers(budget: int, jobs: int, each: int) -> int:
 
 # --------------------------------------------------------------------------------------------- tensors
 
-_Found: TypeAlias = "tuple[TensorDiff, PairSums | None]"
+_Compared: TypeAlias = "tuple[TensorDiff, PairSums | None]"
 Tiles: TypeAlias = Callable[[], Iterable[tuple[Array, Array]]]
 
 
 class _Memory:
-    """What one worker needs: scratch, and a tile of either side."""
+    """One worker's memory: scratch, and a tile of each side."""
 
     def __init__(self) -> None:
         self.scratch = Scratch(np.zeros(Scratch.NBYTES, np.uint8))
         self.tiles = np.zeros((2, 8 * TILE), np.uint8)
 
 
-def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: int) -> Iterator[_Found]:
+def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: int) -> Iterator[_Compared]:
     free: queue.SimpleQueue[_Memory] = queue.SimpleQueue()
     for _ in range(workers):
         free.put(_Memory())
     stop = threading.Event()
 
-    def work(name: str) -> _Found:
+    def work(name: str) -> _Compared:
         memory = free.get()
         try:
             return _compare(models, name, memory, stop)
@@ -172,27 +172,27 @@ def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: in
             raise
 
 
-def _started(pool: ThreadPoolExecutor, work: Callable[[str], _Found], names: Sequence[str]) -> Iterator[_Found]:
+def _started(pool: ThreadPoolExecutor, work: Callable[[str], _Compared], names: Sequence[str]) -> Iterator[_Compared]:
     try:
         return pool.map(work, names)
     except RuntimeError as e:
         raise cannot_start(e) from e
 
 
-def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Found:
+def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Compared:
     a, b = (model.tensors[name] for model in models)
     with ExitStack() as opened:
         for model in models:
             source = model.source(name)
             source.acquire()
             opened.callback(source.release)
-        with np.errstate(all="ignore"):  # what is not finite is told, not warned of
+        with np.errstate(all="ignore"):  # the result notes values that are not finite; numpy need not warn
             equal, sums = _sums(a, b, partial(_tiles, models, name, memory, stop), memory.scratch)
     return _describe(name, a, b, equal, sums), sums
 
 
 def _sums(a: TensorInfo, b: TensorInfo, tiles: Tiles, scratch: Scratch) -> tuple[bool, PairSums | None]:
-    """Whether the bytes are equal, and the sums: None for integers and where a value is not finite."""
+    """Whether the bytes are equal, and the sums: None for integers and for tensors with values that are not finite."""
     is_float = a.dtype in FLOAT_DTYPES
     equal, parts = True, [(0.0, 0.0, 0.0)]
     for x, y in tiles():
@@ -233,15 +233,23 @@ def _tiles(
 
 def _describe(name: str, a: TensorInfo, b: TensorInfo, equal: bool, sums: PairSums | None) -> TensorDiff:
     layer, module = split_layer(name)
-    place = (name, layer, module, a.shape, a.dtype, b.dtype, equal)
+    described = partial(
+        TensorDiff,
+        name=name,
+        layer=layer,
+        module=module,
+        shape=a.shape,
+        dtype_base=a.dtype,
+        dtype_ft=b.dtype,
+        equal=equal,
+    )
     if sums is None:
         is_float = a.dtype in FLOAT_DTYPES
         note = "holds NaN or infinity" if is_float else "equal" if equal else "integers that differ"
-        return TensorDiff(*place, note=note)
+        return described(note=note)
     angle = pair_angle(sums)
     n0, n1 = (norm / sums.scale for norm in sums.norms)
-    return TensorDiff(
-        *place,
+    return described(
         angle_degrees=None if angle is None else math.degrees(angle.theta),
         norm_base=_finite(n0),
         norm_ft=_finite(n1),
@@ -269,23 +277,23 @@ def split_layer(name: str) -> tuple[int | None, str]:
 # ---------------------------------------------------------------------------------------------- groups
 
 
-def _groups(found: Sequence[_Found], key: Any) -> Iterator[GroupDiff]:
-    groups: dict[str, list[_Found]] = {}
-    for item in found:
+def _groups(compared: Sequence[_Compared], key: Any) -> Iterator[GroupDiff]:
+    groups: dict[str, list[_Compared]] = {}
+    for item in compared:
         groups.setdefault(key(item[0]), []).append(item)
     for name in sorted(groups, key=lambda name: (name == "outside layers", natural_key(name))):
         yield _group(name, groups[name])
 
 
-def _group(name: str, found: Sequence[_Found]) -> GroupDiff:
-    angles = [tensor.angle_degrees for tensor, _ in found if tensor.angle_degrees is not None]
-    sums = [s for _, s in found if s is not None and s.scale == 1.0]
+def _group(name: str, compared: Sequence[_Compared]) -> GroupDiff:
+    angles = [tensor.angle_degrees for tensor, _ in compared if tensor.angle_degrees is not None]
+    sums = [s for _, s in compared if s is not None and s.scale == 1.0]
     rows = [(s.xx, s.norms[1] ** 2, s.dd) for s in sums] or [(0.0, 0.0, 0.0)]
     xx, yy, dd = (total(column) for column in zip(*rows, strict=True))
     return GroupDiff(
         name=name,
-        num_tensors=len(found),
-        num_equal=sum(tensor.equal for tensor, _ in found),
+        num_tensors=len(compared),
+        num_equal=sum(tensor.equal for tensor, _ in compared),
         median_degrees=median(angles) if angles else None,
         largest_degrees=max(angles, default=None),
         norm_ratio=_finite(math.sqrt(yy / xx)) if xx else None,

@@ -1,9 +1,9 @@
 """Every error that a user can cause or meet, and how names from files are shown in messages.
 
     MergeToolError          anything this package refuses to do; the command line prints it and exits 1
-    ├── RecipeError         what was asked makes no sense: t out of range, an unknown method, too little memory
+    ├── RecipeError         the request makes no sense: t out of range, an unknown method, too little memory
     ├── CheckpointError     an input cannot be read: missing, damaged, quantised, changed while we read it
-    │   ├── FetchError      a model of the Hub cannot be had: gated, missing, offline, no such revision
+    │   ├── FetchError      a model of the Hub cannot be fetched: gated, missing, offline, no such revision
     │   └── HeaderError     the header of one safetensors file breaks the format's rules
     ├── MismatchError       two inputs do not fit together: names, shapes
     ├── DataError           values that cannot be merged: NaN, infinity, overflow, unequal integers
@@ -11,8 +11,8 @@
     ├── EvaluationError     a sweep's evaluation command failed, or its scores cannot be read
     └── WorkerError         a thread of ours could not be started, or ended unexpectedly
 
-A message says which file or tensor, what was found, what was expected, and what to do next.
-Anything else that escapes is a bug of ours and may show a traceback.
+A message says which file or tensor, what was found, what was expected, and what to do next. Any other exception is a
+bug of this package and may show a traceback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MergeToolError(Exception):
 
 
 class RecipeError(MergeToolError):
-    """The request itself is wrong, whatever the files hold."""
+    """The request itself is wrong, independent of the files."""
 
 
 class CheckpointError(MergeToolError):
@@ -81,7 +81,7 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """How many there are: `1 tensor`, `1,024 tensors`. `many` is what more than one are called, else `one` with an s.
+    """A number and its noun: `1 tensor`, `1,024 tensors`. `many` is the plural, by default `one` with an s.
 
     >>> counted(1, "tensor is", "tensors are"), counted(1024, "tensor")
     ('1 tensor is', '1,024 tensors')
@@ -90,22 +90,22 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 def reason(e: BaseException) -> str:
-    """What an error says is wrong: without the whole path of the user's that the system's errors carry.
+    """An error's message without the user's path, which the system's errors contain.
 
     >>> reason(FileNotFoundError(2, "No such file or directory", "/home/me/model/config.json"))
     'No such file or directory'
     >>> reason(UnicodeDecodeError("utf-8", b"abc", 1, 2, "invalid start byte"))
-    'it is no text in utf-8, at byte 1'
+    'it is not utf-8 text, at byte 1'
     """
     if isinstance(e, OSError) and e.strerror:
         return shown(e.strerror)
     if isinstance(e, UnicodeDecodeError):
-        return f"it is no text in {e.encoding}, at byte {e.start:,}"
+        return f"it is not {e.encoding} text, at byte {e.start:,}"
     return shown(str(e) or type(e).__name__, 600)
 
 
 def output_failed(path: Path, e: OSError) -> OutputError:
-    """The system refused something about the output at `path`."""
+    """The error for an operation on the output at `path` that the system refused."""
     return OutputError(
         f"{shown(path)}: {reason(e)}. Correct that, then run the same command: it continues where it stopped."
     )

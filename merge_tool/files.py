@@ -1,6 +1,6 @@
 """A file appears whole or not at all: written beside its name, synced, renamed, and the folder synced.
 
-Errors of write and fsync are errors; what they say names the file and the next step.
+Errors of write and fsync are errors; the message names the file and the next step.
 """
 
 from __future__ import annotations

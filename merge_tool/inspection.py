@@ -1,4 +1,4 @@
-"""What a checkpoint holds: from its headers shards, tensors, parameters, dtypes; from its weights norms and NaNs."""
+"""A checkpoint's content: shards, tensors, parameters and dtypes from its headers; norms and NaNs from its weights."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are welcome. Of a
-    model of the Hub no more than these are fetched.
+    """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are allowed. For a
+    model of the Hub only headers are fetched.
 
-    Raises CheckpointError when there is no checkpoint there.
+    Raises CheckpointError if there is no checkpoint.
     """
     with (
         Inputs([path]) as inputs,
@@ -85,9 +85,10 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
 @dataclass(frozen=True, slots=True)
 class TensorHealth:
-    """One tensor of floats: Euclidean norm, root mean square and largest absolute value of what is finite.
+    """One tensor of floats: Euclidean norm, root mean square and largest absolute value of its finite values.
 
-    `num_nonfinite` values are NaN or infinite, the first of them at `first_nonfinite`. All None or 0 for an empty one.
+    `num_nonfinite` values are NaN or infinite, the first of them at `first_nonfinite`. An empty tensor has None or 0 in
+    all fields.
     """
 
     name: str
@@ -103,7 +104,7 @@ class TensorHealth:
 def check_health(path: str | Path) -> list[TensorHealth]:
     """Read every floating-point tensor of a checkpoint, in order of their names, a megabyte at a time.
 
-    Tensors of integers and of types below a byte are passed over. Raises CheckpointError.
+    Tensors of integers and of types below a byte are skipped. Raises CheckpointError.
     """
     with open_model(path, mergeable=False) as checkpoint:
         names = sorted(n for n, info in checkpoint.tensors.items() if info.dtype in FLOAT_DTYPES)
@@ -115,12 +116,12 @@ def _tensor_health(checkpoint: Checkpoint, name: str) -> TensorHealth:
     parts, largest, bad, first = [], 0.0, 0, None
     for start in range(0, info.numel, TILE):
         stop = min(start + TILE, info.numel)
-        found = measure(checkpoint.read_new(name, start, stop))
-        parts.append(found.squares)
-        largest = max(largest, found.largest)
-        bad += found.num_nonfinite
-        if first is None and found.first_nonfinite is not None:
-            first = start + found.first_nonfinite
+        measured = measure(checkpoint.read_new(name, start, stop))
+        parts.append(measured.squares)
+        largest = max(largest, measured.largest)
+        bad += measured.num_nonfinite
+        if first is None and measured.first_nonfinite is not None:
+            first = start + measured.first_nonfinite
     if not info.numel:
         return TensorHealth(
             name=name,
@@ -148,7 +149,7 @@ def _tensor_health(checkpoint: Checkpoint, name: str) -> TensorHealth:
 
 
 def _total_squares(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(scale, s) with the sum of squares scale^2 s, which itself may leave float64's range."""
+    """(scale, s) with the sum of squares scale^2 s; the product itself may leave float64's range."""
     scale = max(part_scale for part_scale, _ in parts)
     if scale == 0:
         return 0.0, 0.0

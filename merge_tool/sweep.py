@@ -1,7 +1,7 @@
-"""Many values of t, one judge: merge, run the user's command on the models, keep its scores, drop the models.
+"""Many values of t, one evaluation command: merge, run the command on the models, keep its scores, delete the models.
 
-The scores go into `sweep.jsonl` line by line, so that a sweep that was stopped continues; `--batch` models are on
-disk at once. What a score means is the user's affair; here is only which way is better.
+The scores go into `sweep.jsonl` line by line, so that a sweep that was stopped continues; `--batch` models are on disk
+at once. The user knows what a score means; this module knows only whether more or less is better.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from merge_tool.recipe.pair import check_ts, pair
 from merge_tool.recipe.recipe import label_t
 
 JOURNAL, TABLE, LOG = "sweep.jsonl", "sweep.csv", "evaluation.log"
-HIDDEN = ".sweep"  # the lock, and files on their way; there while a sweep runs
-MODELS = "models"  # the merges that are being scored, below the sweep's folder
-LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # parts of a score's name, unless told
+HIDDEN = ".sweep"  # the lock and unfinished files; exists while a sweep runs
+MODELS = "models"  # the merges that are scored now, below the sweep's folder
+LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # parts of names of scores to minimise by default
 _LAST_LINES = 10
 
 
@@ -106,8 +106,8 @@ def sweep(
     settings: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
     recipe = pair(base, ft, chosen_ts[:1], **options)
     prepared = plan_recipe(recipe, folder / _name(chosen_ts[0]), read_samples=True, **settings)
-    check_target(Target(folder / MODELS), prepared.inputs)  # what is in there is removed
-    base, ft = prepared.refs  # from here on the same: the Hub's newest revision may move meanwhile
+    check_target(Target(folder / MODELS), prepared.inputs)  # its content is removed
+    base, ft = prepared.refs  # use these paths from here on: the Hub's newest revision may change meanwhile
     facts = _facts(prepared, command)
     del prepared
     try:
@@ -116,9 +116,9 @@ def sweep(
     except OSError as e:
         raise output_failed(folder, e) from e
     try:
-        found = journal.scores
-        _put_away(folder, [t for t in journal.begun if t in found], keep=keep)
-        rest = [t for t in chosen_ts if t not in found]
+        done = journal.scores
+        _put_away(folder, [t for t in journal.begun if t in done], keep=keep)
+        rest = [t for t in chosen_ts if t not in done]
         for chosen in (rest[start : start + batch] for start in range(0, len(rest), batch)):
             folders = _merge(base, ft, folder, chosen, journal, {**settings, **options})
             results = _evaluate(command, folders, folder, journal.names)
@@ -128,7 +128,7 @@ def sweep(
                 if on_scores is not None:
                     on_scores(SweepPoint(t, scores))
             _put_away(folder, chosen, keep=keep)
-        report = build_report(folder, {t: found[t] for t in sorted(found)}, minimize)
+        report = build_report(folder, {t: done[t] for t in sorted(done)}, minimize)
         _write_whole(folder / TABLE, report.as_csv())
         return report
     except OSError as e:
@@ -138,7 +138,7 @@ def sweep(
 
 
 def _facts(prepared: Prepared, command: Sequence[str]) -> dict[str, Any]:
-    """What makes two sweeps one: the inputs, the merge's options, the command."""
+    """The facts that must be equal to continue a sweep: the inputs, the merge's options, the command."""
     merged = {key: value for key, value in prepared.plan.facts.items() if key not in ("t", "version")}
     return {**merged, "samples": list(prepared.samples), "command": list(command)}
 
@@ -150,7 +150,7 @@ def _name(t: float) -> str:
 def _merge(
     base: str | Path, ft: str | Path, folder: Path, ts: Sequence[float], journal: _Journal, options: dict[str, Any]
 ) -> list[Path]:
-    """The folders of the merges, made in one pass over the inputs; what an earlier run began is continued."""
+    """The folders of the merges, made in one pass over the inputs; a merge that an earlier run began is continued."""
     models = folder / MODELS
     if not journal.begin(ts) and models.exists():
         shutil.rmtree(models)
@@ -160,7 +160,7 @@ def _merge(
 
 
 def _put_away(folder: Path, ts: Iterable[float], *, keep: bool) -> None:
-    """Scored models: to be kept under their names in the sweep's folder, or not at all."""
+    """Move scored models under their names into the sweep's folder if `keep`, else delete them."""
     for model in (folder / MODELS / _name(t) for t in ts):
         if model.is_dir() and keep:
             if (folder / model.name).exists():
@@ -173,7 +173,8 @@ def _put_away(folder: Path, ts: Iterable[float], *, keep: bool) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file of the sweep's folder under the lock's, then move it: a kill leaves the old one, and no trace."""
+    """Write a file of the sweep's folder in the lock's folder, then move it: a kill leaves the old file, and no other
+    file."""
     write_whole(path, [text.encode()], path.parent / HIDDEN / f"{path.name}.part")
 
 
@@ -183,10 +184,10 @@ def _write_whole(path: Path, text: str) -> None:
 def _evaluate(
     command: Sequence[str], folders: Sequence[Path], folder: Path, names: tuple[str, ...] | None
 ) -> list[dict[str, float]]:
-    """The command's scores for each folder. What it writes on stderr is kept in the log."""
-    given = [str(path) for path in folders]
-    has_place = "{}" in command
-    args = [arg for word in command for arg in (given if word == "{}" else [word])] + ([] if has_place else given)
+    """The command's scores for each folder. Its stderr goes into the log."""
+    paths = [str(path) for path in folders]
+    has_braces = "{}" in command
+    args = [arg for word in command for arg in (paths if word == "{}" else [word])] + ([] if has_braces else paths)
     try:
         with (folder / LOG).open("ab") as log:
             start = log.tell()
@@ -213,7 +214,7 @@ def _ending(code: int) -> str:
 
 
 def _tail(log: Path, start: int, text: str) -> str:
-    """The last lines of what the command wrote: on stderr (from byte `start` of the log), or else on stdout."""
+    """The last lines that the command wrote on stderr (from byte `start` of the log), or else on stdout."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - 65_536))
         errors = file.read().decode(errors="replace")
@@ -229,27 +230,27 @@ _LINE = re.compile(r"\s*([A-Za-z_][^\s:=]*)\s*[\s:=]\s*([-+]?(?:\d+\.?\d*|\.\d+)
 
 
 def parse_scores(text: str, count: int, names: tuple[str, ...] | None = None) -> list[dict[str, float]]:
-    """The scores of `count` models: JSON, or `name value` lines in the models' order; other lines are passed over.
+    """The scores of `count` models: JSON, or `name value` lines in the models' order; other lines are ignored.
 
-    Raises ValueError unless every model has the same finite scores (`names`, where they are known).
+    Raises ValueError unless every model has the same finite scores (those in `names`, if given).
 
     >>> parse_scores("loading 3 files\\naccuracy 0.5\\nloss: 2\\naccuracy 0.75\\nloss: 1", 2)
     [{'accuracy': 0.5, 'loss': 2.0}, {'accuracy': 0.75, 'loss': 1.0}]
     """
-    found = _parse_json(text)
-    if found is None:
-        found = _parse_lines(text, count)
-    if len(found) != count:
-        raise ValueError(f"scores for {len(found)} models, expected {count}")
-    expected = names or tuple(found[0])
+    rows = _parse_json(text)
+    if rows is None:
+        rows = _parse_lines(text, count)
+    if len(rows) != count:
+        raise ValueError(f"scores for {len(rows)} models, expected {count}")
+    expected = names or tuple(rows[0])
     if not expected:
         raise ValueError("no score was found")
-    for scores in found:
+    for scores in rows:
         if scores.keys() != set(expected):
             raise ValueError(f"the scores are {', '.join(scores)}, expected {', '.join(expected)}")
         if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise ValueError(f"{bad[0]} is {scores[bad[0]]}")
-    return [{name: scores[name] for name in expected} for scores in found]
+    return [{name: scores[name] for name in expected} for scores in rows]
 
 
 def _parse_json(text: str) -> list[dict[str, float]] | None:
@@ -281,12 +282,12 @@ def _parse_lines(text: str, count: int) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------------------------------- report
 
 
-def build_report(folder: Path, found: Mapping[float, Mapping[str, float]], minimize: Iterable[str]) -> SweepReport:
+def build_report(folder: Path, scores_of: Mapping[float, Mapping[str, float]], minimize: Iterable[str]) -> SweepReport:
     """The points with their Pareto marks. Raises RecipeError when `minimize` names no score."""
-    names = tuple(next(iter(found.values())))
+    names = tuple(next(iter(scores_of.values())))
     less = _less_is_better(names, minimize)
-    marks = pareto([[-s[n] if n in less else s[n] for n in names] for s in found.values()])
-    points = (SweepPoint(t, scores, mark) for (t, scores), mark in zip(found.items(), marks, strict=True))
+    marks = pareto([[-s[n] if n in less else s[n] for n in names] for s in scores_of.values()])
+    points = (SweepPoint(t, scores, mark) for (t, scores), mark in zip(scores_of.items(), marks, strict=True))
     return SweepReport(folder, tuple(points), less)
 
 
@@ -309,7 +310,7 @@ def pareto(rows: Sequence[Sequence[float]]) -> list[bool]:
 
 
 class _Journal:
-    """`sweep.jsonl`: what is swept, then a line per t begun or scored. One process at a time holds it."""
+    """`sweep.jsonl`: the sweep's facts, then a line per t begun or scored. One process at a time holds it."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], *, overwrite: bool) -> None:
         self._path = folder / JOURNAL
@@ -326,7 +327,7 @@ class _Journal:
                 raise OutputError(
                     f"{shown(folder)}: is not empty ({shown(others[0])}) and holds no sweep. Choose another folder."
                 )
-            # Again, without a line that was cut short.
+            # Write the file anew, without a line that was cut short.
             _write_whole(self._path, "".join(json.dumps(line) + "\n" for line in (lines or [dict(facts)])))
             for line in lines[1:]:
                 self.begun = line.get("begun", self.begun)
@@ -346,7 +347,8 @@ class _Journal:
         return next((tuple(scores) for scores in self.scores.values()), None)
 
     def begin(self, ts: Sequence[float]) -> bool:
-        """Note that these are merged now; true if they were begun before, so that the merge may go on."""
+        """Note that these t are being merged. True if an earlier run began the same t, so that its merge can
+        continue."""
         was_begun, self.begun = self.begun == list(ts), list(ts)
         self._append({"begun": self.begun})
         return was_begun
@@ -375,18 +377,18 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not line.endswith(b"\n"):
             return
         try:
-            found = json.loads(line)
+            record = json.loads(line)
         except (ValueError, RecursionError):
-            found = None
-        if not _is_whole(found):
+            record = None
+        if not _is_whole(record):
             raise OutputError(
                 f"{shown(path)}: line {number + 1} is damaged. Choose another folder, or --overwrite to start anew."
             )
-        yield found
+        yield record
 
 
 def _is_whole(line: Any) -> bool:
-    """Whether it is a sweep's facts, or what a sweep adds to them."""
+    """Whether a line is a sweep's facts, or a t begun or scored."""
     if not isinstance(line, dict):
         return False
     begun, scores = line.get("begun", []), line.get("scores", {"": 0})
@@ -395,7 +397,7 @@ def _is_whole(line: Any) -> bool:
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise OutputError naming what differs from the sweep that is there."""
+    """Raise OutputError that names the differences from the sweep in the folder."""
     now = json.loads(json.dumps(now))
     if different := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
         key = different[0]

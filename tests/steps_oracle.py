@@ -7,31 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from merge_tool.methods.steps import Given
+from merge_tool.methods.steps import MergeSpec
 from oracle import Array, float64_merge
 
-Oracle = Callable[[Given, Any, list[Array]], Array]
+Oracle = Callable[[MergeSpec, Any, list[Array]], Array]
 
 
-def linear(given: Given, base: Any, inputs: list[Array]) -> Array:
-    if given["normalize"]:
-        return np.average(np.stack(inputs), axis=0, weights=given["weight"])
-    return np.tensordot(np.array(given["weight"], float), np.stack(inputs), axes=1)
+def linear(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    if spec["normalize"]:
+        return np.average(np.stack(inputs), axis=0, weights=spec["weight"])
+    return np.tensordot(np.array(spec["weight"], float), np.stack(inputs), axes=1)
 
 
-def passthrough(given: Given, base: Any, inputs: list[Array]) -> Array:
-    scale = given["scale"][0]
+def passthrough(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    scale = spec["scale"][0]
     return inputs[0] if scale is None else inputs[0] * scale
 
 
-def nuslerp(given: Given, base: Any, inputs: list[Array]) -> Array:
-    origin = np.zeros(given.shape) if base is None else base
+def nuslerp(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    origin = np.zeros(spec.shape) if base is None else base
     x, y = (v - origin for v in inputs)
-    w0, w1 = given["weight"]
+    w0, w1 = spec["weight"]
     t = w1 / (w0 + w1)
-    if given["nuslerp_flatten"] or x.ndim < 2:
+    if spec["nuslerp_flatten"] or x.ndim < 2:
         return origin + float64_merge(x, y, t)
-    axis = 0 if given["nuslerp_row_wise"] else -1
+    axis = 0 if spec["nuslerp_row_wise"] else -1
     x, y = (np.moveaxis(v, axis, -1) for v in (x, y))
     merged = np.empty(x.shape)
     for place in np.ndindex(x.shape[:-1]):
@@ -39,12 +39,12 @@ def nuslerp(given: Given, base: Any, inputs: list[Array]) -> Array:
     return origin + np.moveaxis(merged, -1, axis)
 
 
-def multislerp(given: Given, base: Any, inputs: list[Array]) -> Array:
+def multislerp(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     """By tangents, exponential map and all, as it is told."""
-    origin = np.zeros(given.shape) if base is None else base
+    origin = np.zeros(spec.shape) if base is None else base
     xs = [(x - origin).ravel() for x in inputs]
-    w = np.array(given["weight"], float)
-    if given["normalize_weights"]:
+    w = np.array(spec["weight"], float)
+    if spec["normalize_weights"]:
         w = w / w.sum()
     norms = [np.linalg.norm(x) for x in xs]
     units = [x / n if n else x for x, n in zip(xs, norms, strict=True)]
@@ -53,16 +53,16 @@ def multislerp(given: Given, base: Any, inputs: list[Array]) -> Array:
     tangent = sum(a * (u - np.dot(u, mean) * mean) for a, u in zip(w, units, strict=True))
     length = np.linalg.norm(tangent)
     point = np.cos(length) * mean + (np.sin(length) / length * tangent if length else 0)
-    return origin + (np.dot(w, norms) * point).reshape(given.shape)
+    return origin + (np.dot(w, norms) * point).reshape(spec.shape)
 
 
-def karcher(given: Given, base: Any, inputs: list[Array]) -> Array:
+def karcher(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     """By logarithm and exponential maps of whole tensors, with two-argument arc tangents."""
     xs = [x.ravel() for x in inputs]
     norms = [float(np.linalg.norm(x)) for x in xs]
     units = [x / n for x, n in zip(xs, norms, strict=True) if n]
     mean = sum(units) / np.linalg.norm(sum(units))
-    for _ in range(given["max_iter"]):
+    for _ in range(spec["max_iter"]):
         tangent = np.zeros_like(mean)
         for u in units:
             theta = 2 * np.arctan2(np.linalg.norm(u - mean), np.linalg.norm(u + mean))
@@ -70,15 +70,15 @@ def karcher(given: Given, base: Any, inputs: list[Array]) -> Array:
             if np.linalg.norm(across) > 1e-12:
                 tangent += theta * across / np.linalg.norm(across) / len(units)
         step = np.linalg.norm(tangent)
-        if step < given["tol"] or step == 0:
+        if step < spec["tol"] or step == 0:
             break
         mean = np.cos(step) * mean + np.sin(step) * tangent / step
         mean /= np.linalg.norm(mean)
-    return (sum(norms) / len(norms) * mean).reshape(given.shape)
+    return (sum(norms) / len(norms) * mean).reshape(spec.shape)
 
 
-def model_stock(given: Given, base: Any, inputs: list[Array]) -> Array:
-    rows = base.reshape(-1, given.columns if given["filter_wise"] else given.numel)
+def model_stock(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    rows = base.reshape(-1, spec.columns if spec["filter_wise"] else spec.numel)
     average = np.mean(np.stack(inputs), axis=0).reshape(rows.shape)
     merged = np.empty(rows.shape)
     for i, w0 in enumerate(rows):
@@ -91,19 +91,19 @@ def model_stock(given: Given, base: Any, inputs: list[Array]) -> Array:
         c, n = max(0.0, float(np.mean(found))), len(inputs)
         t = n * c / (1 + (n - 1) * c)
         merged[i] = t * average[i] + (1 - t) * w0
-    return merged.reshape(given.shape)
+    return merged.reshape(spec.shape)
 
 
-def sparse(choose: Callable[[Given, int, Array], Array], *, consensus: bool) -> Oracle:
+def sparse(choose: Callable[[MergeSpec, int, Array], Array], *, consensus: bool) -> Oracle:
     """Task vectors through `choose`, then base + lambda times their sum or their average by elected signs."""
 
-    def merge(given: Given, base: Any, inputs: list[Array]) -> Array:
-        deltas = np.stack([choose(given, i, x - base) for i, x in enumerate(inputs)])
-        w = np.array(given["weight"], float).reshape(-1, *(1,) * base.ndim)
+    def merge(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+        deltas = np.stack([choose(spec, i, x - base) for i, x in enumerate(inputs)])
+        w = np.array(spec["weight"], float).reshape(-1, *(1,) * base.ndim)
         if not consensus:
-            total = (deltas * w).sum(axis=0) / (w.sum() if given["normalize"] else 1)
-            return base + given["lambda"] * total
-        return base + given["lambda"] * _elect(deltas, w, given["normalize"])
+            total = (deltas * w).sum(axis=0) / (w.sum() if spec["normalize"] else 1)
+            return base + spec["lambda"] * total
+        return base + spec["lambda"] * _elect(deltas, w, spec["normalize"])
 
     return merge
 
@@ -115,69 +115,69 @@ def _elect(deltas: Array, w: Array, normalize: bool, signs: Any = None) -> Array
     return total / np.where(weight == 0, 1, weight) if normalize else total
 
 
-def _everything(given: Given, i: int, d: Array) -> Array:
+def _everything(spec: MergeSpec, i: int, d: Array) -> Array:
     return d
 
 
-def _l1(given: Given, before: Array, after: Array) -> Array:
-    return after * (np.abs(before).sum() / np.abs(after).sum()) if given["rescale"] and after.any() else after
+def _l1(spec: MergeSpec, before: Array, after: Array) -> Array:
+    return after * (np.abs(before).sum() / np.abs(after).sum()) if spec["rescale"] and after.any() else after
 
 
-def _largest(given: Given, i: int, d: Array) -> Array:
-    density = given["density"][i]
+def _largest(spec: MergeSpec, i: int, d: Array) -> Array:
+    density = spec["density"][i]
     if density in (0, 1):
         return d * density
     sizes = np.abs(d).astype(np.float32)
     least = np.sort(sizes, axis=None)[::-1][max(1, int(density * d.size)) - 1]
-    return _l1(given, d, np.where(sizes >= least, d, 0.0))
+    return _l1(spec, d, np.where(sizes >= least, d, 0.0))
 
 
-def _middle(given: Given, i: int, d: Array) -> Array:
-    density = given["density"][i]
+def _middle(spec: MergeSpec, i: int, d: Array) -> Array:
+    density = spec["density"][i]
     if density == 1:
         return d
     sizes = np.abs(d).astype(np.float32)
-    kept, top = int(density * d.size), int(given["gamma"][i] * d.size)
+    kept, top = int(density * d.size), int(spec["gamma"][i] * d.size)
     top = min(top, d.size - kept)  # fewer of the largest go where too little would be left
     chosen = np.sort(sizes, axis=None)[::-1][top : top + kept]
     if not len(chosen):
         return np.zeros_like(d)
-    return _l1(given, d, np.where((sizes >= chosen.min()) & (sizes <= chosen.max()), d, 0.0))
+    return _l1(spec, d, np.where((sizes >= chosen.min()) & (sizes <= chosen.max()), d, 0.0))
 
 
-def uniform(given: Given, i: int) -> Array:
+def uniform(spec: MergeSpec, i: int) -> Array:
     """All of a stream at once, by numpy's own generator of floats."""
-    bits = np.random.Philox(counter=0, key=(given.key ^ (i * 0x9E3779B97F4A7C15)) & (2**128 - 1))
-    return np.random.Generator(bits).random(given.numel).reshape(given.shape)
+    bits = np.random.Philox(counter=0, key=(spec.key ^ (i * 0x9E3779B97F4A7C15)) & (2**128 - 1))
+    return np.random.Generator(bits).random(spec.numel).reshape(spec.shape)
 
 
-def _coin(given: Given, i: int, d: Array) -> Array:
-    density = given["density"][i]
-    kept = np.where(uniform(given, i) < density, d, 0.0)
-    return kept / density if given["rescale"] and density else kept
+def _coin(spec: MergeSpec, i: int, d: Array) -> Array:
+    density = spec["density"][i]
+    kept = np.where(uniform(spec, i) < density, d, 0.0)
+    return kept / density if spec["rescale"] and density else kept
 
 
-def _ranked_coin(given: Given, i: int, d: Array) -> Array:
-    density, epsilon = given["density"][i], given["epsilon"][i]
+def _ranked_coin(spec: MergeSpec, i: int, d: Array) -> Array:
+    density, epsilon = spec["density"][i], spec["epsilon"][i]
     if density in (0, 1):
         return d * density
-    rows = np.abs(d).reshape(-1, given.columns)
+    rows = np.abs(d).reshape(-1, spec.columns)
     ranks = np.empty(rows.shape)
     for k, row in enumerate(rows):
         ordered = np.sort(row)
         ranks[k] = (np.searchsorted(ordered, row, "left") + np.searchsorted(ordered, row, "right") - 1) / 2
-    n = given.columns
+    n = spec.columns
     chance = np.full(rows.shape, density) if n == 1 else density - epsilon + 2 * epsilon * ranks / (n - 1)
     chance = chance.reshape(d.shape)
-    kept = np.where(uniform(given, i) < chance, d, 0.0)
-    return kept / chance if given["rescale"] else kept
+    kept = np.where(uniform(spec, i) < chance, d, 0.0)
+    return kept / chance if spec["rescale"] else kept
 
 
-def sce(given: Given, base: Any, inputs: list[Array]) -> Array:
+def sce(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     deltas = np.stack([x - base for x in inputs])
     spread = np.std(np.stack(inputs), axis=0).astype(np.float32)
-    if given["select_topk"] < 1:
-        kept = int(np.count_nonzero(spread) * given["select_topk"])
+    if spec["select_topk"] < 1:
+        kept = int(np.count_nonzero(spread) * spec["select_topk"])
         least = np.sort(spread, axis=None)[::-1][kept - 1] if kept else np.inf
         deltas = np.where(spread >= least, deltas, 0.0)
     energy = np.array([np.sum(d * d) for d in deltas])
@@ -185,20 +185,20 @@ def sce(given: Given, base: Any, inputs: list[Array]) -> Array:
     return base + _elect(deltas, w.reshape(-1, *(1,) * base.ndim), True, np.sign(deltas.sum(axis=0)))
 
 
-def nearswap(given: Given, base: Any, inputs: list[Array]) -> Array:
+def nearswap(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     apart = np.abs(inputs[0] - base)
-    w = np.clip(np.divide(given["t"], apart, out=np.ones_like(apart), where=apart > 0), 0, 1)
+    w = np.clip(np.divide(spec["t"], apart, out=np.ones_like(apart), where=apart > 0), 0, 1)
     return w * inputs[0] + (1 - w) * base
 
 
-def arcee_fusion(given: Given, base: Any, inputs: list[Array]) -> Array:
-    x = inputs[0].reshape(-1, given.columns)
+def arcee_fusion(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    x = inputs[0].reshape(-1, spec.columns)
     b = base.reshape(x.shape)
     p, q = (np.exp(v) / np.exp(v).sum(axis=1, keepdims=True) for v in (x, b))
     score = (np.abs(x - b) * (p * np.log(p / q)).sum(axis=1, keepdims=True)).astype(np.float32)
     ordered = np.sort(score, axis=None).astype(float)
     q1, median, q3 = (ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
-    return np.where(score >= np.float32(median + 1.5 * (q3 - q1)), x, b).reshape(given.shape)
+    return np.where(score >= np.float32(median + 1.5 * (q3 - q1)), x, b).reshape(spec.shape)
 
 
 ORACLES: dict[str, Oracle] = {

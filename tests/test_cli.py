@@ -122,10 +122,10 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "    model.norm.bias: [32] in base, [5] in ft\n"
         "base has 28,174 parameters and 3 layers; ft has 28,263 parameters and 3 layers.\n"
         "All must be the same architecture, with one vocabulary. To merge them anyway:\n"
-        "  --on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.\n"
-        "  --on-mismatch base: such tensors are BASE's as they are.\n"
+        "  --on-missing base: tensors that a model lacks are copied from BASE; those that BASE lacks are left out.\n"
+        "  --on-mismatch base: such tensors are copied from BASE.\n"
         "  --vocab base, ft or union: rows are matched by token; the output has those tokens.\n"
-        "  --exclude PATTERN: what it matches is not merged.\n"
+        "  --exclude PATTERN: matching tensors are copied from BASE.\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -218,7 +218,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 OPTIONS = [
-    "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs",
+    "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from", "--help", "--jobs",
     "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only", "--overwrite",
     "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t", "--t-for", "--untie", "--version", "--vocab",
 ]  # fmt: skip

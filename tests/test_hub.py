@@ -121,7 +121,7 @@ def test_a_repository_of_nothing_but_weights_is_a_model(hub: Replica, tmp_path: 
     bare(hub, name)
     look = run(hub, tmp_path, "inspect", "org/ft")
     assert (look.returncode, look.stderr) == (0, "")
-    assert "does not hold all of it" in refusal(hub, tmp_path, "inspect", "org/ft", HF_HUB_OFFLINE="1")
+    assert "not fully in the Hub's cache" in refusal(hub, tmp_path, "inspect", "org/ft", HF_HUB_OFFLINE="1")
     command = ("merge", "org/base", "org/ft", "merged", "--t", "1")
     done = run(hub, tmp_path, *command)
     assert (done.returncode, done.stderr) == (0, "")
@@ -223,7 +223,9 @@ def test_an_incomplete_cache_offline_is_not_half_a_model(hub: Replica, tmp_path:
     assert run(hub, tmp_path, "inspect", "org/base", "--health").returncode == 0
     (shard,) = (tmp_path / "home").rglob("snapshots/*/model-00001-of-00002.safetensors")
     shard.unlink()
-    assert "does not hold all of it" in refusal(hub, tmp_path, "inspect", "org/base", "--health", HF_HUB_OFFLINE="1")
+    assert "not fully in the Hub's cache" in refusal(
+        hub, tmp_path, "inspect", "org/base", "--health", HF_HUB_OFFLINE="1"
+    )
     assert run(hub, tmp_path, "inspect", "org/base", "--health").returncode == 0
 
 

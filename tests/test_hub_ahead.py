@@ -244,7 +244,7 @@ def test_pickles_are_fetched_whole_even_for_a_dry_run(hub: Replica, tmp_path: Pa
 def test_offline_and_unreachable_say_what_they_said(hub: Replica, tmp_path: Path) -> None:
     """After a dry run the small files are in the cache, and the weights are not."""
     assert run(hub, tmp_path, *COMMAND, "--dry-run").returncode == 0
-    assert "does not hold all of it" in refusal(hub, tmp_path, *COMMAND, HF_HUB_OFFLINE="1")
+    assert "not fully in the Hub's cache" in refusal(hub, tmp_path, *COMMAND, HF_HUB_OFFLINE="1")
     assert "cannot be reached to fetch it" in refusal(hub, tmp_path, *COMMAND, HF_ENDPOINT="http://127.0.0.1:9")
     assert run(hub, tmp_path, *COMMAND).returncode == 0
     for more in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):

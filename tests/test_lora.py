@@ -340,7 +340,7 @@ def test_a_path_that_exists_wins_over_its_plus(tmp_path: Path, monkeypatch: pyte
     assert parts(f"{tmp_path}/a+b") == (tmp_path / "a+b",)
     assert parts("org/x@v1+org/y") == (Path("org/x@v1"), Path("org/y"))
     assert parts("org/x@v1+2") == (Path("org/x@v1+2"),)
-    with pytest.raises(CheckpointError, match=r"x\+y: no such file or folder, nor a model and an adapter"):
+    with pytest.raises(CheckpointError, match=r"x\+y: no such file or folder, and no MODEL\+ADAPTER"):
         local_parts("x+y")
 
 
@@ -492,7 +492,7 @@ def test_an_adapter_in_the_models_place(adapted: tuple[Path, Path, Path], tmp_pa
     """As BASE it is refused with the way to say it; two adapters are merged as they are, with a warning."""
     base, adapter, _ = adapted
     assert (
-        "lora: BASE is an adapter, and base is none. Give MODEL+ADAPTER"
+        "lora: BASE is an adapter, but base is a model. Give MODEL+ADAPTER"
         in run("merge", adapter, base, tmp_path / "x").stderr
     )
     assert "lora: is an adapter, expected a model before the +" in run("inspect", f"{adapter}+{adapter}").stderr

@@ -137,7 +137,7 @@ def test_progress_and_the_plan_count_what_is_read(tmp_path: Path, pair: tuple[Pa
     nbytes = sum(a.nbytes for a in x.values())
     assert total == [sum(seen)] == [2 * nbytes + sum(a.nbytes for name, a in x.items() if "mlp" in name)]
     result = run(*pair, tmp_path / "plan", "--only", "mlp", "--dry-run")
-    assert f"  merged    3; {len(x) - 3} are one model's as they are\n" in result.stdout
+    assert f"  merged    3; {len(x) - 3} copied from one model, unchanged\n" in result.stdout
     assert plan_recipe(recipe_of_pair(*pair, only="mlp"), tmp_path / "plan").read_bytes == total[0] - nbytes
 
 

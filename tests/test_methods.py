@@ -27,7 +27,7 @@ from merge_tool.methods.inner import (
     sum_tile,
     total,
 )
-from merge_tool.methods.steps import Given
+from merge_tool.methods.steps import MergeSpec
 from oracle import exact_angle, exact_merge, ulp
 
 BF16, E4M3, E5M2 = (np.dtype(d) for d in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
@@ -52,7 +52,7 @@ def sums_of(x: Any, y: Any, scale: float = 1.0) -> PairSums:
 
 def linear_weights(w0: float, w1: float, *, normalize: bool = True) -> Weights:
     """Those of `linear` for two tensors, whatever their values."""
-    given = Given((1,), 2, False, {"normalize": normalize}, {"weight": (w0, w1)})
+    given = MergeSpec((1,), 2, False, {"normalize": normalize}, {"weight": (w0, w1)})
     return linear_of_two(PairSums(1.0, 0.0, 1.0), given)
 
 

@@ -22,7 +22,7 @@ from merge_tool.arrays import encode
 from merge_tool.cli import merge_tool
 from merge_tool.methods.passes import run_steps
 from merge_tool.methods.registry import METHODS
-from merge_tool.methods.steps import Given, Method, OrderStatistics, Steps, Tile, seed_key
+from merge_tool.methods.steps import MergeSpec, Method, OrderStatistics, Steps, Tile, seed_key
 from merge_tool.plan.memory import resident_bytes
 from merge_tool.verify.verify import verify
 from test_memory import linux_only, write_model
@@ -91,7 +91,7 @@ def in_memory(method: str, name: str, base: Array | None, inputs: list[Array]) -
     found = METHODS[method]
     shared = {**found.shared, **SHARED.get(method, {})}
     each = {k: (v,) * len(inputs) for k, v in {**found.each, **EACH[method]}.items()}
-    given = Given(inputs[0].shape, len(inputs), base is not None, shared, each, seed_key(0, name))
+    given = MergeSpec(inputs[0].shape, len(inputs), base is not None, shared, each, seed_key(0, name))
     merged = run_steps(found, given, base, inputs)
     return encode(merged.reshape(-1), np.empty(merged.size, inputs[0].dtype)).reshape(merged.shape)
 
@@ -327,7 +327,7 @@ def test_integers_are_copied_when_all_are_equal(tmp_path: Path) -> None:
 def test_a_method_of_ones_own(models: list[Path], tmp_path: Path) -> None:
     """From Python, under a name of one's own, by the same loop: here the larger half of the differences."""
 
-    def larger_half(given: Given) -> Steps:
+    def larger_half(given: MergeSpec) -> Steps:
         found = yield OrderStatistics(lambda tile: [np.abs(tile.inputs[0] - tile.base)], [[given.numel // 2]])
         least = np.float32(found[0][0])
 

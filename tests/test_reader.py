@@ -91,7 +91,7 @@ def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html></html>", "is a web page, not the file itself. Fetch it again"),
         (b'<?xml version="1.0"?><Error/>', r"is a text \(XML or HTML\), not weights"),
         (b'{"error": "Repository not found"}', r"is a text \(JSON\), not weights"),
-        (b"Entry not found", "is a text, not weights: perhaps an error message in their place. Fetch it again"),
+        (b"Entry not found", r"is a text, not weights \(perhaps a saved error page\)\. Fetch it again"),
         (b"{}", r"is a text \(JSON\), not weights"),
         (b"GGUF\3\0\0\0" + bytes(80), "is a GGUF file"),
         (b"", "has 0 bytes, too few for a safetensors file"),

@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_an_error_of_ours(place: Path, name: str, 
 def test_a_template_that_cannot_be_read_is_named_without_its_folders(place: Path) -> None:
     (place / "base/chat_template.jinja").write_bytes(b"\xff")
     said = check(RUN, place)
-    assert "Error: base/chat_template.jinja: cannot be read (it is no text in utf-8, at byte 0)." in said
+    assert "Error: base/chat_template.jinja: cannot be read (it is not utf-8 text, at byte 0)." in said
 
 
 def test_a_report_that_was_damaged_does_not_pass_for_a_finished_merge(place: Path) -> None:

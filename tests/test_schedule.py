@@ -38,7 +38,7 @@ def ts(rules: Rules, names: list[str], t: float = 0.5) -> list[float]:
     """The t of each tensor of two models that both have these names."""
     recipe = recipe_of_pair("base", "ft", t, t_for=rules)
     expansion = Expansion(recipe, METHODS["slerp"], [names, names])
-    return [expansion.values(expansion.place(name))[0].shared["t"] for name in names]
+    return [expansion.values(expansion.tensor(name))[0].shared["t"] for name in names]
 
 
 @pytest.mark.parametrize(

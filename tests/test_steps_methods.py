@@ -20,10 +20,10 @@ from hypothesis.extra import numpy as hnp
 
 from merge_tool.methods.geometric import arc_weights
 from merge_tool.methods.inner import Scratch, combine, pair_angle, slerp_weights
-from merge_tool.methods.passes import check_given, cut_tile, drive, run_steps
+from merge_tool.methods.passes import check_spec, cut_tile, drive, run_steps
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.rowwise import divergence, mean_ranks
-from merge_tool.methods.steps import REQUIRED, TILE, Given, Method, Steps, Sums, Tile, seed_key, tile_elements
+from merge_tool.methods.steps import REQUIRED, TILE, MergeSpec, Method, Steps, Sums, Tile, seed_key, tile_elements
 from oracle import Array, exact_angle, exact_weights
 from steps_oracle import ORACLES, uniform
 from test_methods import pair_at_angle, sums_of
@@ -35,7 +35,9 @@ KEY = seed_key(0, "model.layers.0.mlp.up_proj.weight")
 WEIGHTS = (0.7, 0.2, 0.4, 0.3)
 
 
-def asked(name: str, shape: tuple[int, ...], n: int | None = None, *, base: bool | None = None, **more: Any) -> Given:
+def asked(
+    name: str, shape: tuple[int, ...], n: int | None = None, *, base: bool | None = None, **more: Any
+) -> MergeSpec:
     """A request with the defaults, some weights, and what is given: one value for all inputs, or a tuple of them."""
     method = METHODS[name]
     n = min(3, method.inputs[1]) if n is None else n
@@ -43,10 +45,10 @@ def asked(name: str, shape: tuple[int, ...], n: int | None = None, *, base: bool
     each = {k: more.get(k, WEIGHTS[:n] if v is REQUIRED else v) for k, v in method.each.items()}
     assert more.keys() <= shared.keys() | each.keys()
     each = {k: v if isinstance(v, tuple) else (v,) * n for k, v in each.items()}
-    return Given(shape, n, method.base == "required" if base is None else base, shared, each, KEY)
+    return MergeSpec(shape, n, method.base == "required" if base is None else base, shared, each, KEY)
 
 
-def tensors(request: Given, seed: int = 0, apart: float = 0.3) -> tuple[Array | None, list[Array]]:
+def tensors(request: MergeSpec, seed: int = 0, apart: float = 0.3) -> tuple[Array | None, list[Array]]:
     """A base and models near it, which went some of the way together."""
     rng = np.random.default_rng(seed)
     base, common = rng.standard_normal(request.shape), rng.standard_normal(request.shape)
@@ -54,11 +56,11 @@ def tensors(request: Given, seed: int = 0, apart: float = 0.3) -> tuple[Array | 
     return (base if request.has_base else None), inputs
 
 
-def merged(name: str, request: Given, base: Any, inputs: list[Array]) -> Array:
+def merged(name: str, request: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     return run_steps(STEPS_METHODS[name], request, base, inputs)
 
 
-def check(name: str, request: Given, seed: int = 0, apart: float = 0.3, rtol: float = 1e-11) -> None:
+def check(name: str, request: MergeSpec, seed: int = 0, apart: float = 0.3, rtol: float = 1e-11) -> None:
     base, inputs = tensors(request, seed, apart)
     found = merged(name, request, base, inputs)
     np.testing.assert_allclose(found, ORACLES[name](request, base, inputs), rtol=rtol, atol=1e-12)
@@ -202,7 +204,7 @@ def test_the_order_in_which_tiles_are_added_changes_no_bit(name: str) -> None:
         assert shuffled_merge(name, request, base, inputs).tobytes() == merged(name, request, base, inputs).tobytes()
 
 
-def shuffled_merge(name: str, request: Given, base: Any, inputs: list[Array]) -> Array:
+def shuffled_merge(name: str, request: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     method, shuffle = STEPS_METHODS[name], random.Random(5).shuffle
     granularity = method.granularity(request)
     size = tile_elements(request, granularity)
@@ -231,7 +233,7 @@ def test_the_order_of_the_models_does_not_matter(name: str) -> None:
     request = asked(name, (20, 30), **VARIANTS[name][-1])
     base, inputs = tensors(request)
     turned = {k: v[::-1] for k, v in request.each.items()}
-    other = Given(request.shape, request.num_inputs, request.has_base, request.shared, turned, KEY)
+    other = MergeSpec(request.shape, request.num_inputs, request.has_base, request.shared, turned, KEY)
     found = merged(name, other, base, inputs[::-1])
     np.testing.assert_allclose(found, merged(name, request, base, inputs), rtol=1e-12, atol=1e-14)
 
@@ -343,12 +345,12 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "bad", "words"), REFUSED)
 def test_a_parameter_that_means_nothing_is_refused_before_any_pass(name: str, bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_given(METHODS[name], asked(name, (4, 4), **bad))
+        check_spec(METHODS[name], asked(name, (4, 4), **bad))
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_good_parameters_pass_the_check(name: str, variant: dict[str, Any]) -> None:
-    check_given(STEPS_METHODS[name], asked(name, (4, 4), **variant))
+    check_spec(STEPS_METHODS[name], asked(name, (4, 4), **variant))
 
 
 # ------------------------------------------------------------------------------ the geometric methods
@@ -583,7 +585,7 @@ def test_dropping_at_random_is_right_on_average(name: str) -> None:
     assert base is not None
     found = []
     for seed in range(4_000):
-        one = Given(request.shape, 1, True, request.shared, request.each, seed_key(seed, "w"))
+        one = MergeSpec(request.shape, 1, True, request.shared, request.each, seed_key(seed, "w"))
         found.append(merged(name, one, base, [x]))
     slack = 5 * np.abs(x - base) * math.sqrt((1 - 0.35) / 0.35 / 4_000)
     assert (np.abs(np.mean(found, axis=0) - x) <= slack).all()
@@ -675,14 +677,14 @@ def test_the_method_of_the_docs_is_a_method() -> None:
     for block in blocks:
         exec(block, scope)
     method = scope["STRETCHED"]
-    request = Given((300, 700), 3, False, {"strength": 1.5})
+    request = MergeSpec((300, 700), 3, False, {"strength": 1.5})
     _, inputs = tensors(request)
     found = run_steps(method, request, None, inputs)
     average = np.mean(inputs, axis=0)
     wanted = 1.5 * np.mean([np.linalg.norm(x) for x in inputs])
     np.testing.assert_allclose(found, average * wanted / np.linalg.norm(average), rtol=1e-12, atol=1e-15)
     with pytest.raises(ValueError, match="strength"):
-        check_given(method, Given((2,), 3, False, {"strength": -1}))
+        check_spec(method, MergeSpec((2,), 3, False, {"strength": -1}))
     assert len(blocks[0][blocks[0].index("def ") :].split("\n\n\n")[0].splitlines()) <= 20
 
 
@@ -726,20 +728,20 @@ def test_sums_that_are_0_but_for_rounding_elect_nobody(method: str) -> None:
         np.testing.assert_allclose(found, base, rtol=1e-15)
 
 
-def given_of(method: str, shape: tuple[int, ...], weights: Sequence[float]) -> Given:
+def given_of(method: str, shape: tuple[int, ...], weights: Sequence[float]) -> MergeSpec:
     found = STEPS_METHODS[method]
     each = {key: (value,) * len(weights) for key, value in found.each.items()} | {"weight": tuple(weights)}
-    return Given(shape, len(weights), True, {**found.shared}, each)
+    return MergeSpec(shape, len(weights), True, {**found.shared}, each)
 
 
 def test_a_method_that_needs_no_pass_may_give_its_combine_at_once() -> None:
     twice: Any = lambda given: lambda tile: tile.inputs[0] * 2  # noqa: E731
     plain = Method("twice", "here", twice, base="none")
-    given = Given((2, 3), 1, False)
+    given = MergeSpec((2, 3), 1, False)
     np.testing.assert_array_equal(run_steps(plain, given, None, [np.ones((2, 3))]), np.full((2, 3), 2.0))
 
 
-def _one_sum(given: Given) -> Steps:
+def _one_sum(given: MergeSpec) -> Steps:
     yield Sums(lambda tile: [1.0], 2)
     return lambda tile: tile.inputs[0]
 
@@ -755,4 +757,4 @@ def _one_sum(given: Given) -> Steps:
 def test_a_method_of_ones_own_that_is_wrong_is_told_what_is(steps: Any, says: str) -> None:
     method = Method("wrong", "here", steps, base="none")
     with pytest.raises(ValueError, match=says):
-        run_steps(method, Given((6,), 1, False), None, [np.ones(6)])
+        run_steps(method, MergeSpec((6,), 1, False), None, [np.ones(6)])

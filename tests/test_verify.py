@@ -272,7 +272,7 @@ def test_an_index_beside_a_single_file_is_found(tmp_path: Path, pair: tuple[Path
     index = "model.safetensors.index.json"
     (tmp_path / "out" / index).write_text('{"weight_map": {}}')
     resign(tmp_path / "out")
-    assert f"{index}: an index where one file has all tensors." in problems(tmp_path / "out")
+    assert f"{index}: an index, although one file has all tensors." in problems(tmp_path / "out")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / index).write_text('{"weight_map": {}}')
     merge(*pair, tmp_path / "files/x.safetensors", report_path=tmp_path / "r.json")

@@ -50,8 +50,8 @@ def plan_rows(sources: Sequence[Source], config: TrainConfig, epoch: int) -> lis
     """The sequences of one epoch, in order: examples shuffled, then packed or one to a sequence."""
     picks = [
         (number, int(example))
-        for number, (source, asked) in enumerate(zip(sources, config.sources, strict=True))
-        for example in _passes(len(source.train), asked.weight, epoch, (config.seed, 1, number))
+        for number, (source, source_config) in enumerate(zip(sources, config.sources, strict=True))
+        for example in _passes(len(source.train), source_config.weight, epoch, (config.seed, 1, number))
     ]
     order = np.random.default_rng((config.seed, 2, epoch)).permutation(len(picks))
     shuffled = [picks[i] for i in order]

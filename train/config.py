@@ -306,8 +306,8 @@ def _check_source(source: SourceConfig, where: str) -> None:
         raise TrainError(f"{where}.held_out is {source.held_out}, expected a share below 1 or a whole number of rows.")
     for number, test in enumerate(source.where):
         if test.op in ("in", "not in") and not isinstance(test.value, list):
-            found = f"{where}.where[{number}].value is {describe(test.value)}"
-            raise TrainError(f"{found}, expected a list for {test.op!r}.")
+            problem = f"{where}.where[{number}].value is {describe(test.value)}"
+            raise TrainError(f"{problem}, expected a list for {test.op!r}.")
     if (source.messages is None) == (not source.templates):
         raise TrainError(f"{where} needs either `templates` or `messages`, and not both.")
     if source.messages is not None and source.format not in ("memphis-chat", "chat-template"):
@@ -319,7 +319,7 @@ def _check_source(source: SourceConfig, where: str) -> None:
 def _check_template(fmt: str, template: Template, where: str) -> None:
     needed = {"text": ("text",), "tinycot": ("prompt", "rationale", "response")}.get(fmt, ("prompt", "response"))
     for key in ("prompt", "response", "rationale", "text"):
-        given = bool(getattr(template, key))
-        if given != (key in needed):
+        is_set = bool(getattr(template, key))
+        if is_set != (key in needed):
             verb = "is missing" if key in needed else "has no place"
             raise TrainError(f"{where}.{key} {verb} in format {fmt}, which takes {', '.join(needed)}.")

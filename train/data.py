@@ -28,7 +28,7 @@ _TOKENIZE_ROWS = 256
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source: every row and example is counted somewhere."""
+    """The counts for one source: every row and example is in one of them."""
 
     title: str
     rows: int  # in the file or data set
@@ -74,7 +74,7 @@ class Source:
 
 
 def prepare_sources(config: TrainConfig, tokenizer: Any, cache: Path) -> list[str]:
-    """Names of each source's example store below `cache`, tokenised now where it is not there yet.
+    """The name of each source's example store below `cache`; a store that is missing is made now.
 
     One process calls this; the others get the names. Raises TrainError for unreadable sources, missing
     columns, or a source that gives no example.
@@ -84,7 +84,7 @@ def prepare_sources(config: TrainConfig, tokenizer: Any, cache: Path) -> list[st
 
 def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, cache: Path) -> str:
     rows = open_rows(source)
-    asked = {
+    facts = {
         "version": STORE_VERSION,
         "rows": rows.digest,
         "source": {k: v for k, v in asdict(source).items() if k not in ("weight", "label", "path")},
@@ -92,7 +92,7 @@ def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, c
         "seed": config.seed,
         "tokenizer": tokenizer_digest(tokenizer),
     }
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     if not (cache / digest / "report.json").exists():
         store = _tokenize_source(source, config, tokenizer, rows)
         try:
@@ -107,11 +107,11 @@ def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, c
 def open_sources(config: TrainConfig, cache: Path, names: Sequence[str]) -> list[Source]:
     """The stores that `prepare_sources` named, memory-mapped."""
     sources = []
-    for asked, name in zip(config.sources, names, strict=True):
+    for source_config, name in zip(config.sources, names, strict=True):
         stored = json.loads((cache / name / "report.json").read_text())
-        report = SourceReport(**{**stored, "title": asked.title})
+        report = SourceReport(**{**stored, "title": source_config.title})
         train, held_out = (_open_examples(cache / name, part) for part in ("train", "held_out"))
-        sources.append(Source(title=asked.title, train=train, held_out=held_out, report=report, digest=name))
+        sources.append(Source(title=source_config.title, train=train, held_out=held_out, report=report, digest=name))
     return sources
 
 

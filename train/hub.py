@@ -42,8 +42,8 @@ def explain(error: BaseException, ref: str, revision: str | None, kind: Kind) ->
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error not in found:
-        found.append(error)
+    errors: list[BaseException] = []
+    while error not in errors:
+        errors.append(error)
         error = error.__cause__ or error.__context__ or error
-    return found
+    return errors

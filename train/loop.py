@@ -72,13 +72,13 @@ def _finetune(config: TrainConfig, world: World) -> None:
     mixture = Mixture(sources, config, padding_id(tokenizer, say), world.size)
 
     # ---- the same run as before? ----
-    asked = {**asdict(config), "data": names, "sequences_per_step": config.sequences_per_step(world.size)}
+    record = {**asdict(config), "data": names, "sequences_per_step": config.sequences_per_step(world.size)}
     if saved or done:
-        world.first(lambda: check_same_run(output, asked))
+        world.first(lambda: check_same_run(output, record))
     if done:
         say(f"{output / 'final'}: this run is complete already.")
         return
-    first_writes(world, output, lambda: write_records(output, asked, reports))
+    first_writes(world, output, lambda: write_records(output, record, reports))
 
     # ---- what it will take ----
     dtype = choose_dtype(config.dtype, world.device)

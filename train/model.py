@@ -124,10 +124,10 @@ def padding_id(tokenizer: Any, say: Say) -> int:
     return int(eos or 0)
 
 
-def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
+def choose_dtype(choice: str, device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it, float32 elsewhere (bfloat16 was about 2 times slower on CPU)."""
-    if asked != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
+    if choice != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[choice]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
@@ -168,7 +168,7 @@ def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch
 
 
 def _shapes(info: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {list(found)}, expected {list(said)}" for name, found, said in info["mismatched_keys"])
+    return ", ".join(f"{name} {list(here)}, expected {list(there)}" for name, here, there in info["mismatched_keys"])
 
 
 def _reason(error: Exception, model: str, revision: str | None, next_step: str = _AGAIN) -> str:
@@ -302,7 +302,7 @@ def _tiny_batch(lengths: list[int], device: torch.device) -> Batch:
     return Batch(ids=ids, labels=torch.full_like(ids, -100), positions=positions, lengths=sizes, sources=())
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    tolerance = 0.1 if found.dtype == torch.bfloat16 else 1e-3
-    off = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+def _alike(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = 0.1 if actual.dtype == torch.bfloat16 else 1e-3
+    off = (actual.float() - expected.float()).abs().max() / expected.float().abs().max()
     return bool(off < tolerance)

@@ -1,7 +1,7 @@
 """Adalite v1 and AdamW for weights without a float32 master, and schedules as pure functions of the step.
 
-Each rule is a free function that changes one float32 parameter in place from its gradient and its state; beside it
-stands what that state holds, so a checkpoint is taken up whole or refused. `Optimizer` owns the states and can step one
+Each rule is a free function that changes one float32 parameter in place from its gradient and its state; beside it is
+the declaration of that state, so a checkpoint is loaded whole or refused. `Optimizer` owns the states and can step one
 parameter at a time, which is what fused backward needs. Only whole-tensor operations are used, so a DTensor (FSDP2) is
 updated as if it were in one piece: norms and means are over the parameter, not over a rank's shard. bfloat16 weights
 are rounded stochastically, or steps below half an ulp would be lost.
@@ -159,7 +159,7 @@ class Optimizer:
         wide, grad = (p.data, grad) if is_wide else (p.data.float(), grad.float())
         self._rule.update(wide, grad, slot.state, slot.updates, lr, self._config)
         declared = self._rule.state(tuple(p.shape)).keys()
-        if slot.state.keys() != declared:  # or a checkpoint would not be taken up
+        if slot.state.keys() != declared:  # else a checkpoint could not be loaded
             raise ValueError(f"the rule keeps {sorted(slot.state)} for {name}, and declares {sorted(declared)}")
         if is_wide:
             return
@@ -212,16 +212,16 @@ class Optimizer:
         for full, (name, key, shape) in declared.items():
             tensor = read(full, self._parameters[name])
             if (tuple(tensor.shape), tensor.dtype) != (shape, torch.float32):
-                found = f"{tensor.dtype} {list(tensor.shape)}"
-                raise TrainError(f"optimizer state {full} is {found}, expected torch.float32 {list(shape)}")
+                actual = f"{tensor.dtype} {list(tensor.shape)}"
+                raise TrainError(f"optimizer state {full} is {actual}, expected torch.float32 {list(shape)}")
             self._slots[name].state[key] = tensor
         for name, slot in self._slots.items():
             slot.updates = updates[name]
 
 
-def _check_names(what: str, found: Collection[str], expected: Collection[str]) -> None:
+def _check_names(what: str, actual: Collection[str], expected: Collection[str]) -> None:
     """Raise TrainError for names that are missing or too many, with the first of each."""
-    differences = {"missing": {*expected} - {*found}, "not expected": {*found} - {*expected}}
+    differences = {"missing": {*expected} - {*actual}, "not expected": {*actual} - {*expected}}
     texts = [
         f"{verb}: {', '.join(sorted(names)[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for verb, names in differences.items()

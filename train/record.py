@@ -23,9 +23,9 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
-def write_records(output: Path, asked: dict[str, Any], reports: Sequence[SourceReport]) -> None:
+def write_records(output: Path, record: dict[str, Any], reports: Sequence[SourceReport]) -> None:
     """Write both files. Raises OSError."""
-    publish_text(output / "run.json", json.dumps(asked, indent=1))
+    publish_text(output / "run.json", json.dumps(record, indent=1))
     publish_text(output / "data.json", json.dumps([asdict(report) for report in reports], indent=1))
 
 
@@ -42,8 +42,8 @@ def check_resume(config: TrainConfig, holds_a_run: bool) -> None:
         )
 
 
-def check_same_run(output: Path, asked: dict[str, Any]) -> None:
-    """Raise TrainError listing what differs between `asked` and the run that `output` holds.
+def check_same_run(output: Path, record: dict[str, Any]) -> None:
+    """Raise TrainError listing what differs between `record` and the run in `output`.
 
     Only FREE_KEYS may differ between sessions.
     """
@@ -56,10 +56,10 @@ def check_same_run(output: Path, asked: dict[str, Any]) -> None:
         raise TrainError(
             f"{path}: cannot be read ({e}). Delete it to go on without comparing the settings, or set another `output`."
         ) from e
-    asked = json.loads(json.dumps(asked))
-    keys = [k for k in sorted({*stored, *asked}) if k not in FREE_KEYS and stored.get(k) != asked.get(k)]
+    record = json.loads(json.dumps(record))
+    keys = [k for k in sorted({*stored, *record}) if k not in FREE_KEYS and stored.get(k) != record.get(k)]
     if keys:
-        lines = [line for k in keys for line in _changes(k, stored.get(k), asked.get(k))]
+        lines = [line for k in keys for line in _changes(k, stored.get(k), record.get(k))]
         if "data" in keys and "sources" not in keys:
             lines.append("  (data are digests: the rows of a source, the tokenizer or how rows are read changed)")
         raise TrainError(

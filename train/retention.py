@@ -20,8 +20,8 @@ def checkpoint_path(output: Path, step: int) -> Path:
 
 def list_checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = (output / "checkpoints").glob("step-*") if output.is_dir() else ()
-    return sorted(folder for folder in found if (folder / "state.json").is_file())
+    folders = (output / "checkpoints").glob("step-*") if output.is_dir() else ()
+    return sorted(folder for folder in folders if (folder / "state.json").is_file())
 
 
 def prune(output: Path, keep_last: int) -> None:

@@ -41,7 +41,7 @@ class Session:
     generators: dict[str, torch.Generator]
     progress: Progress = field(default_factory=lambda: Progress(step=0))
     lr: float = 0.0  # of the step under way
-    lowest_eval_loss: float = math.inf  # of this run's evaluations and the checkpoints that it found
+    lowest_eval_loss: float = math.inf  # the lowest loss of this run's evaluations and of earlier checkpoints
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -102,7 +102,7 @@ class Session:
         self.saved_at = time.monotonic()
 
     def way_back(self) -> str:
-        """What the same command would do now."""
+        """What the same command would do next, for error messages."""
         saved = list_checkpoints(self.output)
         return f"Start again to go on from {saved[-1].name}." if saved else "There is no checkpoint yet."
 

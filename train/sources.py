@@ -146,10 +146,10 @@ def _first_line(error: Exception) -> str:
 
 def _hold_out(rows: list[int], source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
     """Split by row, before templates: all examples of one row are learned, or all are held out."""
-    asked = source.held_out
-    count = int(asked) if asked >= 1 else round(asked * len(rows))
-    if asked and not count:
-        raise TrainError(f"Source {source.title}: held_out is {asked} of {len(rows)} rows, which is none. Raise it.")
+    share = source.held_out
+    count = int(share) if share >= 1 else round(share * len(rows))
+    if share and not count:
+        raise TrainError(f"Source {source.title}: held_out is {share} of {len(rows)} rows, which is none. Raise it.")
     if count and count >= len(rows):
         raise TrainError(f"Source {source.title}: held_out is {count} of {len(rows)} rows, which is all. Lower it.")
     chosen = set(np.random.default_rng((seed, 4)).permutation(len(rows))[:count].tolist())

@@ -59,7 +59,7 @@ def train_step(
         if config.fused_backward and not math.isfinite(world.sum(total[0].clone())):
             break  # backward would already change weights
         (loss * scale).backward()
-    total[1] = float(stop.asked)  # as late as can be: a step may take minutes
+    total[1] = float(stop.requested)  # as late as can be: a step may take minutes
     loss_sum, stops = world.sum(total).tolist()
     is_finite, norm = math.isfinite(loss_sum), None
     if not config.fused_backward:

@@ -173,22 +173,22 @@ def build_card(
 def _metadata(config: TrainConfig, is_local: bool) -> dict[str, Any]:
     """The Hub's metadata; paths of local folders and files stay private."""
     datasets = [source.path for source in config.sources if not Path(source.path).exists()]
-    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mixce"]}
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mixce"]}
     if not is_local:
-        found |= {"base_model": config.model.partition("@")[0], "base_model_relation": "finetune"}
-    return found | ({"datasets": datasets} if datasets else {})
+        metadata |= {"base_model": config.model.partition("@")[0], "base_model_relation": "finetune"}
+    return metadata | ({"datasets": datasets} if datasets else {})
 
 
 def _source_lines(config: TrainConfig) -> Iterator[str]:
     """A line per source: its keys that are not the defaults."""
     for source in config.sources:
         path = Path(source.path).name if Path(source.path).exists() else source.path
-        asked = {
+        settings = {
             key: value
             for key, value in asdict(source).items()
             if key not in ("path", "label") and value != SourceConfig.__dataclass_fields__[key].default
         }
-        yield f"- `{path}`: " + json.dumps(asked, ensure_ascii=False, default=str)
+        yield f"- `{path}`: " + json.dumps(settings, ensure_ascii=False, default=str)
 
 
 def _result_lines(metrics: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -205,10 +205,10 @@ def _result_lines(metrics: Sequence[dict[str, Any]], facts: dict[str, Any]) -> s
 
 def versions() -> dict[str, str]:
     """Versions of what computed the weights."""
-    found = {"python": sys.version.split()[0]}
+    numbers = {"python": sys.version.split()[0]}
     for name in ("slerp-merge", "torch", "transformers", "datasets", "tokenizers"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers

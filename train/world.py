@@ -1,4 +1,4 @@
-"""The processes of one run: which one this is, how many there are, what they exchange, and who asks them to stop.
+"""The processes of one run: which one this is, how many there are, what they exchange, and the signals that stop them.
 
 Rank and world size are read from the environment here, once, and passed on. One process needs no process group; several
 (under torchrun) use NCCL on GPUs and gloo on CPUs.
@@ -51,9 +51,9 @@ class World:
         """Every process's value, in order of rank, everywhere."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def first(self, action: Callable[[], T]) -> T:
         """Do `action` in the first process; its result, or its TrainError, everywhere."""
@@ -98,17 +98,17 @@ def close_world(world: World) -> None:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT set `asked`; the loop saves after the step. A second SIGINT interrupts at once."""
+    """SIGTERM and SIGINT set `requested`; the loop saves after the step. A second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> StopSignals:
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _ask(self, *_: object) -> None:
-        self.asked = True
+        self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: object) -> None:

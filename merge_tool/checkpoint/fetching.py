@@ -1,7 +1,7 @@
-"""In a process of its own: a model of the Hub -> its folder in the Hub's cache, or why it cannot be had.
+"""In a process of its own: a model of the Hub -> its folder in the Hub's cache, or the reason why it cannot be fetched.
 
 huggingface_hub does the work: cache, token, endpoint, offline mode, progress bars, continuing a broken download. Only
-what a merge reads or copies is fetched: no pickled weights where there are safetensors, and none are looked at.
+files that a merge reads or copies are fetched: no pickled weights if there are safetensors. No weights are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, WEIGHT_SUFFIXES, find_
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
-# Never part of a merge, and often larger than the model: other formats, checkpoints of its training, originals.
+# Never part of a merge, and often larger than the model: other formats, training checkpoints, original weights.
 _UNWANTED = [
     *(f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)),
     *("original/*", "*checkpoint-*/*", "*optimizer.*", "*scheduler.*", "*rng_state*", "*trainer_state.json"),
@@ -30,14 +30,13 @@ _MODEL = frozenset({"model.safetensors", "model.safetensors.index.json"})
 
 
 def main() -> None:
-    """Carry out the request: the answer, and after it the bytes of headers."""
+    """Carry out the request. Returns the answer, and the bytes of headers that follow it."""
     answer(lambda request: look_ahead(*request[1:]) if request[0] == "look" else (fetch(*request[1:]), ()))
 
 
 def fetch(repo: str, revision: str | None = None, commit: str | None = None) -> str:
-    """The snapshot folder of `repo`, with all a merge needs: the small files, then the weights that these name.
-
-    `commit` is what `revision` stood for when it was looked at. Raises FetchError.
+    """The snapshot folder of `repo` with all files that a merge needs: the small files, then the weights that they
+    name. `commit` is the commit that `revision` meant when the model was planned. Raises FetchError.
     """
     with _explaining(repo, revision):
         folder, _, wanted = _fetch_small(repo, commit or revision)
@@ -45,7 +44,8 @@ def fetch(repo: str, revision: str | None = None, commit: str | None = None) -> 
 
 
 def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], list[bytes]]:
-    """As `fetch`, of safetensors that are not in the cache the headers alone: what a Snapshot has, and the headers."""
+    """As `fetch`, but only the headers of safetensors that are not in the cache: the fields of a Snapshot, and the
+    headers."""
     with _explaining(repo, revision):
         folder, listing, wanted = _fetch_small(repo, revision)
         lacking = [name for name in _lacking(folder, wanted) if name in listing]
@@ -53,21 +53,21 @@ def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], 
         coming = [name for name in lacking if may_wait and _can_wait(name)]
         if whole := sorted({*lacking} - {*coming}):
             _download(repo, folder.name, whole)
-        found = fetch_headers(repo, folder.name, coming)
+        starts = fetch_headers(repo, folder.name, coming)
     answer = {
         "folder": str(folder),
-        "coming": [(name, size, len(start)) for name, (size, start) in zip(coming, found, strict=True)],
+        "coming": [(name, size, len(start)) for name, (size, start) in zip(coming, starts, strict=True)],
         "cached_bytes": sum((folder / name).stat().st_size for name in wanted if (folder / name).is_file()),
         "fetched_bytes": sum((folder / name).stat().st_size for name in whole),
         "begun_bytes": _begun_bytes(folder) if coming else 0,
     }
-    return answer, [start for _, start in found]
+    return answer, [start for _, start in starts]
 
 
 @contextmanager
 def _explaining(repo: str, revision: str | None) -> Iterator[None]:
-    """Whatever goes wrong inside as a FetchError; no progress bars where nobody looks, no word on a repository that has
-    nothing but weights."""
+    """Turn every error inside into a FetchError. No progress bars without a terminal; no warning for a repository that
+    has only weights."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     logging.getLogger("huggingface_hub._snapshot_download").addFilter(_is_news)
@@ -77,7 +77,7 @@ def _explaining(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as e:  # of several libraries, which differ between versions; all mean: it cannot be had
+    except Exception as e:  # several libraries' errors, which differ between versions; each means: cannot be fetched
         raise FetchError(_explained(e, repo, revision)) from e
 
 
@@ -86,17 +86,17 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _fetch_small(repo: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
-    """The snapshot folder with all but the weights, the files of the repository, and the weights that are needed."""
+    """The snapshot folder without the weights, the files of the repository, and the names of the weights to fetch."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=_UNWANTED))
     listing, error = _listing(repo, folder.name, folder)
-    if error is not None and not listing:  # the folder below, made for weights that never came
+    if error is not None and not listing:  # empty: made below by a run that then failed
         raise error
     wanted = _weights(repo, folder, listing, folder.name)
     if error is not None and _lacking(folder, wanted):
-        raise error  # at once: the library would try to fetch them for half a minute
-    folder.mkdir(parents=True, exist_ok=True)  # the library makes it with its first file; there may be weights alone
+        raise error  # fail at once: the library would try to fetch them for half a minute
+    folder.mkdir(parents=True, exist_ok=True)  # a repository without small files has none yet
     return folder, listing, wanted
 
 
@@ -111,7 +111,7 @@ def _download(repo: str, commit: str, names: Sequence[str]) -> str:
 
 
 def _can_wait(name: str) -> bool:
-    """Whether a plan needs no more than the header: not of pickles, nor of what is copied from sub-folders."""
+    """Whether a plan needs only the file's header. Pickles and files copied from sub-folders are needed whole."""
     return name.endswith(".safetensors") and "/" not in name
 
 
@@ -120,19 +120,19 @@ def _is_adapter(listing: Sequence[str]) -> bool:
 
 
 def _begun_bytes(folder: Path) -> int:
-    """What older versions of the library have kept of broken downloads, to continue them; newer ones start anew, and
-    have another part in the name."""
+    """Bytes of broken downloads that older versions of the library keep and continue. Newer versions start again, under
+    other names."""
     blobs = folder.parent.parent / "blobs"
     return sum(p.stat().st_size for p in blobs.glob("*.incomplete") if p.name.count(".") == 1)
 
 
 def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception | None]:
-    """The files of the repository; where the Hub cannot be reached, those that were fetched before, and why."""
+    """The files of the repository. If the Hub cannot be reached: the files that were fetched before, and the reason."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        # list_repo_files would do, but tries for half a minute when nobody answers.
+        # Not list_repo_files: it tries for half a minute if no server answers.
         return sorted(file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings or []), None
     except Exception as e:
         if isinstance(e, HfHubHTTPError):
@@ -145,18 +145,18 @@ def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> li
     if _is_adapter(listing) and (adapter := [name for name in ADAPTER_WEIGHTS if name in listing]):
         return adapter[:1]
     single, index = find_weights(repo, listing)
-    found = [single] if single else []
+    files = [single] if single else []
     if index:
-        found = _indexed_files(repo, folder, index, commit)
+        files = _indexed_files(repo, folder, index, commit)
     if "modules.json" in listing:
-        found += _module_weights(listing)
-    return found
+        files += _module_weights(listing)
+    return files
 
 
 def _indexed_files(repo: str, folder: Path, index: str, commit: str) -> list[str]:
     from huggingface_hub import snapshot_download
 
-    if not (folder / index).exists():  # of pickles: not fetched until it is needed
+    if not (folder / index).exists():  # an index of pickles is fetched only if it is needed
         snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(index)])
     try:
         return weight_map_files(json.loads((folder / index).read_bytes()))
@@ -165,7 +165,7 @@ def _indexed_files(repo: str, folder: Path, index: str, commit: str) -> list[str
 
 
 def _module_weights(listing: Sequence[str]) -> list[str]:
-    """The weights in sub-folders, pickled ones only where a folder has no others."""
+    """The weights in sub-folders; pickles only from folders without safetensors."""
     safetensors = [name for name in listing if "/" in name and name.endswith(".safetensors")]
     have = {PurePosixPath(name).parent for name in safetensors}
     pickles = [name for name in listing if "/" in name and PurePosixPath(name).name == "pytorch_model.bin"]
@@ -176,12 +176,12 @@ def _module_weights(listing: Sequence[str]) -> list[str]:
 
 
 def _explained(error: Exception, repo: str, revision: str | None) -> str:
-    """One sentence about what happened and one about what to do."""
+    """One sentence about the problem and one about the next step."""
     from huggingface_hub import constants
 
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     name = repo if revision is None else f"{repo}@{shown(revision)}"
-    local = f"Nothing here is called {name}, and"
+    local = f"{name}: is not a local path, and"
     page = f"{constants.ENDPOINT}/{repo}"
     login = "`hf auth login` or HF_TOKEN"
     if "GatedRepoError" in kinds:
@@ -190,14 +190,14 @@ def _explained(error: Exception, repo: str, revision: str | None) -> str:
         return f"{name}: the Hub has {repo}, but no revision {shown(revision)} of it. {page}/tree/main lists them."
     if "RepositoryNotFoundError" in kinds:
         return (
-            f"{local} the Hub has no such model that you may see. Check the spelling; if it is private, "
+            f"{local} the Hub shows you no such model. Check the spelling; if it is private, "
             f"give your token by {login}."
         )
     if "HFValidationError" in kinds:
-        return f"{local} it cannot be a model's id on the Hub ({_first_line(error)})."
+        return f"{local} it is not a valid model id of the Hub ({_first_line(error)})."
     if _is_offline():
         return (
-            f"{local} the Hub's cache does not hold all of it, while HF_HUB_OFFLINE forbids to fetch it. "
+            f"{local} it is not fully in the Hub's cache; HF_HUB_OFFLINE prevents downloading it. "
             "Unset HF_HUB_OFFLINE, or give a local folder."
         )
     if "LocalEntryNotFoundError" in kinds or kinds & {"ConnectError", "ConnectionError", "TimeoutException"}:
@@ -216,15 +216,15 @@ def _is_offline() -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error not in found:
-        found.append(error)
+    errors: list[BaseException] = []
+    while error not in errors:
+        errors.append(error)
         error = error.__cause__ or error.__context__ or error
-    return found
+    return errors
 
 
 def _root(error: Exception) -> str:
-    """What the deepest cause that says something says."""
+    """The message of the deepest cause that has a message."""
     texts = [_first_line(e) for e in _chain(error) if str(e).strip()]
     return texts[-1] if texts else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""A folder of files from a stranger: which paths in it may be followed, and what is a weight file.
+"""A folder of files from a stranger: which paths may be followed, and which files are weights.
 
 A symlink is followed when it ends inside the folder, or, in a Hub cache, inside that model's blobs.
 Nothing else outside the folder is ever opened.
@@ -23,14 +23,14 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     | {".nemo", ".distcp"}
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
-PIPELINE = "model_index.json"  # of diffusers: several models, each in a folder of its own
+PIPELINE = "model_index.json"  # the index of a diffusers pipeline: several models, each in its own folder
 _STATE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)[^/]*", re.IGNORECASE)  # of a training
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
 LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
 
 class Folder:
-    """A folder whose files are opened only where its links may lead. `name` is for messages and cards."""
+    """A folder whose files are opened only if their links stay inside. `name` is for messages and cards."""
 
     def __init__(self, path: Path) -> None:
         self.root = path.resolve()
@@ -59,7 +59,7 @@ class Folder:
         return target
 
     def regular(self, relative: str) -> Path:
-        """As `path`, for a regular file: opening it does not wait, as opening a pipe would."""
+        """As `path`, for a regular file: opening a pipe could wait forever."""
         target = self.path(relative)
         if not stat.S_ISREG(self._status(relative, target).st_mode):
             raise CheckpointError(f"{self.name}/{shown(relative)}: is not a regular file.")
@@ -72,7 +72,7 @@ class Folder:
             raise self.unreadable(relative, e) from e
 
     def size(self, relative: str) -> int:
-        """How many bytes a regular file has."""
+        """The size of a regular file in bytes."""
         return self._status(relative, self.regular(relative)).st_size
 
     def read(self, relative: str) -> bytes:
@@ -84,7 +84,7 @@ class Folder:
             raise self.unreadable(relative, e) from e
 
     def unreadable(self, relative: str, e: Exception) -> CheckpointError:
-        """What to raise where a file of the folder cannot be read."""
+        """The error for a file of the folder that cannot be read."""
         return CheckpointError(f"{self.name}/{shown(relative)}: cannot be read ({reason(e)}).")
 
     def has(self, relative: str) -> bool:
@@ -93,7 +93,7 @@ class Folder:
     def walk(self, skip: Callable[[str], bool]) -> Iterator[str]:
         """Every file below the folder as a relative path with '/', sorted; links to folders are followed.
 
-        What `skip` says yes to (a file, or a folder with all that is in it) is not even looked at.
+        Files and folders for which `skip` returns true are left out, unread.
         """
         yield from self._walk("", frozenset({self.root}), skip)
 
@@ -118,7 +118,7 @@ class Folder:
                 raise CheckpointError(f"{self.name}/{shown(relative)}: is not a regular file.")
 
     def load_json(self, relative: str, *, unique_keys: bool = False) -> dict[str, Any]:
-        """The JSON object in a file; CheckpointError if it is anything else, or too large."""
+        """The JSON object in a file. Raises CheckpointError for any other content, and for files that are too large."""
         where = f"{self.name}/{shown(relative)}"
         if (size := self.size(relative)) > LARGEST_JSON:
             raise CheckpointError(f"{where}: has {size:,} bytes, at most {LARGEST_JSON:,} are read.")
@@ -146,7 +146,7 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | N
     """The single weights file, or the index: safetensors before pickles, as transformers does; of either,
     model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind.
 
-    `name` is the folder's, for messages; of a listing with files in folders these only count as a pipeline's parts.
+    `name` is the folder's name, for messages. Files in sub-folders of the listing count only as parts of a pipeline.
     Raises CheckpointError when there is neither.
     """
     everything, listing = listing, [file for file in listing if "/" not in file]
@@ -168,16 +168,16 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | N
 
 
 def _pipeline(name: str, listing: Sequence[str]) -> str:
-    """That a folder is a pipeline of diffusers, and which of its folders to give."""
-    found = sorted({file.partition("/")[0] for file in listing if file.count("/") == 1 and is_weight_file(file)})
-    told = f"is a pipeline of diffusers ({PIPELINE}), of several models. Give the folder of one of them"
-    if not found:
-        return f"{told}; none is here yet: finish the download."
-    if "/" in name:  # of the Hub, where a folder has no id
+    """The message for a diffusers pipeline: which of its folders to give."""
+    parts = sorted({file.partition("/")[0] for file in listing if file.count("/") == 1 and is_weight_file(file)})
+    what = f"is a pipeline of diffusers ({PIPELINE}), of several models. Give the folder of one of them"
+    if not parts:
+        return f"{what}; none is here yet: finish the download."
+    if "/" in name:  # a model of the Hub: its sub-folders have no ids
         return (
-            f"{told}: hf download {name} --local-dir FOLDER, then {listed((f'FOLDER/{part}' for part in found), 20)}."
+            f"{what}: hf download {name} --local-dir FOLDER, then {listed((f'FOLDER/{part}' for part in parts), 20)}."
         )
-    return f"{told}: {listed((f'{name}/{part}' for part in found), 20)}."
+    return f"{what}: {listed((f'{name}/{part}' for part in parts), 20)}."
 
 
 def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[str | None, str | None]:
@@ -199,7 +199,7 @@ def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[str |
 
 
 def unread_format(names: Sequence[str]) -> str:
-    """Why weights of none of the formats that are read cannot be merged, and what to do."""
+    """The message for a folder whose weights are only in formats that are not read: the reason and the next step."""
     if any(name.lower().endswith((".gguf", ".ggml")) for name in names):
         return (
             f"GGUF weights ({listed(names)}) are not read: they are packed for inference, most of them in blocks of "
@@ -222,7 +222,7 @@ def weight_map_files(index: Any) -> list[str]:
 
 
 def folder_name(root: Path) -> str:
-    """What to call a resolved folder: its last part, or `org/name` in a Hub cache; never the whole path."""
+    """A resolved folder's name for messages: its last part, or `org/name` in a Hub cache; never the whole path."""
     if _hub_blobs(root):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
     return root.name.encode("utf-8", "backslashreplace").decode() or "folder"
@@ -236,7 +236,7 @@ def _hub_blobs(root: Path) -> Path | None:
 
 
 def _is_deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects lie more than `most` deep in each other: what is deeper, nobody can walk or print."""
+    """Whether lists and objects are nested more than `most` levels deep: walking or printing deeper ones would fail."""
     level = [value]
     for _ in range(most):
         level = [v for part in level for v in (part.values() if isinstance(part, dict) else part)]
@@ -245,9 +245,9 @@ def _is_deeper(value: Any, most: int) -> bool:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in content:
             raise ValueError(f"the key '{shown(key)}' appears twice")
-        found[key] = value
-    return found
+        content[key] = value
+    return content

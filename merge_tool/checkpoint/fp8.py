@@ -1,7 +1,7 @@
-"""8-bit floats with scales beside them, as DeepSeek-V3 and compressed-tensors have them: real values, in the stream.
+"""8-bit floats with scales, as in DeepSeek-V3 and compressed-tensors, read as real values while the merge streams.
 
-A weight is codes (F8_E4M3) times the scale of the tensor, the row, or the block of rows and columns that a code is in.
-Only the scales of the rows being read are in memory. What is not clear from names, shapes and config is refused.
+A weight is codes (F8_E4M3) times scales; a scale belongs to the whole tensor, a row, or a block of rows and columns.
+Only the scales of the rows being read are in memory. A checkpoint is refused if names, shapes and config are ambiguous.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.checkpoint.sub_configs import is_sub_config, sub_configs
 from merge_tool.errors import CheckpointError, counted, listed, shown
 
-SCALES = ("_scale_inv", "_scale")  # what the name of a weight's scales adds to the weight's own
+SCALES = ("_scale_inv", "_scale")  # suffixes that make the name of the scales from the weight's name
 ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
 _USUAL_BLOCK = (128, 128)
-_PIECE = 65_536  # elements in hand at a time
+_PIECE = 65_536  # elements decoded at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class ScaledTensor:
         for patch in self.grid.patches(start, start + len(values)):
             part = values[patch.cut].reshape(patch.shape)
             scales = self._read_scales(*patch.scale_rows)[:, patch.scales_cut[1]]
-            with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are refused by name, as any
+            with np.errstate(over="ignore", invalid="ignore"):  # the reader of the values refuses infinity and NaN
                 part *= patch.spread(scales)
 
     def _read_scales(self, first: int, last: int) -> Array:
@@ -84,8 +84,8 @@ class ScaledTensor:
         self.codes.forget(start, stop)
 
     def extra_bytes(self, count: int) -> int:
-        """A piece's codes, their places in the table, its scales in float32, those widened to all columns, and which of
-        them each row has."""
+        """Memory for a piece: its codes, their indices in the table, its scales in float32, the scales spread to all
+        columns, and the index of each row's scales."""
         wide = 4 * self.grid.columns * (2 + _PIECE // self.grid.columns // self.grid.block[0])
         return 13 * min(count, _PIECE) + 2 * wide + 32 * (2 + min(count, _PIECE) // self.grid.columns)
 
@@ -95,9 +95,8 @@ class ScaledTensor:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """The weights that have scales, and what then are no tensors of the model: the scales, and those of activations.
-
-    `settings` is what the model's configuration says of the format.
+    """Weights stored as 8-bit codes with scales. Their scales, and the scales of activations, are then not listed as
+    tensors. `settings` is quantization_config.
     """
 
     made: Mapping[str, ScaledTensor]
@@ -121,7 +120,7 @@ class Scaled:
 
 
 def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[str, TensorSource]) -> Scaled | None:
-    """The scaled weights of the checkpoint called `name`; None if it has none, or is quantised in another way.
+    """The scaled weights of the checkpoint called `name`; None if it has none or is in another quantised format.
 
     Raises CheckpointError where scales and codes do not fit each other.
     """
@@ -132,7 +131,7 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
     if not weights:
         return None
     block = _block_of(name, settings)
-    grids: dict[Grid, Grid] = {}  # thousands of weights have the same few
+    grids: dict[Grid, Grid] = {}  # thousands of weights share a few settings
     made = {
         weight: ScaledTensor(
             replace(sources[weight].info, dtype="F32", offset=0),
@@ -154,13 +153,13 @@ def find_scaled(name: str, config: Mapping[str, Any] | None, sources: Mapping[st
 def quantization_of(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The first quantization_config in a model's config.json: its own, or a part's."""
     for _, part in sub_configs(config or {}):
-        if found := part.get("quantization_config"):
-            return found if isinstance(found, dict) else {}
+        if settings := part.get("quantization_config"):
+            return settings if isinstance(settings, dict) else {}
     return None
 
 
 def without_quantization(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What config.json says of a checkpoint that is read as real values."""
+    """config.json for a checkpoint that is read as real values: no quantization_config."""
     if config is None:
         return None
     inner = {key: without_quantization(value) if is_sub_config(key, value) else value for key, value in config.items()}
@@ -187,18 +186,18 @@ def _may_scale(weight: TensorInfo, scales: TensorInfo) -> bool:
 
 
 def _block_of(name: str, settings: Mapping[str, Any] | None) -> tuple[int, int]:
-    given = (settings or {}).get("weight_block_size")
+    block = (settings or {}).get("weight_block_size")
     for weights in _weight_settings(settings or {}):
-        given = given or weights.get("block_structure")
-    if given is None:
+        block = block or weights.get("block_structure")
+    if block is None:
         return _USUAL_BLOCK
-    if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in given):
-        raise CheckpointError(f"{name}/config.json: its weight_block_size is {shown(given)}, expected two sizes.")
-    return given[0], given[1]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in block):
+        raise CheckpointError(f"{name}/config.json: its weight_block_size is {shown(block)}, expected two sizes.")
+    return block[0], block[1]
 
 
 def _weight_settings(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What compressed-tensors says of weights, for each group of layers."""
+    """The settings of weights in compressed-tensors' format, one for each group of layers."""
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         if isinstance(group, dict) and isinstance(group.get("weights"), dict):

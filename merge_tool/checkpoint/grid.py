@@ -1,4 +1,4 @@
-"""Which scale an element has: blocks over matrices, walked through by ranges of elements. No bytes, no dtypes."""
+"""Which scale belongs to which element: matrices cut into blocks, read by ranges of elements. No bytes, no dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merge_tool.checkpoint.strided import boxes
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Which scale an element has: matrices of `rows` and `columns` (experts lie behind each other), in blocks."""
+    """Which scale belongs to which element: matrices of `rows` and `columns` (one for each expert), cut into blocks."""
 
     rows: int
     columns: int
@@ -50,7 +50,7 @@ class Grid:
         return matrix * self.scale_rows + inside // self.block[0]  # type: ignore[no-any-return]
 
     def elements(self, scale_row: int) -> tuple[int, int]:
-        """[start, stop) of the elements whose scales stand in a row of scales."""
+        """[start, stop) of the elements that one row of scales belongs to."""
         matrix, inside = divmod(scale_row, self.scale_rows)
         top = matrix * self.rows + inside * self.block[0]
         bottom = matrix * self.rows + min(self.rows, (inside + 1) * self.block[0])
@@ -61,7 +61,8 @@ class Grid:
 class Patch:
     """A rectangle of elements: `cut` of a range, of that `shape`, from column `left` on.
 
-    Its elements have scales in `scale_rows` [first, last); `of_row` counts from the first, for each row of elements.
+    The rectangle's scales are in `scale_rows` [first, last). `of_row` is the scale row of each element row, counted
+    from first.
     """
 
     cut: slice
@@ -73,19 +74,19 @@ class Patch:
 
     @property
     def scales_cut(self) -> tuple[slice, slice]:
-        """Where its scales are among all, seen as a matrix of as many columns as the grid has of them."""
+        """Where the rectangle's scales are in the matrix of all scales."""
         width = self.grid.block[1]
         return slice(*self.scale_rows), slice(self.left // width, -(-(self.left + self.shape[1]) // width))
 
     def spread(self, scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The scales of `scales_cut`, one for each element, or for each row of them."""
+        """The scales of `scales_cut`, spread to one for each element, or one for each row."""
         if self.grid.scale_columns > 1:
             of_column = np.arange(self.left, self.left + self.shape[1]) // self.grid.block[1]
             scales = scales[:, of_column - of_column[0]]
         return scales[self.of_row]  # type: ignore[no-any-return]
 
     def largest(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The largest of its `values` (in its shape) for each of the scales of `scales_cut`."""
+        """The largest of the rectangle's `values` (in its shape) for each scale of `scales_cut`."""
         width, columns = self.grid.block[1], self.scales_cut[1]
         edges = np.maximum(np.arange(columns.start, columns.stop) * width - self.left, 0)
         of_rows = np.maximum.reduceat(values, edges, axis=1)

@@ -1,9 +1,9 @@
 """The safetensors format: header bytes <-> TensorInfo. Opens no file and knows nothing of merging.
 
-A file is 8 bytes (little-endian header length N), N bytes of JSON, then the tensors' bytes without holes.
-Strict where the format is (https://github.com/huggingface/safetensors#format): a header that this module
-accepts describes every byte of the file exactly once. Parsed member by member, so that a header of
-100,000 tensors costs its text plus about 300 bytes a tensor, and a hostile one not much more.
+A file is 8 bytes (little-endian header length N), N bytes of JSON, then the tensors' bytes without holes. As strict as
+the format (https://github.com/huggingface/safetensors#format): a header that this module accepts describes every byte
+of the file exactly once. The header is parsed member by member: 100,000 tensors cost the text plus about 300 bytes a
+tensor, and a hostile header not much more.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DTYPE_BITS: Mapping[str, int] = {
     "F4": 4,
     "BOOL": 8,
 }
-_WRITE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
+_WRITE_ORDER = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class TensorInfo:
 # ------------------------------------------------------------------------------------------ parsing
 
 _INTEGER = r"(?:0|[1-9]\d{0,17})"
-_USUAL_ENTRY = re.compile(  # as the library writes it: nearly every header there is
+_USUAL_ENTRY = re.compile(  # as the library writes it, and nearly every file is written so
     rf'\{{"dtype":"([A-Z0-9_]{{1,16}})","shape":\[((?:{_INTEGER}(?:,{_INTEGER})*)?)\],'
     rf'"data_offsets":\[({_INTEGER}),({_INTEGER})\]\}}'
 )
@@ -81,7 +81,7 @@ _LARGEST_DIM = 2**63 - 1
 
 
 class _Malformed(ValueError):
-    """What is wrong, without the file's name: parse_header adds it."""
+    """The problem without the file's name, which parse_header adds."""
 
 
 def parse_header(raw: bytes, *, file_size: int, where: str) -> tuple[list[TensorInfo], dict[str, str]]:
@@ -154,20 +154,21 @@ class _Members:
             self._skip()
 
     def take_strings(self, name: str) -> dict[str, str]:
-        """The value here, an object whose values are strings; null, which the library allows, is none."""
+        """The value at `position`, an object whose values are strings. null, which the library allows, gives an empty
+        one."""
         if _NULL.match(self.text, self.position):
             self.position = _skip_space(self.text, self.position) + len("null")
             return {}
-        inner, found = _Members(self.text, self.position, f"{name!r}"), {}
+        inner, strings = _Members(self.text, self.position, f"{name!r}"), {}
         for key in inner:
-            if key in found:
+            if key in strings:
                 raise _Malformed(f"{name} has the key '{shown(key)}' twice")
-            found[key] = inner._take_string("the value of", key)
+            strings[key] = inner._take_string("the value of", key)
         self.position = inner.position
-        return found
+        return strings
 
     def take_entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
-        """The value here, a tensor's entry: dtype, shape, begin and end."""
+        """The value at `position`, a tensor's entry: dtype, shape, begin and end."""
         if usual := _USUAL_ENTRY.match(self.text, self.position):
             self.position = usual.end()
             dims = usual[2]
@@ -201,10 +202,10 @@ class _Members:
             return True
         return False
 
-    def _expect(self, sign: str, place: str, key: str) -> None:
+    def _expect(self, sign: str, where: str, key: str) -> None:
         self._skip()
         if not self._next_is(sign):
-            raise _Malformed(f"the header is not valid JSON: expected '{sign}' {place} '{shown(key)}'")
+            raise _Malformed(f"the header is not valid JSON: expected '{sign}' {where} '{shown(key)}'")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -224,10 +225,10 @@ def _decode_entry(text: str, name: str) -> tuple[object, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         raise _Malformed("a key appears twice")
-    return found
+    return content
 
 
 def _refuse_number(literal: str) -> NoReturn:
@@ -264,7 +265,8 @@ def _check_entry(entry: object, name: str) -> tuple[str, tuple[int, ...], int, i
 
 
 def _check_layout(spans: list[tuple[int, int, TensorInfo]], *, data_offset: int, file_size: int) -> list[TensorInfo]:
-    """The tensors with absolute offsets, if they tile the file's data exactly."""
+    """The tensors with absolute offsets. Raises _Malformed unless they fill the file's data without holes or
+    overlaps."""
     spans.sort(key=lambda span: (span[0], span[1]))
     reached, tensors = 0, []
     for begin, end, info in spans:
@@ -291,15 +293,15 @@ def _check_layout(spans: list[tuple[int, int, TensorInfo]], *, data_offset: int,
 
 
 def write_order(info: TensorInfo) -> tuple[int, str]:
-    """Sort key of a tensor inside a file, the library's own: widest dtype first, then by name."""
+    """The order of tensors in a file, the same as the library's: widest dtype first, then by name."""
     return _WRITE_ORDER[info.dtype], info.name
 
 
 def build_header(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytearray, list[TensorInfo]]:
     """The first bytes of a file (length, JSON, padding) and its tensors with their absolute offsets.
 
-    The same bytes as `safetensors.serialize_file` writes for these tensors and at most one metadata entry;
-    several entries are sorted here (the library's own order of them changes from run to run).
+    The same bytes as `safetensors.serialize_file` writes for these tensors and at most one metadata entry; several
+    entries are sorted here (the library's order changes from run to run).
     """
     ordered: Sequence[TensorInfo] = sorted(infos, key=write_order)
     header = header_bytes(ordered, metadata)
@@ -311,7 +313,8 @@ def build_header(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tu
 
 
 def header_bytes(ordered: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytearray:
-    """The first bytes of a file whose tensors come in this order; in one piece of memory, for headers of many MB."""
+    """The first bytes of a file whose tensors are in this order. One piece of memory, because headers may have many
+    MB."""
     header, begin = bytearray(b"\0\0\0\0\0\0\0\0{"), 0
     if metadata:
         header += f'"__metadata__":{_compact(dict(sorted(metadata.items())))},'.encode()

@@ -1,8 +1,8 @@
-"""A model of the Hugging Face Hub by its id -> the folder in the Hub's cache that holds it, or all but its weights.
+"""A model of the Hugging Face Hub by its id -> its folder in the Hub's cache, with or without its weights.
 
-The library does the work (fetching.py), in a process of its own: it takes 15 MB to import and more to download, which
-the merge's memory budget keeps for itself. Of weights that are not in the cache `look` fetches the headers alone, which
-is what a plan needs; into an unnamed temporary file, of which nothing is left whatever ends us.
+huggingface_hub does the work (fetching.py), in a process of its own: importing it takes 15 MB, downloading more, and
+the merge needs that memory. For weights that are not in the cache, `look` fetches only the headers, which are enough
+for a plan. They go into an unnamed temporary file, which the system removes however this process ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.A
 
 
 def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
-    """(`org/name`, revision or None) when `ref` is a hub id and nothing local is called so, else None.
+    """(`org/name`, revision or None) if `ref` is a hub id and no local path has that name, else None.
 
     >>> hub_id("euclaise/Memphis-CoT-3B@main")
     ('euclaise/Memphis-CoT-3B', 'main')
@@ -32,34 +32,32 @@ def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     True
     """
     text = ref.as_posix() if isinstance(ref, PurePath) else ref
-    found = _HUB_ID.fullmatch(text)
-    if found is None or is_weight_file(found[1]) or os.path.lexists(text):
+    match = _HUB_ID.fullmatch(text)
+    if match is None or is_weight_file(match[1]) or os.path.lexists(text):
         return None
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 def local_path(ref: str | Path) -> Path:
-    """`ref` as a path; a hub id becomes the folder of the Hub's cache that holds it, fetched if it is not there yet.
-
-    Raises FetchError when it cannot be had: gated, missing, offline, no such revision.
+    """`ref` as a path. A hub id becomes its folder in the Hub's cache; a model that is not in the cache is fetched
+    first. Raises FetchError for models that cannot be fetched: gated, missing, offline, no such revision.
     """
-    asked = hub_id(ref)
-    return Path(ref) if asked is None else _fetch_whole(*asked)
+    repo = hub_id(ref)
+    return Path(ref) if repo is None else _fetch_whole(*repo)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's folder, and the weights that are still to be fetched into it, by name: of these only headers are here,
-    until `close`. Of a model of the Hub `cached_bytes` of weights are in the cache, `fetched_bytes` of these since
-    it was looked at; `begun_bytes` are what an earlier, broken download of the others has there already, and will not
-    take again."""
+    """A model's folder, and by name the weights that are still to be fetched into it; their headers can be read until
+    `close`. For a model of the Hub: `cached_bytes` of weights are in the cache, `fetched_bytes` of these were fetched
+    for planning, and `begun_bytes` of the others were left by an interrupted download, which continues."""
 
     folder: Path
     coming: Mapping[str, ComingFile] = field(default_factory=dict)
     cached_bytes: int = 0
     fetched_bytes: int = 0
     begun_bytes: int = 0
-    asked: tuple[str, str | None] | None = None
+    repo: tuple[str, str | None] | None = None
     held: IO[bytes] | None = None
 
     def close(self) -> None:
@@ -67,24 +65,25 @@ class Snapshot:
             self.held.close()
 
     def fetch(self) -> None:
-        """Fetch what is still to come, of the very commit that was looked at. Raises FetchError."""
-        if self.coming and self.asked is not None:
-            _fetch_whole(*self.asked, commit=self.folder.name)
+        """Fetch the remaining weights, from the commit whose headers were read. Raises FetchError."""
+        if self.coming and self.repo is not None:
+            _fetch_whole(*self.repo, commit=self.folder.name)
 
 
 def look(ref: str | Path) -> Snapshot:
-    """As `local_path`, but of safetensors that are not in the cache only the headers are fetched; pickles and adapters
-    are fetched whole. To be closed."""
-    asked = hub_id(ref)
-    if asked is None:
+    """As `local_path`, but only the headers of safetensors that are not in the cache are fetched; pickles and adapters
+    are fetched whole. The caller closes the Snapshot."""
+    repo = hub_id(ref)
+    if repo is None:
         return Snapshot(Path(ref))
-    held = _unnamed_file(asked[0])
+    held = _unnamed_file(repo[0])
     try:
-        answer = _ask_apart(held, "look", *asked)
-        folder, coming, place = Path(answer["folder"]), {}, held.tell()
+        answer = _ask_apart(held, "look", *repo)
+        folder, coming, held_offset = Path(answer["folder"]), {}, held.tell()
         for name, size, length in answer["coming"]:
-            coming[name] = ComingFile(name=f"{asked[0]}/{name}", size=size, held=held, place=place, length=length)
-            place += length
+            full = f"{repo[0]}/{name}"
+            coming[name] = ComingFile(name=full, size=size, held=held, held_offset=held_offset, length=length)
+            held_offset += length
         cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
         return Snapshot(
             folder=folder,
@@ -92,7 +91,7 @@ def look(ref: str | Path) -> Snapshot:
             cached_bytes=cached,
             fetched_bytes=fetched,
             begun_bytes=begun,
-            asked=asked,
+            repo=repo,
             held=held,
         )
     except BaseException:
@@ -113,8 +112,8 @@ def _unnamed_file(repo: str) -> IO[bytes]:
 
 
 def _ask_apart(held: IO[bytes], *request: str | None) -> Any:
-    """What fetching.main answers, in a process of its own that has our standard error for its progress bars. Other
-    bytes that it gives follow in `held`, from its position on."""
+    """The answer of fetching.main, in a process of its own. It shows progress bars on our standard error. The bytes
+    that follow the answer go into `held`, from its position on."""
     repo = shown(request[1])
     value, _ = ask(
         "merge_tool.checkpoint.fetching",

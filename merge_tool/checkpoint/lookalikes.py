@@ -1,11 +1,11 @@
-"""What a file is that has the name of another kind of file, by its first bytes: a pointer, a page, a message.
+"""Recognise files that are not what their name says (an LFS pointer, a web page, a message) by their first bytes.
 
-The sentences are without the file's name and the full stop.
+The sentences lack the file's name and the full stop.
 """
 
 from __future__ import annotations
 
-START_BYTES = 8  # that is all there is of a file that is still to be fetched; a safetensors header's length is as long
+START_BYTES = 8  # as many as a safetensors header's length; a file that is still to be fetched may have no more
 _PAGE = "is a web page, not the file itself. Fetch it again"
 _KNOWN = {
     b"version ": "is a Git LFS pointer, not the file itself. Fetch it: git lfs pull",
@@ -18,7 +18,7 @@ _BLANKS = b"\t\n\r"
 
 
 def known_start(start: bytes) -> str | None:
-    """What every file is that begins so, and what to do; None if that cannot be told.
+    """What a file with these first bytes is, and what to do; None if they are not known.
 
     >>> known_start(b"version https://git-lfs.github.com/spec/v1")
     'is a Git LFS pointer, not the file itself. Fetch it: git lfs pull'
@@ -27,11 +27,11 @@ def known_start(start: bytes) -> str | None:
 
 
 def lookalike(start: bytes) -> str | None:
-    """As `known_start`, and of texts that they are. Of safetensors this is to be asked only where the header's length,
-    which the first bytes are, is impossible: those of a text come to 2**56 at least."""
+    """As `known_start`, and recognises texts, too. For safetensors, ask only if the first 8 bytes are an impossible
+    header length: the first 8 bytes of a text are 2**56 or more as a length."""
     start = start[:START_BYTES]
     is_text = bool(start) and all(32 <= byte < 127 or byte in _BLANKS for byte in start)
     if known := known_start(start):
         return known
     kind = _KINDS.get(start.lstrip()[:1], "")
-    return f"is a text{kind}, not weights: perhaps an error message in their place. Fetch it again" if is_text else None
+    return f"is a text{kind}, not weights (perhaps a saved error page). Fetch it again" if is_text else None

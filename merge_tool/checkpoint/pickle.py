@@ -1,7 +1,7 @@
 """Pickled weights (`.bin`, `.pt`, `.pth`, `.ckpt`) -> where their tensors lie in the file. Nothing is unpickled here.
 
-`unpickle.py` does that in a process of its own: torch takes 200 MB and a second to import, which the merge's memory
-budget keeps for itself. The tensors' bytes are then read from the file by position, as those of safetensors.
+`unpickle.py` unpickles in a process of its own: importing torch takes 200 MB and a second, and the merge needs that
+memory. The tensors' bytes are then read from the file by position, as for safetensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from merge_tool.errors import CheckpointError, shown
 
 @dataclass(frozen=True, slots=True)
 class PickledFile:
-    """What one file holds: plain tensors at their offsets, `strided` ones among them, and a digest of all that."""
+    """One file's content: tensors at their offsets (`strided`: in another order of elements), and a digest of that
+    list."""
 
     tensors: tuple[TensorInfo, ...]
     strided: Mapping[str, StridedTensor]
@@ -33,7 +34,7 @@ class PickledFile:
 
 
 def read_pickles(files: Sequence[LocalFile], max_bytes: int) -> list[PickledFile]:
-    """The tensors of each file. `max_bytes` bounds the description of them all, as it does a safetensors header.
+    """The tensors of each file. `max_bytes` bounds their description, as it bounds a safetensors header.
 
     Raises CheckpointError for files that are damaged, that hold more than weights, and where torch is missing.
     """
@@ -88,7 +89,7 @@ def _parse(file: LocalFile, answer: Mapping[str, Any]) -> PickledFile:
 
 
 def _check_inside(file: LocalFile, info: TensorInfo, strides: Sequence[int] | None) -> None:
-    """Every element lies in the file as it was before torch looked."""
+    """Raise CheckpointError if a tensor would end behind the file's end."""
     reach = info.nbytes
     if strides is not None:
         last = sum((n - 1) * stride for n, stride in zip(info.shape, strides, strict=True))

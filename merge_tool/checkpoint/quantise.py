@@ -1,7 +1,8 @@
 """8-bit codes with fresh scales, from merged values: arrays and grids only, no names, no files.
 
-The values that share a scale are a group. Its scale is its largest magnitude / the largest code, rounded up, so that no
-code overflows, and 1 where all is zero; a code is value / scale in float64, rounded once to nearest even.
+The values that share a scale are a group. A group's scale is its largest magnitude / the largest code, rounded up, so
+that no code overflows; a group of zeros has the scale 1. A code is value / scale in float64, rounded once to nearest
+even.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import numpy as np
 from merge_tool.arrays import LARGEST_CODES, POWERS_OF_TWO, Array, decode, encode
 from merge_tool.checkpoint.grid import Grid
 
-_PIECE = 16_384  # elements in hand at a time
+_PIECE = 16_384  # elements encoded at a time
 _POWERS_BIAS = 127
-_LARGEST_READ = float(np.finfo(np.float32).max)  # codes times scales are read in float32
+_LARGEST_READ = float(np.finfo(np.float32).max)  # a reader multiplies codes and scales in float32
 
 
 def largest_of(grid: Grid, start: int, values: Array) -> Iterator[tuple[tuple[slice, slice], Array]]:
-    """The largest of each group, as far as `values`, magnitudes of the elements from `start` on, go: where its scales
-    are in the matrix of all, and those."""
+    """The largest magnitude of each group in `values` (the magnitudes of the elements from `start` on), as pairs: where
+    the groups' scales are in the matrix of all scales, and the magnitudes."""
     for begin in range(0, len(values), _PIECE):
         part = values[begin : begin + _PIECE]
         for patch in grid.patches(start + begin, start + begin + len(part)):
@@ -29,8 +30,8 @@ def largest_of(grid: Grid, start: int, values: Array) -> Iterator[tuple[tuple[sl
 
 
 def fresh_scales(largest: Array, codes: np.dtype[Any], out: Array) -> bool:
-    """Fill `out` with the scales of groups whose `largest` magnitudes are given in float64, for `codes` of that dtype;
-    False where one does not fit its own dtype, or would be read as infinity."""
+    """Fill `out` with the scales of groups with these `largest` magnitudes (float64), for codes of dtype `codes`. False
+    if a scale does not fit `out`'s dtype, or a code times its scale would be read as infinity."""
     largest_code = LARGEST_CODES[codes]
     fits = True
     for begin in range(0, len(out), _PIECE):
@@ -43,7 +44,7 @@ def fresh_scales(largest: Array, codes: np.dtype[Any], out: Array) -> bool:
 
 
 def _round_up(values: Array, out: Array) -> None:
-    """The least of `out`'s dtype that is not below each of the positive `values`; infinity or NaN where none is."""
+    """The positive `values` rounded up to `out`'s dtype; infinity or NaN for values beyond it."""
     if out.dtype == POWERS_OF_TWO:
         mantissa, exponent = np.frexp(values)
         exponent = np.clip(exponent - (mantissa == 0.5), -_POWERS_BIAS, _POWERS_BIAS + 1) + _POWERS_BIAS
@@ -67,6 +68,6 @@ def encode_scaled(grid: Grid, start: int, values: Array, scales: Array, out: Arr
 
 
 def extra_bytes(count: int) -> int:
-    """What `largest_of` and `encode_scaled` take beside `count` elements: the rows' places in the grid (where rows are
-    short), the scales spread to columns, then to elements, the quotients, and what rounding them to 8 bits takes."""
+    """The memory that `largest_of` and `encode_scaled` take for `count` elements: the rows' indices in the grid (for
+    short rows), the scales spread to columns, then to elements, the quotients, and their rounding to 8 bits."""
     return (32 + 3 * 8 + 8 + 8 + 32) * min(count, _PIECE)

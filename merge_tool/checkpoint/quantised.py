@@ -1,4 +1,4 @@
-"""Checkpoints whose values are codes that are not read: which format it is, why not, and what to do. By name only."""
+"""Checkpoints in quantised formats that are not read: the format, the reason, and the next step. By names only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from merge_tool.errors import shown
 _ORIGINAL = "Merge the original weights, and quantise the result."
 _FEW_BITS = "codes of few bits with a scale and a zero for each group: between two codes there is no third to round to"
 
-# What config.json calls it -> (its name, why not, what to do).
+# quant_method in config.json -> (the format's name, why it is not merged, what to do).
 _METHODS: Mapping[str, tuple[str, str, str]] = {
     "gptq": ("GPTQ", _FEW_BITS, _ORIGINAL),
     "awq": ("AWQ", f"{_FEW_BITS}, and its channels are scaled by the calibration of each model", _ORIGINAL),
@@ -68,7 +68,7 @@ def _end(*ends: str) -> Callable[[_Names], str | None]:
 
 
 def _both(end: str, other: str, codes: str) -> Callable[[_Names], str | None]:
-    """A tensor of dtype `codes` whose name ends in `end`, beside one of the same name but for `other` in its place."""
+    """A tensor of dtype `codes` whose name ends in `end`, beside a tensor whose name ends in `other` instead."""
     return lambda tensors: next(
         (
             n
@@ -88,7 +88,7 @@ def _nvfp4(tensors: _Names) -> str | None:
     return weight if weight and tensors[f"{weight}_scale"].dtype == "F8_E4M3" else None
 
 
-# The same without a config, by the names of tensors, in this order.
+# The formats by names of tensors, for checkpoints without a config, in this order.
 _SIGNS: tuple[tuple[str, Callable[[_Names], str | None]], ...] = (
     ("gptq", _gptq),
     ("awq", _end(".qweight", ".qzeros")),
@@ -107,7 +107,8 @@ _SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale"
 
 
 def why_quantised(config: Mapping[str, Any] | None, tensors: _Names) -> str | None:
-    """Which quantised format a checkpoint is in, by what, why it is not merged, and what to do; None if in none."""
+    """The message for a quantised checkpoint: its format, the sign of it, why it is not merged, and what to do; None
+    for others."""
     for _, settings in sub_configs(config or {}):
         if quantisation := settings.get("quantization_config"):
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
@@ -124,7 +125,7 @@ def why_quantised(config: Mapping[str, Any] | None, tensors: _Names) -> str | No
 
 
 def _of_modelopt(settings: Mapping[str, Any], tensors: _Names) -> str:
-    """Which of its formats: by the algorithm that it names, or by the tensors."""
+    """Which of the tool's formats: by the algorithm that it names, or by the tensors."""
     algorithm = str(settings.get("quant_algo") or "").upper()
     if "NVFP4" in algorithm or (not algorithm and _nvfp4(tensors)):
         return "nvfp4"

@@ -1,8 +1,8 @@
 """The first bytes of safetensors files on the Hub, by HTTP range requests: in the fetching process only.
 
-Asked for are 8 bytes, which say how long the header is, and then as many as that: no byte of a weight. A server that
-ignores ranges and sends the whole file is not listened to any longer. Through huggingface_hub's own session (proxies,
-tokens, its rules about redirects), which was of requests before its version 1 and is of httpx since.
+The first request is for 8 bytes, the header's length; the second for the header. No byte of a weight is fetched: if a
+server ignores ranges and sends the whole file, the connection is closed. Requests go through huggingface_hub's own
+session (proxies, tokens, redirects), which is of requests before version 1 and of httpx since.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CONTENT_RANGE = re.compile(r"bytes 0-\d+/(\d{1,18}|\*)", re.ASCII)
 
 
 def can_ask() -> bool:
-    """Whether this version of huggingface_hub has what is needed here, under its public names."""
+    """Whether this version of huggingface_hub has the functions that are needed here, under public names."""
     return all(hasattr(_hub(), name) for name in _NEEDED)
 
 
@@ -39,12 +39,12 @@ def _hub() -> Any:
 def fetch_headers(repo: str, commit: str, names: Sequence[str]) -> list[tuple[int, bytes]]:
     """(the file's size, its first bytes up to the header's end) of each safetensors file, in order.
 
-    Where the length of a header makes no sense these are the first 8 bytes alone, for the reader to refuse. Raises
-    FetchError for answers that cannot be used, and the errors of the session.
+    If a header's length is impossible, only the first 8 bytes, which the reader then refuses. Raises FetchError for
+    answers that cannot be used, and the errors of the session.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda name: _fetch(repo, commit, name, _LENGTH_BYTES), names))
-        ends = [_header_end(size, start) for size, start in found]
+        starts = list(pool.map(lambda name: _fetch(repo, commit, name, _LENGTH_BYTES), names))
+        ends = [_header_end(size, start) for size, start in starts]
         if (total := sum(ends)) > MAX_HEADER_BYTES:
             raise FetchError(
                 f"{repo}: the headers of its weights have {total:,} bytes, at most {MAX_HEADER_BYTES:,} are fetched "
@@ -52,7 +52,7 @@ def fetch_headers(repo: str, commit: str, names: Sequence[str]) -> list[tuple[in
             )
         longer = [(name, end) for name, end in zip(names, ends, strict=True) if end > _LENGTH_BYTES]
         whole = dict(zip(longer, pool.map(lambda one: _fetch(repo, commit, *one), longer), strict=True))
-    return [whole.get(key, first) for key, first in zip(zip(names, ends, strict=True), found, strict=True)]
+    return [whole.get(key, first) for key, first in zip(zip(names, ends, strict=True), starts, strict=True)]
 
 
 def _header_end(size: int, start: bytes) -> int:
@@ -61,7 +61,7 @@ def _header_end(size: int, start: bytes) -> int:
 
 
 def _fetch(repo: str, commit: str, name: str, count: int) -> tuple[int, bytes]:
-    """The size of a file and its first `count` bytes, or all that it has."""
+    """The size of a file and its first `count` bytes, or the whole file if it is shorter."""
     for wait in (*_WAITS, None):
         try:
             return _ask(repo, commit, name, count)
@@ -101,14 +101,15 @@ def _opened(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
 
 
 def _size(where: str, url: str, response: Any) -> int:
-    """The size of the whole file: of a part the server says it, and the whole has a length; else the library asks."""
+    """The size of the whole file: from Content-Range if the answer is a part, from Content-Length if it is the whole
+    file, else by another request."""
     from huggingface_hub import get_hf_file_metadata
 
     part, whole = (response.headers.get(key, "") for key in ("Content-Range", "Content-Length"))
     is_part = response.status_code == 206 and _CONTENT_RANGE.fullmatch(part)
     if is_part or response.status_code == 200:
-        told = is_part[1] if is_part else whole
-        size = int(told) if told.isdecimal() else get_hf_file_metadata(url).size
+        length = is_part[1] if is_part else whole
+        size = int(length) if length.isdecimal() else get_hf_file_metadata(url).size
         if size is not None:
             return size
     raise FetchError(
@@ -119,9 +120,9 @@ def _size(where: str, url: str, response: Any) -> int:
 
 
 def _read(response: Any, count: int) -> bytes:
-    """The body's first `count` bytes; what follows is not waited for."""
-    found = bytearray()
+    """The body's first `count` bytes; the rest is not received."""
+    body = bytearray()
     pieces = response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(65_536)
-    while len(found) < count and (piece := next(pieces, None)) is not None:
-        found += piece
-    return bytes(found[:count])
+    while len(body) < count and (piece := next(pieces, None)) is not None:
+        body += piece
+    return bytes(body[:count])

@@ -1,13 +1,14 @@
 """A model folder or a .safetensors file -> Checkpoint: names, shapes, and elements by range.
 
-Headers only until `read` is called. No architecture tables: a checkpoint is its tensors' names. What one
-cannot merge value by value (quantised codes, sub-byte types) is refused here, by name.
+Reads only headers until `read` is called. No tables of architectures: tensors are known by their names. Checkpoints
+that cannot be merged value by value (quantised codes, types below a byte) are refused here, by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from merge_tool.errors import CheckpointError, HeaderError, counted, listed, rea
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """One file of a checkpoint: its bytes, and the SHA-256 of its header, or of what a pickle says of its tensors."""
+    """One file of a checkpoint: its bytes, and the SHA-256 of its header, or of a pickle's list of tensors."""
 
     file_name: str
     source: ByteSource
@@ -38,7 +39,8 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A TensorSource whose elements lie in a file as they are; `written_as` is the dtype of those that it replaces."""
+    """A TensorSource whose elements are stored in a file as they are read. `written_as`: the dtype of the tensor that
+    this one replaces."""
 
     info: TensorInfo
     file: ByteSource
@@ -82,11 +84,11 @@ class FileTensor:
 class Checkpoint:
     """The tensors of one model on disk.
 
-    `tensors` maps every name to its TensorInfo; `config` is config.json, or None; `metadata` the files'
-    `__metadata__`; `folder` is None for a single file; `notices` are things worth telling the user. `made` are the
-    sources of tensors that are more than bytes of a file (dequantised, say): their TensorInfo is as read. `scaled` has
-    those that are 8-bit floats with scales, and what belongs to these. The tokenizer is in `tokenizer_folder`: an
-    adapter may bring one. `stored` is the checkpoint as it was before tensors took the place of others, if any did.
+    `tensors` maps every name to its TensorInfo; `config` is config.json, or None; `metadata` the files' `__metadata__`;
+    `folder` is None for a single file; `notices` are warnings for the user. `made` has the sources of tensors whose
+    elements are computed as they are read (dequantised, for example); their TensorInfo is as read. `scaled` has the
+    weights that are 8-bit floats with scales. The tokenizer is in `tokenizer_folder`, which may be an adapter's. If
+    tensors were replaced, `stored` is the checkpoint before that.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Checkpoint:
         return FileTensor(self.tensors[name], self.files[self._file_of.get(name, 0)].source)
 
     def stored_dtype(self, name: str) -> str:
-        """The dtype in which a merge writes tensor `name` unless told otherwise."""
+        """The dtype in which a merge writes tensor `name` by default."""
         made = self._made.get(name)
         return made.stored_dtype if made is not None else self.tensors[name].dtype
 
@@ -139,26 +141,22 @@ class Checkpoint:
         tokenizer_folder: Folder | None = None,
         config: dict[str, Any] | None = None,
     ) -> Checkpoint:
-        """This checkpoint with tensors of other sources in place of its own or beside them, read from `files`, too.
-        `config` is what config.json must say of them, if that is not what it says."""
-        tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
-        file_of = self._file_of
-        found = Checkpoint(
-            name=name,
-            folder=self.folder,
-            files=(*self.files, *files),
-            tensors=tensors,
-            file_of=file_of,
-            metadata=self.metadata,
-            config=self.config if config is None else config,
-            index_name=self.index_name,
-            notices=notices,
-            made={**self._made, **made},
-            tokenizer_folder=tokenizer_folder or self.tokenizer_folder,
-            scaled=self.scaled,
-        )
-        found.stored = self.stored or self
-        return found
+        """This checkpoint with the tensors of `made` replaced or added; `files` are read for them, too.
+        `config` is what config.json must say of them, if it says otherwise."""
+        changed = copy(self)
+        changed.name, changed.files, changed.notices = name, (*self.files, *files), notices
+        changed.tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
+        changed._made = {**self._made, **made}
+        changed.tokenizer_folder = tokenizer_folder or self.tokenizer_folder
+        changed.config = self.config if config is None else config
+        changed.stored = self.stored or self
+        return changed
+
+    def with_notices(self, notices: tuple[str, ...]) -> Checkpoint:
+        """This checkpoint with other notices."""
+        changed = copy(self)
+        changed.notices = notices
+        return changed
 
     def read(self, name: str, start: int, stop: int, out: Array) -> Array:
         """Elements [start, stop) of a tensor, flat, in its own dtype, into `out` of that dtype and length."""
@@ -174,28 +172,18 @@ class Checkpoint:
         return self.read(name, start, stop, np.empty(stop - start, NUMPY_DTYPES[self.tensors[name].dtype]))
 
     def with_real_values(self, scaled: Scaled, made: Mapping[str, TensorSource]) -> Checkpoint:
-        """The same files, with 8-bit floats that have scales as what they mean; the scales are no tensors then. `made`
-        are the other sources of tensors."""
+        """The same files, with 8-bit floats that have scales read as real values; the scales are then not listed as
+        tensors. `made` are the other sources of tensors."""
+        changed, infos = copy(self), {name: source.info for name, source in scaled.made.items()}
         left_out = scaled.left_out
-        kept = {name: info for name, info in self.tensors.items() if name not in left_out}
-        tensors = {name: scaled.made[name].info if name in scaled.made else info for name, info in kept.items()}
-        notices, config = (*self.notices, *scaled.notices(self.name)), without_quantization(self.config)
-        return Checkpoint(
-            name=self.name,
-            folder=self.folder,
-            files=self.files,
-            tensors=tensors,
-            file_of=self._file_of,
-            metadata=dict(self.metadata),
-            config=config,
-            index_name=self.index_name,
-            notices=notices,
-            made={**made, **scaled.made},
-            scaled=scaled,
-        )
+        changed.tensors = {name: infos.get(name, info) for name, info in self.tensors.items() if name not in left_out}
+        changed.notices = (*self.notices, *scaled.notices(self.name))
+        changed.config = without_quantization(self.config)
+        changed._made, changed.scaled = {**made, **scaled.made}, scaled
+        return changed
 
     def close(self) -> None:
-        """Nothing stays open between reads; here so that a Checkpoint can be used with `with`."""
+        """Nothing stays open between reads; exists so that a Checkpoint can be used with `with`."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -208,17 +196,17 @@ def open_checkpoint(
     ref: str | Path, *, max_header_bytes: int = MAX_HEADER_BYTES, mergeable: bool = True, as_stored: bool = False
 ) -> Checkpoint:
     """Open a model folder, a .safetensors file or a model of the Hub (`org/name`, `org/name@revision`) and read its
-    headers. A local path that exists wins; a model of the Hub is fetched into its cache if it is not there yet. 8-bit
-    floats with scales are read as the values that they mean, unless `as_stored`.
+    headers. A local path that exists wins; a model of the Hub that is not in the Hub's cache is fetched. 8-bit floats
+    with scales are read as real values, unless `as_stored`.
 
-    Raises FetchError when a model of the Hub cannot be had; CheckpointError when there is no checkpoint there, or, if
-    it is to be `mergeable`, one that cannot be merged (quantised, odd dtypes); HeaderError when a file is damaged.
+    Raises FetchError if a model of the Hub cannot be fetched; CheckpointError if there is no checkpoint, or if
+    `mergeable` and the checkpoint cannot be merged (quantised, odd dtypes); HeaderError if a file is damaged.
     """
     path = local_path(ref)
-    return open_found(path, {}, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
+    return open_local(path, {}, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
 
 
-def open_found(
+def open_local(
     path: Path,
     coming: Mapping[str, ByteSource],
     *,
@@ -226,7 +214,8 @@ def open_found(
     mergeable: bool = True,
     as_stored: bool = False,
 ) -> Checkpoint:
-    """As open_checkpoint, for a path; `coming` are weights that the folder does not hold yet, by their names."""
+    """As open_checkpoint, for a local path; `coming` has by name the weights that are still to be fetched into the
+    folder."""
     try:
         if path.is_dir():
             checkpoint = _open_folder(Folder(path), coming, max_header_bytes)
@@ -248,7 +237,7 @@ def open_found(
 
 
 def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
-    """One file of weights of a folder, whatever else that holds."""
+    """One file of weights in a folder; the folder's other files are ignored."""
     return _alone(LocalFile(folder.path(file_name), f"{folder.name}/{file_name}"), file_name, max_header_bytes)
 
 
@@ -298,8 +287,8 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
     parsed = _read_files(shards, sources, max_header_bytes, made, notices)
     tensors, file_of = _collect(folder, shards, parsed, weight_map, notices)
     metadata: dict[str, str] = {}
-    for _, _, found in parsed:
-        metadata = {**found, **metadata}
+    for _, _, of_file in parsed:
+        metadata = {**of_file, **metadata}
     config = folder.load_json("config.json") if "config.json" in listing else None
     files = tuple(file for file, _, _ in parsed)
     return Checkpoint(
@@ -331,8 +320,8 @@ _Parsed = tuple[CheckpointFile, list[TensorInfo], dict[str, str]]
 def _read_files(
     names: list[str], sources: Sequence[ByteSource], max_bytes: int, made: dict[str, TensorSource], notices: list[str]
 ) -> list[_Parsed]:
-    """What every file holds: safetensors, or pickles, which are all opened in one go. `made` gets the tensors of
-    pickles that are views."""
+    """The tensors of every file; all pickles are opened in one process. Tensors of pickles that are views are added to
+    `made`."""
     both = zip(names, sources, strict=True)
     pickles = [source for name, source in both if is_pickle(name) and isinstance(source, LocalFile)]
     pickled = iter(read_pickles(pickles, max_bytes) if pickles else ())
@@ -341,10 +330,10 @@ def _read_files(
         if not is_pickle(name):
             parsed.append(_read_header(source, name, max_bytes))
             continue
-        found = next(pickled)
-        made.update(found.strided)
-        notices += found.notices
-        parsed.append((CheckpointFile(name, source, found.digest), list(found.tensors), {}))
+        pickle = next(pickled)
+        made.update(pickle.strided)
+        notices += pickle.notices
+        parsed.append((CheckpointFile(name, source, pickle.digest), list(pickle.tensors), {}))
     return parsed
 
 
@@ -388,7 +377,7 @@ def _collect(
     weight_map: dict[str, str],
     notices: list[str],
 ) -> tuple[dict[str, TensorInfo], dict[str, int]]:
-    """Every tensor once, and the number of its file. A tensor the index forgets is taken all the same."""
+    """Every tensor once, and the number of its file. A tensor that the index does not list is included."""
     tensors: dict[str, TensorInfo] = {}
     file_of: dict[str, int] = {}
     unlisted: list[str] = []
@@ -425,21 +414,20 @@ def _collect(
 
 
 def _with_real_values(checkpoint: Checkpoint, *, strict: bool) -> Checkpoint:
-    """The same checkpoint with 8-bit floats that have scales read as what they mean; the scales are no tensors then.
-
-    Raises CheckpointError where codes and scales do not fit; if not `strict`, the checkpoint stays as it is.
+    """The same checkpoint with 8-bit floats that have scales read as real values; the scales are then not listed as
+    tensors. If codes and scales do not fit, raises CheckpointError; if not `strict`, returns the checkpoint unchanged.
     """
     sources = {name: checkpoint.source(name) for name in checkpoint.tensors} if _may_be_scaled(checkpoint) else {}
     try:
-        found = find_scaled(checkpoint.name, checkpoint.config, sources)
+        scaled = find_scaled(checkpoint.name, checkpoint.config, sources)
     except CheckpointError:
         if strict:
             raise
         return checkpoint
-    if found is None:
+    if scaled is None:
         return checkpoint
     made = {name: source for name, source in sources.items() if not isinstance(source, FileTensor)}
-    return checkpoint.with_real_values(found, made)
+    return checkpoint.with_real_values(scaled, made)
 
 
 def _may_be_scaled(checkpoint: Checkpoint) -> bool:

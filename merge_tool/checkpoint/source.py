@@ -1,8 +1,8 @@
 """Where bytes come from: a ByteSource is a name, a size and `read_into`. Knows no format.
 
-Local files are read by position into the caller's buffer (no mmap: a mapped file stays resident, and a
-truncated one kills the process). A file that is no longer the one that was opened first is an error. Of a file that is
-still to be fetched the header can be read.
+Local files are read by position into the caller's buffer (no mmap: a mapped file stays resident, and a truncated one
+kills the process). A file that changes while it is read is an error. A file that is still to be fetched has only its
+header.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from merge_tool.errors import CheckpointError, shown
 
 
 class ByteSource(Protocol):
-    """Bytes that can be read by position. `name` is for messages and carries no folder of the user's."""
+    """Bytes that can be read by position. `name` is for messages and has none of the user's folders."""
 
     @property
     def name(self) -> str: ...
@@ -32,13 +32,13 @@ class ByteSource(Protocol):
 
     @property
     def mtime_ns(self) -> int:
-        """When it last changed, in nanoseconds."""
+        """The time of the last change, in nanoseconds."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` on; raises CheckpointError if it cannot be filled."""
 
     def acquire(self) -> None:
-        """Announce reads: the source may open what it needs until `release`."""
+        """Announce reads: the source may keep files open until `release`."""
 
     def release(self) -> None: ...
 
@@ -50,10 +50,10 @@ class ByteSource(Protocol):
 
 
 class TensorSource(Protocol):
-    """One tensor's elements by range, flat, whatever they are made from: bytes of a file, or more than that.
+    """One tensor's elements by range, flat: bytes of a file, or values computed from several tensors.
 
-    `info` has its name there, and the dtype and shape as read; `stored_dtype` is the dtype that a merge writes it in
-    unless told otherwise; `where` names the file for messages; `files` are all that is read.
+    `info` has the tensor's name in its checkpoint, and the dtype and shape as read. `stored_dtype` is the dtype in
+    which a merge writes it by default. `where` names the file for messages; `files` are all files that are read.
     """
 
     @property
@@ -83,11 +83,11 @@ class TensorSource(Protocol):
         """Hint: these elements are not read again."""
 
     def extra_bytes(self, count: int) -> int:
-        """The memory that reading `count` elements takes beside the array that they are read into."""
+        """The memory that reading `count` elements takes in addition to the array that gets them."""
 
 
 class LocalFile:
-    """One regular file, opened while somebody has acquired it. Safe to share between threads."""
+    """One regular file, open while a reader has acquired it. Several threads may share it."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
@@ -118,7 +118,7 @@ class LocalFile:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                with contextlib.suppress(OSError):  # what was read was read
+                with contextlib.suppress(OSError):  # every byte has been read by now
                     os.close(self._fd)
                 self._fd = -1
 
@@ -156,7 +156,7 @@ class LocalFile:
                     "it was cut short while we read it."
                 )
             done += count
-        if _identity(os.fstat(self._fd)) != self.identity:  # written in place, under our hands
+        if _identity(os.fstat(self._fd)) != self.identity:  # another program wrote into the file
             raise self._changed()
 
     def _changed(self) -> CheckpointError:
@@ -186,21 +186,22 @@ class LocalFile:
 
 
 class ComingFile:
-    """A file that is still to be fetched: its size is known, and its first `length` bytes are in `held`, at `place`.
+    """A file that is still to be fetched: its size is known, and its first `length` bytes are in `held`, at
+    `held_offset`.
 
-    A ByteSource that a plan can be made with; reading more than that is an error. Not for several threads.
+    A ByteSource for planning: reading behind these bytes is an error. For one thread only.
     """
 
-    def __init__(self, name: str, size: int, held: IO[bytes], place: int, length: int) -> None:
+    def __init__(self, name: str, size: int, held: IO[bytes], held_offset: int, length: int) -> None:
         self.name, self.size = name, size
-        self.mtime_ns = time.time_ns()  # newer than any output: none was made of it
-        self._held, self._place, self._length = held, place, length
+        self.mtime_ns = time.time_ns()  # newer than any output: no output can be made of this file
+        self._held, self._held_offset, self._length = held, held_offset, length
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         count = len(buffer.cast("B"))
         if offset + count > self._length or self._held.closed:
             raise CheckpointError(f"{shown(self.name)}: is not fetched yet, only its header is.")
-        self._held.seek(self._place + offset)
+        self._held.seek(self._held_offset + offset)
         buffer.cast("B")[:] = self._held.read(count)
 
     def acquire(self) -> None:

@@ -1,6 +1,5 @@
-"""A tensor whose elements lie in a file in another order: transposed, sliced, expanded. Gathered block by block.
-
-Only what a block needs is read, a run of neighbours at a time, through at most a megabyte of memory.
+"""A tensor whose elements are stored in another order (transposed, sliced, expanded), gathered block by block. Only the
+bytes that a block needs are read, a run of neighbours at a time, through at most a megabyte of memory.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ _Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class StridedTensor:
-    """A TensorSource; `strides` are in elements, none negative, and `info.offset` is the first element's byte;
-    `written_as` is as of a FileTensor."""
+    """A TensorSource; `strides` are in elements, none negative; `info.offset` is the byte offset of the first element;
+    `written_as` as in FileTensor."""
 
     info: TensorInfo
     file: LocalFile
@@ -51,23 +50,23 @@ class StridedTensor:
             done += len(part)
 
     def _gather(self, box: _Box, out: npt.NDArray[Any]) -> None:
-        """Fill `out`, one run along the axis whose elements are nearest to each other after another."""
+        """Fill `out` run by run, along the axis whose elements are closest in the file."""
         axis = min(range(out.ndim), key=lambda k: (out.shape[k] == 1 or self.strides[k] == 0, self.strides[k]))
         steps = [stride for k, stride in enumerate(self.strides) if k != axis]
         first = sum(begin * stride for (begin, _), stride in zip(box, self.strides, strict=True))
         runs = np.moveaxis(out, axis, -1)
         for index in np.ndindex(runs.shape[:-1]):
-            place = first + sum(i * step for i, step in zip(index, steps, strict=True))
-            self._read_run(place, self.strides[axis], runs[index])
+            position = first + sum(i * step for i, step in zip(index, steps, strict=True))
+            self._read_run(position, self.strides[axis], runs[index])
 
-    def _read_run(self, place: int, stride: int, out: npt.NDArray[Any]) -> None:
-        """Elements `place`, `place + stride` and so on of the storage into `out`."""
+    def _read_run(self, position: int, stride: int, out: npt.NDArray[Any]) -> None:
+        """Read elements `position`, `position + stride` and so on of the storage into `out`."""
         most = max(1, _RUN_BYTES // (out.itemsize * max(stride, 1)))
         for done in range(0, len(out), most):
             part = out[done : done + most]
             run = np.empty((len(part) - 1) * stride + 1, out.dtype)
             raw = memoryview(run.view(np.uint8))  # type: ignore[arg-type]  # numpy 2.4's stubs say no, numpy says yes
-            self.file.read_into(self.info.offset + (place + done * stride) * out.itemsize, raw)
+            self.file.read_into(self.info.offset + (position + done * stride) * out.itemsize, raw)
             part[:] = run[::stride] if stride else run[0]
 
     def acquire(self) -> None:
@@ -77,10 +76,10 @@ class StridedTensor:
         self.file.release()
 
     def prefetch(self, start: int, stop: int) -> None:
-        """No hint: the elements lie all over the tensor."""
+        """No hint: the elements are spread over the whole tensor."""
 
     def forget(self, start: int, stop: int) -> None:
-        """No hint: the next block lies on the same pages."""
+        """No hint: the next block is on the same pages."""
 
     def extra_bytes(self, count: int) -> int:
         return 2 * _RUN_BYTES

@@ -1,6 +1,7 @@
-"""The only module that imports torch, and only in a process of its own: which tensors a pickled file holds, and where.
+"""The only module that imports torch, and only in a process of its own: the tensors of a pickled file and their
+offsets.
 
-torch unpickles with `weights_only=True`, which builds tensors and plain containers and refuses everything else; no
+torch unpickles with `weights_only=True`, which builds tensors and plain containers and refuses everything else. No
 bytes of tensors are read. The answer is names, dtypes, shapes, strides and offsets in the file, from which the merge
 reads by position as it does from safetensors. Protocol: paths as JSON on stdin, an answer a file as JSON on stdout.
 """
@@ -46,17 +47,17 @@ _DTYPE_CODES = {
 
 
 class _Refused(Exception):
-    """What is wrong, without the file's name."""
+    """The problem, without the file's name."""
 
 
 def main() -> None:
-    """Answer for every path asked about: {"tensors": [...], "notices": [...]}, or {"refused": message}."""
+    """The answer for every path: {"tensors": [...], "notices": [...]}, or {"refused": message}."""
     warnings.simplefilter("ignore")
     answer(lambda paths: ([describe(path, where) for path, where in paths], ()))
 
 
 def describe(path: str, where: str) -> dict[str, Any]:
-    """What the file at `path`, called `where` in messages, holds, or why it is not read."""
+    """The tensors of the file at `path` (`where` in messages), or the reason for not reading it."""
     try:
         return tensors_in(path)
     except _Refused as e:
@@ -79,8 +80,8 @@ def tensors_in(path: str) -> dict[str, Any]:
     loaded = _load_zip(torch, path, regions) if is_zip else _load_legacy(torch, path, regions)
     notices: list[str] = []
     state = _state_dict(torch, loaded, notices)
-    place = _Place(regions, entries)
-    tensors = [_describe(torch, name, value, place) for name, value in state.items()]
+    mapped = _Mapped(regions, entries)
+    tensors = [_describe(torch, name, value, mapped) for name, value in state.items()]
     return {"tensors": tensors, "notices": notices}
 
 
@@ -105,7 +106,8 @@ def _import_torch() -> Any:
 
 
 def _load_zip(torch: Any, path: str, regions: list[tuple[int, int, int]]) -> Any:
-    """What torch makes of the file; `regions` gets where torch mapped it: tensors' addresses tell their offsets."""
+    """The object that torch loads from the file. `regions` gets the addresses at which torch mapped the file, so that a
+    tensor's address gives its offset."""
     map_file = torch.UntypedStorage.from_file
 
     def from_file(*args: Any, **options: Any) -> Any:
@@ -121,7 +123,7 @@ def _load_zip(torch: Any, path: str, regions: list[tuple[int, int, int]]) -> Any
 
 
 def _load_legacy(torch: Any, path: str, regions: list[tuple[int, int, int]]) -> Any:
-    """As `_load_zip`, for files from before torch 1.6: the tensors' bytes are passed over, not read."""
+    """As `_load_zip`, for files from before torch 1.6: the tensors' bytes are skipped, not read."""
     with open(path, "rb") as file:
         return _load(torch, _SkippingFile(file, regions))
 
@@ -131,13 +133,13 @@ def _load(torch: Any, file: Any, **options: Any) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, **options)
     except (MemoryError, OSError, _Refused):
         raise
-    except Exception as e:  # torch, its unpickler and zip reader raise all kinds; each means: not loaded
+    except Exception as e:  # torch, its unpickler and zip reader raise errors of many types; each means: not loaded
         raise _Refused(_why(e)) from e
 
 
 def _why(error: Exception) -> str:
-    if found := _GLOBAL.search(str(error)):
-        return f"holds more than weights: {shown(found[1])}, which torch's weights_only refuses to make. {_SAVED_ALONE}"
+    if match := _GLOBAL.search(str(error)):
+        return f"holds more than weights: {shown(match[1])}, which torch's weights_only refuses to make. {_SAVED_ALONE}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     inner = next((line for line in lines if "WeightsUnpickler error:" in line), None)
     said = inner.split("error:")[-1].strip() if inner else next(iter(lines), "")
@@ -149,7 +151,8 @@ def _why(error: Exception) -> str:
 
 
 class _SkippingFile:
-    """A file whose large pieces are passed over: their memory stays untouched, and `regions` gets their places."""
+    """A file whose large pieces are skipped: their memory stays untouched, and `regions` gets their addresses and
+    offsets."""
 
     def __init__(self, file: BinaryIO, regions: list[tuple[int, int, int]]) -> None:
         self._file, self._regions = file, regions
@@ -176,7 +179,7 @@ class _SkippingFile:
         position, count = self._file.tell(), len(buffer)
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         self._regions.append((address, count, position))
-        if count <= 4096:  # a length, or a tensor that is not worth it
+        if count <= 4096:  # a length, or a tensor too small to skip
             return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
         count = max(0, min(count, self._size - position))
         self._file.seek(position + count)
@@ -187,7 +190,8 @@ class _SkippingFile:
 
 
 def _state_dict(torch: Any, loaded: Any, notices: list[str], depth: int = _DEEPEST) -> Mapping[str, Any]:
-    """The names and tensors of a model in what was unpickled; raises _Refused when it is not clear which they are."""
+    """The names and tensors of the model in the unpickled object. Raises _Refused if more than one dict could be the
+    model."""
     if not isinstance(loaded, Mapping):
         kind = "one tensor without a name" if torch.is_tensor(loaded) else f"a {type(loaded).__name__}"
         raise _Refused(f"holds {kind}, expected a state dict (names and tensors). Save model.state_dict().")
@@ -217,18 +221,18 @@ def _holds_tensors(torch: Any, value: Any, depth: int) -> bool:
     return any(torch.is_tensor(item) or _holds_tensors(torch, item, depth - 1) for _, item in named)
 
 
-def _named_tensors(torch: Any, found: Mapping[Any, Any], notices: list[str]) -> Mapping[str, Any]:
-    if unnamed := [key for key, value in found.items() if torch.is_tensor(value) and not isinstance(key, str)]:
+def _named_tensors(torch: Any, content: Mapping[Any, Any], notices: list[str]) -> Mapping[str, Any]:
+    if unnamed := [key for key, value in content.items() if torch.is_tensor(value) and not isinstance(key, str)]:
         raise _Refused(f"has {counted(len(unnamed), 'tensor')} under a name that is no string: {listed(unnamed)}.")
-    if other := [key for key, value in found.items() if not torch.is_tensor(value)]:
+    if other := [key for key, value in content.items() if not torch.is_tensor(value)]:
         notices.append(
             f"{counted(len(other), 'entry that is no tensor is', 'entries that are no tensors are')} left out: "
             f"{listed(other)}."
         )
-    return {key: value for key, value in found.items() if torch.is_tensor(value)}
+    return {key: value for key, value in content.items() if torch.is_tensor(value)}
 
 
-class _Place:
+class _Mapped:
     """From a tensor's address to its offset in the file, by the regions of the file that are in memory."""
 
     def __init__(self, regions: list[tuple[int, int, int]], entries: Mapping[int, int] | None) -> None:
@@ -239,8 +243,8 @@ class _Place:
     def offset(self, address: int) -> int:
         from bisect import bisect_right
 
-        place = bisect_right(self.addresses, address) - 1
-        start = self.addresses[place] if place >= 0 else 0
+        index = bisect_right(self.addresses, address) - 1
+        start = self.addresses[index] if index >= 0 else 0
         size, offset = self.regions.get(start, (0, 0))
         if not start <= address < start + size:
             import torch
@@ -252,7 +256,7 @@ class _Place:
         return offset + address - start
 
     def storage(self, storage: Any) -> int:
-        """The offset of a storage, all of which must lie in one piece, and in one record of a zip file."""
+        """The offset of a storage, which must be in one piece, and in one record of a zip file."""
         begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         offset = self.offset(begin)
         if self.offset(end - 1) != offset + storage.nbytes() - 1:
@@ -262,7 +266,7 @@ class _Place:
         return offset
 
 
-def _describe(torch: Any, name: str, tensor: Any, place: _Place) -> list[Any]:
+def _describe(torch: Any, name: str, tensor: Any, mapped: _Mapped) -> list[Any]:
     what = f"tensor '{shown(name)}'"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise _Refused(f"{what} is sparse, nested or quantised by torch, which cannot be merged. Save it dense.")
@@ -275,7 +279,7 @@ def _describe(torch: Any, name: str, tensor: Any, place: _Place) -> list[Any]:
         raise _Refused(f"{what} has dtype {shown(tensor.dtype)}, which cannot be merged.")
     if tensor.numel() == 0:
         return [name, dtype, shape, None, 0]
-    offset = place.storage(tensor.untyped_storage()) + tensor.storage_offset() * tensor.element_size()
+    offset = mapped.storage(tensor.untyped_storage()) + tensor.storage_offset() * tensor.element_size()
     return [name, dtype, shape, None if tensor.is_contiguous() else list(tensor.stride()), offset]
 
 
@@ -288,7 +292,7 @@ def _dtype_code(dtype: Any) -> str | None:
 
 
 def _zip_entries(path: str) -> dict[int, int]:
-    """Where the records of a zip file of torch's begin, and their sizes: what its directory says."""
+    """The offsets and sizes of the records in torch's zip file, from the zip directory."""
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             _check_records(archive)
@@ -312,6 +316,6 @@ def _check_records(archive: zipfile.ZipFile) -> None:
 
 def _data_places(archive: zipfile.ZipFile, file: BinaryIO) -> Iterator[tuple[int, int]]:
     for info in archive.infolist():
-        file.seek(info.header_offset + 26)  # of the local header, whose extra field is the padding
+        file.seek(info.header_offset + 26)  # the size of the local header, whose extra field is padding
         name_length, extra_length = struct.unpack("<HH", file.read(4))
         yield info.header_offset + 30 + name_length + extra_length, info.file_size

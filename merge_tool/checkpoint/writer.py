@@ -16,7 +16,8 @@ from merge_tool.files import part_path, rename_synced, write_failed
 
 
 class ShardWriter:
-    """Writes `path` through `path.part`. `write` is safe from several threads; `hash_next` is the caller's to order."""
+    """Writes `path` through `path.part`. Several threads may call `write`; the caller orders the calls of
+    `hash_next`."""
 
     def __init__(self, path: Path, header: bytes | bytearray, *, flush_bytes: int | None = None) -> None:
         self.path = path
@@ -58,7 +59,7 @@ class ShardWriter:
             return os.write(self._fd, data)
 
     def _flush(self, offset: int, length: int) -> None:
-        """Under memory pressure: bound the dirty pages, and give the clean ones back."""
+        """Under memory pressure: bound the dirty pages, and drop the clean ones from the cache."""
         with self._lock:
             self._unflushed += length
             if self._unflushed < (self._flush_bytes or 0):
@@ -69,7 +70,7 @@ class ShardWriter:
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def hash_next(self, data: memoryview) -> None:
-        """Hash the bytes that follow, in file order, those hashed so far."""
+        """Hash the next bytes in file order."""
         self._hash.update(data)
         self.size += len(data)
 
@@ -91,6 +92,6 @@ class ShardWriter:
 
     def abandon(self) -> None:
         if self._fd >= 0:
-            with contextlib.suppress(OSError):  # it is given up
+            with contextlib.suppress(OSError):  # the file is given up
                 os.close(self._fd)
             self._fd = -1

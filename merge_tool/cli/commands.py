@@ -1,7 +1,7 @@
 """The two commands: parse, call, print, exit code. Never a tensor, an offset or a default value.
 
-`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. What only one command needs is
-imported by it: a merge has neither the time nor the memory for it.
+`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. A module that only one command
+needs is imported inside that command, which saves the merge time and memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ R = TypeVar("R")
 
 
 def _print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """MergeToolError -> `Error: ...` and exit code 1; signals -> 130 and 143, and what that means for the work."""
+    """MergeToolError -> `Error: ...` and exit code 1; signals -> exit codes 130 and 143, and a line on how to go on."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -93,7 +93,7 @@ def _print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R
 
 
 def _is_in_import(error: Exception) -> bool:
-    """Whether it happened while a module was loaded: some are loaded when they are first needed."""
+    """Whether an error was raised while a module was loaded: some are loaded when they are first needed."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return isinstance(error, ImportError) or any(frame.f_code.co_name == "<module>" for frame in frames)
 
@@ -102,7 +102,7 @@ _CONTINUES, _READS = "Run the same command to continue.", "Nothing was changed."
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM arrived."""
+    """SIGTERM was received."""
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _params(options: Iterable[Callable[[Any], Any]]) -> list[click.Parameter]:
-    """The parameters that click's decorators stand for."""
+    """The click parameters that the option decorators make."""
     return with_options(list(options))(click.Command("all", callback=lambda: None)).params  # type: ignore[no-any-return]
 
 
@@ -178,7 +178,7 @@ def _make(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make a recipe's merge under a progress bar, or show what would be done, and print it."""
+    """Run a recipe's merge with a progress bar, or plan it, and print the result."""
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe = recipe_of()
@@ -205,7 +205,7 @@ def _make(
 
 
 class _Bar:
-    """One tqdm bar in bytes on stderr; does nothing unless wanted."""
+    """One tqdm bar in bytes on stderr; no bar unless wanted."""
 
     def __init__(self, *, wanted: bool) -> None:
         self._wanted = wanted
@@ -238,7 +238,7 @@ class _Bar:
 @click.group("merge-tool", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", prog_name="merge-tool")
 def merge_tool() -> None:
-    """Merge model checkpoints, and look into them."""
+    """Merge model checkpoints, and inspect them."""
 
 
 merge_tool.add_command(slerp_merge, "merge")
@@ -282,12 +282,12 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
     """
     from merge_tool.inspection import check_health, inspect_checkpoint
 
-    found = inspect_checkpoint(path)
+    inspection = inspect_checkpoint(path)
     tensors = check_health(path) if health else []
     if as_json:
-        click.echo(json.dumps(found.as_json() | (health_json(tensors) if health else {}), indent=2))
+        click.echo(json.dumps(inspection.as_json() | (health_json(tensors) if health else {}), indent=2))
     else:
-        click.echo("\n".join([*inspection_lines(found), *(health_lines(tensors) if health else ())]))
+        click.echo("\n".join([*inspection_lines(inspection), *(health_lines(tensors) if health else ())]))
     if any(tensor.num_nonfinite for tensor in tensors):
         sys.exit(1)
 
@@ -312,7 +312,7 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
     default="1%",
     callback=parse_share,
     metavar="SHARE",
-    help="How many elements are compared: blocks of every tensor, others in every run.",
+    help="How many elements are compared: blocks of every tensor, chosen anew in every run.",
 )
 @click.option("--full", is_flag=True, help="Compare all elements, and make every sum and line of the report again.")
 @click.option(
@@ -337,12 +337,12 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
         raise click.UsageError(
             "--full compares with the parents: give --against BASE FT, or for an output of `run` --recipe RECIPE."
         )
-    found = verify(out, against, **options)
+    verifications = verify(out, against, **options)
     if as_json:
-        click.echo(json.dumps([verification_json(one) for one in found], indent=2))
+        click.echo(json.dumps([verification_json(one) for one in verifications], indent=2))
     else:
-        click.echo("\n".join(line for one in found for line in verification_lines(one)))
-    if any(one.problems for one in found):
+        click.echo("\n".join(line for one in verifications for line in verification_lines(one)))
+    if any(one.problems for one in verifications):
         sys.exit(1)
 
 
@@ -355,7 +355,7 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
     "--plot",
     "picture",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw the angles here: layers by modules.",
+    help="Draw the angles into this picture: layers by modules.",
 )
 @with_options(MACHINE_OPTIONS)
 @_print_errors(_READS)
@@ -372,11 +372,11 @@ def diff_command(
 
     if picture is not None:
         check_plot_path(picture)
-    found = diff_checkpoints(base, ft, **machine)
+    diff = diff_checkpoints(base, ft, **machine)
     if picture is not None:
-        plot_diff(found, picture)
+        plot_diff(diff, picture)
     click.echo(
-        json.dumps(found.as_json(), indent=1) if as_json else "\n".join(diff_lines(found, every_tensor=every_tensor))
+        json.dumps(diff.as_json(), indent=1) if as_json else "\n".join(diff_lines(diff, every_tensor=every_tensor))
     )
 
 
@@ -394,11 +394,9 @@ def diff_command(
     metavar="COMMAND",
     help="Scores models: gets their folders as last arguments (or in place of {}), prints `name value` lines or JSON.",
 )
-@click.option("--batch", type=click.IntRange(1), default=1, help="Models merged at once, and given to one COMMAND.")
+@click.option("--batch", type=click.IntRange(1), default=1, help="Models merged in one pass and given to one COMMAND.")
 @click.option("--keep", is_flag=True, help="Keep the merged models; otherwise each is deleted once it has its scores.")
-@click.option(
-    "--minimize", multiple=True, metavar="NAME", help="A score of which less is better.  [default: by its name]"
-)
+@click.option("--minimize", multiple=True, metavar="NAME", help="A score where less is better.  [default: by its name]")
 @with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Forget the scores that are in OUT and start anew.")
@@ -407,10 +405,10 @@ def diff_command(
 def sweep_command(
     base: Path, ft: Path, out: Path, ts: tuple[float, ...], command: str, as_json: bool, **options: Any
 ) -> None:
-    """Merge BASE and FT at many t, score each merge by a command, and name the Pareto-optimal t.
+    """Merge BASE and FT at many t, score each merge with a command, and mark the Pareto-optimal t.
 
-    OUT gets sweep.jsonl, sweep.csv and (with matplotlib) sweep.png. A sweep that was stopped continues with the
-    same command; more values of t may be added. No shell sees the COMMAND: it is split into words as a shell would.
+    OUT gets sweep.jsonl, sweep.csv and (with matplotlib) sweep.png. A sweep that was stopped continues with the same
+    command; more values of t may be added. COMMAND is not run through a shell; for pipes use sh -c '...'.
     """
     from merge_tool.cli.plot import can_plot, plot_sweep
     from merge_tool.sweep import sweep

@@ -1,4 +1,4 @@
-"""What the commands' options are called, and how their values are read. Texts and numbers only."""
+"""The commands' options: their names, and how their values are parsed. Texts and numbers only."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: 
 
 
 def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tuple[str, ...]) -> tuple[float, ...]:
-    """Every t of options that hold a number, several with commas, or a range START:STOP:STEP, its ends included."""
-    found: list[float] = []
+    """Every t in the texts: a number, several with commas, or a range START:STOP:STEP, its ends included."""
+    ts: list[float] = []
     for text in value:
         try:
-            found.extend(t for part in text.split(",") for t in _parse_range(part))
+            ts.extend(t for part in text.split(",") for t in _parse_range(part))
         except _BadRange as e:
             raise click.BadParameter(f"{e}. Write START:STOP:STEP, as in --t 0:1:0.1.", ctx, param) from e
         except (ValueError, ArithmeticError) as e:
@@ -55,7 +55,7 @@ def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tu
                 ctx,
                 param,
             ) from e
-    return tuple(found)
+    return tuple(ts)
 
 
 def parse_share(ctx: click.Context | None, param: click.Parameter | None, value: str) -> float:
@@ -68,7 +68,7 @@ def parse_share(ctx: click.Context | None, param: click.Parameter | None, value:
 
 
 class _BadRange(Exception):
-    """Numbers, but no range of t: why."""
+    """Why a text of numbers is not a range of t."""
 
 
 def _parse_range(text: str) -> list[float]:
@@ -100,7 +100,7 @@ def _option_of(field: Field[Any]) -> Callable[[Any], Any]:
     about = dict(field.metadata)
     settings: dict[str, Any] = {"help": about["help"], "default": field.default}
     if "show_default" in about:
-        settings["default"] = about["show_default"]  # parsed as if the user had given it
+        settings["default"] = about["show_default"]  # the default is parsed like a user's text
     if "metavar" in about:
         settings["metavar"] = about["metavar"]
     if about.get("choices"):

@@ -1,6 +1,5 @@
-"""Findings -> pictures. The only importer of matplotlib, inside functions.
-
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; every axis has its name and unit.
+"""Findings -> pictures. The only module that imports matplotlib, inside functions. Colours are Okabe and Ito's, which
+colour-blind readers can distinguish; every axis has its name and unit.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def can_plot() -> bool:
 
 
 def check_plot_path(path: Path) -> None:
-    """Raise RecipeError unless a picture could be drawn there: said before the work, not after it."""
+    """Raise RecipeError unless a picture can be drawn there. Called before the work begins."""
     if not can_plot():
         raise RecipeError("A picture needs matplotlib: pip install 'slerp-merge[plot]'")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -37,18 +36,18 @@ def check_plot_path(path: Path) -> None:
 
 
 def plot_sweep(report: SweepReport, path: Path) -> None:
-    """A panel per score over t, and for two scores one against the other; Pareto-optimal points are filled."""
+    """One panel per score over t; for two scores also one score over the other. Pareto-optimal points are filled."""
     names, points = report.names, report.points
     panels = len(names) + (len(names) == 2)
     columns = min(panels, 3)
     rows = -(-panels // columns)
     figure, grid = _subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows))
-    axes = [place for row in grid for place in row]
+    axes = [axis for row in grid for axis in row]
     ts = [point.t for point in points]
-    for place, name in zip(axes, names, strict=False):
-        _line(place, ts, [point.scores[name] for point in points], points)
+    for axis, name in zip(axes, names, strict=False):
+        _line(axis, ts, [point.scores[name] for point in points], points)
         better = "less" if name in report.less_is_better else "more"
-        place.set(xlabel="t (0 = base, 1 = finetune)", ylabel=f"{_short(name)} ({better} is better)")
+        axis.set(xlabel="t (0 = base, 1 = finetune)", ylabel=f"{_short(name)} ({better} is better)")
     if len(names) == 2:
         x, y = names
         _line(axes[2], [p.scores[x] for p in points], [p.scores[y] for p in points], points)
@@ -86,7 +85,7 @@ def plot_diff(diff: Diff, path: Path) -> None:
     _save(figure, path)
 
 
-_MOST_ROWS = 60  # of a picture: a mixture of experts has more modules than one can read
+_MOST_ROWS = 60  # lines of a picture: a mixture of experts has too many modules to read
 
 
 def _heat_map(figure: Any, axes: Any, values: list[list[float | None]], modules: list[str], layers: list[int]) -> None:

@@ -13,7 +13,7 @@ from merge_tool.output.report import remarks
 from merge_tool.plan.stacks import Stacks
 from merge_tool.recipe.recipe import label_t
 
-if TYPE_CHECKING:  # what is shown is made before: nothing of it need be loaded here
+if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
     from merge_tool.api import MergeReport
     from merge_tool.diff import Diff, GroupDiff, TensorDiff
     from merge_tool.inspection import Inspection, TensorHealth
@@ -23,16 +23,16 @@ if TYPE_CHECKING:  # what is shown is made before: nothing of it need be loaded 
     from merge_tool.verify.verify import Verification
 
 
-def inspection_lines(found: Inspection) -> Iterator[str]:
-    counts = f"{counted(found.num_tensors, 'tensor')}, {counted(found.num_parameters, 'parameter')}"
-    yield f"{shown(found.name)}: {counts}, {_size(found.nbytes)}"
-    for shard in found.shards:
+def inspection_lines(inspection: Inspection) -> Iterator[str]:
+    counts = f"{counted(inspection.num_tensors, 'tensor')}, {counted(inspection.num_parameters, 'parameter')}"
+    yield f"{shown(inspection.name)}: {counts}, {_size(inspection.nbytes)}"
+    for shard in inspection.shards:
         yield f"  {shown(shard.name)}: {counted(shard.num_tensors, 'tensor')}, {_size(shard.nbytes)}"
-    for dtype, (tensors, parameters) in found.dtypes.items():
+    for dtype, (tensors, parameters) in inspection.dtypes.items():
         yield f"  {dtype}: {counted(tensors, 'tensor')}, {counted(parameters, 'parameter')}"
-    for key, value in found.metadata.items():
+    for key, value in inspection.metadata.items():
         yield f"  metadata {shown(key)}: {shown(value)}"
-    for notice in found.notices:
+    for notice in inspection.notices:
         yield f"  note: {notice}"
 
 
@@ -44,7 +44,7 @@ def health_json(tensors: Sequence[TensorHealth]) -> dict[str, Any]:
 
 
 def health_lines(tensors: Sequence[TensorHealth]) -> Iterator[str]:
-    """The tensors with the smallest, middle and largest values, and all that hold what is not finite."""
+    """The tensors with the smallest, median and largest values, and all tensors with values that are not finite."""
     bad = [t for t in tensors if t.num_nonfinite]
     for tensor in bad[:50]:
         yield (
@@ -55,8 +55,8 @@ def health_lines(tensors: Sequence[TensorHealth]) -> Iterator[str]:
         yield f"  NOT FINITE: {len(bad) - 50:,} more tensors"
     ranked = sorted((t for t in tensors if t.rms is not None and t.numel), key=lambda t: t.rms or 0.0)
     named = {"smallest": ranked[:1], "median": ranked[len(ranked) // 2 :][:1], "largest": ranked[-1:]}
-    for what, found in named.items():
-        for tensor in found:
+    for what, some in named.items():
+        for tensor in some:
             yield (
                 f"  {what} root mean square {tensor.rms:.4g}: {shown(tensor.name)} (norm {tensor.norm:.6g}, "
                 f"largest value {tensor.largest:.4g})"
@@ -69,24 +69,24 @@ def health_lines(tensors: Sequence[TensorHealth]) -> Iterator[str]:
         yield f"  all {checked:,} floating-point values are finite"
 
 
-def verification_json(found: Verification) -> dict[str, Any]:
-    return {**asdict(found), "path": str(found.path)}
+def verification_json(result: Verification) -> dict[str, Any]:
+    return {**asdict(result), "path": str(result.path)}
 
 
-def verification_lines(found: Verification) -> Iterator[str]:
-    path = shown(found.path)
-    for problem in found.problems:
+def verification_lines(result: Verification) -> Iterator[str]:
+    path = shown(result.path)
+    for problem in result.problems:
         yield f"{path}: {problem}"
-    for name in found.others:
+    for name in result.others:
         yield f"{path}: not of the merge: {shown(name)}"
-    if found.problems:
-        yield f"{path}: NOT VERIFIED, {counted(len(found.problems), 'problem')}"
+    if result.problems:
+        yield f"{path}: NOT VERIFIED, {counted(len(result.problems), 'problem')}"
         return
-    sums = " and all sums" if found.full else ""
-    again = f"; {found.num_compared:,} of {found.num_elements:,} elements{sums} merged again, bit for bit the same"
+    sums = " and all sums" if result.full else ""
+    again = f"; {result.num_compared:,} of {result.num_elements:,} elements{sums} merged again, bit for bit the same"
     yield (
-        f"{path}: verified: {counted(found.num_files, 'file')}, {_size(found.nbytes)}, "
-        f"{counted(found.num_tensors, 'tensor')}{again if found.num_compared else ''}"
+        f"{path}: verified: {counted(result.num_files, 'file')}, {_size(result.nbytes)}, "
+        f"{counted(result.num_tensors, 'tensor')}{again if result.num_compared else ''}"
     )
 
 
@@ -120,10 +120,10 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     plan, layout = prepared.plan, prepared.layout
     many = len(plan.labels) > 1
     yield first_line(plan)
-    layers = Stacks(job.out.name for job in plan.jobs()).told
+    layers = Stacks(job.out.name for job in plan.jobs()).in_words
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters{f', {layers}' if layers else ''})"
     if plan.num_kept:
-        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} are one model's as they are"
+        yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} copied from one model, unchanged"
     if plan.num_quantised:
         base = shown(plan.names[plan.recipe.first])
         yield f"  8 bits    {plan.num_quantised:,} weights, quantised again as in {base}"
@@ -133,8 +133,8 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
         f" ({len(plan.labels)} outputs)" if many else ""
     )
     yield f"  disk      {_size(prepared.free_disk_bytes)} free"
-    if told := _download(prepared.download):
-        yield f"  download  {told}"
+    if size := _download(prepared.download):
+        yield f"  download  {size}"
     peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
     yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
     yield f"  shards    {len(plan.shards):,}"
@@ -148,7 +148,7 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
 
 
 def _download(download: Download) -> str:
-    """What is to be fetched from the Hub, and what of its models need not be; nothing where there are none."""
+    """What is to be fetched from the Hub, and what is in its cache; an empty text without models of the Hub."""
     cached = f"{_size(download.cached_bytes)} {'more ' * (download.nbytes > 0)}are in its cache"
     if not download.nbytes:
         return f"nothing from the Hub ({cached})" if download.cached_bytes else ""
@@ -212,7 +212,7 @@ def summary_lines(report: MergeReport) -> Iterator[str]:
 
 
 def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
-    """Tables by layer, by module and, if asked, by tensor; then what could not be compared."""
+    """Tables by layer, by module and with `every_tensor` by tensor; then the tensors that could not be compared."""
     base, ft = (shown(name) for name in diff.names)
     equal = sum(tensor.equal for tensor in diff.tensors)
     yield f"{base} and {ft}: {counted(len(diff.tensors), 'tensor')} compared, {equal:,} of them equal"

@@ -1,4 +1,4 @@
-"""What a recipe comes to, layer by layer, before anything is done."""
+"""The parameters that a recipe gives to each layer, printed before the merge."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def recipe_json(plan: MergePlan) -> dict[str, Any]:
 
 
 def effective_lines(plan: MergePlan) -> Iterator[str]:
-    """What gradients and patterns come to, a line for the tensors of one layer with the same models and parameters;
-    nothing for a pair without any."""
+    """The parameters that gradients and patterns give: one line for all tensors of a layer with the same models and
+    parameters. Nothing for a pair without gradients and patterns."""
     if is_pair(plan.recipe) and not plan.num_scheduled:
         return
     rows = _rows(plan)
@@ -73,17 +73,17 @@ def _layer(job: TensorJob) -> str:
 
 
 def _settings(job: TensorJob) -> dict[str, Any]:
-    """The parameters of a tensor; a list, where outputs differ in one that all models share."""
+    """The parameters of a tensor; a list for a shared parameter in which outputs differ."""
     if not job.values:
         return {}
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key in job.values[0].shared:
         values = [one.shared[key] for one in job.values]
-        found[key] = values[0] if len(set(values)) == 1 else values
+        settings[key] = values[0] if len(set(values)) == 1 else values
     for key in job.values[0].each:
         several = [list(one.each[key]) for one in job.values]
-        found[key] = several[0] if all(one == several[0] for one in several) else several
-    return found
+        settings[key] = several[0] if all(one == several[0] for one in several) else several
+    return settings
 
 
 def _settings_text(method: Method, settings: dict[str, Any]) -> str:
@@ -92,13 +92,13 @@ def _settings_text(method: Method, settings: dict[str, Any]) -> str:
 
 
 def _tensors(row: dict[str, Any]) -> str:
-    """The first tensor of a line, by what follows its layer, and how many more there are."""
+    """A line's first tensor, by the part of its name behind the layer, and the number of others."""
     more = f" + {row['num_tensors'] - 1:,}" if row["num_tensors"] > 1 else ""
     return shown(row["first"].removeprefix(f"{row['layer']}."), 60) + more
 
 
 def _shares(method: Method, settings: dict[str, Any]) -> str:
-    """What weights come to that are divided by their sum, where that is one sum for all elements."""
+    """The shares that weights give if they are divided by their sum, and that is one sum for all elements."""
     weights = settings.get("weight", ())
     if any(isinstance(value, list) for value in settings.values() if value is not weights):
         return ""
@@ -120,7 +120,7 @@ def _value(value: Any) -> str:
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns in line: the first to the left, the others to the right."""
+    """Aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]

@@ -1,7 +1,7 @@
 """The inner-product family: a few inner products per tensor (or row, or column), then a sum of c_i x_i.
 
-All but the sums is arithmetic on the table of inner products: a direction that is a combination of the inputs is
-known by its coefficients. With a base, the inputs are their differences from it.
+After the sums, everything is arithmetic on the table of inner products: a direction is a combination of the inputs and
+is given by its coefficients. With a base, the inputs are replaced by their differences from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from merge_tool.arrays import Array
 from merge_tool.methods.inner import ANTIPARALLEL, SMALL_SINE, PairSums, Weights, slerp_weights
-from merge_tool.methods.steps import ColumnSums, Combine, Given, Steps, Sums, Tile
+from merge_tool.methods.steps import ColumnSums, Combine, MergeSpec, Steps, Sums, Tile
 from merge_tool.methods.tiles import (
     dot,
     gram,
@@ -26,42 +26,42 @@ from merge_tool.methods.tiles import (
     weight_sum,
 )
 
-_CANCELLED = 1e-3  # of a squared length: below, the table of inner products has lost digits, so the vector is summed
+_CANCELLED = 1e-3  # share of a squared length: below it the table has lost digits, so the vector itself is summed
 
 
 # ------------------------------------------------------------------------------- two weights for two models
 
 
-def slerp(sums: PairSums, given: Given) -> Weights:
+def slerp(sums: PairSums, spec: MergeSpec) -> Weights:
     """Slerp at t: 0 is the first model, 1 the second."""
-    return slerp_weights(sums, number(given, "t"))
+    return slerp_weights(sums, number(spec, "t"))
 
 
-def linear_of_two(sums: PairSums, given: Given) -> Weights:
+def linear_of_two(sums: PairSums, spec: MergeSpec) -> Weights:
     """As `linear`."""
-    w0, w1 = _shares(given)
+    w0, w1 = _shares(spec)
     return Weights(w0, w1, precise=min(w0, w1) < 0)
 
 
 # ------------------------------------------------------------------------------- averages, passthrough
 
 
-def _shares(given: Given) -> list[float]:
-    weights = numbers(given, "weight")
-    divisor = weight_sum(weights, "change weight, or set normalize to false") if given["normalize"] else 1.0
+def _shares(spec: MergeSpec) -> list[float]:
+    weights = numbers(spec, "weight")
+    divisor = weight_sum(weights, "change weight, or set normalize to false") if spec["normalize"] else 1.0
     return [w / divisor for w in weights]
 
 
-def linear(given: Given) -> Steps:
+def linear(spec: MergeSpec) -> Steps:
     """sum_i w_i x_i, over sum_i w_i where `normalize`."""
-    shares = _shares(given)
+    shares = _shares(spec)
     yield from ()
     return lambda tile: mix(shares, tile.inputs)
 
 
-def passthrough(given: Given) -> Steps:
+def passthrough(spec: MergeSpec) -> Steps:
     """x, or scale x."""
-    scale = 1.0 if given["scale"][0] is None else numbers(given, "scale")[0]
+    scale = 1.0 if spec["scale"][0] is None else numbers(spec, "scale")[0]
     yield from ()
     return lambda tile: mix([scale], tile.inputs)
 
@@ -74,8 +74,8 @@ def _mixed(coefficients: Sequence[float]) -> Combine:
     """base + sum_i c_i (x_i - base), or sum_i c_i x_i without a base."""
 
     def combine(tile: Tile) -> Array:
-        found = mix(coefficients, _vectors(tile))
-        return found if tile.base is None else np.add(found, tile.base, out=found)
+        merged = mix(coefficients, _vectors(tile))
+        return merged if tile.base is None else np.add(merged, tile.base, out=merged)
 
     return combine
 
@@ -84,23 +84,23 @@ def _mixed(coefficients: Sequence[float]) -> Combine:
 
 
 @of_elements
-def nuslerp(given: Given) -> Steps:
+def nuslerp(spec: MergeSpec) -> Steps:
     """Slerp at t = w1 / (w0 + w1): of whole tensors, of rows (the last dimension), or of columns (the first)."""
-    weights = numbers(given, "weight")
+    weights = numbers(spec, "weight")
     t = weights[1] / weight_sum(weights, "nuslerp goes w1 / (w0 + w1) of the way; change weight")
-    if given["nuslerp_flatten"]:
-        found = slerp_weights((yield from pair_sums(_vectors)), t)
-        return _mixed((found.w0, found.w1))
-    if given["nuslerp_row_wise"]:
-        return (yield from _nuslerp_columns(given, t))
+    if spec["nuslerp_flatten"]:
+        mixing = slerp_weights((yield from pair_sums(_vectors)), t)
+        return _mixed((mixing.w0, mixing.w1))
+    if spec["nuslerp_row_wise"]:
+        return (yield from _nuslerp_columns(spec, t))
     return lambda tile: _slerp_rows(tile, t)
 
 
 def arc_weights(apart: Array, together: Array, t: float) -> tuple[Array, Array]:
     """Slerp's two weights for many pairs of unit vectors u, v at once, from |u - v| and |u + v|.
 
-    As `pair.slerp_weights`: linear where there is no arc, too short an arc, or no preferred one. A zero vector has
-    `apart` = 0.
+    As `inner.slerp_weights`: linear if there is no arc, if the arc is too short, or if no arc is preferred. A zero
+    vector has `apart` = 0.
     """
     theta, to_pi = 2 * np.arctan2(apart, together), 2 * np.arctan2(together, apart)
     sine = np.sin(np.minimum(theta, to_pi))
@@ -127,17 +127,17 @@ def _slerp_rows(tile: Tile, t: float) -> Array:
     arc = (rx > 0) & (ry > 0)
     apart, together = u - v, np.add(u, v, out=u)
     w0, w1 = arc_weights(np.where(arc, np.sqrt(row_dots(apart, apart)), 0.0), np.sqrt(row_dots(together, together)), t)
-    found = np.add(np.multiply(x, w0, out=x), np.multiply(y, w1, out=y), out=x)
-    return found if tile.base is None else np.add(found, tile.base, out=found)
+    merged = np.add(np.multiply(x, w0, out=x), np.multiply(y, w1, out=y), out=x)
+    return merged if tile.base is None else np.add(merged, tile.base, out=merged)
 
 
-def num_columns(given: Given) -> int:
-    """How many vectors along the first dimension a tensor has; one without a second dimension is one of them."""
-    return given.numel // max(1, given.shape[0] if given.shape else 1)
+def num_columns(spec: MergeSpec) -> int:
+    """The number of columns: vectors along the first dimension. A tensor of one dimension is one column."""
+    return spec.numel // max(1, spec.shape[0] if spec.shape else 1)
 
 
-def _nuslerp_columns(given: Given, t: float) -> Steps:
-    columns = num_columns(given)
+def _nuslerp_columns(spec: MergeSpec, t: float) -> Steps:
+    columns = num_columns(spec)
 
     def places(tile: Tile) -> Array:
         return np.arange(tile.start, tile.start + tile.inputs[0].size) % columns
@@ -174,18 +174,18 @@ def _nuslerp_columns(given: Given, t: float) -> Steps:
 # ------------------------------------------------------------------------------- means on the sphere
 
 
-def multislerp(given: Given) -> Steps:
+def multislerp(spec: MergeSpec) -> Steps:
     """The direction of m = sum_i w_i x_i/|x_i|, at the length sum_i w_i |x_i|.
 
-    The method is told as: take the tangents at m of all points, average them, go along the average. That average is
-    sum_i w_i (u_i - <u_i, m> m / <m, m>) = m - m = 0, so it stays at m, and needs |m| only.
-    Where m vanishes no direction is preferred: linear, as slerp for antiparallel tensors.
+    The method is published as: take the tangents at m of all points, average them, go along the average. That average
+    is sum_i w_i (u_i - <u_i, m> m / <m, m>) = m - m = 0, so it stays at m, and needs |m| only. If m vanishes, no
+    direction is preferred: linear, as slerp for antiparallel tensors.
     """
-    weights, eps = numbers(given, "weight"), number(given, "eps", 0.0)
-    if given["normalize_weights"]:
+    weights, eps = numbers(spec, "weight"), number(spec, "eps", 0.0)
+    if spec["normalize_weights"]:
         divisor = weight_sum(weights, "change weight, or set normalize_weights to false")
         weights = [w / divisor for w in weights]
-    table, scale = yield from gram(_vectors, given.num_inputs)
+    table, scale = yield from gram(_vectors, spec.num_inputs)
     norms = np.sqrt(np.diag(table))
     towards = [w / n if n else 0.0 for w, n in zip(weights, norms, strict=True)]
     size = math.fsum(abs(w) for w, n in zip(weights, norms, strict=True) if n)
@@ -208,32 +208,32 @@ def quadratic(c: Sequence[float], table: Array) -> float:
     return max(0.0, math.fsum(terms))
 
 
-_MOST_STEPS = 10_000  # of karcher: some 0.1 s a tensor; with a `tol` of 0 it takes them all
+_MOST_STEPS = 10_000  # of karcher: about 0.1 s a tensor; with a `tol` of 0 all steps are made
 
 
-def karcher(given: Given) -> Steps:
+def karcher(spec: MergeSpec) -> Steps:
     """The point of the sphere with the least sum of squared arcs to the inputs' directions, at their mean length.
 
     Gradient descent from the normalised average, until a step is shorter than `tol` or `max_iter` were made.
     H. Karcher, "Riemannian center of mass and mollifier smoothing", 1977. Tensors of norm 0 have no direction.
     """
-    max_iter, tol, n = int(number(given, "max_iter", 0, _MOST_STEPS)), number(given, "tol", 0.0), given.num_inputs
+    max_iter, tol, n = int(number(spec, "max_iter", 0, _MOST_STEPS)), number(spec, "tol", 0.0), spec.num_inputs
     table, _ = yield from gram(lambda tile: tile.inputs, n)
     norms = [math.sqrt(table[i, i]) for i in range(n)]
     known = [i for i in range(n) if norms[i] > 0]
     cosines = np.array([[table[i, j] / (norms[i] * norms[j]) for j in known] for i in known])
-    found = sphere_mean(cosines, max_iter, tol)
-    if found is None:
+    center = sphere_mean(cosines, max_iter, tol)
+    if center is None:
         return _mixed([1.0 / n] * n)
     length = math.fsum(norms) / n
     coefficients = [0.0] * n
-    for i, c in zip(known, found, strict=True):
+    for i, c in zip(known, center, strict=True):
         coefficients[i] = length * c / norms[i]
     return _mixed(coefficients)
 
 
 def sphere_mean(cosines: Array, max_iter: int, tol: float) -> list[float] | None:
-    """The mean's coefficients in unit vectors of which the cosines are given; None where their average vanishes."""
+    """The mean's coefficients for unit vectors with these `cosines`; None if their average vanishes."""
     n = len(cosines)
     mean = [1.0 / max(1, n)] * n
     if quadratic(mean, cosines) < ANTIPARALLEL**2:
@@ -255,7 +255,7 @@ def _unit(c: Sequence[float], cosines: Array) -> list[float]:
 
 
 def _tangent(mean: Sequence[float], cosines: Array) -> list[float]:
-    """The average of the arcs from the mean to each point; one straight opposite pulls nowhere."""
+    """The average of the arcs from the mean to each point; a point exactly opposite does not count."""
     n = len(mean)
     tangent = [0.0] * n
     for i in range(n):
@@ -274,14 +274,14 @@ def _tangent(mean: Sequence[float], cosines: Array) -> list[float]:
 
 
 @of_elements
-def model_stock(given: Given) -> Steps:
+def model_stock(spec: MergeSpec) -> Steps:
     """(1 - t) base + t average, with t = n c / (1 + (n - 1) c) and c the mean cosine between the models' differences.
 
     D.-H. Jang et al., "Model Stock: all we need is just a few fine-tuned models", 2024. Where c <= 0 the differences
     have nothing in common and t is 0, the base. `filter_wise`: row by row.
     """
-    n = given.num_inputs
-    if given["filter_wise"]:
+    n = spec.num_inputs
+    if spec["filter_wise"]:
         return lambda tile: _stock_rows(tile, n)
     table, _ = yield from gram(Tile.deltas, n)
     r = _reciprocal(np.diag(table))
@@ -302,7 +302,7 @@ def _stock_rows(tile: Tile, n: int) -> Array:
     for i in range(n):
         for j in range(i):
             cosine += row_dots(deltas[i], deltas[j]) * (r[i] * r[j])
-    found = mix([1.0] * n, deltas)
-    np.multiply(found, stock_share(cosine / (n * (n - 1) / 2), n) / n, out=found)
-    np.add(found, tile.base, out=found)
-    return found
+    merged = mix([1.0] * n, deltas)
+    np.multiply(merged, stock_share(cosine / (n * (n - 1) / 2), n) / n, out=merged)
+    np.add(merged, tile.base, out=merged)
+    return merged

@@ -18,8 +18,8 @@ from merge_tool.arrays import BFLOAT16, TILE, Array, decode, encode
 
 _LANES = 1_024  # partial sums of a tile, then added pairwise
 
-SMALL_SINE = 1e-9  # below this slerp and lerp agree to the last bit of float64, and slerp divides by noise
-ANTIPARALLEL = 1e-6  # radians from pi within which no arc is preferred over another
+SMALL_SINE = 1e-9  # below it slerp and lerp agree to the last bit of float64, and slerp would divide by noise
+ANTIPARALLEL = 1e-6  # radians; closer to pi, no arc is preferred over another
 PRECISE_ANGLE = 2.0  # radians; above it the weights cancel and the combine runs in float64
 
 # ---------------------------------------------------------------------------------------------- sums
@@ -41,9 +41,9 @@ class Scratch:
 class PairSums:
     """Inner products of x (base), y (finetune) and d = y - x: <x,x>, <x,d>, <d,d>, of the values times `scale`.
 
-    `refined` holds what a second pass adds where these three lose digits: the sign s and factor c it used,
-    <y,y>, and <e,e> with e = y - s c x. `scale` is a power of two, other than 1 only for float64 tensors whose
-    squares would leave float64's range.
+    `refined` holds the result of a second pass, made if these three lose digits: the sign s and factor c that it used,
+    <y,y>, and <e,e> with e = y - s c x. `scale` is a power of two, other than 1 only for float64 tensors whose squares
+    would leave float64's range.
     """
 
     xx: float
@@ -94,7 +94,8 @@ def _dot(a: Array, b: Array, scratch: Scratch) -> float:
 
 
 def total(parts: Any) -> float:
-    """The sum of floats, correctly rounded, in any order; NaN or infinity where one of them is, or overflows."""
+    """The sum of floats, correctly rounded, in any order; NaN or infinity if a float is one, or if the sum
+    overflows."""
     try:
         return math.fsum(parts)
     except (OverflowError, ValueError):
@@ -104,7 +105,7 @@ def total(parts: Any) -> float:
 def sharpen(
     sums: PairSums, tiles: Callable[[], Iterable[tuple[Array, Array]]], *, has_float64: bool, scratch: Scratch
 ) -> PairSums:
-    """The sums, made again where they left float64's range or lost the angle's digits: rare.
+    """The sums, made again if they left float64's range or lost digits of the angle, which is rare.
 
     `tiles` gives the pair of tensors once more, tile by tile; their values must be finite.
     """
@@ -112,8 +113,8 @@ def sharpen(
         sums = _sum_again(tiles, 2.0**-600, scratch)
     elif has_float64 and sums.xx + sums.dd < 1e-200:
         sums = _sum_again(tiles, 2.0**500, scratch)
-    while (found := refinement(sums)) is not None:
-        sign, factor = found
+    while (refined := refinement(sums)) is not None:
+        sign, factor = refined
         parts = [sum_refined_tile(x, y, sums.scale, sign, factor, scratch) for x, y in tiles()]
         yy, ee = (total(column) for column in zip(*parts, strict=True))
         sums = PairSums(xx=sums.xx, xd=sums.xd, dd=sums.dd, scale=sums.scale, refined=(sign, factor, yy, ee))
@@ -148,9 +149,9 @@ class Angle:
 def pair_angle(sums: PairSums) -> Angle | None:
     """The angle between x and y, or None where a norm is 0.
 
-    From the chord between the tensors scaled to one length, theta = 2 asin(chord / 2), which keeps its digits
-    down to zero where an arc cosine has none below 1.5e-8; from the chord to -x near pi.
-    W. Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?", section 12.
+    From the chord between the tensors scaled to one length: theta = 2 asin(chord / 2) keeps its digits down to zero,
+    while an arc cosine has none below 1.5e-8. Near pi, from the chord to -x. W. Kahan, "How Futile are Mindless
+    Assessments of Roundoff in Floating-Point Computation?", section 12.
     """
     n0, n1 = sums.norms
     if n0 == 0 or n1 == 0:
@@ -165,18 +166,18 @@ def _half_chord_squared(sums: PairSums) -> float:
     n0, n1 = sums.norms
     if sums.refined:
         _, factor, _, ee = sums.refined
-        found = (ee - (n1 - factor * n0) ** 2) / (4 * factor * n0 * n1)
+        squared = (ee - (n1 - factor * n0) ** 2) / (4 * factor * n0 * n1)
     else:
         difference = (2 * sums.xd + sums.dd) / (n1 + n0)  # n1 - n0, without cancellation
-        found = (sums.dd - difference**2) / (4 * n0 * n1)
-    return min(1.0, max(0.0, found))
+        squared = (sums.dd - difference**2) / (4 * n0 * n1)
+    return min(1.0, max(0.0, squared))
 
 
 def refinement(sums: PairSums) -> tuple[int, float] | None:
-    """The sign and factor of another pass, where the sums so far leave fewer than 11 digits of the angle.
+    """The sign and factor of another pass, if the sums so far leave fewer than 11 digits of the angle; else None.
 
-    That is: norms that differ by much more than the angle, a y much shorter than x, or an angle near pi. Ask again
-    after each pass, at most three times: for |y|, for the angle, and for the other sign.
+    Digits are lost if the norms differ by much more than the angle, if y is much shorter than x, or if the angle is
+    near pi. Ask again after each pass, at most three times: for |y|, for the angle, and for the other sign.
     """
     n0, n1 = sums.norms
     if n0 == 0 or sums.dd == 0 or (n1 == 0 and sums.refined):
@@ -199,7 +200,7 @@ def refinement(sums: PairSums) -> tuple[int, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """`merged = w0 * x + w1 * y`; `precise` asks for a float64 combine; `note` says what was special."""
+    """`merged = w0 * x + w1 * y`. `precise`: combine in float64. `note` names a special case."""
 
     w0: float
     w1: float
@@ -208,7 +209,7 @@ class Weights:
 
     @property
     def copied(self) -> int | None:
-        """Which of the two tensors this is, byte for byte: 0 or 1; None where it is neither."""
+        """Which of the two tensors the result is, byte for byte: 0 or 1; None if neither."""
         pair = self.w0, self.w1
         return 0 if pair == (1, 0) else 1 if pair == (0, 1) else None
 
@@ -216,9 +217,9 @@ class Weights:
 def slerp_weights(sums: PairSums, t: float) -> Weights:
     """Spherical linear interpolation of the unnormalised tensors, sin((1-t) theta) / sin(theta) and so on.
 
-    K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, applied to vectors of any norm.
-    Linear where there is no arc (a zero tensor), where it is too short to tell (sin(theta) < 1e-9), and where
-    every arc is as good as another (antiparallel, within 1e-6 of pi). At t = 0 and t = 1 exactly 1 and 0.
+    K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, applied to vectors of any norm. Linear if
+    there is no arc (a zero tensor), if the arc is too short (sin(theta) < 1e-9), and if every arc is as good as another
+    (antiparallel, within 1e-6 of pi). At t = 0 and t = 1 the weights are exactly 1 and 0.
     """
     angle = pair_angle(sums)
     if angle is None:
@@ -240,22 +241,22 @@ def _arc_sine(share: float, angle: Angle) -> float:
 
 # ------------------------------------------------------------------------------------------- combine
 
-_SURELY_FITS = 400.0  # finite in every dtype we write; spares the exact question for nearly every block
+_SURELY_FITS = 400.0  # finite in every dtype we write; makes the exact check unnecessary for nearly every block
 _TINY = np.float32(2.0**-124)  # float32 products below lose digits that a subnormal bfloat16 still shows
 
 
 def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
     """`out = w0 * x + w1 * y`, flat arrays of one length; False if a finite result does not fit `out`'s dtype.
 
-    For 16-bit outputs |out - exact| <= ulp(exact)/2 + 2^-22 (|w0 x| + |w1 y|): in float32, and in float64 where
-    that would not do. For float32 and float64 outputs always in float64.
+    For 16-bit outputs |out - exact| <= ulp(exact)/2 + 2^-22 (|w0 x| + |w1 y|): computed in float32, or in float64 if
+    float32 does not suffice. For float32 and float64 outputs always computed in float64.
     """
     narrow = out.dtype.itemsize <= 2 and np.float64 not in (x.dtype, y.dtype) and not weights.precise
     fits = True
     for start in range(0, len(x), TILE):
         cut = slice(start, start + TILE)
         done = narrow and _combine_narrow(x[cut], y[cut], weights, out[cut], scratch)
-        if not done:  # also where a product left float32's range, but the sum may not
+        if not done:  # also if a product left float32's range: the sum may be within it
             fits &= _combine_wide(x[cut], y[cut], weights, out[cut], scratch)
     return bool(fits)
 
@@ -300,7 +301,7 @@ def _fits(largest: Any, dtype: np.dtype[Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of finite values: the largest magnitude, and (scale, s) with the sum of squares scale^2 s."""
+    """For finite values: the largest magnitude, and (scale, s) with the sum of squares scale^2 s."""
 
     largest: float
     squares: tuple[float, float]

@@ -10,39 +10,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_tool.methods import geometric, rowwise, sparse
-from merge_tool.methods.steps import FLAT, REQUIRED, ROWS, Given, Method
+from merge_tool.methods.steps import FLAT, REQUIRED, ROWS, MergeSpec, Method
 
-_HISTOGRAM_BYTES = 8 << 16  # of one half of all float32 bit patterns; one per array, and one per rank asked for
+_HISTOGRAM_BYTES = 8 << 16  # a histogram of one half of float32 bit patterns; one per array, and one per requested rank
 
 _FRACTIONS = frozenset({"density", "gamma"})
 
-_SUM = {"normalize": False, "lambda": 1.0}  # what the task-vector methods share
+_SUM = {"normalize": False, "lambda": 1.0}  # parameters of all task-vector methods
 _DELTA = {"weight": REQUIRED}
 
 
-def _always(given: Given) -> bool:
+def _always(spec: MergeSpec) -> bool:
     return True
 
 
-def _linear_copies(given: Given) -> bool:
-    return bool(given["normalize"]) or sum(given["weight"]) == 1
+def _linear_copies(spec: MergeSpec) -> bool:
+    return bool(spec["normalize"]) or sum(spec["weight"]) == 1
 
 
-def _multislerp_copies(given: Given) -> bool:
-    return given.has_base or bool(given["normalize_weights"]) or sum(given["weight"]) == 1
+def _multislerp_copies(spec: MergeSpec) -> bool:
+    return spec.has_base or bool(spec["normalize_weights"]) or sum(spec["weight"]) == 1
 
 
-def _passthrough_copies(given: Given) -> bool:
-    return given["scale"][0] is None or given["scale"][0] == 1
+def _passthrough_copies(spec: MergeSpec) -> bool:
+    return spec["scale"][0] is None or spec["scale"][0] == 1
 
 
-def _rows_unless_flat(given: Given) -> str:
-    return FLAT if given["nuslerp_flatten"] or given["nuslerp_row_wise"] else ROWS
+def _rows_unless_flat(spec: MergeSpec) -> str:
+    return FLAT if spec["nuslerp_flatten"] or spec["nuslerp_row_wise"] else ROWS
 
 
-def _columns_bytes(given: Given) -> int:
-    per_column = 0 if given["nuslerp_flatten"] or not given["nuslerp_row_wise"] else 20 * 8
-    return per_column * geometric.num_columns(given)
+def _columns_bytes(spec: MergeSpec) -> int:
+    per_column = 0 if spec["nuslerp_flatten"] or not spec["nuslerp_row_wise"] else 20 * 8
+    return per_column * geometric.num_columns(spec)
 
 
 def _divides_by_sum(shared: Mapping[str, Any]) -> bool:
@@ -50,7 +50,7 @@ def _divides_by_sum(shared: Mapping[str, Any]) -> bool:
 
 
 def _histograms(per_input: int, once: int = 0) -> Any:
-    return lambda given: min(_HISTOGRAM_BYTES, 8 * given.numel) * (per_input * given.num_inputs + once)
+    return lambda spec: min(_HISTOGRAM_BYTES, 8 * spec.numel) * (per_input * spec.num_inputs + once)
 
 
 METHODS: Mapping[str, Method] = {
@@ -112,7 +112,7 @@ METHODS: Mapping[str, Method] = {
         source="https://arxiv.org/abs/2403.19522",
         shared={"filter_wise": False},
         inputs=(2, 1_000),
-        granularity=lambda given: ROWS if given["filter_wise"] else FLAT,
+        granularity=lambda spec: ROWS if spec["filter_wise"] else FLAT,
         copies_equal=_always,
     ),
     "passthrough": Method(
@@ -190,7 +190,7 @@ METHODS: Mapping[str, Method] = {
         shared={**_SUM, "normalize": True, "rescale": True},
         each={**_DELTA, "density": 1.0, "epsilon": 0.15},
         fractions=_FRACTIONS,
-        granularity=lambda given: ROWS,
+        granularity=lambda spec: ROWS,
         copies_equal=_always,
     ),
     "della_linear": Method(
@@ -200,7 +200,7 @@ METHODS: Mapping[str, Method] = {
         shared={**_SUM, "rescale": True},
         each={**_DELTA, "density": 1.0, "epsilon": 0.15},
         fractions=_FRACTIONS,
-        granularity=lambda given: ROWS,
+        granularity=lambda spec: ROWS,
         copies_equal=_always,
         divides_weights=_divides_by_sum,
     ),
@@ -226,7 +226,7 @@ METHODS: Mapping[str, Method] = {
         summary="the model's values where they matter unusually much, else the base's",
         source="https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
         inputs=(1, 1),
-        granularity=lambda given: ROWS,
+        granularity=lambda spec: ROWS,
         copies_equal=_always,
         state_bytes=_histograms(0, 4),
     ),

@@ -6,14 +6,14 @@ import numpy as np
 
 from merge_tool.arrays import Array
 from merge_tool.methods.sparse import Mask, merge_masked
-from merge_tool.methods.steps import Given, OrderStatistics, Steps, Tile
+from merge_tool.methods.steps import MergeSpec, OrderStatistics, Steps, Tile
 from merge_tool.methods.tiles import magnitudes, number, numbers, of_elements
 
 # ---------------------------------------------------------------------------------------------- della
 
 
 def mean_ranks(values: Array) -> Array:
-    """Each value's 0-based place within its row, ascending; equal values share the mean of their places."""
+    """Each value's 0-based rank within its row, ascending; equal values share the mean of their ranks."""
     order = np.argsort(values, axis=-1)
     in_order = np.take_along_axis(values, order, axis=-1)
     begins = np.ones(values.shape, bool)
@@ -34,20 +34,20 @@ def mean_ranks(values: Array) -> Array:
     return ranks
 
 
-def _by_rank(given: Given) -> Mask:
+def _by_rank(spec: MergeSpec) -> Mask:
     """DELLA's mask: an element stays with a probability from density - epsilon (the smallest of its row) to density +
-    epsilon (the largest), evenly by rank, and is then divided by it where `rescale`.
+    epsilon (the largest), evenly by rank. If `rescale`, elements that stay are divided by that probability.
 
     P. T. Deep, R. Bhardwaj and S. Poria, "DELLA-Merging", 2024, whose epsilon is the whole width, twice this one.
     """
-    densities, epsilons = numbers(given, "density", 0.0, 1.0), numbers(given, "epsilon", 0.0)
+    densities, epsilons = numbers(spec, "density", 0.0, 1.0), numbers(spec, "epsilon", 0.0)
     for p, e in zip(densities, epsilons, strict=True):
         if 0 < p < 1 and not (p - e >= -1e-9 and p + e <= 1 + 1e-9):
             raise ValueError(
                 f"epsilon is {e:g} at a density of {p:g}; density - epsilon must be at least 0, and density + "
                 "epsilon at most 1."
             )
-    rescale = bool(given["rescale"])
+    rescale = bool(spec["rescale"])
 
     def mask(tile: Tile, i: int, d: Array) -> None:
         p, e = densities[i], epsilons[i]
@@ -61,30 +61,30 @@ def _by_rank(given: Given) -> Mask:
         keep += p - e if d.shape[-1] > 1 else p
         np.multiply(d, tile.uniform(i) < keep, out=d)
         if rescale:
-            np.maximum(keep, np.finfo(float).tiny, out=keep)  # what had no chance is 0 already
+            np.maximum(keep, np.finfo(float).tiny, out=keep)  # elements of probability 0 are 0 already
             np.divide(d, keep, out=d)
 
     return mask
 
 
 @of_elements
-def della(given: Given) -> Steps:
+def della(spec: MergeSpec) -> Steps:
     yield from ()
-    return merge_masked(given, _by_rank(given), consensus=True)
+    return merge_masked(spec, _by_rank(spec), consensus=True)
 
 
 @of_elements
-def della_linear(given: Given) -> Steps:
+def della_linear(spec: MergeSpec) -> Steps:
     yield from ()
-    return merge_masked(given, _by_rank(given), consensus=False)
+    return merge_masked(spec, _by_rank(spec), consensus=False)
 
 
 # ------------------------------------------------------------------------------------------- nearswap
 
 
-def nearswap(given: Given) -> Steps:
+def nearswap(spec: MergeSpec) -> Steps:
     """w x + (1 - w) base with w = min(1, t / |x - base|): the base moved towards x by t, or to x if that is nearer."""
-    t = number(given, "t", 0.0)
+    t = number(spec, "t", 0.0)
     yield from ()
 
     def combine(tile: Tile) -> Array:
@@ -109,14 +109,14 @@ def _log_softmax(rows: Array) -> Array:
 def divergence(x: Array, base: Array) -> Array:
     """KL(softmax(x) || softmax(base)) of each row, [rows, 1].
 
-    As sum p (r + exp(-r) - 1) with r = log p - log q, which is the same, as both sum to 1, and adds no terms of
-    different sign: near rows have a divergence of 1e-8 and less, where sum p r has few digits.
+    Computed as sum p (r + exp(-r) - 1) with r = log p - log q, which is equal because p and q sum to 1. All its terms
+    have one sign: similar rows have a divergence of 1e-8 and less, of which sum p r has few digits.
     """
     r, q = _log_softmax(x), _log_softmax(base)
     p = np.exp(r)
     r -= q
     np.exp(q, out=q)
-    far = r < -1  # there exp(-r) may overflow, and p (r - 1) + q is as good
+    far = r < -1  # there exp(-r) may overflow, and p (r - 1) + q is equal to it
     terms = np.expm1(-np.maximum(r, -1.0))
     terms += r
     terms *= p
@@ -132,12 +132,12 @@ def importance(tile: Tile) -> Array:
 
 
 @of_elements
-def arcee_fusion(given: Given) -> Steps:
+def arcee_fusion(spec: MergeSpec) -> Steps:
     """x where its importance is at least median + 1.5 (q3 - q1) of the tensor's importances, else the base.
 
     The quartiles are the values of ranks int(q (numel - 1)).
     """
-    ranks = [int(q * (given.numel - 1)) for q in (0.25, 0.5, 0.75)]
+    ranks = [int(q * (spec.numel - 1)) for q in (0.25, 0.5, 0.75)]
     ((q1, median, q3),) = yield OrderStatistics(lambda tile: [magnitudes(importance(tile))], [ranks])
     threshold = np.float32(median + 1.5 * (q3 - q1))
 

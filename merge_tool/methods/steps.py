@@ -1,15 +1,16 @@
 """What a merge method is made of: passes over the tensors, then one combine, tile by tile.
 
-Most methods are one generator function. It gets what was asked for a tensor (`Given`), yields passes and receives their
-results, and returns the function that merges a tile:
+Most methods are one generator function. The function gets a tensor's `MergeSpec` (shape and parameters), yields passes,
+receives their results, and returns the function that merges a tile:
 
-    def difference_at(given):                         # base + lambda (x - base), where |x - base| is large
-        least = yield OrderStatistics(lambda tile: [abs(x - tile.base) for x in tile.inputs], [[given.numel // 2]])
+    def difference_at(spec):                          # base + lambda (x - base), where |x - base| is large
+        least = yield OrderStatistics(lambda tile: [abs(x - tile.base) for x in tile.inputs], [[spec.numel // 2]])
         ...
-        return lambda tile: tile.base + given["lambda"] * (tile.inputs[0] - tile.base)
+        return lambda tile: tile.base + spec["lambda"] * (tile.inputs[0] - tile.base)
 
-Whoever runs it (merge_tool.run.run from disk, `run_steps` in memory) gives the same bits for the same tensors, whatever
-the memory, the threads and the order of the tiles: sums are made per tile and added exactly, counts are integers.
+`merge_tool.run.run` runs a method from disk, `run_steps` in memory. Both give the same bits for the same tensors,
+whatever the memory, the threads and the order of the tiles: sums are made per tile and added exactly, counts are
+integers.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ FLAT, ROWS = "flat", "rows"  # what a tile is: TILE elements of the flat tensor,
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """What a method is told about one tensor: its shape, the parameters asked for, and a key for random bits.
+class MergeSpec:
+    """What a method knows about one tensor before it reads any: the shape, the parameters, and a key for random bits.
 
     `each[name]` has one value per input (`weight`, `density`...), `shared[name]` one value (`t`, `lambda`...).
-    `given[name]` finds either. `key` depends on the seed and the tensor's name only.
+    `spec[name]` is either. `key` depends on the seed and the tensor's name only.
     """
 
     shape: tuple[int, ...]
@@ -64,7 +65,7 @@ class Given:
 class Tile:
     """Some elements of every input and of the base, as float64: flat, or [rows, columns] for a method of rows.
 
-    `start` is the first element's place in the flat tensor. The arrays may be written to: each pass gets fresh ones.
+    `start` is the first element's index in the flat tensor. The arrays may be written to: each pass gets fresh ones.
     """
 
     start: int
@@ -79,7 +80,7 @@ class Tile:
         return self.inputs
 
     def uniform(self, stream: int) -> Array:
-        """Numbers in [0, 1), one per element, in the tile's shape: of the key, the stream and the element's place only.
+        """Numbers in [0, 1), one per element, in the tile's shape: from key, stream and element index only.
 
         Philox 4x64 (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose raw output
         numpy promises not to change: four elements to a counter.
@@ -95,8 +96,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """A pass that adds up: `of(tile)` is a sequence of `size` floats; found is the list of their correctly rounded sums
-    over all tiles."""
+    """A pass that adds up: `of(tile)` is a sequence of `size` floats. The result is the list of their sums over all
+    tiles, correctly rounded."""
 
     of: Callable[[Tile], Sequence[float]]
     size: int
@@ -104,11 +105,11 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class OrderStatistics:
-    """A pass that sorts without sorting: `of(tile)` is a list of arrays of values >= 0; found is, for array k and each
-    of its 0-based ascending `ranks[k]`, the value of that rank among all of the tensor's (float32-rounded) values.
+    """A pass that finds values by rank: `of(tile)` is a list of arrays of values >= 0. The result has a list for each
+    array k: for every rank in `ranks[k]` (0-based, ascending) the value of that rank in the whole tensor.
 
-    Values are rounded to float32 first; compare what you compare with the found value in float32, too. By two
-    histogram passes over the bit patterns, whose order is the values' own.
+    Values are rounded to float32 first, so compare with a result in float32, too. Two histogram passes over the bit
+    patterns find the values: bit patterns of floats >= 0 are ordered as the floats are.
     """
 
     of: Callable[[Tile], Sequence[Array]]
@@ -117,8 +118,8 @@ class OrderStatistics:
 
 @dataclass(frozen=True, slots=True)
 class ColumnSums:
-    """A pass for matrices, in a method of rows: `of(tile)` is [size, columns] float64, found the sum over all tiles,
-    added in the tiles' order. `columns` is the row's length, unless given."""
+    """A pass for matrices, in a method of rows: `of(tile)` is [size, columns] float64. The result is the sum over all
+    tiles, added in the tiles' order. `columns` is the row's length by default."""
 
     of: Callable[[Tile], Array]
     size: int
@@ -136,30 +137,30 @@ REQUIRED: Any = object()  # a parameter without a default
 class Method:
     """One way to merge the tensors of some models, and what a recipe may ask of it.
 
-    `weights` is given where the result for two models without a base is a plain combination of the two: from their sums
-    to two weights. Everything else is `steps`: a generator function of passes, then a combine. What either cannot do
-    with its parameters it says by a ValueError, before the first pass.
+    `weights` makes two weights from the sums of two models, where the result without a base is a plain combination of
+    the two. Everything else is `steps`: a generator function of passes, then a combine. Either raises ValueError before
+    the first pass for parameters that it cannot work with.
 
     `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none): one value for all models, or
     one for each. `fractions` are the parameters that must be 0 to 1. `base` is "none" (ignored), "optional", "required"
     (what the inputs are compared with), or "first" (the first of the inputs); `inputs` are the fewest and the most
-    models beside it, the first included. Where `copies_equal`, the result of inputs (and base) that hold the same bytes
-    is those bytes. A method of `ROWS` sees whole rows. `divides_weights` tells, from the shared parameters, whether
-    each model's share is its weight divided by the sum of all.
+    models beside it, the first included. Where `copies_equal`, inputs (and base) that hold the same bytes give those
+    bytes. A method of `ROWS` sees whole rows. `divides_weights` is a function of the
+    shared parameters: whether each model's share is its weight divided by the sum of all weights.
     """
 
     summary: str
     source: str
-    steps: Callable[[Given], Steps] | None = None
-    weights: Callable[[PairSums, Given], Weights] | None = None
+    steps: Callable[[MergeSpec], Steps] | None = None
+    weights: Callable[[PairSums, MergeSpec], Weights] | None = None
     shared: Mapping[str, Any] = field(default_factory=dict)
     each: Mapping[str, Any] = field(default_factory=dict)
     fractions: frozenset[str] = frozenset()
     inputs: tuple[int, int] = (1, 1_000)
     base: str = "required"
-    granularity: Callable[[Given], str] = lambda given: FLAT
-    copies_equal: Callable[[Given], bool] = lambda given: False
-    state_bytes: Callable[[Given], int] = lambda given: 0  # what its passes hold besides tiles: histograms, say
+    granularity: Callable[[MergeSpec], str] = lambda spec: FLAT
+    copies_equal: Callable[[MergeSpec], bool] = lambda spec: False
+    state_bytes: Callable[[MergeSpec], int] = lambda spec: 0  # held by its passes besides tiles
     divides_weights: Callable[[Mapping[str, Any]], bool] = lambda shared: False
 
     def is_weighted(self, num_inputs: int, *, has_base: bool) -> bool:
@@ -172,8 +173,8 @@ def seed_key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:16], "little")
 
 
-def tile_elements(given: Given, granularity: str) -> int:
+def tile_elements(spec: MergeSpec, granularity: str) -> int:
     """How many elements a tile has: TILE, or as many whole rows as fit into TILE, at least one."""
     if granularity == FLAT:
         return TILE
-    return max(1, TILE // max(1, given.columns)) * max(1, given.columns)
+    return max(1, TILE // max(1, spec.columns)) * max(1, spec.columns)

@@ -1,6 +1,6 @@
-"""What the methods share: sums over a tile, sums over all tiles that stay within float64, and parameters checked.
+"""Shared by the methods: sums over a tile, sums over all tiles that stay within float64, and checks of parameters.
 
-No BLAS and no reduction whose order depends on where an array lies, as in `pair`: the same tensors, the same bits.
+As in `inner`, no BLAS and no reduction whose order depends on an array's address: the same tensors give the same bits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 from merge_tool.arrays import Array
 from merge_tool.methods.inner import PairSums, is_finite, refinement
-from merge_tool.methods.steps import Given, Pass, Steps, Sums, Tile
+from merge_tool.methods.steps import MergeSpec, Pass, Steps, Sums, Tile
 
-Vectors: TypeAlias = Callable[[Tile], Sequence[Array]]  # the tile's vectors, float64; those who ask may write to them
+Vectors: TypeAlias = Callable[[Tile], Sequence[Array]]  # the tile's vectors, float64; the caller may write to them
 
 _LANES = 1_024  # partial sums of a tile, then added pairwise
-_BALANCED = 1e-9  # weights whose sum is this much less than their magnitudes' add up to zero but for rounding
+_BALANCED = 1e-9  # a sum of weights below this share of their magnitudes' sum is 0 but for rounding
 
 
 # ------------------------------------------------------------------------------------------- one tile
@@ -42,7 +42,7 @@ def row_dots(a: Array, b: Array) -> Array:
 
 
 def magnitudes(values: Array) -> Array:
-    """|values| rounded to float32, as order statistics are: what a threshold is compared with."""
+    """|values| rounded to float32, as order statistics are, to compare with a threshold."""
     with np.errstate(over="ignore"):
         return np.abs(values).astype(np.float32)
 
@@ -67,36 +67,35 @@ def mix(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
 def in_range(
     of: Callable[[Tile, float], Sequence[float]], size: int
 ) -> Generator[Pass, list[float], tuple[list[float], float]]:
-    """Sums of squares and products, `of(tile, scale)` of the values times `scale`, and the scale that was used.
-
-    It is 1, but for float64 tensors whose squares leave float64's range: then another power of two.
+    """Sums of squares and products, `of(tile, scale)` of the values times `scale`, and the scale that was used. The
+    scale is 1, or another power of two for float64 tensors whose squares leave float64's range.
     """
-    found = yield Sums(lambda tile: of(tile, 1.0), size)
-    largest = max(map(abs, found), default=0.0)
-    if not all(map(math.isfinite, found)):
+    sums = yield Sums(lambda tile: of(tile, 1.0), size)
+    largest = max(map(abs, sums), default=0.0)
+    if not all(map(math.isfinite, sums)):
         return (yield Sums(lambda tile: of(tile, 2.0**-600), size)), 2.0**-600
     if largest < 1e-200:
         return (yield Sums(lambda tile: of(tile, 2.0**500), size)), 2.0**500
-    return found, 1.0
+    return sums, 1.0
 
 
 def gram(vectors: Vectors, n: int) -> Generator[Pass, list[float], tuple[Array, float]]:
     """All inner products [n, n] of n vectors times a scale, and the scale."""
-    places = [(i, j) for i in range(n) for j in range(i, n)]
+    pairs = [(i, j) for i in range(n) for j in range(i, n)]
 
     def of(tile: Tile, scale: float) -> list[float]:
         xs = _scaled(vectors(tile), scale)
-        return [dot(xs[i], xs[j]) for i, j in places]
+        return [dot(xs[i], xs[j]) for i, j in pairs]
 
-    found, scale = yield from in_range(of, len(places))
+    products, scale = yield from in_range(of, len(pairs))
     table = np.zeros((n, n))
-    for (i, j), value in zip(places, found, strict=True):
+    for (i, j), value in zip(pairs, products, strict=True):
         table[i, j] = table[j, i] = value
     return table, scale
 
 
 def pair_sums(vectors: Vectors) -> Generator[Pass, list[float], PairSums]:
-    """What `pair` needs of two vectors for their angle, refined by more passes where digits were lost."""
+    """The sums from which `inner` computes the angle of two vectors, refined by more passes if digits were lost."""
 
     def of(tile: Tile, scale: float) -> list[float]:
         x, d = _scaled(vectors(tile), scale)
@@ -105,8 +104,8 @@ def pair_sums(vectors: Vectors) -> Generator[Pass, list[float], PairSums]:
 
     (xx, xd, dd), scale = yield from in_range(of, 3)
     sums = PairSums(xx, xd, dd, scale)
-    while is_finite(sums) and (found := refinement(sums)) is not None:
-        sign, factor = found
+    while is_finite(sums) and (refined := refinement(sums)) is not None:
+        sign, factor = refined
         yy, ee = yield Sums(functools.partial(_refined, vectors, scale, sign * factor), 2)
         sums = PairSums(xx=xx, xd=xd, dd=dd, scale=scale, refined=(sign, factor, yy, ee))
     return sums
@@ -127,14 +126,14 @@ def _scaled(vectors: Sequence[Array], scale: float) -> Sequence[Array]:
     return vectors
 
 
-def of_elements(steps: Callable[[Given], Steps]) -> Callable[[Given], Steps]:
-    """A method that may take it that there is at least one element."""
+def of_elements(steps: Callable[[MergeSpec], Steps]) -> Callable[[MergeSpec], Steps]:
+    """A method that gets only tensors with at least one element."""
 
     @functools.wraps(steps)
-    def begin(given: Given) -> Steps:
-        if given.numel == 0:
+    def begin(spec: MergeSpec) -> Steps:
+        if spec.numel == 0:
             return lambda tile: tile.inputs[0]
-        return (yield from steps(given))
+        return (yield from steps(spec))
 
     return begin
 
@@ -142,24 +141,25 @@ def of_elements(steps: Callable[[Given], Steps]) -> Callable[[Given], Steps]:
 # ----------------------------------------------------------------------------------------- parameters
 
 
-def numbers(given: Given, name: str, low: float = -math.inf, high: float = math.inf) -> list[float]:
-    """A parameter's value for each input. Raises ValueError, before any pass, for what is no number in the range."""
-    return [_number(name, value, low, high) for value in given.each[name]]
+def numbers(spec: MergeSpec, name: str, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """A parameter's value for each input. Raises ValueError, before any pass, for values that are no numbers in the
+    range."""
+    return [_number(name, value, low, high) for value in spec.each[name]]
 
 
-def number(given: Given, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+def number(spec: MergeSpec, name: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A parameter's value for the tensor. Raises ValueError as `numbers` does."""
-    return _number(name, given.shared[name], low, high)
+    return _number(name, spec.shared[name], low, high)
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number.")
-    found = float(value)
-    if not low <= found <= high:
+    real = float(value)
+    if not low <= real <= high:
         bounds = f"at least {low:g}" if high == math.inf else f"between {low:.15g} and {high:.15g}"
-        raise ValueError(f"{name} is {found}; it must be {bounds}.")
-    return found
+        raise ValueError(f"{name} is {real}; it must be {bounds}.")
+    return real
 
 
 def check_size(weights: Sequence[float]) -> None:
@@ -170,10 +170,10 @@ def check_size(weights: Sequence[float]) -> None:
 
 
 def weight_sum(weights: Sequence[float], remedy: str) -> float:
-    """What to divide by for weights that add up to 1. Raises ValueError where they add up to 0, or beyond float64."""
+    """The weights' sum, to divide by. Raises ValueError if it is 0, or beyond float64."""
     check_size(weights)
-    found, size = math.fsum(weights), math.fsum(map(abs, weights))
+    total, size = math.fsum(weights), math.fsum(map(abs, weights))
     listed = ", ".join(f"{w:g}" for w in weights)
-    if abs(found) <= _BALANCED * size:
+    if abs(total) <= _BALANCED * size:
         raise ValueError(f"the values of weight ({listed}) add up to 0 and cannot be normalized; {remedy}.")
-    return found
+    return total

@@ -1,6 +1,5 @@
-"""The models that are asked for -> where they are: folders and files here, or in the Hub's cache, with weights to come.
-
-A merge is planned and checked with the headers of what is still to come; then, and only then, the rest is fetched.
+"""The models of a recipe -> their paths: local folders and files, or folders in the Hub's cache, with weights still to
+be fetched. A merge is planned and checked with the headers of those weights; only then are the weights fetched.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Download:
         return max(0, self.nbytes - self.begun_bytes)
 
     def check_room(self) -> None:
-        """Raise FetchError unless the disk of the cache can take what is to be fetched."""
+        """Raise FetchError unless the cache's disk has room for the download."""
         if self.cache is None:
             return
         free = shutil.disk_usage(self.cache).free
@@ -49,26 +48,26 @@ class Download:
 
 
 class Inputs:
-    """The models of a merge, each `MODEL[+ADAPTER...]`, found: `refs` name them by local paths, `paths` are all models
-    and adapters, `coming` has the weights that a folder still lacks. Its headers can be read until `close`.
+    """The models of a merge, each `MODEL[+ADAPTER...]`, as local paths. `refs` name them by local paths, `paths` are
+    all models and adapters, `coming` has the weights that folders still lack; their headers can be read until `close`.
 
-    A model that is named twice is looked for once. Raises FetchError, CheckpointError.
+    A model that is named twice is looked up once. Raises FetchError, CheckpointError.
     """
 
     def __init__(self, refs: Iterable[str | Path]) -> None:
         self._held = ExitStack()
-        self._found: dict[Path, Snapshot] = {}
-        with ExitStack() as held:  # closed if one of them cannot be had
+        self._snapshots: dict[Path, Snapshot] = {}
+        with ExitStack() as held:  # closed if a model cannot be fetched
             parts = [[self._find(held, part) for part in known_parts(ref)] for ref in refs]
             self._held = held.pop_all()
-        self.refs = tuple(Path("+".join(map(str, found))) for found in parts)
-        self.paths = tuple(path for found in parts for path in found)
+        self.refs = tuple(Path("+".join(map(str, several))) for several in parts)
+        self.paths = tuple(path for several in parts for path in several)
 
     def _find(self, held: ExitStack, part: Path) -> Path:
-        if part not in self._found:
-            self._found[part] = look(part)
-            held.callback(self._found[part].close)
-        return self._found[part].folder
+        if part not in self._snapshots:
+            self._snapshots[part] = look(part)
+            held.callback(self._snapshots[part].close)
+        return self._snapshots[part].folder
 
     def __enter__(self) -> Inputs:
         return self
@@ -78,22 +77,22 @@ class Inputs:
 
     @property
     def coming(self) -> Coming:
-        return {one.folder: one.coming for one in self._found.values() if one.coming}
+        return {one.folder: one.coming for one in self._snapshots.values() if one.coming}
 
     @property
     def download(self) -> Download:
-        found = {one.folder: one for one in self._found.values()}.values()  # two revisions may be one commit
+        snapshots = {one.folder: one for one in self._snapshots.values()}.values()  # two revisions may be one commit
         return Download(
-            nbytes=sum(file.size for one in found for file in one.coming.values()),
-            cached_bytes=sum(one.cached_bytes for one in found),
-            fetched_bytes=sum(one.fetched_bytes for one in found),
-            begun_bytes=sum(one.begun_bytes for one in found),
-            cache=next((one.folder for one in found if one.coming), None),
+            nbytes=sum(file.size for one in snapshots for file in one.coming.values()),
+            cached_bytes=sum(one.cached_bytes for one in snapshots),
+            fetched_bytes=sum(one.fetched_bytes for one in snapshots),
+            begun_bytes=sum(one.begun_bytes for one in snapshots),
+            cache=next((one.folder for one in snapshots if one.coming), None),
         )
 
     def fetch(self) -> None:
-        """Fetch all weights that are to come; nothing is then. Raises FetchError."""
-        for one in self._found.values():
+        """Fetch all missing weights; `coming` is then empty. Raises FetchError."""
+        for one in self._snapshots.values():
             one.fetch()
         self._held.close()
-        self._found.clear()
+        self._snapshots.clear()

@@ -1,8 +1,8 @@
-"""PEFT LoRA adapters: a model and an adapter folder -> the Checkpoint of both, whose tensors are made as they are read.
+"""PEFT LoRA adapters: a model and an adapter folder -> one Checkpoint, whose tensors are computed as they are read.
 
-`MODEL+ADAPTER` names such a model; as FT, the folder alone is applied to BASE. What an adapter's configuration and
-names say is checked here, all of it before a weight is read; the sums are low_rank's. An adapter whose effect is not
-W + scale * B A is refused by name: applied in part, it would be another model.
+`MODEL+ADAPTER` names such a model; an adapter folder alone, as FT, is applied to BASE. An adapter's configuration and
+names are checked here, before a weight is read; low_rank computes the sums. An adapter whose effect is not W + scale *
+B A is refused by name: applied in part, it would be another model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from merge_tool.arrays import FLOAT_DTYPES
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from merge_tool.checkpoint.hub import hub_id, local_path
-from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, FileTensor, open_found, open_one_file
+from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, FileTensor, open_local, open_one_file
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import CheckpointError, MismatchError, counted, listed, reason, shown
@@ -28,7 +28,7 @@ from merge_tool.models.lora_names import AdapterTensor, parse_name
 from merge_tool.models.low_rank import Factor, LowRankTensor
 from merge_tool.models.renaming import Names
 
-Coming = Mapping[Path, Mapping[str, ByteSource]]  # of folders, the weights that are not there yet
+Coming = Mapping[Path, Mapping[str, ByteSource]]  # by folder, the weights that are still to be fetched
 NOTHING: Coming = {}
 
 _AND_SAVE = "(merge_and_unload, then save_pretrained)"
@@ -38,11 +38,12 @@ _AND_SAVE = "(merge_and_unload, then save_pretrained)"
 
 
 def parts(ref: str | Path) -> tuple[Path, ...]:
-    """A model and the adapters that follow it: `MODEL+ADAPTER` is two. A path that exists is one, whatever its name."""
+    """A model and the adapters that follow it: `MODEL+ADAPTER` is two parts. A path that exists is one part, even with
+    a + in its name."""
     text = str(ref)
     if os.path.lexists(text):
         return (Path(text),)
-    for plus in reversed([found.start() for found in re.finditer(r"\+", text)]):
+    for plus in reversed([match.start() for match in re.finditer(r"\+", text)]):
         model, adapter = text[:plus], text[plus + 1 :]
         if _may_exist(adapter) and _may_exist((before := parts(model))[0]) and _may_exist(before[-1]):
             return (*before, Path(adapter))
@@ -54,17 +55,17 @@ def _may_exist(ref: str | Path) -> bool:
 
 
 def known_parts(ref: str | Path) -> tuple[Path, ...]:
-    """As `parts`. Raises CheckpointError for what has a + and may be neither one nor several."""
-    found = parts(ref)
-    if len(found) == 1 and "+" in str(ref) and not _may_exist(ref):
+    """As `parts`. Raises CheckpointError for a name with a + that is neither one existing path nor several."""
+    paths = parts(ref)
+    if len(paths) == 1 and "+" in str(ref) and not _may_exist(ref):
         raise CheckpointError(
-            f"{shown(ref)}: no such file or folder, nor a model and an adapter with a + between. Check the spelling."
+            f"{shown(ref)}: no such file or folder, and no MODEL+ADAPTER whose parts exist. Check the spelling."
         )
-    return found
+    return paths
 
 
 def local_parts(ref: str | Path) -> tuple[Path, ...]:
-    """As `parts`, with models and adapters of the Hub fetched. Raises FetchError."""
+    """As `parts`; fetches models and adapters of the Hub. Raises FetchError."""
     return tuple(local_path(part) for part in known_parts(ref))
 
 
@@ -87,16 +88,16 @@ def open_model(
     mergeable: bool = True,
     as_stored: bool = False,
 ) -> Checkpoint:
-    """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has weights that folders do not hold yet, by names."""
+    """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has by name the weights that are still to be fetched."""
     model, *adapters = local_parts(ref)
     if adapters and is_adapter(model, coming):
         raise CheckpointError(f"{shown(model.name)}: is an adapter, expected a model before the +: MODEL+ADAPTER.")
     as_stored = as_stored and not adapters
     have = coming.get(model, {})
-    found = open_found(model, have, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
+    checkpoint = open_local(model, have, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
     for adapter in adapters:
-        found = apply_adapter(found, adapter, max_header_bytes=max_header_bytes)
-    return found
+        checkpoint = apply_adapter(checkpoint, adapter, max_header_bytes=max_header_bytes)
+    return checkpoint
 
 
 def open_models(
@@ -106,45 +107,45 @@ def open_models(
     max_header_bytes: int = MAX_HEADER_BYTES,
     mergeable: bool = True,
 ) -> list[Checkpoint]:
-    """BASE and the others; an adapter folder alone is applied to BASE. If all are such, they are taken as they are."""
+    """BASE and the others; an adapter folder alone is applied to BASE. If all are adapter folders, they are opened as
+    adapters."""
     paths = [local_parts(ref) for ref in refs]
     alone = [len(path) == 1 and is_adapter(path[0], coming) for path in paths]
     if alone[0] and not all(alone):
         other = shown(paths[alone.index(False)][0].name)
         raise CheckpointError(
-            f"{shown(paths[0][0].name)}: BASE is an adapter, and {other} is none. Give MODEL+ADAPTER for BASE."
+            f"{shown(paths[0][0].name)}: BASE is an adapter, but {other} is a model. Give MODEL+ADAPTER for BASE."
         )
-    found: list[Checkpoint] = []
+    models: list[Checkpoint] = []
     for ref, path, is_alone in zip(refs, paths, alone, strict=True):
         if is_alone and not alone[0]:
-            found.append(apply_adapter(found[0], path[0], max_header_bytes=max_header_bytes))
+            models.append(apply_adapter(models[0], path[0], max_header_bytes=max_header_bytes))
         else:
-            found.append(open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable))
+            models.append(open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable))
     if alone[0]:
-        told = (
-            f"{' and '.join(model.name for model in found)} are adapters: their factors are merged one by one, which "
+        notice = (
+            f"{' and '.join(model.name for model in models)} are adapters: their factors are merged one by one, which "
         )
-        told += "is not the merge of the models. For that give MODEL+ADAPTER each time."
-        found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, told))
-    _tell_once(found)
-    return found
+        notice += "is not the merge of the models. To merge the models, give MODEL+ADAPTER for each."
+        models[0] = models[0].with_notices((*models[0].notices, notice))
+    _drop_repeated(models)
+    return models
 
 
-def _tell_once(models: list[Checkpoint]) -> None:
-    """Leave out what a model before has told already: several may be of one model, or of one adapter."""
-    told: set[str] = set()
-    for place, model in enumerate(models):
-        if not told.isdisjoint(model.notices):
-            news = tuple(notice for notice in model.notices if notice not in told)
-            models[place] = model.with_made(model.name, (), {}, news)
-        told.update(model.notices)
+def _drop_repeated(models: list[Checkpoint]) -> None:
+    """Drop warnings that an earlier model has already given: two inputs may share a base or an adapter."""
+    seen: set[str] = set()
+    for k, model in enumerate(models):
+        if not seen.isdisjoint(model.notices):
+            models[k] = model.with_notices(tuple(notice for notice in model.notices if notice not in seen))
+        seen.update(model.notices)
 
 
 def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
     """`base` with the adapter of the folder at `path`.
 
-    Raises CheckpointError for what is no LoRA adapter or cannot be merged, MismatchError with every tensor of it that
-    does not fit `base`.
+    Raises CheckpointError for a folder that is no LoRA adapter or cannot be merged, MismatchError with every tensor of
+    the adapter that does not fit `base`.
     """
     try:
         folder = Folder(path)
@@ -156,23 +157,23 @@ def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_H
         raise CheckpointError(f"{weights.name}: holds no tensors.")
     matched = _Matcher(base, folder.name, settings, weights)
     matched.match()
-    place = "adapter"
-    while any(file.file_name == f"{place}/{CONFIG}" for file in base.files):
-        place += "+"  # one adapter upon another
+    prefix = "adapter"
+    while any(file.file_name == f"{prefix}/{CONFIG}" for file in base.files):
+        prefix += "+"  # one adapter upon another
     files = (
-        replace(weights.files[0], file_name=f"{place}/{settings.weights}"),
-        CheckpointFile(f"{place}/{CONFIG}", settings.file, settings.sha256),
+        replace(weights.files[0], file_name=f"{prefix}/{settings.weights}"),
+        CheckpointFile(f"{prefix}/{CONFIG}", settings.file, settings.sha256),
     )
-    told = (*base.notices, *weights.notices, *_notices(base, folder, settings), *matched.notices)
+    notices = (*base.notices, *weights.notices, *_notices(base, folder, settings), *matched.notices)
     brought = folder if folder.has("tokenizer.json") else None
     config = untied_config(base.config) if matched.ends.head is not None and base.config is not None else None
-    return base.with_made(f"{base.name}+{folder.name}", files, matched.made, told, brought, config)
+    return base.with_made(f"{base.name}+{folder.name}", files, matched.made, notices, brought, config)
 
 
 def _notices(base: Checkpoint, folder: Folder, settings: Settings) -> Iterator[str]:
-    told = settings.base_name
-    if told and told.rstrip("/").rpartition("/")[2].lower() != base.name.rpartition("/")[2].lower():
-        yield f"{folder.name} was trained on {shown(told)}, says its {CONFIG}; it is applied to {base.name}."
+    trained_on = settings.base_name
+    if trained_on and trained_on.rstrip("/").rpartition("/")[2].lower() != base.name.rpartition("/")[2].lower():
+        yield f"{folder.name} was trained on {shown(trained_on)}, says its {CONFIG}; it is applied to {base.name}."
     if settings.unknown:
         yield f"{folder.name}/{CONFIG}: settings that are not known here are ignored: {listed(settings.unknown)}."
 
@@ -182,13 +183,14 @@ def _notices(base: Checkpoint, folder: Folder, settings: Settings) -> Iterator[s
 
 @dataclass(frozen=True)
 class _Layer:
-    """The factors of one layer, and the tensor that they change, seen as a matrix of its first dimension's rows."""
+    """The factors of one layer, and the tensor that they change, seen as a matrix with as many rows as its first
+    dimension."""
 
     module: str
     target: str
     a: TensorInfo
     b: TensorInfo
-    ways: tuple[bool, ...]  # whether the product may be transposed: what the shapes allow
+    ways: tuple[bool, ...]  # whether the product may be transposed: the ways that the shapes allow
 
 
 class _Matcher:
@@ -205,7 +207,7 @@ class _Matcher:
         self.unfit: list[str] = []
 
     def match(self) -> None:
-        """Fill `made`; MismatchError with all tensors that have no place in BASE or do not fit there."""
+        """Fill `made`. Raises MismatchError with all tensors that BASE lacks or that do not fit there."""
         modules: dict[str, dict[str, TensorInfo]] = {}
         for part in self.tensors:
             if part.module in self.ends.skipped:
@@ -215,12 +217,12 @@ class _Matcher:
             else:
                 self._replace(part)
         self._begin_head()
-        layers = [layer for module, found in modules.items() if (layer := self._layer(module, found))]
+        layers = [layer for module, factors in modules.items() if (layer := self._layer(module, factors))]
         default = self._is_transposed(layers)
         for layer in layers:
             self._add(layer, default)
-        for module, found in modules.items():
-            if bias := found.get("lora_B.bias"):
+        for module, factors in modules.items():
+            if bias := factors.get("lora_B.bias"):
                 self._add_bias(module, bias)
         self._check()
 
@@ -270,7 +272,7 @@ class _Matcher:
     # ------------------------------------------------------------------------------ whole tensors
 
     def _replace(self, part: AdapterTensor) -> None:
-        """A whole tensor of the adapter (modules_to_save, biases, resized embeddings) takes the place of BASE's."""
+        """A whole tensor of the adapter (modules_to_save, biases, resized embeddings) replaces BASE's."""
         info, target = part.info, self._find(part.target)
         if target is None or target in self.made:
             self.homeless.append(info.name)
@@ -284,24 +286,24 @@ class _Matcher:
                     f"{self.name}: {shown(target)} is {list(info.shape)} there, {list(old.shape)} in {self.base.name}. "
                     "Side files are that model's; vocab_size in config.json follows."
                 )
-            found = self.weights.source(info.name)
-            assert isinstance(found, FileTensor | StridedTensor)  # all that a file of weights has
+            source = self.weights.source(info.name)
+            assert isinstance(source, FileTensor | StridedTensor)  # a file of weights has only these
             written_as = self.base.stored_dtype(own)
-            self.made[target] = replace(found, info=replace(info, name=target), written_as=written_as)
+            self.made[target] = replace(source, info=replace(info, name=target), written_as=written_as)
 
     # ------------------------------------------------------------------------------------ factors
 
-    def _layer(self, module: str, found: Mapping[str, TensorInfo]) -> _Layer | None:
-        is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    def _layer(self, module: str, factors: Mapping[str, TensorInfo]) -> _Layer | None:
+        is_embedding = "lora_embedding_A" in factors or "lora_embedding_B" in factors
         keys = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         target = self._find(f"{module}.weight")
         if target is None:
-            self.homeless += [info.name for info in found.values()]
+            self.homeless += [info.name for info in factors.values()]
             return None
-        if lacking := [key for key in keys if key not in found]:
+        if lacking := [key for key in keys if key not in factors]:
             self.unfit.append(f"{shown(module)}: has no {', '.join(lacking)}")
             return None
-        a, b, w = found[keys[0]], found[keys[1]], self._info(target)
+        a, b, w = factors[keys[0]], factors[keys[1]], self._info(target)
         is_odd = {a.dtype, b.dtype, w.dtype} - FLOAT_DTYPES
         ways = tuple(way for way in (False, True) if _fits(w.shape, a.shape, b.shape, transposed=way))
         ways = tuple(way for way in ways if way or not is_embedding)
@@ -313,7 +315,8 @@ class _Matcher:
         return _Layer(module=module, target=target, a=a, b=b, ways=(True,) if is_embedding else ways)
 
     def _is_transposed(self, layers: Sequence[_Layer]) -> bool:
-        """Which way square layers go: fan_in_fan_out, unless the other layers' shapes deny it."""
+        """Whether products for square layers are transposed: as fan_in_fan_out says, unless the other layers' shapes
+        contradict it."""
         default = self.settings.transposed
         seen = {layer.ways[0] for layer in layers if len(layer.ways) == 1 and layer.a.name.endswith(".weight")}
         square = [layer.module for layer in layers if len(layer.ways) == 2]
@@ -353,7 +356,7 @@ class _Matcher:
 
 
 def _fits(w: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *, transposed: bool) -> bool:
-    """Whether B A (of convolutions: kernel by kernel) has the shape of W, or its transpose has."""
+    """Whether B A (for convolutions: kernel by kernel), or if `transposed` its transpose, has the shape of W."""
     if len(a) < 2 or len(b) != len(a) or a[0] != b[1] or 0 in (*a, *b) or any(n != 1 for n in b[2:]):
         return False
     return w == ((a[1], b[0]) if transposed else (b[0], *a[1:])) and (not transposed or len(a) == 2)

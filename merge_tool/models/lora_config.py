@@ -1,4 +1,4 @@
-"""What an adapter's folder says of itself: adapter_config.json -> Settings. What is not W + scale * B A is refused by
+"""An adapter's configuration: adapter_config.json -> Settings. An adapter that is not W + scale * B A is refused by
 name: applied in part, it would be another model."""
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What adapter_config.json says, as far as it counts, and which file beside it has the `weights`."""
+    """The settings in adapter_config.json that matter here, and the name of the file beside it that has the
+    `weights`."""
 
     file: LocalFile
     sha256: str
@@ -78,7 +79,7 @@ class Settings:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the module's name or the end of it, from a dot on; as peft does."""
+    """The value of the first pattern that matches the module's name, or its end from a dot on, as in peft."""
     for pattern, value in patterns.items():
         if module == pattern or module.endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module[:500]):
             return value
@@ -127,12 +128,12 @@ def read_settings(folder: Folder) -> Settings:
 def _weights_file(folder: Folder) -> str:
     if not folder.has(CONFIG):
         raise CheckpointError(f"{folder.name}: has no {CONFIG}, so it is no adapter. Give a folder that peft saved.")
-    found = next((name for name in ADAPTER_WEIGHTS if folder.has(name)), None)
-    if found is None:
+    name = next((name for name in ADAPTER_WEIGHTS if folder.has(name)), None)
+    if name is None:
         raise CheckpointError(
             f"{folder.name}: has {CONFIG} but no {ADAPTER_WEIGHTS[0]}. Finish the download, or save it again."
         )
-    return found
+    return name
 
 
 def _check_patterns(where: str, key: str, patterns: Any) -> None:
@@ -140,7 +141,7 @@ def _check_patterns(where: str, key: str, patterns: Any) -> None:
         raise CheckpointError(f"{where}: {key} is '{shown(patterns)}', expected names with their values.")
     for pattern, value in patterns.items():
         _number(where, key, value)
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:  # may take for ever to match
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:  # may take forever to match
             raise CheckpointError(
                 f"{where}: {key}: '{shown(pattern)}' repeats too much. Write the layers' names there."
             )

@@ -1,7 +1,7 @@
-"""A tensor plus a product of two thin matrices, W + scale * (L^T R), by range: never whole, on disk or in memory.
+"""A tensor plus a product of two thin matrices, W + scale * (L^T R), read by range; the sum is never stored whole.
 
-Sums run over the rank in its order, sixteen at a time, in float64 and without BLAS: an element has the same bits
-whatever range it is read with. Products of float32 and narrower factors are exact.
+Sums run over the rank in its order, sixteen at a time, in float64 and without BLAS: an element has the same bits in
+whatever range it is read. Products of float32 and narrower factors are exact.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from merge_tool.arrays import NUMPY_DTYPES, Array, decode, encode
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 
-_MOST = 65_536  # elements that are made at a time
-_WIDEST = 32_768  # rows or columns of those at a time
-_RANKS = 16  # that are summed before the sum is added to the total
+_MOST = 65_536  # elements computed at a time
+_WIDEST = 32_768  # rows or columns at a time
+_RANKS = 16  # ranks that are summed before the sum is added to the total
 _BLOCK = 32_768  # elements to which the tensor itself is added at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """A matrix [rank, length] that is stored so (`by_rank`) or transposed. Without a `source`: ones."""
+    """A matrix [rank, length], stored as such (`by_rank`) or transposed. Without a `source`, all ones."""
 
     source: TensorSource | None
     rank: int
@@ -32,7 +32,7 @@ class Factor:
     by_rank: bool
 
     def load(self, ranks: tuple[int, int], places: tuple[int, int]) -> Array:
-        """Rows and columns of it as float64."""
+        """A block of rows and columns, as float64."""
         (k0, k1), (p0, p1) = ranks, places
         out = np.empty((k1 - k0, p1 - p0))
         if self.source is None:
@@ -58,7 +58,7 @@ class Factor:
 
     @property
     def extra_bytes(self) -> int:
-        """What `load` takes beside its result: a block as it is stored, twice where it is transposed."""
+        """The memory that `load` takes beside its result: a block as it is stored, twice if it is transposed."""
         if self.source is None:
             return 0
         itemsize = NUMPY_DTYPES[self.source.info.dtype].itemsize
@@ -75,7 +75,7 @@ class LowRankTensor:
     left: Factor
     right: Factor
     scale: float
-    also_read: tuple[ByteSource, ...] = ()  # what the scale comes from
+    also_read: tuple[ByteSource, ...] = ()  # files that the scale comes from
 
     @property
     def stored_dtype(self) -> str:
@@ -87,8 +87,8 @@ class LowRankTensor:
 
     @property
     def files(self) -> tuple[ByteSource, ...]:
-        found = [*self.base.files, *(file for factor in self._factors for file in factor.files), *self.also_read]
-        return tuple(dict.fromkeys(found))
+        files = [*self.base.files, *(file for factor in self._factors for file in factor.files), *self.also_read]
+        return tuple(dict.fromkeys(files))
 
     @property
     def _factors(self) -> list[TensorSource]:
@@ -112,7 +112,7 @@ class LowRankTensor:
         self.base.forget(start, stop)
 
     def read_into(self, start: int, values: Array) -> None:
-        with np.errstate(all="ignore"):  # what is not finite is looked for by those who read it
+        with np.errstate(all="ignore"):  # the reader looks for values that are not finite
             self._fill(start, values)
 
     def _fill(self, start: int, values: Array) -> None:
@@ -176,8 +176,9 @@ def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[tuple[int
 def sum_products(left: Array, right: Array, *, exact: bool) -> Array:
     """left^T right of few ranks, [n, rows] and [n, columns], summed rank by rank for every element.
 
-    einsum does that, with rank in its outermost loop, where there are several rows and columns; for one it would sum
-    along the rank, in another order. Where products are not `exact`, fused operations may differ from separate ones.
+    For several rows and columns, einsum has the rank in its outermost loop and sums in this order; for one row or
+    column it would sum along the rank, in another order. If products are not `exact`, fused operations may differ from
+    separate ones.
     """
     if exact and left.shape[1] > 1 and right.shape[1] > 1:
         summed: Array = np.einsum("ki,kj->ij", left, right)

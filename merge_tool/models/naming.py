@@ -1,7 +1,7 @@
-"""What tensors are, by their names: embeddings, heads, copies of these, what stands after the layers. Each table once.
+"""Kinds of tensors, by their names: embeddings, heads, copies of these, tensors after the layers. Each table once.
 
-Names and nothing else: who needs a shape to be sure asks for it. The words are those of the libraries that write
-checkpoints; a name that is in no table is an ordinary tensor.
+Names only; callers check shapes if they must be sure. The words are those of the libraries that write checkpoints; a
+name in no table is an ordinary tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EMBEDDINGS = (
     "embedding",  # Mamba as its authors wrote it
     "emb",  # RWKV
 )
-# Modules whose weight has a row for each token, to turn vectors into logits; often one with the embedding's.
+# Modules whose weight has a row for each token, to turn vectors into logits; often the embedding's weight.
 HEADS = (
     "lm_head",  # most
     "lm_head.decoder",  # RoBERTa
@@ -50,12 +50,12 @@ _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSpee
 _PREDICTS = re.compile(r"LM|ForPreTraining|MTModel|ForConditionalGeneration|Text2Text|(?:Speech|Text)To(?:Speech|Text)")
 # Biases with an element for each token, beside those of heads.
 _BIASES = ("cls.predictions.bias", "predictions.bias", "final_logits_bias")
-# What some checkpoints hold beside the tensor that it is one with.
+# Tensors that some checkpoints store although they are copies of another tensor.
 COPIES = {
     "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
     "lm_head.decoder.bias": "lm_head.bias", "cls.predictions.decoder.bias": "cls.predictions.bias",
 }  # fmt: skip
-# Modules that stand after the layers besides heads: other heads, and final norms.
+# Modules after the layers that are not output heads: other heads, and final norms.
 _AFTER = re.compile(
     r"(?:.*_)?head|project_out|score|(?:pre_)?classifier|qa_outputs|cls|predictions|pooler|(?:text|visual)_projection"
     r"|vocab_(?:transform|layer_norm)|final_logits_bias"
@@ -66,18 +66,18 @@ _INPUT = re.compile(r"embed|conv|proj")  # a norm beside one of these is not the
 _POSITIONS = re.compile(
     r"(?:^|\.)(?:wpe|inv_freq|\w*(?:pos(?:ition(?:al|s)?)?_?emb|positions?|rotary|relative|token_type|segment)\w*)(?:\.|$)"
 )
-# Buffers that follow from the configuration: some versions of a library store them, others do not.
+# Buffers computed from the configuration: only some versions of a library store them.
 _DERIVED = re.compile(
     r"(?:^|\.)(?:rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|embeddings\.token_type_ids"
     r"|[0-9]+\.(?:attn|attention|attn\.attention)\.(?:bias|masked_bias))$"
 )
-# What model classes and training wrappers put before a tensor's own name, one or several of them.
+# Prefixes that model classes and training wrappers put before a tensor's own name, one or several.
 _WRAPPERS = frozenset({
     "model", "transformer", "language_model", "text_model", "base_model", "module", "backbone", "gpt_neox", "bert",
     "roberta", "distilbert", "deberta", "electra", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
 })  # fmt: skip
 _MOST_WRAPPERS = 8
-# What checkpoints of one library call otherwise: those made from TensorFlow's, and torch's older weight norm.
+# Other names for the same tensor: from TensorFlow checkpoints, and from torch's older weight norm.
 _ALIASES = {
     "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias",
     "weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1",
@@ -97,7 +97,7 @@ def own_name(name: str) -> str:
         if not dot or first not in _WRAPPERS:
             break
         name = rest
-    return _ALIAS.sub(lambda found: _ALIASES[found[0]], name)
+    return _ALIAS.sub(lambda match: _ALIASES[match[0]], name)
 
 
 def is_in_layer(name: str) -> bool:
@@ -106,7 +106,7 @@ def is_in_layer(name: str) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor is the weight of the output head: its own name is that, wrappers apart.
+    """Whether a tensor is the weight of the output head: its own name, without wrappers, is a head's.
 
     >>> [is_head(name) for name in ("model.lm_head.weight", "output.weight", "layers.0.output.weight", "v_head.weight")]
     [True, True, False, False]
@@ -139,7 +139,7 @@ def predicts_tokens(architecture: str) -> bool:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor is the weight of the input embedding, wherever in the model that is; not of one layer's own."""
+    """Whether a tensor is the weight of the input embedding, anywhere in the model outside the layers."""
     return embeds_tokens(name) and not is_in_layer(name)
 
 
@@ -155,7 +155,7 @@ def embeds_tokens(name: str) -> bool:
 
 
 def has_token_rows(name: str) -> bool:
-    """Whether a tensor has the name of one with a row, or an element, for each token: embeddings, heads, biases."""
+    """Whether a tensor's name is that of an embedding, a head or its bias: one row or element for each token."""
     module, _, leaf = name.rpartition(".")
     is_of_head = leaf in ("weight", "bias") and any(_ends_with(module, head) for head in HEADS)
     return embeds_tokens(name) or is_of_head or any(_ends_with(name, bias) for bias in _BIASES)
@@ -166,12 +166,12 @@ def _ends_with(name: str, part: str) -> bool:
 
 
 def is_of_positions(name: str) -> bool:
-    """Whether a tensor has a row for each position or segment, as many as tokens, perhaps."""
+    """Whether a tensor has a row for each position or segment, even if there are as many rows as tokens."""
     return _POSITIONS.search(name) is not None
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor is a buffer that a model makes itself when it is loaded: frequencies, positions, masks.
+    """Whether a tensor is a buffer that a model computes when it is loaded: frequencies, positions, masks.
 
     >>> [is_derived(f"h.0.attn.{name}") for name in ("rotary_emb.inv_freq", "bias", "c_attn.bias")]
     [True, True, False]
@@ -180,7 +180,7 @@ def is_derived(name: str) -> bool:
 
 
 def comes_last(name: str) -> bool:
-    """Whether a tensor outside any layers stands after them (a final norm, a head) or before (all else).
+    """Whether a tensor outside the layers comes after them (a final norm, a head) or before them (all others).
 
     >>> [comes_last(f"{name}.weight") for name in ("model.embed_tokens", "model.norm", "lm_head", "embeddings.norm")]
     [False, True, True, False]

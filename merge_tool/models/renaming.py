@@ -1,5 +1,5 @@
-"""One model's names in two checkpoints: prefixes of wrappers, names that libraries changed, heads and embeddings that
-are tied. Only what is unambiguous is resolved; names, shapes and config.json are all there is to see."""
+"""One model's names in two checkpoints: prefixes of wrappers, names that libraries changed, tied heads and embeddings.
+Names are paired only if that is unambiguous, from names, shapes and config.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 
 @dataclass(slots=True)
 class Renaming:
-    """`ft_names`: what some of BASE's tensors are called in FT. `copies`: FT's heads and other copies that BASE has no
-    place for, tied as it is, and the tensor that BASE uses."""
+    """`ft_names`: FT's names for some of BASE's tensors. `copies`: FT's heads and other copies that BASE ties and does
+    not store, and the tensor that BASE uses instead."""
 
     ft_names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
@@ -29,27 +29,27 @@ class Renaming:
 
 
 def find_renaming(base: Checkpoint, ft: Checkpoint) -> Renaming:
-    """Pair up what has no namesake, as far as there is one way to do it."""
-    found = Renaming()
+    """Pair the tensors whose names differ, if there is only one way to pair them."""
+    renaming = Renaming()
     lacking, extra = base.tensors.keys() - ft.tensors.keys(), ft.tensors.keys() - base.tensors.keys()
     if not lacking and not extra:
-        return found
+        return renaming
     if lacking and extra:
-        found.ft_names |= _without_wrappers(base, ft, lacking, extra)
-    for head in sorted(lacking - found.ft_names.keys()):
+        renaming.ft_names |= _without_wrappers(base, ft, lacking, extra)
+    for head in sorted(lacking - renaming.ft_names.keys()):
         if is_head(head) and (embedding := tied_embedding(ft, base.tensors[head].shape)):
-            found.ft_names[head] = embedding
-    for head in sorted(extra - set(found.ft_names.values())):
+            renaming.ft_names[head] = embedding
+    for head in sorted(extra - set(renaming.ft_names.values())):
         if is_head(head) and (embedding := tied_embedding(base, ft.tensors[head].shape)):
-            found.copies[head] = embedding
-    for name in sorted(lacking - found.ft_names.keys()):
+            renaming.copies[head] = embedding
+    for name in sorted(lacking - renaming.ft_names.keys()):
         if copies := _lone_copies(base, ft, name):
-            found.ft_names[name] = copies[0]
-            found.copies |= {copy: name for copy in copies[1:] if copy in extra}
-            found.copies.pop(copies[0], None)
-    found.ft_names |= _copies(base, ft, lacking - found.ft_names.keys())
-    found.copies |= _copies(ft, base, extra - found.explained)
-    return found
+            renaming.ft_names[name] = copies[0]
+            renaming.copies |= {copy: name for copy in copies[1:] if copy in extra}
+            renaming.copies.pop(copies[0], None)
+    renaming.ft_names |= _copies(base, ft, lacking - renaming.ft_names.keys())
+    renaming.copies |= _copies(ft, base, extra - renaming.explained)
+    return renaming
 
 
 def _lone_copies(base: Checkpoint, ft: Checkpoint, name: str) -> list[str]:
@@ -69,20 +69,21 @@ def _lone_copies(base: Checkpoint, ft: Checkpoint, name: str) -> list[str]:
 
 
 def _copies(here: Checkpoint, there: Checkpoint, lacking: Iterable[str]) -> dict[str, str]:
-    """For what only `here` has: the tensor there that it is one with; of the shape that this has here, if it does."""
+    """For tensors that only `here` has: the tensor of `there` that they are copies of. If `here` has that tensor, too,
+    it has the same shape."""
     own, other = Names(here.tensors), Names(there.tensors)
-    found = {}
+    copies = {}
     for name in sorted(lacking):
         one_with = COPIES.get(own_name(name), "")
-        place, twin = other.find(one_with), own.find(one_with)
-        shape = here.tensors[twin].shape if twin else there.tensors[place].shape if place else None
-        if place and here.tensors[name].shape == shape:
-            found[name] = place
-    return found
+        tensor, twin = other.find(one_with), own.find(one_with)
+        shape = here.tensors[twin].shape if twin else there.tensors[tensor].shape if tensor else None
+        if tensor and here.tensors[name].shape == shape:
+            copies[name] = tensor
+    return copies
 
 
 class Names:
-    """A checkpoint's names, to look one up whatever wrappers it has."""
+    """A checkpoint's names, to be looked up with or without wrappers."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
@@ -90,18 +91,18 @@ class Names:
         self._by_core = {core: name for name in self.names if (core := own_name(name)) in unique}
 
     def find(self, name: str) -> str | None:
-        """The name itself, or the only one that differs in its wrappers at most."""
+        """The same name, or the only name that differs in nothing but wrappers."""
         return name if name in self.names else self._by_core.get(own_name(name))
 
 
 def _without_wrappers(
     base: Checkpoint, ft: Checkpoint, lacking: Collection[str], extra: Collection[str]
 ) -> dict[str, str]:
-    """BASE's name -> FT's, where both are all that have this core on their side."""
+    """BASE's name -> FT's name, if on each side only one name has this core."""
     unique_base, unique_ft = (_unique_cores(model.tensors) for model in (base, ft))
     theirs = {core: name for name in extra if (core := own_name(name)) in unique_ft}
-    found = {name: theirs.get(core) for name in lacking if (core := own_name(name)) in unique_base}
-    return {name: other for name, other in sorted(found.items()) if other is not None}
+    renamed = {name: theirs.get(core) for name in lacking if (core := own_name(name)) in unique_base}
+    return {name: other for name, other in sorted(renamed.items()) if other is not None}
 
 
 def _unique_cores(names: Iterable[str]) -> set[str]:
@@ -109,35 +110,35 @@ def _unique_cores(names: Iterable[str]) -> set[str]:
 
 
 def tied_embedding(model: Checkpoint, shape: tuple[int, ...]) -> str | None:
-    """The input embedding that is this model's output head, too, with rows as long as a head of this `shape` has; None
-    if its config denies that or several might be."""
+    """The input embedding that is also this model's output head, with rows as long as those of a head of this `shape`.
+    None if the config denies tying, or if several embeddings are possible."""
     if says_tied(model.config or {}) is False or any(map(is_head, model.tensors)):
         return None
     embeddings = (name for name in model.tensors if is_embedding(name))
-    found = [n for n in embeddings if len(model.tensors[n].shape) == 2 and model.tensors[n].shape[1:] == shape[1:]]
-    if len(found) > 1:
-        found = [name for name in found if model.tensors[name].shape == shape]
-    if len(found) > 1:  # what the others are copies of
-        found = [name for name in found if own_name(name) not in COPIES]
-    return found[0] if len(found) == 1 else None
+    candidates = [n for n in embeddings if len(model.tensors[n].shape) == 2 and model.tensors[n].shape[1:] == shape[1:]]
+    if len(candidates) > 1:
+        candidates = [name for name in candidates if model.tensors[name].shape == shape]
+    if len(candidates) > 1:  # leave out the copies
+        candidates = [name for name in candidates if own_name(name) not in COPIES]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """What config.json says of tie_word_embeddings, in all its parts about text; None if nothing, or both."""
+    """tie_word_embeddings in config.json, in all parts about text; None if it is missing or contradictory."""
     said = {tied for part in text_configs(config) if isinstance(tied := part.get("tie_word_embeddings"), bool)}
     return said.pop() if len(said) == 1 else None
 
 
-def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchosen: Collection[str]) -> Iterator[str]:
-    """What was resolved, said aloud."""
+def renaming_warnings(base: Checkpoint, ft: Checkpoint, renaming: Renaming, unchosen: Collection[str]) -> Iterator[str]:
+    """A warning for every pair that was resolved."""
     prefixes: dict[tuple[str, str], list[str]] = {}
     otherwise: list[str] = []
-    for name, other in found.ft_names.items():
+    for name, other in renaming.ft_names.items():
         core = own_name(name)
         if name in unchosen:
             continue
         if core != own_name(other):
-            yield f"{shown(name)} is not in {ft.name}, {_in_place(name, other)} of its own, as {base.name}."
+            yield f"{shown(name)} is not in {ft.name}, {_instead(name, other)} of its own, as {base.name}."
         elif not (name.endswith(core) and other.endswith(core)):
             otherwise.append(name)
         else:
@@ -146,15 +147,15 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
         yield (
             f"{counted(len(names), 'tensor has', 'tensors have')} the prefix '{shown(theirs)}' in {ft.name}, "
             f"'{shown(ours)}' in {base.name}: "
-            f"{shown(found.ft_names[names[0]])} is merged with {shown(names[0])}, and so on."
+            f"{shown(renaming.ft_names[names[0]])} is merged with {shown(names[0])}, and so on."
         )
     if otherwise:
         yield (
             f"{counted(len(otherwise), 'tensor has', 'tensors have')} older or newer names in {ft.name}: "
-            f"{shown(found.ft_names[otherwise[0]])} "
+            f"{shown(renaming.ft_names[otherwise[0]])} "
             f"is merged with {shown(otherwise[0])}, and so on."
         )
-    for copy, tensor in found.copies.items():
+    for copy, tensor in renaming.copies.items():
         if copy in unchosen:
             if tensor not in unchosen:
                 yield (
@@ -169,7 +170,7 @@ def renaming_warnings(base: Checkpoint, ft: Checkpoint, found: Renaming, unchose
         yield f"{base.name} {what}, and so does the output: {shown(copy)} of {ft.name} is left out ({why})."
 
 
-def _in_place(name: str, other: str) -> str:
+def _instead(name: str, other: str) -> str:
     if is_head(name):
         return f"whose head is tied: merged with its input embedding {shown(other)}. The output has a head"
     return f"which has {shown(other)} in its place: merged with that. The output has a tensor"

@@ -1,7 +1,7 @@
-"""Everything in a model folder that is not merged: what is copied with the output, what is not, and why.
+"""The files in a model folder that are not merged: which are copied to the output, which are not, and why.
 
-Configuration, tokenizer, templates and code are copied byte for byte, sub-folders included. Weights are not
-(they would be the unmerged ones), but for those in sub-folders that the model's own index of modules names.
+Configuration, tokenizer, templates and code are copied byte for byte, sub-folders included. Weights are not copied
+(they would be the unmerged ones), except in sub-folders that the model's index of modules names.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
-from merge_tool.checkpoint.sub_configs import Place, is_of_text, is_sub_config, text_configs
+from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config, text_configs
 from merge_tool.errors import CheckpointError, reason, shown
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
-RECIPE = "mergekit_config.yml"  # where other tools look for a recipe; verbatim
-BASE_CARD, FT_CARD = "README.base.md", "README.ft.md"  # what the parents' own cards become
+RECIPE = "mergekit_config.yml"  # the file where other tools look for a recipe; verbatim
+BASE_CARD, FT_CARD = "README.base.md", "README.ft.md"  # the name of the copies of the parents' cards
 WORK = ".slerp-merge"
 
 _COPY_BYTES = 1 << 20
@@ -37,8 +37,8 @@ _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": 
 class SideFile:
     """A file to copy: where it is in the folder, what it is called in the output, and its size in bytes.
 
-    Of another `folder` than the rest, perhaps; `insert` is a place in it, in bytes, and what is put in there. With
-    `content` it is that, whatever the folder has.
+    `folder` is set if the file is not from the common folder. `insert` is a byte offset in the file and the bytes to
+    insert there. `content` replaces the whole content.
     """
 
     source: str
@@ -51,24 +51,24 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """What is copied, what is skipped (folders end in '/'), and which of the copied files are unmerged weights."""
+    """The copied files, the skipped files (folders end in '/'), and the copied files that are unmerged weights."""
 
     folder: Folder | None
     copied: tuple[SideFile, ...]
     skipped: tuple[str, ...]
     unmerged: tuple[str, ...]
-    layers: tuple[int, ...] = ()  # which of the model's layers each of the output's was, if that changes
-    vocab_sizes: tuple[frozenset[int], int] | None = None  # those that config.json may name, and what it says now
-    ties: bool | None = None  # what config.json says now of the head being the embedding, if that changes
-    keeps_quantization: bool = False  # whether the output is quantised, as config.json says
+    layers: tuple[int, ...] = ()  # the model's layer that each output layer was, if that changes
+    vocab_sizes: tuple[frozenset[int], int] | None = None  # the sizes to replace in config.json, and the new size
+    ties: bool | None = None  # the new tie_word_embeddings of config.json, if that changes
+    keeps_quantization: bool = False  # whether the output is quantised, so that quantization_config stays
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.copied)
 
     def read(self, file: SideFile, dtype: str | None) -> Iterator[bytes]:
-        """What the output's copy of `file` holds: its bytes; of config.json with `dtype`, layers and vocabulary as they
-        are now, and without a quantization_config that is none of the output's weights."""
+        """The bytes of the output's copy of `file`: config.json with the output's dtype, layers and vocabulary, and
+        without quantization_config unless the output is quantised; every other file unchanged."""
         if file.content is not None:
             yield file.content
             return
@@ -85,12 +85,12 @@ class SideFiles:
                 return
             with path.open("rb") as content:
                 if file.insert is not None:
-                    place, text = file.insert
-                    yield content.read(place)
+                    position, text = file.insert
+                    yield content.read(position)
                     yield text
                 while chunk := content.read(_COPY_BYTES):
                     yield chunk
-        except (OSError, ValueError) as e:  # no JSON any more: it has changed since it was looked at
+        except (OSError, ValueError) as e:  # config.json has changed since it was planned, and is no JSON now
             raise CheckpointError(
                 f"{folder.name}/{shown(file.source)}: cannot be read ({reason(e)}). Correct that, then run the same "
                 "command: it continues where it stopped."
@@ -98,7 +98,7 @@ class SideFiles:
 
 
 def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str = BASE_CARD) -> SideFiles:
-    """Decide about every file of `folder` but the `merged` ones; its README.md is copied as `card`.
+    """Decide about every file of `folder` except the `merged` ones; README.md is copied as `card`.
 
     Raises CheckpointError for links that lead out of the folder and for files that may not be read.
     """
@@ -116,7 +116,7 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
             in_module = len(path.parts) > 1 and path.parts[0] in modules
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
-            # beside a model's weights, loaders would look for the adapter that it speaks of
+            # beside a model's weights, this file would make loaders look for an adapter
             unwanted |= relative == "adapter_config.json" and not merged & {*ADAPTER_WEIGHTS}
             unwanted |= relative in {REPORT, SUMS, RECIPE} or (relative == card and folder.has(CARD))
         if unwanted and relative not in merged:
@@ -134,26 +134,26 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
 
 
 def _module_folders(folder: Folder) -> frozenset[str]:
-    """Sub-folders that modules.json (sentence-transformers) or model_index.json (diffusers) names as parts."""
-    found: set[str] = set()
+    """The sub-folders that modules.json (sentence-transformers) or model_index.json (diffusers) names as parts."""
+    folders: set[str] = set()
     if folder.has("model_index.json"):
         index = folder.load_json("model_index.json")
-        found.update(key for key, value in index.items() if isinstance(value, list))
+        folders.update(key for key, value in index.items() if isinstance(value, list))
     if folder.has("modules.json"):
         for module in _load_modules(folder):
             if isinstance(module, dict) and isinstance(module.get("path"), str):
-                found.add(module["path"].split("/")[0])
-    return frozenset(found - {""})
+                folders.add(module["path"].split("/")[0])
+    return frozenset(folders - {""})
 
 
 def _load_modules(folder: Folder) -> Iterable[Any]:
     if folder.size("modules.json") > 1_000_000:
         return []
     try:
-        found = json.loads(folder.read("modules.json"))
+        modules = json.loads(folder.read("modules.json"))
     except (ValueError, RecursionError):
         return []
-    return found if isinstance(found, list) else []
+    return modules if isinstance(modules, list) else []
 
 
 def _edit_config(config: bytes, dtype: str | None) -> bytes:
@@ -163,12 +163,13 @@ def _edit_config(config: bytes, dtype: str | None) -> bytes:
 
 
 def without_quantization_config(config: bytes) -> bytes:
-    """config.json without its quantization_config, and without those of its parts; else byte for byte."""
+    """config.json without quantization_config, also in its parts; otherwise byte for byte."""
     return _replaced(config, lambda text: ((begin, end, "") for begin, end in _quantization_spans(text, _first(text))))
 
 
 def _quantization_spans(text: str, start: int) -> Iterator[tuple[int, int]]:
-    """Where in the JSON object at `start` the members to remove stand, each with one comma; in the text's order."""
+    """The (begin, end) of each member to remove from the JSON object at `start`, with one comma each, in the text's
+    order."""
     members, previous, gone = list(_members(text, start)), None, None
     for member in members:
         if member.key == "quantization_config" and member.value is not None:
@@ -184,7 +185,7 @@ def _quantization_spans(text: str, start: int) -> Iterator[tuple[int, int]]:
 
 
 def with_member(content: bytes, key: str, value: Any) -> bytes:
-    """A JSON object with another value for a key that it has; else byte for byte."""
+    """A JSON object with a new value for an existing key; otherwise byte for byte."""
     new = json.dumps(value, ensure_ascii=False)
 
     def edits(text: str) -> Iterator[tuple[int, int, str]]:
@@ -194,7 +195,7 @@ def with_member(content: bytes, key: str, value: Any) -> bytes:
 
 
 def _replaced(content: bytes, edits: Callable[[str], Iterable[tuple[int, int, str]]]) -> bytes:
-    """A JSON file with other text in some places (begin, end, text), in their order; else byte for byte."""
+    """A JSON file with the edits (begin, end, new text), which are in order; otherwise byte for byte."""
     encoding = json.detect_encoding(content)  # as json.loads does
     text = content.decode(encoding, "surrogatepass")
     for begin, end, new in reversed(list(edits(text))):
@@ -204,7 +205,7 @@ def _replaced(content: bytes, edits: Callable[[str], Iterable[tuple[int, int, st
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A member of an object in a JSON text: where it begins, and where its value stands, from `start` to `end`."""
+    """A member of an object in a JSON text: it starts at `begin`; its value is from `start` to `end`."""
 
     key: str
     value: Any
@@ -214,7 +215,7 @@ class _Member:
 
 
 def _first(text: str) -> int:
-    """Where the JSON object that a file holds begins."""
+    """The index at which the JSON object of a file begins."""
     return text.index("{")
 
 
@@ -223,47 +224,48 @@ def _members(text: str, start: int) -> Iterator[_Member]:
     decoder = json.JSONDecoder()
     start = _after(text, start + 1)
     while text[start] != "}":
-        key, place = decoder.raw_decode(text, start)
-        begin, start = start, _after(text, _after(text, place) + 1)
+        key, key_end = decoder.raw_decode(text, start)
+        begin, start = start, _after(text, _after(text, key_end) + 1)
         value, end = decoder.raw_decode(text, start)
         yield _Member(key=key, value=value, begin=begin, start=start, end=end)
         start = _after(text, end)
         start = _after(text, start + 1) if text[start] == "," else start
 
 
-def _config_members(text: str, start: int, place: Place = ()) -> Iterator[tuple[Place, _Member]]:
-    """The members of the configuration at `start` and, where they stand, those of its parts' configurations."""
+def _config_members(text: str, start: int, keys: KeyPath = ()) -> Iterator[tuple[KeyPath, _Member]]:
+    """The members of the configuration at `start`, and of its parts' configurations, in the text's order, with their
+    keys."""
     for member in _members(text, start):
         if is_sub_config(member.key, member.value):
-            yield from _config_members(text, member.start, (*place, member.key))
+            yield from _config_members(text, member.start, (*keys, member.key))
         else:
-            yield place, member
+            yield keys, member
 
 
-def _set(config: bytes, new: Callable[[Place, str, Any], Any]) -> bytes:
-    """config.json with `new(place, key, value)` as the value of each member that is no part's configuration."""
+def _set(config: bytes, new: Callable[[KeyPath, str, Any], Any]) -> bytes:
+    """config.json with `new(keys, key, value)` as the value of each member that is not a part's configuration."""
 
     def edits(text: str) -> Iterator[tuple[int, int, str]]:
-        for place, member in _config_members(text, _first(text)):
-            value = new(place, member.key, member.value)
+        for keys, member in _config_members(text, _first(text)):
+            value = new(keys, member.key, member.value)
             if value != member.value:
                 yield member.start, member.end, json.dumps(value, ensure_ascii=False)
 
     return _replaced(config, edits)
 
 
-def _after(text: str, place: int) -> int:
-    match = _SPACE.match(text, place)
-    return match.end() if match else place
+def _after(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def edit_config_dtype(config: bytes, dtype: str) -> bytes:
     """config.json with `dtype` and `torch_dtype` set to `dtype` (a code such as BF16), in its parts, too.
 
-    Only those words change: spaces, order and line ends stay as they are. So do values that name no float type.
+    Only those words change: spaces, order, line ends and values that name no float type stay as they are.
     """
 
-    def new(place: Place, key: str, value: Any) -> Any:
+    def new(keys: KeyPath, key: str, value: Any) -> Any:
         if key not in {"dtype", "torch_dtype"} or not isinstance(value, str):
             return value
         prefix = "torch." if value.startswith("torch.") else ""
@@ -274,26 +276,27 @@ def edit_config_dtype(config: bytes, dtype: str) -> bytes:
 
 
 def edit_vocab_size(config: bytes, before: frozenset[int], after: int) -> bytes:
-    """config.json with `after` wherever a vocab_size of the language model is one of those `before`; the rest stays."""
+    """config.json with vocab_size `after` wherever the language model's vocab_size is in `before`; the rest is
+    unchanged."""
     return _set(
         config,
-        lambda place, key, value: (
-            after if key == "vocab_size" and type(value) is int and value in before and is_of_text(place) else value
+        lambda keys, key, value: (
+            after if key == "vocab_size" and type(value) is int and value in before and is_of_text(keys) else value
         ),
     )
 
 
 def edit_ties(config: bytes, ties: bool) -> bytes:
-    """config.json with `tie_word_embeddings` wherever it stands for the language model, or else in front; the rest
-    stays."""
+    """config.json with `tie_word_embeddings` set wherever the language model has it, or inserted as the first member;
+    the rest is unchanged."""
 
     def edits(text: str) -> Iterator[tuple[int, int, str]]:
         word, first = json.dumps(ties), _first(text)
-        members = (member for place, member in _config_members(text, first) if is_of_text(place))
-        found = [m for m in members if m.key == "tie_word_embeddings" and isinstance(m.value, bool)]
-        for member in found:
+        members = (member for keys, member in _config_members(text, first) if is_of_text(keys))
+        ties_members = [m for m in members if m.key == "tie_word_embeddings" and isinstance(m.value, bool)]
+        for member in ties_members:
             yield member.start, member.end, word
-        if not found:
+        if not ties_members:
             comma = "" if text[_after(text, first + 1)] == "}" else ","
             yield first + 1, first + 1, f'\n  "tie_word_embeddings": {word}{comma}'
 
@@ -309,8 +312,8 @@ def counts_layers(config: Mapping[str, Any] | None) -> bool:
 
 
 def edit_config_layers(config: bytes, layers: Sequence[int]) -> bytes:
-    """config.json for a language model whose layer k was layer `layers[k]`: their number, and every list that has one
-    entry per layer, wherever the configuration speaks of that model."""
+    """config.json for a language model whose layer k was layer `layers[k]`: the number of layers changes, and every
+    list that has one entry per layer, in all configurations of the language model."""
     content = json.loads(config)
     for part in text_configs(content):
         _restack(part, layers)

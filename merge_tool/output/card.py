@@ -1,6 +1,6 @@
 """The model card of an output: the Hub's metadata, what was merged, how far apart the parents are.
 
-No template engine, no path of the user's; what is inherited from the base's card are plain strings only.
+No template engine, none of the user's paths; only plain strings are inherited from the base's card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from merge_tool.run.findings import median
 
 
 def card_of(prepared: Prepared, summary: Summary, output: int) -> str:
-    """The model card of the output of that number."""
+    """The model card of one output, by its number."""
     return card_text(
         prepared.plan,
         summary,
@@ -128,7 +128,7 @@ def _how(plan: MergePlan, output: int, names: list[str]) -> Iterator[str]:
 
 
 def _fenced(text: str) -> str:
-    """A recipe's text, such that it cannot end its own code block."""
+    """A recipe's text in a code block that the text itself cannot end."""
     lines = ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
     return "\n".join(lines).strip("\n").replace("```", "~~~")
 
@@ -148,11 +148,11 @@ def _angle_table(summary: Summary, most: int = 40) -> Iterator[str]:
 
 
 def _tokenizer(plan: MergePlan, names: Sequence[str]) -> str:
-    """A sentence about a vocabulary that was chosen."""
-    if (asked := plan.recipe.tokenizer) is None:
+    """A sentence about the output's vocabulary; empty if rows were not matched by token."""
+    if (tokenizer := plan.recipe.tokenizer) is None:
         return ""
-    lead = names[asked.source if isinstance(asked.source, int) else plan.recipe.first]
-    more = ", then those that only other models have" if asked.source == "union" else ""
+    lead = names[tokenizer.source if isinstance(tokenizer.source, int) else plan.recipe.first]
+    more = ", then those that only other models have" if tokenizer.source == "union" else ""
     return f" Rows were matched by token; the tokens are those of {lead}{more}."
 
 
@@ -166,14 +166,14 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 def _inherited(first_card: Path | None) -> dict[str, Any]:
-    """Licence, language, task and library of the base's card, as far as they are plain strings."""
-    found: dict[str, Any] = {}
+    """Licence, language, task and library from the base's card, if they are plain strings or lists of them."""
+    inherited: dict[str, Any] = {}
     for key, value in _front_matter(first_card).items():
         is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
         is_text = isinstance(value, str) and value not in _NOTHING
         if key in _INHERITED and (is_text or is_list) and len(str(value)) < 4000:
-            found[key] = value
-    return found
+            inherited[key] = value
+    return inherited
 
 
 def _front_matter(card: Path | None) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def _front_matter(card: Path | None) -> dict[str, Any]:
     try:
         # Text, lists and mappings only: no merge keys that multiply, no numbers or dates to overflow, and the
         # language `no` stays Norwegian.
-        found = yaml.load(match[1], Loader=yaml.BaseLoader)
+        content = yaml.load(match[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""What OUT holds before a merge: this very merge already, something else, or room for it. Writes nothing."""
+"""The state of OUT before a merge: the same merge already, something else, or empty. Writes nothing."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from merge_tool.output.work_folder import check_folders
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder
 
-_MOST = 5  # differences that are named
-_SPARE_DISK_BYTES = 16_000_000  # journal, index, card and report of a usual model, and the file system's own
+_MOST = 5  # at most so many differences are named
+_SPARE_DISK_BYTES = 16_000_000  # bytes for journal, index, card and report of a usual model, and for the file system
 
 
 def is_complete(prepared: Prepared) -> bool:
-    """Whether OUT already holds this very merge; raises OutputError when it holds anything else.
+    """Whether OUT already holds the same merge. Raises OutputError if it holds anything else.
 
-    A merge made before its inputs last changed does not count, nor does one with a file missing, nor one whose
-    side files have changed since. A work folder in OUT is not looked at.
+    A merge in OUT does not count if its inputs changed later, if one of its files is missing, or if its side files
+    differ now. A work folder in OUT is ignored.
     """
     target = prepared.target
     try:
@@ -54,8 +54,8 @@ def is_complete(prepared: Prepared) -> bool:
 
 
 def _way_on(prepared: Prepared, way: str) -> str:
-    """`way`, unless OUT seems to hold a file of an input, which is not to be replaced: under two names, some drivers
-    show one folder as two."""
+    """`way`, unless OUT seems to hold a file of an input, which must not be replaced: some drivers show one folder as
+    two."""
     target = prepared.target
     sources = (source for job in prepared.plan.jobs() for source in job.sources)
     for file in {id(file): file for source in sources for file in source.files}.values():
@@ -77,27 +77,28 @@ def _is_output(prepared: Prepared, folder: Path, output: int) -> bool:
 
 
 def _why_another(prepared: Prepared) -> list[str]:
-    """What OUT's merge and this one differ in, in words, or what is missing there; nothing where OUT holds no merge."""
+    """The differences between OUT's merge and this one in words, or the files that OUT lacks; nothing if OUT holds no
+    merge."""
     out, plan = prepared.target.path, prepared.plan
     before = [head for label in older_labels(out) if (head := read_head(out / label / REPORT))]
     if not before:
         return []
     now = [report_head(plan, number, prepared.samples) for number in range(len(plan.labels))]
-    if found := head_differences(before, now):
-        return found
+    if differences := head_differences(before, now):
+        return differences
     lost = [f"{label}/{name}".lstrip("/") for label in plan.labels for name in _lost(prepared, out / label)]
     return [f"{listed(lost)} changed or missing"] if lost else []
 
 
 def _lost(prepared: Prepared, folder: Path) -> list[str]:
-    """The files of this merge that an output lacks, or has in another size."""
+    """The files of this merge that an output lacks, or whose sizes differ."""
     sizes = {shard.file_name: shard.size for shard in prepared.plan.shards}
     names = dict.fromkeys((*sizes, *final_names(prepared), *read_sums(folder)))
     return [n for n in names if not (folder / n).is_file() or sizes.get(n) not in (None, (folder / n).stat().st_size)]
 
 
 def _changed_since(prepared: Prepared, output: Path) -> list[str]:
-    """Input files modified after the report was written, and side files that the output has otherwise."""
+    """Input files modified after the report was written, and side files whose content differs from the output's."""
     written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
     files = {id(file): file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
     changed = [file.name for file in files.values() if file.mtime_ns > written]
@@ -111,13 +112,13 @@ def _changed_since(prepared: Prepared, output: Path) -> list[str]:
 
 
 def check_apart(prepared: Prepared) -> None:
-    """Raise OutputError where a folder in OUT is an input's, by a link or a mount."""
+    """Raise OutputError if a folder in OUT belongs to an input, by a link or a mount."""
     names = [file.target for file in prepared.side_files.copied]
     check_folders(prepared.target, prepared.plan.labels, names, prepared.inputs)
 
 
 def check_output(prepared: Prepared, *, overwrite: bool) -> None:
-    """What a merge checks of OUT, for before its inputs are fetched. Raises OutputError, FetchError."""
+    """The checks on OUT that can be made before any weight is downloaded. Raises OutputError, FetchError."""
     check_apart(prepared)
     if not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared):
         return
@@ -128,8 +129,8 @@ def check_output(prepared: Prepared, *, overwrite: bool) -> None:
 
 
 def check_room(prepared: Prepared, *, overwrite: bool) -> None:
-    """Raise OutputError unless the disk can take the outputs beside what is there, less what a resumed run has; on the
-    disk of the Hub's cache beside what is still to be fetched. FetchError where that alone does not fit."""
+    """Raise OutputError unless the disk has room for the outputs, without the shards that a resumed run already has. If
+    the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
     prepared.download.check_room()
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
     need = prepared.disk_bytes + _SPARE_DISK_BYTES - have

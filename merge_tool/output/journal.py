@@ -1,4 +1,4 @@
-"""The journal of a merge: what is finished, in lines of JSON that survive a crash."""
+"""The journal of a merge: finished shards, in lines of JSON that survive a crash."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 from merge_tool.errors import output_failed
 
-_SUM = b', "crc32": "'  # and eight digits, `"}`: of the line before that, as the last member
+_SUM = b', "crc32": "'  # then eight digits and `"}`: the checksum of the text before it, as the line's last member
 
 
 class Journal:
-    """Append-only lines of JSON, each with its checksum. It ends at the first line that a crash or a disk damaged."""
+    """Append-only lines of JSON, each with its checksum. Reading ends at the first line that a crash or a disk
+    damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The complete records, in order; nothing for a journal that is missing or not ours."""
+        """The complete records, in order; none for a journal that is missing or has another format."""
         try:
             with self.path.open("rb") as lines:
                 for line in lines:
@@ -34,7 +35,7 @@ class Journal:
             raise output_failed(self.path, e) from e
 
     def trim(self) -> None:
-        """Drop what follows the complete records, so that the next one is read again."""
+        """Cut off a damaged end, so that records added later are read again."""
         with self.path.open("r+b") as file:
             content = 0
             for line in file:
@@ -57,7 +58,7 @@ class Journal:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None if it is not as it was written."""
+    """The record of a line; None if the line is damaged."""
     text, _, end = line.rpartition(_SUM)
     if end != b'%08x"}\n' % zlib.crc32(text):
         return None

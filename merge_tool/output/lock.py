@@ -13,7 +13,7 @@ from pathlib import Path
 
 from merge_tool.errors import OutputError, output_failed, shown
 
-_LOCKED_BYTE = 1 << 30  # on Windows: beyond all that the file holds
+_LOCKED_BYTE = 1 << 30  # byte to lock on Windows: behind the file's content
 
 
 class FolderLock:
@@ -24,7 +24,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / self.NAME
         self._fd = -1
-        self._name: socket.socket | None = None  # holds the lock where the file cannot
+        self._name: socket.socket | None = None  # holds the lock if the file system cannot
         while self._fd < 0:
             try:
                 fd = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -32,7 +32,7 @@ class FolderLock:
                 raise output_failed(self.path, e) from e
             try:
                 self._name = lock_file(fd)
-                if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else: removed by the one who finished
+                if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else the process that finished has removed it
                     self._fd = fd
             except FileNotFoundError:
                 folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ class FolderLock:
                     os.close(fd)
 
     def mark(self) -> bytes:
-        """Write into the lock file what no other file has, and return it: who sees it sees this very file."""
+        """Write unique bytes into the lock file and return them: a path that shows them is this file."""
         mark = secrets.token_hex(16).encode()
         try:
             os.ftruncate(self._fd, 0)
@@ -59,7 +59,7 @@ class FolderLock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            with contextlib.suppress(OSError):  # the lock is gone with the descriptor, whatever this says
+            with contextlib.suppress(OSError):  # closing drops the lock even if this fails
                 os.close(self._fd)
             self._fd = -1
         if self._name is not None:
@@ -82,13 +82,14 @@ class FolderLock:
 
 
 def lock_file(fd: int) -> socket.socket | None:
-    """Lock or raise BlockingIOError: flock; record locks where the file system has no flock; a name in the kernel
-    where it has neither (on Linux, against processes of this machine). What is returned is to be kept."""
+    """Lock, or raise BlockingIOError. By flock; by record locks if the file system has no flock; by a name in the
+    kernel if it has neither (Linux only, and only against processes of this machine). The caller keeps the returned
+    socket."""
     if sys.platform == "win32":
         import msvcrt
 
         try:
-            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)  # nobody could read a byte that is locked
+            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)  # on Windows no process can read a locked byte
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         except OSError as e:
             raise BlockingIOError(*e.args) from e
@@ -109,7 +110,7 @@ def lock_file(fd: int) -> socket.socket | None:
 
 
 def _claim_name(status: os.stat_result) -> socket.socket:
-    """A socket bound to a name made of the file's device and inode: the system drops it with the process."""
+    """A socket bound to a name made of the file's device and inode. The system closes it when the process ends."""
     name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         name.bind(f"\0slerp-merge-{status.st_dev}-{status.st_ino}")

@@ -1,4 +1,4 @@
-"""What is in OUT already: what a new model replaces, what would stand in its way, what is not ours to touch."""
+"""Files already in OUT: files that a new model replaces, files that block it, and files that are not touched."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from merge_tool.errors import OutputError, shown
 from merge_tool.models.side_files import REPORT, SUMS, WORK
 from merge_tool.recipe.recipe import label_of
 
-# Files that loaders read by name: an older model's would mix with the new one's.
+# Files that loaders read by name: an older model's files would mix with the new model's.
 _LOADED = re.compile(
     r"(adapter_|generation_|preprocessor_|video_preprocessor_|processor_|tokenizer_|sentence_bert_)?config\.json"
     r"|config_sentence_transformers\.json|chat_template\.(json|jinja)|(tokenizer|vocab|added_tokens|modules)\.json"
     r"|(model_index|special_tokens_map|merge_report)\.json|(merges|vocab)\.txt|(tokenizer|spiece|[^/]*bpe|tiktoken)\.model"
     r"|README(\.base|\.ft)?\.md|SHA256SUMS|mergekit_config\.yml"
 )
-_PARAMETERS = re.compile(r'"parameters": (\{[^{}]*\})')  # in the head of a report
-_MOST_PARAMETERS = 12  # more than any method has: a stranger's report may list thousands
+_PARAMETERS = re.compile(r'"parameters": (\{[^{}]*\})')  # in a report's head
+_MOST_PARAMETERS = 12  # more than any method has; a stranger's report may list thousands
 _SUMS_LINE = re.compile(r"(\\?)[0-9a-f]{64} [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file at a model folder's root is what loaders look for first: weights, or their index."""
+    """Whether a file at a model folder's root is weights or their index, which loaders look for first."""
     return "/" not in name and (is_weight_file(name) or name.endswith(".index.json"))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """A SHA256SUMS as {name: digest}; names that lead out of the folder do not count, nor does an unreadable file."""
+    """A SHA256SUMS as {name: digest}, without names that lead out of the folder; empty if the file cannot be read."""
     try:
         lines = os.fsdecode((folder / SUMS).read_bytes()).split("\n")
     except OSError:
         return {}
-    found = {}
+    sums = {}
     for line in lines:
         if match := _SUMS_LINE.fullmatch(line):
             name = re.sub(r"\\[\\nr]", lambda m: _ESCAPES[m[0]], match[2]) if match[1] else match[2]
             if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name:
-                found[name] = line.removeprefix("\\")[:64]
-    return found
+                sums[name] = line.removeprefix("\\")[:64]
+    return sums
 
 
 def is_ours(folder: Path) -> bool:
@@ -53,7 +53,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def outdated(folder: Path) -> list[str]:
-    """Files of an older model in `folder`, the index first: all that this tool wrote there, all that loaders read."""
+    """Files of an older model in `folder`, the index first: files that this tool wrote, and files that loaders read."""
     if not folder.is_dir():
         return []
     names = set(read_sums(folder)) if is_ours(folder) else set()
@@ -63,20 +63,21 @@ def outdated(folder: Path) -> list[str]:
 
 
 def older_labels(out: Path) -> Iterator[str]:
-    """Where in OUT models may lie: its root, and the sub-folders that are one output of several of ours."""
+    """The folders in OUT that may hold models: its root, and the sub-folders that are one of several outputs of this
+    tool."""
     yield ""
     if out.is_dir():
         yield from (e.name for e in sorted(out.iterdir()) if is_output_of_several(e))
 
 
 def is_output_of_several(folder: Path) -> bool:
-    """Whether a folder is one output of several: ours, and called by what sets it apart (`t-0.3`)."""
+    """Whether a folder is one of several outputs of this tool, named by its parameters (`t-0.3`)."""
     if "-" not in folder.name or not is_ours(folder):
         return False
     try:
         with (folder / REPORT).open(encoding="utf-8") as file:
-            found = _PARAMETERS.search(file.read(65_536))
-        words = json.loads(found[1]) if found else {}
+            match = _PARAMETERS.search(file.read(65_536))
+        words = json.loads(match[1]) if match else {}
     except (OSError, ValueError):
         return False
     if len(words) > _MOST_PARAMETERS:
@@ -86,7 +87,7 @@ def is_output_of_several(folder: Path) -> bool:
 
 
 def check_conflicts(out: Path, names: Iterable[str]) -> None:
-    """Raise OutputError where OUT has a folder in place of a file to come, or a file in place of its folder."""
+    """Raise OutputError if OUT has a folder where the new model has a file, or a file where it has a folder."""
     for name in names:
         if (out / name).is_dir():
             raise OutputError(f"{shown(out / name)}: is a folder where the new model has a file. Move it away.")
@@ -96,6 +97,6 @@ def check_conflicts(out: Path, names: Iterable[str]) -> None:
 
 
 def strangers(out: Path, labels: Iterable[str], names: Iterable[str]) -> list[str]:
-    """What lies in OUT beside the new model, which has these outputs and files."""
+    """The files in OUT that are not the new model's; `labels` are its outputs, `names` their files."""
     ours = {PurePosixPath(name).parts[0] for name in names} | set(labels) | {WORK}
     return sorted(entry.name for entry in out.iterdir() if entry.name not in ours)

@@ -1,4 +1,4 @@
-"""What a merge found out: findings -> merge_report.json, SHA256SUMS, a summary.
+"""The results of a merge: findings -> merge_report.json, SHA256SUMS, a summary.
 
 Everything written here is a function of the inputs and the recipe: no times, budgets or paths.
 """
@@ -71,7 +71,7 @@ def _finite(value: float) -> float | None:
 
 
 def _tensor_json(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> dict[str, Any]:
-    found = describe(plan, job, finding, output)
+    report = describe(plan, job, finding, output)
     content: dict[str, Any] = {"name": job.out.name, "shape": list(job.out.shape), "dtype": job.out.dtype}
     content["sources"] = [
         {"model": plan.recipe.names[side], "name": source.info.name, "dtype": source.info.dtype}
@@ -83,17 +83,17 @@ def _tensor_json(plan: MergePlan, job: TensorJob, finding: Finding, output: int)
     content["equal"] = finding.equal
     if job.is_scales:
         content["scales_of"] = job.first.info.name
-    if note := found.note or job.note:
+    if note := report.note or job.note:
         content["note"] = note
-    if found.norms is not None:
-        n0, n1 = found.norms
-        content["angle_degrees"] = found.angle_degrees
+    if report.norms is not None:
+        n0, n1 = report.norms
+        content["angle_degrees"] = report.angle_degrees
         content["norms"] = [_finite(n0), _finite(n1)]
         content["norm_ratio"] = _finite(n1 / n0) if n0 and math.isfinite(n0) else None
-        content["relative_change"] = found.relative_change
-    if found.weights is not None:
-        content["weights"] = [found.weights.w0, found.weights.w1]
-    if finding.sums is not None and found.norms is not None:
+        content["relative_change"] = report.relative_change
+    if report.weights is not None:
+        content["weights"] = [report.weights.w0, report.weights.w1]
+    if finding.sums is not None and report.norms is not None:
         content["sums"] = hex_sums(finding.sums)
     if isinstance(finding.passes, list):
         distinct = list(dict.fromkeys(job.values))
@@ -133,14 +133,14 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
-        found = describe(plan, job, findings[job.number], 0)
-        if found.note.startswith("antiparallel"):
+        report = describe(plan, job, findings[job.number], 0)
+        if report.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
-        if found.angle_degrees is None or _is_across_layers(job):
+        if report.angle_degrees is None or _is_across_layers(job):
             continue
-        groups.setdefault(_kind(job.out.name), array("d")).append(found.angle_degrees)
-        if largest is None or found.angle_degrees > largest[0]:
-            largest = found.angle_degrees, job.out.name
+        groups.setdefault(_kind(job.out.name), array("d")).append(report.angle_degrees)
+        if largest is None or report.angle_degrees > largest[0]:
+            largest = report.angle_degrees, job.out.name
     angles = array("d")
     for group in groups.values():
         angles.extend(group)
@@ -161,7 +161,7 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
 
 
 def _is_across_layers(job: TensorJob) -> bool:
-    """Whether layers of different numbers are merged, whose angle tells nothing of how far apart the models are."""
+    """Whether layers of different numbers are merged; their angle says nothing about how far apart the models are."""
     names = {source.info.name for source in job.sources}
     return len(names) > 1 and len({layer[1] for layer in map(split_layer, names) if layer}) > 1
 
@@ -172,46 +172,46 @@ def _kind(name: str) -> str:
 
 
 def remarks(summary: Summary) -> list[str]:
-    """What a user should know about the angles, in plain sentences."""
-    found = []
+    """Remarks on the angles for the user, in sentences."""
+    lines = []
     if summary.num_close and summary.num_equal < summary.num_tensors:
         which = "all" if summary.num_close == summary.num_angles else f"{summary.num_close:,} of"
-        found.append(
+        lines.append(
             f"In {which} {summary.num_angles:,} tensors the models are within {CLOSE_DEGREES} degrees: SLERP and "
             "linear interpolation agree there to less than half a bfloat16 step."
         )
     if summary.num_copied:
-        found.append(f"{counted(summary.num_copied, 'tensor is', 'tensors are')} not merged: the base's are kept.")
+        lines.append(f"{counted(summary.num_copied, 'tensor is', 'tensors are')} not merged: the base's are kept.")
     if summary.num_kept_base:
-        found.append(f"{counted(summary.num_kept_base, 'integer tensor')} not alike: the base's are kept.")
-    return found
+        lines.append(f"{counted(summary.num_kept_base, 'integer tensor')} not alike: the base's are kept.")
+    return lines
 
 
 def alarms(summary: Summary) -> list[str]:
-    """What looks wrong after a merge."""
-    found = []
+    """Warnings about a result that looks wrong."""
+    lines = []
     if summary.num_equal and summary.num_equal == summary.num_tensors - summary.num_copied:
         which = (
             "every tensor that is merged: the output is the base"
             if summary.num_copied
             else "every tensor: the output equals them"
         )
-        found.append(f"The models are the same in {which}.")
+        lines.append(f"The models are the same in {which}.")
     if summary.median_degrees is not None and summary.median_degrees > 60:
-        found.append(
+        lines.append(
             f"The median angle is {summary.median_degrees:.0f} degrees: are these related models? "
             "A merge of unrelated models rarely works."
         )
-    found.extend(
+    lines.extend(
         f"{shown(name)}: the two tensors point in opposite directions; merged linearly."
         for name in summary.antiparallel[:5]
     )
     if len(summary.antiparallel) > 5:
-        found.append(
+        lines.append(
             f"{counted(len(summary.antiparallel) - 5, 'more tensor points', 'more tensors point')} in opposite "
             "directions."
         )
-    return found
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ the files
@@ -229,7 +229,7 @@ def report_lines(plan: MergePlan, findings: Findings, output: int, samples: Sequ
 
 
 def report_head(plan: MergePlan, output: int, samples: Sequence[str]) -> dict[str, Any]:
-    """What the merge_report.json of the output of that number says of the merge as a whole."""
+    """The head of one output's merge_report.json: the facts about the whole merge."""
     recipe, facts = plan.recipe, plan.facts_of(output)
     head: dict[str, Any] = {
         "format": FORMAT,
@@ -258,7 +258,7 @@ def read_head(report: Path) -> dict[str, Any]:
 
 
 def head_differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What two merges differ in, by the heads of their outputs' reports; in words, the likely reasons first."""
+    """The differences between two merges in words, from the heads of their reports; the likely reasons first."""
     try:
         (old, *_), (new, *_) = before, now
         parts = differences(*(_head_facts(heads) for heads in (before, now)))
@@ -271,7 +271,7 @@ def head_differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[
 
 
 def _head_facts(heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What makes one merge of some outputs, as `differences` compares it."""
+    """The facts of one merge of several outputs, in the form that `differences` compares."""
     head = heads[0]
     return {
         "method": head["method"],
@@ -333,10 +333,10 @@ def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
+    content = json.loads(text)
+    if not isinstance(content, dict):
         raise ValueError("a line is not a JSON object")
-    return found
+    return content
 
 
 def load_tensors(report: Path) -> list[dict[str, Any]]:
@@ -348,7 +348,7 @@ def load_tensors(report: Path) -> list[dict[str, Any]]:
 
 
 def damaged(report: Path, e: Exception) -> OutputError:
-    """What to raise where a merge_report.json is not as it was written."""
+    """The error for a damaged merge_report.json."""
     return OutputError(f"{shown(report)}: cannot be read ({reason(e)}). Give --overwrite to merge again.")
 
 

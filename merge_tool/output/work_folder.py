@@ -32,7 +32,7 @@ from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
 
 _OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
-_LIBRARY_BYTES = 2_000  # what the safetensors library holds for each tensor of a file it has open, at most
+_LIBRARY_BYTES = 2_000  # bytes that the safetensors library holds for each tensor of an open file, at most
 
 
 # ------------------------------------------------------------------------------------------ the work
@@ -43,23 +43,23 @@ def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], i
     or remove files from it. `labels` are the outputs, `names` their files."""
     path, new = target.path, list(names)
     try:
-        places = {path: None}
+        folders = {path: None}
         for label in () if target.is_file else dict.fromkeys((*labels, *older_labels(path))):
             folder = path / label
             changed = (*new, *outdated(folder))
-            places |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
-        found = find_shared(places, inputs)
+            folders |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
+        shared = find_shared(folders, inputs)
     except (OSError, RuntimeError, ValueError) as e:
         raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
-    if found is not None:
-        raise shared_with(*found)
+    if shared is not None:
+        raise shared_with(*shared)
 
 
 class WorkFolder:
     """The work folder of one merge, locked by this process from creation to `close`; it must not show up in `inputs`.
 
-    The sink of `run_plan`: keeps the shards that it finishes, and what it found out. `done_shards` are the shards that
-    an earlier run finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
+    The sink of `run_plan`: keeps the finished shards and the findings. `done_shards` are the shards that an earlier run
+    finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
     """
 
     def __init__(
@@ -116,22 +116,22 @@ class WorkFolder:
     # --------------------------------------------------------------------- starting and resuming
 
     def begin(self, *, overwrite: bool) -> bool:
-        """Take up what an earlier run of the same merge left here, or start anew; returns whether it is taken up.
+        """Continue an earlier run of the same merge, or start anew. Returns whether an earlier run is continued.
 
         Raises OutputError when the work is another merge's, naming what differs, unless `overwrite`; and when it
         was begun with --overwrite, which must then be given again.
         """
-        found = next(self.journal.records(), None)
-        if found is not None and found.get("record") != "plan":
-            found = None
+        stored = next(self.journal.records(), None)
+        if stored is not None and stored.get("record") != "plan":
+            stored = None
         ours = self._plan_record(overwrite)
-        same = found is not None and all(found.get(key) == ours[key] for key in ("facts", "modified", "samples"))
-        if found is not None and not same and not overwrite:
+        same = stored is not None and all(stored.get(key) == ours[key] for key in ("facts", "modified", "samples"))
+        if stored is not None and not same and not overwrite:
             raise OutputError(
                 f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
-                f"{_differences(found, ours)}. Finish that one, or give --overwrite to start anew."
+                f"{_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
             )
-        if found is not None and same and found.get("overwrite") and not overwrite:
+        if stored is not None and same and stored.get("overwrite") and not overwrite:
             raise OutputError(
                 f"{shown(self.target.path)}: this merge was begun with --overwrite and is half done. Give it again."
             )
@@ -144,14 +144,14 @@ class WorkFolder:
             same = False
         try:
             if not same:
-                ours["leftover"] = self._leftover(found)
+                ours["leftover"] = self._leftover(stored)
                 self._wipe()
                 self.journal.append([ours])
             self.journal.trim()
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
             for folder in (self.path / "files", self.path, *(made.parent for made in self._made)):
-                sync_folder(folder)  # else a power cut could leave the journal without what it speaks of
+                sync_folder(folder)  # else a power cut could leave a journal without the folders that it names
             self.done_shards = frozenset(self._recover())
         except OSError as e:
             raise output_failed(self.path, e) from e
@@ -168,9 +168,9 @@ class WorkFolder:
                     return name
         return None
 
-    def _leftover(self, found: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    def _leftover(self, stored: Mapping[str, Any] | None) -> dict[str, list[str]]:
         """Files that a publishing which is now given up may have moved into OUT already."""
-        left: dict[str, list[str]] = dict((found or {}).get("leftover", {}))
+        left: dict[str, list[str]] = dict((stored or {}).get("leftover", {}))
         for record in self.journal.records():
             if record.get("record") == "publish":
                 left |= record["files"]
@@ -257,7 +257,7 @@ class WorkFolder:
             writer.publish()
 
     def findings(self) -> Findings:
-        """What this run and earlier ones found out, as the journal has it."""
+        """The findings of this run and earlier ones, from the journal."""
         findings = Findings()
         for record in self.journal.records():
             if record.get("record") == "tensor":
@@ -288,7 +288,7 @@ class WorkFolder:
     # --------------------------------------------------------------------------------- publishing
 
     def publish(self, *, check_bytes: int) -> list[str]:
-        """Move everything into place, what makes it a model last, and remove the work folder.
+        """Move everything into place, the file that makes it a model last, and remove the work folder.
 
         Before that the safetensors library audits each weight file, if that takes at most `check_bytes` of memory.
         Returns what else lies in OUT: files that are neither the new model's nor an older one's.
@@ -320,9 +320,9 @@ class WorkFolder:
             for shard in self.plan.shards:
                 if len(shard.jobs) > most_tensors:
                     continue
-                with safe_open(str(self.folder(label) / shard.file_name), framework="numpy") as found:
-                    names = set(found.keys())
-                    slices = ((job, found.get_slice(job.out.name)) for job in shard.jobs if job.out.name in names)
+                with safe_open(str(self.folder(label) / shard.file_name), framework="numpy") as weights:
+                    names = set(weights.keys())
+                    slices = ((job, weights.get_slice(job.out.name)) for job in shard.jobs if job.out.name in names)
                     good = sum((tuple(s.get_shape()), s.get_dtype()) == (j.out.shape, j.out.dtype) for j, s in slices)
                 if good != len(shard.jobs) or len(names) != good:
                     raise OutputError(
@@ -358,8 +358,8 @@ class WorkFolder:
 
     def _move(self, label: str, names: list[str]) -> None:
         target = self._final(label)
-        for place, name in enumerate(names):
-            if place == len(names) - 1:
+        for index, name in enumerate(names):
+            if index == len(names) - 1:
                 for folder in {target / parent for name in names for parent in PurePosixPath(name).parents}:
                     sync_folder(folder)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -402,11 +402,11 @@ def _remove_empty(folder: Path, stop: Path) -> None:
             folder = folder.parent
 
 
-def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    parts = differences(found.get("facts", {}), ours["facts"])
+def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    parts = differences(stored.get("facts", {}), ours["facts"])
     if not parts:
         times = ours["modified"]
-        parts = [f"{listed(k for k in times if found.get('modified', {}).get(k) != times[k])} changed since"]
+        parts = [f"{listed(k for k in times if stored.get('modified', {}).get(k) != times[k])} changed since"]
     return shown("; ".join(parts), 600)
 
 

@@ -1,5 +1,5 @@
-"""What config.json must say of the output's tensors where the model that it is copied from has others: how many rows
-the embedding has, and whether the head is the embedding. Loaders believe it, and make up what they do not find."""
+"""Correct the copied config.json to the output's tensors: vocab_size (the embedding's rows) and tie_word_embeddings
+(whether the head is the embedding). Loaders trust these values and initialise missing tensors at random."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from merge_tool.vocabulary.row_tensors import embedding_rows
 
 
 def fit_config(
-    found: SideFiles, jobs: Iterable[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]
+    side_files: SideFiles, jobs: Iterable[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]
 ) -> tuple[SideFiles, list[str]]:
-    """The side files with config.json as the output's tensors are, and what to tell of it."""
+    """The side files with config.json corrected to the output's tensors, and warnings about the corrections."""
     infos, ends = list[TensorInfo](), list[TensorJob]()
-    for job in jobs:  # which are made as they are asked for: only embeddings and heads are kept
+    for job in jobs:  # jobs are made one at a time: only embeddings and heads are kept
         infos.append(job.out)
         if is_head(job.out.name) or is_embedding(job.out.name):
             ends.append(job)
-    ties, told = _ties(ends, donor, models), []
+    ties, warnings = _ties(ends, donor, models), []
     if ties is not None:
         head = "has no head of its own" if ties else "has a head of its own"
         if not ties and _are_all_tied(models):
             head = "has a head of its own, which is not merged as its embedding is"
-        told.append(f"tie_word_embeddings in config.json is {str(ties).lower()}: the output {head}.")
+        warnings.append(f"tie_word_embeddings in config.json is {str(ties).lower()}: the output {head}.")
     said, rows = frozenset(config_sizes(donor)), embedding_rows(infos)
-    sizes = found.vocab_sizes
+    sizes = side_files.vocab_sizes
     if sizes is None and rows is not None and said and rows not in said and _has_other_rows(donor, rows):
         sizes = said, rows
-        told.append(
+        warnings.append(
             f"vocab_size in config.json is {rows:,}, the rows of the output's embedding; {donor.name} says "
             f"{', '.join(f'{size:,}' for size in sorted(said))}. Its tokenizer may name other tokens."
         )
-    if found.layers and donor.config is not None and not counts_layers(donor.config):
-        told.append(
+    if side_files.layers and donor.config is not None and not counts_layers(donor.config):
+        warnings.append(
             f"config.json of {donor.name} does not say under a known name how many layers there are. The output has "
-            f"{len(found.layers):,}: set that number in its config.json."
+            f"{len(side_files.layers):,}: set that number in its config.json."
         )
-    return replace(found, ties=ties, vocab_sizes=sizes), told
+    return replace(side_files, ties=ties, vocab_sizes=sizes), warnings
 
 
 def _has_other_rows(donor: Checkpoint, rows: int) -> bool:
-    """Whether the donor's own file does not have so many: if it has, what it says of itself is its own affair."""
+    """Whether the donor's own embedding has another number of rows. If not, the donor's config.json stays as it is."""
     stored = donor.stored or donor
     return embedding_rows(stored.tensors.values()) != rows
 
 
 def _ties(ends: Sequence[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]) -> bool | None:
-    """What tie_word_embeddings must say instead; None if the donor's config.json is right."""
+    """The corrected tie_word_embeddings; None if the donor's config.json is right."""
     if not any(is_head(name) for model in models for name in model.tensors):
         return None
     if not any(is_embedding(job.out.name) for job in ends):  # under the head's name, perhaps: the donor's own affair
@@ -65,7 +65,7 @@ def _ties(ends: Sequence[TensorJob], donor: Checkpoint, models: Sequence[Checkpo
     is_tied = not any(is_head(job.out.name) for job in ends)
     if is_tied:
         return True if said is False or (said is None and donor_has_head) else None
-    if _are_all_tied(models) and not _come_apart(ends):  # a copy of the embedding in all of them, and in the output
+    if _are_all_tied(models) and not _come_apart(ends):  # a copy of the embedding in all models, and in the output
         return None
     is_denied = any(says_tied(model.config or {}) is False for model in models)
     return False if said or (said is None and (is_denied or not donor_has_head)) else None
@@ -76,7 +76,8 @@ def _are_all_tied(models: Sequence[Checkpoint]) -> bool:
 
 
 def _come_apart(ends: Sequence[TensorJob]) -> bool:
-    """Whether a head has other parameters than the embedding that it is a copy of, or one of them is not merged."""
+    """Whether a head and the embedding that it is a copy of have different parameters, or only one of them is
+    merged."""
     for head in (job for job in ends if is_head(job.out.name)):
         alike = (job for job in ends if is_embedding(job.out.name) and job.out.shape == head.out.shape)
         fates = {_fate(job) for job in alike if own_name(job.out.name) not in COPIES}

@@ -1,7 +1,7 @@
-"""Recipe + the models' tensor names -> for each name of the output: what it is merged from, and by which parameters.
+"""Recipe + the models' tensor names -> for each tensor of the output: its sources and its parameters.
 
-Names and numbers only; no table of architectures, every layer is known by the number in its names. Nothing is listed: a
-tensor's place follows from its name, so a plan of 100,000 tensors holds no more than the plan itself.
+Names and numbers only. No table of architectures: a layer is known by the number in its tensors' names. No lists:
+everything about a tensor follows from its name, so 100,000 tensors take no memory beside the plan itself.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from merge_tool.recipe.recipe import Module, Output, Recipe, Slice, Source
 from merge_tool.recipe.settings import Choice, Settings, find_choice
 
 
-class Place(NamedTuple):
-    """A tensor of the output: the slice and module that it belongs to, its `position` along the layers, and what it is
-    called in each of the slice's sources, in their order, as the first model would call it there."""
+class OutputTensor(NamedTuple):
+    """A tensor of the output: its slice (`part`) and module, its `position` along the layers, and in `names` its name
+    in each of the slice's sources, in their order, as the first model names tensors."""
 
     name: str
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 class _Names:
-    """A model's tensors under the first model's names: no copy, where nothing is renamed."""
+    """A model's tensors under the first model's names; nothing is copied if nothing is renamed."""
 
     def __init__(self, names: Collection[str], first: Collection[str], renaming: Renaming) -> None:
         self._names = names if isinstance(names, (Set, Mapping)) else dict.fromkeys(names)
@@ -56,9 +56,9 @@ class _Names:
 class Expansion:
     """All tensors that a recipe asks for, by name.
 
-    `names` are each model's tensors; `renamings` say, by model, what it calls the first model's, and which of its own
-    have no place there: `copies`. `range_problems` tell of layers that models do not have. Raises RecipeError for
-    stacks that cannot be told apart.
+    `names` are each model's tensors. `renamings` has, by model, its names for the first model's tensors, and the
+    `copies` that the first model does not store. `range_problems` are messages about layers that models lack. Raises
+    RecipeError for ambiguous stacks.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Expansion:
         self._by_name = {module.name or "": module for module in recipe.modules}
         self._whole = recipe.modules[0]
         self._owners: Owners | None = None
-        self._stacks: dict[int, Stacks] = {}  # by model: the layers that a list of values lies along
+        self._stacks: dict[int, Stacks] = {}  # by model: the layers along which lists of values run
         self._sliced: dict[str, tuple[str, list[int]]] = {}  # module -> its stack, the first layer of each slice
-        self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (place among its sources, model)
+        self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (index among its sources, model)
         self.range_problems: list[str] = []
         if recipe.modules[0].name is not None or any(module.num_layers is not None for module in recipe.modules):
             self._find_stacks()
@@ -95,7 +95,7 @@ class Expansion:
                 self._check_ranges(module, stack)
 
     def _position(self, name: str, part: Slice) -> float:
-        """Where a tensor lies along the layers of the first model that the slice has."""
+        """A tensor's position along the layers of the slice's first model."""
         lead = self._first_before({source.model for source in part.sources})[0]
         if lead not in self._stacks:
             self._stacks[lead] = Stacks(iter(self.known[lead]))
@@ -127,7 +127,7 @@ class Expansion:
             number += part.num_layers or 0
 
     def _names_in(self, module: Module, part: Slice) -> Iterator[str]:
-        """The names of a slice's sources that belong to the module, the first model's first."""
+        """The tensor names of a slice's sources that belong to the module, starting with the first model's."""
         before: list[_Names] = []
         for k in self._first_before({source.model for source in part.sources}):
             new: Iterable[str] = self.known[k]
@@ -149,60 +149,62 @@ class Expansion:
 
     # -------------------------------------------------------------------------------------- what each is
 
-    def place(self, name: str) -> Place:
-        """Where a tensor of the output comes from."""
+    def tensor(self, name: str) -> OutputTensor:
+        """A tensor of the output, by its name."""
         module = self._by_name[self._owners.owner(name)] if self._owners is not None else self._whole
         if (module.name or "") not in self._sliced:
             part = module.slices[0]
             position = self._position(name, part) if self._values.lie_along_layers else 0.0
-            return Place(name=name, names=(name,) * len(part.sources), position=position, part=part, module=module)
-        found = split_layer(name)
+            names = (name,) * len(part.sources)
+            return OutputTensor(name=name, names=names, position=position, part=part, module=module)
+        layer = split_layer(name)
         stack, starts = self._sliced[module.name or ""]
-        if found is None or found[0] != stack:
+        if layer is None or layer[0] != stack:
             part = module.slices[-1 if comes_last(name) else 0]
-            return Place(name=name, names=(name,) * len(part.sources), position=0.0, part=part, module=module)
-        number = bisect_right(starts, found[1]) - 1
-        part, offset = module.slices[number], found[1] - starts[number]
-        rest = name[len(stack) + len(str(found[1])) :]
+            names = (name,) * len(part.sources)
+            return OutputTensor(name=name, names=names, position=0.0, part=part, module=module)
+        number = bisect_right(starts, layer[1]) - 1
+        part, offset = module.slices[number], layer[1] - starts[number]
+        rest = name[len(stack) + len(str(layer[1])) :]
         names = tuple(f"{stack}{(source.layers or (0, 0))[0] + offset}{rest}" for source in part.sources)
         length = part.num_layers or 0
-        return Place(
-            name=name, names=names, position=offset / (length - 1) if length > 1 else 1.0, part=part, module=module
-        )
+        position = offset / (length - 1) if length > 1 else 1.0
+        return OutputTensor(name=name, names=names, position=position, part=part, module=module)
 
-    def has_base(self, place: Place) -> bool:
-        """Whether the method compares the inputs with a base, which then is the first of `sources`."""
-        return place.part.base is not None and self._method.base != "first"
+    def has_base(self, tensor: OutputTensor) -> bool:
+        """Whether the method compares the inputs with a base; the base is then the first of `sources`."""
+        return tensor.part.base is not None and self._method.base != "first"
 
-    def sources(self, place: Place) -> tuple[tuple[int, str], ...]:
+    def sources(self, tensor: OutputTensor) -> tuple[tuple[int, str], ...]:
         """(model, the tensor's own name there): the base if the method has one, then the inputs in their order."""
-        key = id(place.part)
+        key = id(tensor.part)
         if key not in self._numbers:
-            base, order = place.part.base, _order(self._method, place.part)
-            numbers = [base, *order] if base is not None and self.has_base(place) else order
-            self._numbers[key] = tuple((number, place.part.sources[number].model) for number in numbers)
-        return tuple((model, self.known[model].own(place.names[number])) for number, model in self._numbers[key])
+            base, order = tensor.part.base, _order(self._method, tensor.part)
+            numbers = [base, *order] if base is not None and self.has_base(tensor) else order
+            self._numbers[key] = tuple((number, tensor.part.sources[number].model) for number in numbers)
+        return tuple((model, self.known[model].own(tensor.names[number])) for number, model in self._numbers[key])
 
-    def base_of(self, place: Place) -> tuple[int, str] | None:
-        """The tensor of the slice's base, else of the first model, else of the first source; None if that lacks it."""
-        sources = place.part.sources
+    def base_of(self, tensor: OutputTensor) -> tuple[int, str] | None:
+        """The tensor in the slice's base, else in the first model, else in the first source; None if that model lacks
+        it."""
+        sources = tensor.part.sources
         of_first = (k for k, source in enumerate(sources) if source.model == self._recipe.first)
-        number = place.part.base if place.part.base is not None else next(of_first, 0)
-        model, name = sources[number].model, place.names[number]
+        number = tensor.part.base if tensor.part.base is not None else next(of_first, 0)
+        model, name = sources[number].model, tensor.names[number]
         return (model, self.known[model].own(name)) if name in self.known[model] else None
 
-    def lacking(self, place: Place) -> list[int]:
-        """The models that lack a tensor which they have a part in."""
-        pairs = zip(place.part.sources, place.names, strict=True)
+    def lacking(self, tensor: OutputTensor) -> list[int]:
+        """The models of the tensor's slice that lack the tensor."""
+        pairs = zip(tensor.part.sources, tensor.names, strict=True)
         return [source.model for source, name in pairs if name not in self.known[source.model]]
 
-    def values(self, place: Place) -> tuple[Values, ...]:
+    def values(self, tensor: OutputTensor) -> tuple[Values, ...]:
         """The parameters of a tensor in each output."""
-        return self._values.of(place)
+        return self._values.of(tensor)
 
     @property
     def num_scheduled(self) -> int:
-        """How many tensors, of those asked for so far, have parameters by a pattern or along the layers."""
+        """The number of tensors so far whose parameters are set by a pattern or along the layers."""
         return self._values.num_scheduled
 
     def _first_before(self, models: Iterable[int]) -> list[int]:
@@ -212,11 +214,11 @@ class Expansion:
 
     @property
     def lacks_values(self) -> bool:
-        """Whether a tensor, of those asked for so far, lacks a required parameter."""
+        """Whether a tensor so far lacks a required parameter."""
         return bool(self._values.unset)
 
     def check_values(self) -> None:
-        """Raise RecipeError for all tensors that a required parameter has no value for."""
+        """Raise RecipeError that names all tensors without a value for a required parameter."""
         if unset := self._values.unset:
             lines = [
                 f"'{shown(key)}' of {counted(len(names), 'tensor')}: {listed(names)}" for key, names in unset.items()
@@ -236,9 +238,9 @@ class Expansion:
                         yield key, choice
 
     def stacked_layers(self, models: Sequence[Collection[str]]) -> tuple[int, ...]:
-        """Which layer of its first source each of the output's layers was, in the sliced stack that has most tensors;
-        nothing if they are the donor's in their order."""
-        counts = Counter(found[0] for name in self.names() if (found := split_layer(name)))
+        """For each output layer the layer of its first source, in the sliced stack with the most tensors; empty if the
+        layers are the donor's in their order."""
+        counts = Counter(layer[0] for name in self.names() if (layer := split_layer(name)))
         if not self._sliced:
             return ()
         name = max(self._sliced, key=lambda name: counts[self._sliced[name][0]])
@@ -248,78 +250,78 @@ class Expansion:
             first, end = part.sources[number].layers or (0, 0)
             origin += range(first, end)
         donor = models[self._recipe.donor]
-        num_layers = len({found[1] for name in donor if (found := split_layer(name)) and found[0] == stack})
+        num_layers = len({layer[1] for name in donor if (layer := split_layer(name)) and layer[0] == stack})
         return () if origin == list(range(num_layers)) else tuple(origin)
 
 
 def _order(method: Method, part: Slice) -> list[int]:
-    """The places of a slice's inputs among its sources."""
+    """The indices of a slice's inputs among its sources."""
     others = [k for k in range(len(part.sources)) if k != part.base]
     return [part.base, *others] if method.base == "first" and part.base is not None else others
 
 
 def _rests(names: Iterable[str], stack: str) -> dict[int, list[str]]:
-    """What stands behind the number in names of a stack, by layer."""
-    found: dict[int, list[str]] = {}
+    """The rest of each tensor name behind the layer's number, by layer, for the names of a stack."""
+    rests: dict[int, list[str]] = {}
     for name in names:
         if (layer := split_layer(name)) and layer[0] == stack:
-            found.setdefault(layer[1], []).append(name[len(stack) + len(str(layer[1])) :])
-    return found
+            rests.setdefault(layer[1], []).append(name[len(stack) + len(str(layer[1])) :])
+    return rests
 
 
 class _Values:
-    """Which parameters each tensor has, in one object for all that have the same."""
+    """Each tensor's parameters; tensors with equal parameters share one object."""
 
     def __init__(self, recipe: Recipe, method: Method) -> None:
         self._recipe, self._method = recipe, method
         self._shelf: dict[Any, Values] = {}
         self._tuples: dict[tuple[int, ...], tuple[Values, ...]] = {}
-        self._constant: dict[int, tuple[Values, ...] | None] = {}  # by slice: of those whose settings are constants
+        self._constant: dict[int, tuple[Values, ...] | None] = {}  # by slice, if all its settings are constants
         self.unset: dict[str, dict[str, None]] = {}
         self.used: set[Choice] = set()
         self.num_scheduled = 0
         settings = [setting for scope in recipe.scopes() for setting in scope.values()]
         self.lie_along_layers = any(len(choice.values) > 1 for setting in settings for choice in setting.choices)
 
-    def of(self, place: Place) -> tuple[Values, ...]:
-        key = id(place.part)
+    def of(self, tensor: OutputTensor) -> tuple[Values, ...]:
+        key = id(tensor.part)
         if key not in self._constant:
-            is_constant = all(setting.is_constant for scope in self._all_scopes(place) for setting in scope.values())
-            self._constant[key] = self._make(place)[0] if is_constant else None
-        if (found := self._constant[key]) is not None:
-            return found
-        values, is_scheduled = self._make(place)
+            is_constant = all(setting.is_constant for scope in self._all_scopes(tensor) for setting in scope.values())
+            self._constant[key] = self._make(tensor)[0] if is_constant else None
+        if (constant := self._constant[key]) is not None:
+            return constant
+        values, is_scheduled = self._make(tensor)
         self.num_scheduled += is_scheduled
         return values
 
-    def _make(self, place: Place) -> tuple[tuple[Values, ...], bool]:
+    def _make(self, tensor: OutputTensor) -> tuple[tuple[Values, ...], bool]:
         choices: list[Choice] = []
-        made = tuple(self._values(place, output, choices) for output in self._recipe.outputs)
+        made = tuple(self._values(tensor, output, choices) for output in self._recipe.outputs)
         self.used.update(choice for choice in choices if choice.pattern is not None)
         is_scheduled = any(choice.pattern or len(choice.values) > 1 for choice in choices)
         return self._tuples.setdefault(tuple(map(id, made)), made), is_scheduled
 
-    def _all_scopes(self, place: Place) -> Iterator[Settings]:
+    def _all_scopes(self, tensor: OutputTensor) -> Iterator[Settings]:
         for output in self._recipe.outputs:
-            for source in place.part.sources:
-                yield from self._scopes_of(place, output, source)
+            for source in tensor.part.sources:
+                yield from self._scopes_of(tensor, output, source)
 
-    def _scopes_of(self, place: Place, output: Output, source: Source | None) -> list[Settings]:
-        """What decides, the innermost first: of one source, or of all."""
-        outer = [place.part.parameters, place.module.parameters, self._recipe.parameters]
+    def _scopes_of(self, tensor: OutputTensor, output: Output, source: Source | None) -> list[Settings]:
+        """The settings that apply, the innermost first: for one source, or for all."""
+        outer = [tensor.part.parameters, tensor.module.parameters, self._recipe.parameters]
         if source is None:
             return [output.parameters, *outer]
         return [output.of_models.get(source.model, {}), output.parameters, source.parameters, *outer]
 
-    def _values(self, place: Place, output: Output, choices: list[Choice]) -> Values:
+    def _values(self, tensor: OutputTensor, output: Output, choices: list[Choice]) -> Values:
         shared, each = {}, {}
-        scopes = self._scopes_of(place, output, None)
+        scopes = self._scopes_of(tensor, output, None)
         for key, default in self._method.shared.items():
-            shared[key] = self._value(key, default, scopes, place.name, place.position, choices)
-        inputs = [(place.part.sources[k], place.names[k]) for k in _order(self._method, place.part)]
+            shared[key] = self._value(key, default, scopes, tensor.name, tensor.position, choices)
+        inputs = [(tensor.part.sources[k], tensor.names[k]) for k in _order(self._method, tensor.part)]
         for key, default in self._method.each.items():
             each[key] = tuple(
-                self._value(key, default, self._scopes_of(place, output, source), name, place.position, choices)
+                self._value(key, default, self._scopes_of(tensor, output, source), name, tensor.position, choices)
                 for source, name in inputs
             )
         return self._shelf.setdefault((*shared.values(), *each.values()), Values(shared, each))

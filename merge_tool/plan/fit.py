@@ -1,6 +1,6 @@
-"""What becomes of each tensor: merged, kept as the base has it, or left out. Or every mismatch at once.
+"""Decide about each tensor: merged, kept from the base, or left out. Or report every mismatch at once.
 
-Names, shapes and dtypes only: all that can go wrong because of them goes wrong here, in one message.
+Names, shapes and dtypes only: every error that they can cause is raised here, in one message.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.models.naming import has_token_rows, is_derived
-from merge_tool.plan.expand import Expansion, Place
+from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.stacks import Stacks, natural_key
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.recipe import Recipe
@@ -23,13 +23,13 @@ NOT_CHOSEN = "not chosen: base kept"
 MISSING = "not in all models: base kept"
 UNLIKE = "another shape or type in some model: base kept"
 NOTHING_CHOSEN = "--only and --exclude leave no tensor to merge."
-_MOST = 5  # mismatches of a kind that are named
+_MOST = 5  # at most so many mismatches of a kind are named
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The output's tensors in natural order (layer 2 before layer 10); those in `kept` stay as they are, for the reason
-    that stands there. `unchosen` are all that --only and --exclude leave out, in the output or not."""
+    """The output's tensors in natural order (layer 2 before layer 10). `kept` maps tensors that are not merged to the
+    reason. `unchosen` are all names that --only and --exclude leave out, in the output or not."""
 
     names: Sequence[str]
     kept: Mapping[str, str]
@@ -39,7 +39,7 @@ class Fit:
 
 @dataclass(slots=True)
 class _Differences:
-    """Names that models lack, by model; of tensors that do not fit, the two sides in words, by name."""
+    """`lacking`: the names that each model lacks. `shapes`, `dtypes`: by name, the two sides of a mismatch in words."""
 
     lacking: dict[int, list[str]] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
@@ -49,23 +49,23 @@ class _Differences:
 def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> Fit:
     """Decide about every tensor.
 
-    Raises MismatchError with all that does not fit, unless the recipe says what to do then; RecipeError for a pattern
-    that matches nothing, and where nothing is left to merge.
+    Raises MismatchError with all mismatches that the recipe does not allow; RecipeError for a pattern that matches no
+    tensor, and if no tensor is left to merge.
     """
-    options, found = recipe.options, _Differences()
+    options, differences = recipe.options, _Differences()
     names, kept, merged = list(expansion.names()), dict[str, str](), list[str]()
     left_out: list[str] = []
     unchosen = find_unchosen(options, [*names, *expansion.copies])
     for name in names:
-        place = expansion.place(name)
-        reason = NOT_CHOSEN if name in unchosen else _reason(options, expansion, place, models, found)
+        tensor = expansion.tensor(name)
+        reason = NOT_CHOSEN if name in unchosen else _reason(options, expansion, tensor, models, differences)
         if reason == "":
             merged.append(name)
-        elif expansion.base_of(place) is not None:
+        elif expansion.base_of(tensor) is not None:
             kept[name] = reason
         elif reason != NOT_CHOSEN:
             left_out.append(name)
-    _check(recipe, expansion, models, found)
+    _check(recipe, expansion, models, differences)
     if not merged:
         if any(reason != NOT_CHOSEN for reason in kept.values()):
             raise MismatchError(f"{_all(models)} have no tensor in common that could be merged. Are they related?")
@@ -77,24 +77,24 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
 
 
 def _reason(
-    options: Options, expansion: Expansion, place: Place, models: Sequence[Checkpoint], found: _Differences
+    options: Options, expansion: Expansion, tensor: OutputTensor, models: Sequence[Checkpoint], unlike: _Differences
 ) -> str:
-    """Why a tensor is not merged; nothing if it is. What is not allowed is noted."""
-    if lacking := expansion.lacking(place):
-        if options.on_missing != "base" and not is_derived(place.name):
+    """The reason why a tensor is not merged; empty if it is merged. Notes mismatches in `unlike`."""
+    if lacking := expansion.lacking(tensor):
+        if options.on_missing != "base" and not is_derived(tensor.name):
             for model in lacking:
-                found.lacking.setdefault(model, []).append(place.name)
+                unlike.lacking.setdefault(model, []).append(tensor.name)
         return MISSING
-    sources = expansion.sources(place)
+    sources = expansion.sources(tensor)
     infos = [models[model].tensors[name] for model, name in sources]
     for (model, _), info in zip(sources[1:], infos[1:], strict=True):
         here, there = models[sources[0][0]].name, models[model].name
         if info.shape != infos[0].shape:
             sides = f"{list(infos[0].shape)} in {here}, {list(info.shape)} in {there}{_vocabulary(infos[0], info)}"
-            found.shapes[place.name] = sides
+            unlike.shapes[tensor.name] = sides
             return UNLIKE
         if info.dtype != infos[0].dtype and not {info.dtype, infos[0].dtype} <= FLOAT_DTYPES:
-            found.dtypes[place.name] = f"{infos[0].dtype} in {here}, {info.dtype} in {there}"
+            unlike.dtypes[tensor.name] = f"{infos[0].dtype} in {here}, {info.dtype} in {there}"
             return UNLIKE
     return ""
 
@@ -105,23 +105,25 @@ def _vocabulary(a: TensorInfo, b: TensorInfo) -> str:
     return ""
 
 
-def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], found: _Differences) -> None:
-    """Raise MismatchError for the differences that the recipe does not allow, and say what would."""
+def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], differences: _Differences) -> None:
+    """Raise MismatchError for the differences that the recipe does not allow, and name the options that allow them."""
     problems, ways = list[str](), list[str]()
-    if found.lacking:
-        for model, names in found.lacking.items():
+    if differences.lacking:
+        for model, names in differences.lacking.items():
             others = [k for k in sorted(recipe.sources) if k != model]
             where = f"only in {models[others[0]].name}" if len(others) == 1 else f"not in {models[model].name}"
             problems.append(f"{counted(len(names), 'tensor')} {where}: {listed(_natural(names))}")
-        ways.append("--on-missing base: what some model lacks is BASE's as it is, what BASE lacks is left out.")
+        ways.append(
+            "--on-missing base: tensors that a model lacks are copied from BASE; those that BASE lacks are left out."
+        )
     if recipe.options.on_mismatch == "error":
-        for unlike, what in ((found.shapes, "shapes differ"), (found.dtypes, "dtypes cannot be merged")):
+        for unlike, what in ((differences.shapes, "shapes differ"), (differences.dtypes, "dtypes cannot be merged")):
             if unlike:
                 lines = [f"{shown(name)}: {unlike[name]}" for name in _natural(unlike)]
                 problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
-        if found.shapes or found.dtypes:
-            ways.append("--on-mismatch base: such tensors are BASE's as they are.")
-        if any("vocabulary mismatch" in sides for sides in found.shapes.values()):
+        if differences.shapes or differences.dtypes:
+            ways.append("--on-mismatch base: such tensors are copied from BASE.")
+        if any("vocabulary mismatch" in sides for sides in differences.shapes.values()):
             ways.append(f"{recipe.rows_option}: rows are matched by token; the output has those tokens.")
     sizes = f"\n{'; '.join(_size(models[k]) for k in sorted(recipe.sources))}."
     if expansion.range_problems and not problems:
@@ -133,7 +135,7 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], f
             + "\n  ".join([*expansion.range_problems, *problems])
             + sizes
             + "\nAll must be the same architecture, with one vocabulary. To merge them anyway:\n  "
-            + "\n  ".join([*ways, "--exclude PATTERN: what it matches is not merged."])
+            + "\n  ".join([*ways, "--exclude PATTERN: matching tensors are copied from BASE."])
             + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")
         )
 
@@ -144,14 +146,14 @@ def _all(models: Sequence[Checkpoint]) -> str:
 
 
 def _size(model: Checkpoint) -> str:
-    layers, count = Stacks(model.tensors).told, sum(info.numel for info in model.tensors.values())
+    layers, count = Stacks(model.tensors).in_words, sum(info.numel for info in model.tensors.values())
     return f"{model.name} has {counted(count, 'parameter')}{f' and {layers}' if layers else ''}"
 
 
 def _warnings(
     recipe: Recipe, models: Sequence[Checkpoint], kept: Mapping[str, str], left_out: Sequence[str]
 ) -> Iterator[str]:
-    """What is kept and left out although nobody chose it tensor by tensor."""
+    """Warnings about tensors that are kept or left out because of an option, not by name."""
     base, others = models[recipe.first].name, [models[k].name for k in sorted(recipe.sources) if k != recipe.first]
     other = others[0] if len(others) == 1 else "some model"
     where = f"only in {other}" if len(others) == 1 else f"not in {base}"
@@ -192,7 +194,7 @@ def find_unchosen(options: Options, names: Sequence[str]) -> frozenset[str]:
 
 
 def no_match(option: str, pattern: Pattern, names: Iterable[str]) -> str:
-    """The message for a pattern that is probably a typo."""
+    """The message for a pattern that matches no tensor: probably a typo."""
     some = _natural(names)
     hint = pattern.hint(some)
     return f"{option}: matches no tensor.{hint} The tensors are {listed(some[:: len(some) // 4 or 1])}."

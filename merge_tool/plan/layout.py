@@ -12,7 +12,7 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.plan.plan import ShardPlan, TensorJob
 from merge_tool.recipe.recipe import Recipe
 
-_PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # the same name in both formats
+_PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # both formats have the same name
 
 
 def lay_out(
@@ -23,7 +23,8 @@ def lay_out(
     single_file: str | None,
     job: Callable[[int, TensorInfo], TensorJob],
 ) -> tuple[ShardPlan, ...]:
-    """The output's files: tensors in the order of `infos`, cut into shards; `job(number, placed)` makes each one's."""
+    """The output's files: the tensors in the order of `infos`, cut into shards. `job(number, placed)` makes each
+    tensor's job."""
     groups = _split(infos, max_bytes)
     metadata = {**first.metadata, "format": first.metadata.get("format", "pt")}
     shards, number = [], 0
@@ -60,7 +61,8 @@ def output_dtype(recipe: Recipe, dtype: str) -> str:
 
 
 def output_stem(first: Checkpoint) -> str:
-    """What the output's files are called, so that whoever loads BASE loads it: by the index, or the only file."""
+    """The names of the output's files, chosen so that a loader of BASE also loads the output: by the index, or the only
+    file."""
     if first.folder is None:
         return "model"
     name = first.index_name or first.files[0].file_name

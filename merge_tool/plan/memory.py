@@ -1,4 +1,4 @@
-"""How much memory there is, how much this process holds, and how the budget is shared out. Bytes everywhere."""
+"""The available memory, the memory that this process holds, and the division of the budget. All sizes in bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from merge_tool.plan.plan import MergePlan, TensorJob
 LEAST_BYTES = 64_000_000
 DEFAULT_MOST_BYTES = 256_000_000
 _COMMAND_BYTES = 48_000_000  # interpreter, imports and headers of a usual model: about 40 MB
-_RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's own, the journal: seen at most 2.0 MB
-_PER_TENSOR_BYTES = 300  # findings until a shard is done, and its header: seen 290
+_RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's overhead, the journal: at most 2.0 MB measured
+_PER_TENSOR_BYTES = 300  # findings until a shard is done, and its header: 290 measured
 _CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
 _LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
 _STEPS_ROWS = 6  # float64 tiles that a method's expressions hold at a time, beside its inputs
-_SLACK_BYTES = 2_000_000  # what one process holds more than another of the same command
+_SLACK_BYTES = 2_000_000  # run-to-run variation of one command's resident memory
 MAX_JOBS = 8
 
 
@@ -30,8 +30,8 @@ MAX_JOBS = 8
 class Layout:
     """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once.
 
-    `scratch_bytes` are each job's for the sums and the combine of two weights; `temporary_bytes` what it holds beside
-    them for a moment, `state_bytes` what a method's passes hold, `scales_bytes` what is kept of scales in 8 bits.
+    Each job has `scratch_bytes` for the sums and the combine of two weights, and `temporary_bytes` for short-lived
+    arrays; `state_bytes` is what a method's passes hold, `scales_bytes` what is kept of scales in 8 bits.
     """
 
     jobs: int
@@ -51,7 +51,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a merge may use: `budget` bytes of resident memory for the whole process, and so many threads."""
+    """A merge's limits: `budget` bytes of resident memory for the whole process, and the number of threads."""
 
     budget: int
     jobs: int
@@ -63,7 +63,7 @@ class Machine:
 
 
 def machine(memory_bytes: int | None = None, jobs: int | None = None) -> Machine:
-    """The limits as asked, or the defaults. Raises RecipeError for limits that nothing can keep."""
+    """The requested limits, or the defaults. Raises RecipeError for limits that no merge can keep."""
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
     budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
@@ -79,10 +79,9 @@ def default_jobs() -> int:
 
 
 def default_budget(held: int) -> int:
-    """A quarter of what the machine or its cgroup still has, within LEAST_BYTES and DEFAULT_MOST_BYTES.
-
-    For the whole process, as `held` by the command line before it starts; on top of that for a Python process that
-    holds more already (one that has imported torch, say).
+    """A quarter of the memory that the machine or its cgroup has left, within LEAST_BYTES and DEFAULT_MOST_BYTES. The
+    budget is for the whole process. A Python process that already holds more than the command line does at its start
+    (after importing torch, for example) gets the difference on top.
     """
     available = available_bytes()
     budget = max(LEAST_BYTES, min(DEFAULT_MOST_BYTES, (available or 4 * DEFAULT_MOST_BYTES) // 4))
@@ -90,9 +89,9 @@ def default_budget(held: int) -> int:
 
 
 def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = None) -> Layout:
-    """Share `budget` bytes out, given that the process `held` so many before (default: now).
+    """Divide `budget` bytes; the process `held` so many before the merge (default: what it holds now).
 
-    Fewer jobs and smaller chunks first, then RecipeError with the figure that would do.
+    If memory is short: fewer jobs and smaller chunks, then RecipeError with the least budget that suffices.
     """
     held = resident_bytes() if held is None else held
     state = _state_bytes(plan)
@@ -132,7 +131,8 @@ def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = N
 
 
 def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
-    """The largest slot for a chunk of so many elements; the most that reading and merging one takes beside it."""
+    """The largest slot for a chunk of so many elements, and the most memory that reading and merging a chunk takes
+    beside it."""
     slot = temporary = finishing = 0
     for job in plan.jobs():
         infos = (*(source.info for source in job.sources), job.out)
@@ -141,12 +141,12 @@ def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
         rows = len(job.sources) + _STEPS_ROWS
         merging = 8 * rows * min(plan.tile(job), job.numel) if plan.has_steps(job) else 0
         temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
-        finishing = max(finishing, _scales_bytes(plan, job))  # of a tensor whose last chunk the job may be writing
+        finishing = max(finishing, _scales_bytes(plan, job))  # of the tensor before, perhaps still being written
     return slot, temporary + finishing
 
 
 def _state_bytes(plan: MergePlan) -> int:
-    """What the passes over the one tensor that they are at may hold, for every output."""
+    """The most memory that the passes over one tensor hold, for all outputs."""
     if not any(plan.may_take_passes(job) for job in plan.jobs()):
         return 0
     state = largest = 0
@@ -159,7 +159,7 @@ def _state_bytes(plan: MergePlan) -> int:
 
 
 def _scales_bytes(plan: MergePlan, job: TensorJob) -> int:
-    """The largest of every group, in float64, and the scales that follow, in every output."""
+    """The largest magnitude of every group, in float64, and the scales made from them, in every output."""
     if job.scaling is None:
         return 0
     itemsize = STORED_DTYPES[job.scaling.like.scales.info.dtype].itemsize
@@ -173,7 +173,8 @@ def _stored_scales_bytes(plan: MergePlan) -> int:
 
 
 def _arena_bytes(plan: MergePlan, room: int) -> int:
-    """As much of `room` as tensors read once can use: two of the largest that fit, so that work overlaps."""
+    """The part of `room` that tensors read once can use: twice the largest tensor that fits, so that reading and
+    writing overlap."""
     sizes = [region_bytes(job) for job in plan.jobs()]
     fitting = [size for size in sizes if size <= room]
     largest = max(fitting, default=0)
@@ -182,7 +183,7 @@ def _arena_bytes(plan: MergePlan, room: int) -> int:
 
 
 def region_bytes(job: TensorJob) -> int:
-    """What a tensor takes of the arena: all inputs whole, nothing if it is only copied."""
+    """The arena bytes of a tensor: all inputs whole; 0 if it is only copied."""
     return 0 if job.is_copied else sum(aligned(source.info.nbytes) for source in job.sources)
 
 
@@ -191,7 +192,7 @@ def aligned(nbytes: int) -> int:
 
 
 def estimate_peak(plan: MergePlan, layout: Layout, held: int) -> int:
-    """The peak resident memory to expect, in bytes, of a process that holds `held` now."""
+    """The expected peak resident memory, in bytes, of a process that holds `held` now."""
     grown = held + 1_500_000 + _PER_TENSOR_BYTES * plan.num_tensors
     return max(grown + layout.buffer_bytes, grown + _CARD_BYTES)
 
@@ -204,14 +205,14 @@ def _megabytes(nbytes: int) -> str:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now; where the system does not tell, its peak so far."""
+    """Resident memory of this process now; its peak so far on systems without that figure."""
     return _status_field("VmRSS:") or peak_bytes()
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process so far (VmHWM; ru_maxrss elsewhere; 0 where nothing tells)."""
-    if found := _status_field("VmHWM:"):
-        return found
+    """Peak resident memory of this process so far (VmHWM; elsewhere ru_maxrss; 0 if neither exists)."""
+    if peak := _status_field("VmHWM:"):
+        return peak
     if sys.platform == "win32":
         return 0
     import resource
@@ -229,9 +230,9 @@ def _status_field(field: str) -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that could be taken without swapping: the machine's, or its cgroup's if that is less."""
-    found = [*_machine_available(), *_cgroup_available()]
-    return min(found, default=None)
+    """Memory that can be allocated without swapping: the machine's, or its cgroup's if that is less."""
+    available = [*_machine_available(), *_cgroup_available()]
+    return min(available, default=None)
 
 
 def _machine_available() -> Iterable[int]:
@@ -243,7 +244,7 @@ def _machine_available() -> Iterable[int]:
 
 
 def _cgroup_available() -> Iterable[int]:
-    """Limit less use of this process's cgroups, v1 and v2, and of those above them."""
+    """Limit minus use of this process's cgroups, v1 and v2, and of their parents."""
     for folder, limit_file, used_file in _cgroup_files():
         limit, used = _read_int(folder / limit_file), _read_int(folder / used_file)
         if limit is not None and used is not None and limit < 1 << 60:
@@ -277,7 +278,7 @@ def _read_int(path: Path) -> int | None:
 
 
 def _read_stat(path: Path) -> int:
-    """Page cache that the kernel may drop: what is not dirty and not mapped."""
+    """Page cache that the kernel may drop: clean and not mapped."""
     try:
         rows = (line.split() for line in path.read_text().splitlines())
         return sum(int(value) for key, value in rows if key in {"inactive_file", "total_inactive_file"})
@@ -286,6 +287,6 @@ def _read_stat(path: Path) -> int:
 
 
 def under_pressure(budget: int) -> bool:
-    """Whether dirty pages should be flushed early: little room beside the budget for the page cache."""
+    """Whether dirty pages should be flushed early, because the budget leaves little memory for the page cache."""
     available = available_bytes()
     return available is not None and available < budget + 256_000_000

@@ -1,5 +1,5 @@
-"""What the models to be merged say differently of themselves: configurations, tokenizers. For warnings; and, where they
-do not fit, for the error."""
+"""Differences between the configurations and tokenizers of the models to be merged, for warnings; if the models do not
+fit, for the error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.checkpoint.sub_configs import Place, is_of_text, sub_configs
+from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, sub_configs
 from merge_tool.errors import CheckpointError, MismatchError, shown
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import explain
@@ -70,8 +70,8 @@ def _ways(recipe: Recipe, name: str, has_own_rows: bool) -> Ways:
 
 
 def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
-    """Raise MismatchError where rows of one number mean other tokens in two models: wherever the tokenizers differ, if
-    the recipe is strict, else where a token has another number."""
+    """Raise MismatchError if a row means different tokens in two models: if the recipe is strict, for any difference
+    between tokenizers, else only if a token's id differs."""
     base, *others = models
     for other in others:
         here, there = base.tokenizer_folder, other.tokenizer_folder
@@ -80,10 +80,10 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
         if rows_of(base) is None or same_bytes(here, there, TOKENIZER):
             continue
         try:
-            found = compare_tokenizers(here, there)
+            comparison = compare_tokenizers(here, there)
         except CheckpointError:
-            continue  # a warning tells of it
-        if found.num_moved or (recipe.is_strict and any(found.num_alone)):
+            continue  # a warning covers it
+        if comparison.num_moved or (recipe.is_strict and any(comparison.num_alone)):
             raise MismatchError(
                 f"{base.name} and {other.name} have different vocabularies, so rows of one number mean other tokens. "
                 f"{explain(base, other)}.\nWith {recipe.rows_option} rows are matched by token; --exclude PATTERN "
@@ -92,14 +92,14 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
 
 
 def explain_rows(models: Sequence[Checkpoint]) -> str:
-    """How far the vocabularies of models agree whose embeddings differ in their rows; nothing if they do not."""
+    """How far vocabularies agree, for models whose embeddings differ in their number of rows; empty if none do."""
     base, *others = models
-    told = [f"\n{text}." for other in others if _has_other_rows(base, other) and (text := _compared(base, other))]
-    return "".join(told)
+    lines = [f"\n{text}." for other in others if _has_other_rows(base, other) and (text := _compared(base, other))]
+    return "".join(lines)
 
 
 def _has_other_rows(base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether the embeddings differ in how many rows they have."""
+    """Whether the embeddings differ in their number of rows."""
     rows = rows_of(base), rows_of(other)
     return None not in rows and rows[0] != rows[1]
 
@@ -126,7 +126,7 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
         yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}: {_SETTINGS[last]}."
 
 
-def _language(config: Mapping[str, Any]) -> list[Place]:
+def _language(config: Mapping[str, Any]) -> list[KeyPath]:
     return [place for place, _ in sub_configs(config) if is_of_text(place)]
 
 

@@ -1,4 +1,5 @@
-"""`MergePlan`: all that is decided before a weight is read. Every output byte has its place, and every tensor its job.
+"""`MergePlan`: everything that is decided before a weight is read. Every output byte has its offset, and every tensor
+its job.
 
 Objects are small and shared: 100,000 tensors are normal.
 """
@@ -15,7 +16,7 @@ from merge_tool.arrays import TILE
 from merge_tool.checkpoint.header import TensorInfo, header_bytes
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import listed, shown
-from merge_tool.methods.steps import Given, Method, seed_key, tile_elements
+from merge_tool.methods.steps import MergeSpec, Method, seed_key, tile_elements
 from merge_tool.plan.scaled import Scaling
 from merge_tool.recipe.recipe import Recipe, label_t
 
@@ -31,7 +32,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class TensorJob:
-    """One output tensor: where it goes, and its inputs. `number` counts jobs over the whole plan.
+    """One output tensor: its shard and offset, and its inputs. `number` counts jobs over the whole plan.
 
     `sides` are the numbers of the models that `sources` belong to; the first source is the base, if the method
     `has_base`. `exact` tensors (integers, booleans) have no values between two: they are copied when equal. `values`
@@ -55,7 +56,7 @@ class TensorJob:
 
     @property
     def num_inputs(self) -> int:
-        """How many tensors are merged, the base of a method that has one left out."""
+        """The number of tensors that are merged, without the base of a method that has one."""
         return len(self.sources) - self.has_base
 
     @property
@@ -64,22 +65,22 @@ class TensorJob:
 
     @property
     def is_scales(self) -> bool:
-        """Whether the output has the scales of what its inputs have the values of."""
+        """Whether the output is scales, and the inputs are the values that they belong to."""
         return self.scaling is not None and self.out.name != self.first.info.name
 
     @property
     def numel(self) -> int:
-        """How many elements each input has: as many as the output, but for scales."""
+        """The number of elements of each input: as many as the output has, except for scales."""
         return self.first.info.numel
 
     @property
     def input_nbytes(self) -> int:
         return sum(source.info.nbytes for source in self.sources)
 
-    def given(self, seed: int, output: int = 0) -> Given:
-        """What the method is told about this tensor in an output."""
+    def given(self, seed: int, output: int = 0) -> MergeSpec:
+        """What the method gets of this tensor in an output."""
         values = self.values[output]
-        return Given(
+        return MergeSpec(
             shape=self.first.info.shape,
             num_inputs=self.num_inputs,
             has_base=self.has_base,
@@ -105,12 +106,12 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """All that is decided: the method, the parameters of each output, and the shards that each output has.
+    """The decisions: the method, the parameters of each output, and the shards that each output has.
 
-    `names` are the models' names; `facts` decide the output's bytes, as far as headers show it. `layers` says which of
-    the donor's layers each of the output's was, if they are not the same. `text` is the recipe's text as the output
-    tells it. `num_scheduled` tensors have parameters of their own, by a pattern or along the layers. `is_scaled`: BASE
-    has 8-bit floats with scales, and the output has them, too.
+    `names` are the models' names; `facts` decide the output's bytes, as far as headers show it. `layers` has for each
+    output layer the donor's layer, if they are not the same. `text` is the recipe's text as written to the output.
+    `num_scheduled` tensors have parameters of their own, by a pattern or along the layers. `is_scaled`: BASE and the
+    output have 8-bit floats with scales.
     """
 
     recipe: Recipe
@@ -128,7 +129,7 @@ class MergePlan:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The sub-folder of each output: `t-0.3` and so on, or nothing when there is one."""
+        """The sub-folder of each output: `t-0.3` and so on, or an empty text if there is one output."""
         return self.recipe.labels
 
     @property
@@ -147,15 +148,15 @@ class MergePlan:
         return self.method.steps is not None and bool(job.values) and not self.is_weighted(job)
 
     def may_take_passes(self, job: TensorJob) -> bool:
-        """Whether there may be more than one pass over its inputs before anything is merged."""
+        """Whether a tensor may need more than one pass over its inputs before it is merged."""
         return self.has_steps(job) or job.scaling is not None
 
     def tile(self, job: TensorJob) -> int:
-        """How many elements of this tensor belong together."""
+        """How many elements of this tensor form a tile."""
         if not self.has_steps(job):
             return TILE
-        given = job.given(self.seed)
-        return tile_elements(given, self.method.granularity(given))
+        spec = job.given(self.seed)
+        return tile_elements(spec, self.method.granularity(spec))
 
     def jobs(self) -> Iterator[TensorJob]:
         for shard in self.shards:
@@ -172,7 +173,7 @@ class MergePlan:
 
     @property
     def num_kept(self) -> int:
-        """How many tensors are one model's as they are, not merged."""
+        """How many tensors are copied from one model, not merged."""
         return sum(job.is_copied for job in self.jobs())
 
     @property
@@ -211,16 +212,16 @@ class MergePlan:
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
     def facts_of(self, output: int) -> dict[str, Any]:
-        """The facts of a merge with this output alone: what one of several says of itself."""
+        """The facts of a merge with this output alone, for the report of one of several outputs."""
         return {**self.facts, **words_of([self.recipe.outputs[output].words])}
 
     def digest_of(self, output: int) -> str:
-        """SHA-256 over all that decides an output's bytes, as far as headers show it."""
+        """SHA-256 over everything that decides an output's bytes, as far as headers show it."""
         return hashlib.sha256(json.dumps(self.facts_of(output), sort_keys=True).encode()).hexdigest()
 
 
 def words_of(outputs: list[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """What sets outputs apart, as facts: {"t": ["0.3", "0.5"]}."""
+    """The parameters in which outputs differ, as facts: {"t": ["0.3", "0.5"]}."""
     return {key: [label_t(words[key]) for words in outputs] for key in outputs[0]}
 
 
@@ -228,7 +229,7 @@ _TEXT = "recipe_sha256"  # the fact that stands for a recipe's text
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two merges' facts differ in, in words: `t was 0.4, now 0.5`."""
+    """The differences between two merges' facts, in words: `t was 0.4, now 0.5`."""
     words = ((key, _in_words(before.get(key)), _in_words(now.get(key))) for key in {**now, **before})
     parts = [
         "the recipe changed" if key == _TEXT else f"{key} was {old}, now {new}" for key, old, new in words if old != new

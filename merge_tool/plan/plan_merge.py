@@ -1,4 +1,4 @@
-"""Recipe + headers -> MergePlan: every output byte's place, or every mismatch at once. Reads no weights."""
+"""Recipe + headers -> MergePlan: the offset of every output byte, or every mismatch at once. Reads no weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, listed, shown
-from merge_tool.methods.passes import check_given
+from merge_tool.methods.passes import check_spec
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.renaming import find_renaming, renaming_warnings
-from merge_tool.plan.expand import Expansion, Place
+from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.fit import Fit, fit, no_match
 from merge_tool.plan.layout import lay_out, output_dtype, output_stem
 from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
@@ -44,11 +44,11 @@ def plan_merge(
     methods: Mapping[str, Method] = METHODS,
     single_file: str | None = None,
 ) -> MergePlan:
-    """Plan the merge of `models`, opened in the recipe's order. `single_file` names the one file to write, if that is
-    asked.
+    """Plan the merge of `models`, opened in the recipe's order. `single_file` names the one file to write, if the
+    output is one file.
 
-    Raises MismatchError with all mismatches at once; RecipeError when files are asked of a model without any, a
-    pattern matches no tensor, or a parameter has no value for some.
+    Raises MismatchError with all mismatches at once; RecipeError if the donor of files has none, if a pattern matches
+    no tensor, or if a parameter lacks a value for some tensors.
     """
     method, first = methods[recipe.method], models[recipe.first]
     donor = models[recipe.donor]
@@ -93,7 +93,7 @@ def plan_merge(
 
 @dataclass(slots=True)
 class _Jobs:
-    """From an output tensor to its job: what it is made of."""
+    """Makes the job of each output tensor: its sources and parameters."""
 
     recipe: Recipe
     method: Method
@@ -114,15 +114,15 @@ class _Jobs:
         return [stored.get(name) or self._info(name) for name in names]
 
     def _info(self, name: str) -> TensorInfo:
-        model, own = self._sources(self.expansion.place(name))[0]
+        model, own = self._sources(self.expansion.tensor(name))[0]
         info, stored = self.models[model].tensors[own], self.models[model].stored_dtype(own)
         dtype = stored if name in self.kept else output_dtype(self.recipe, stored)
         return info if (info.name, info.dtype) == (name, dtype) else replace(info, name=name, dtype=dtype)
 
-    def _sources(self, place: Place) -> tuple[tuple[int, str], ...]:
-        if place.name not in self.kept:
-            return self.expansion.sources(place)
-        base = self.expansion.base_of(place)
+    def _sources(self, tensor: OutputTensor) -> tuple[tuple[int, str], ...]:
+        if tensor.name not in self.kept:
+            return self.expansion.sources(tensor)
+        base = self.expansion.base_of(tensor)
         assert base is not None  # else it is left out
         return (base,)
 
@@ -135,8 +135,8 @@ class _Jobs:
         return self._plain(number, out)
 
     def _plain(self, number: int, out: TensorInfo) -> TensorJob:
-        place = self.expansion.place(out.name)
-        origin = self._sources(place)
+        tensor = self.expansion.tensor(out.name)
+        origin = self._sources(tensor)
         sources: tuple[TensorSource, ...] = tuple(self.models[k].source(name) for k, name in origin)
         sides = self._sides.setdefault(sides := tuple(k for k, _ in origin), sides)
         if (reason := self.kept.get(out.name)) is not None:
@@ -146,8 +146,8 @@ class _Jobs:
         exact = sources[0].info.dtype not in FLOAT_DTYPES
         if exact and len(sources) > 1:
             return TensorJob(number, out, sources, sides, exact=True)
-        has_base = self.expansion.has_base(place)
-        values = self.expansion.values(place)
+        has_base = self.expansion.has_base(tensor)
+        values = self.expansion.values(tensor)
         job = TensorJob(
             number=number,
             out=out,
@@ -172,25 +172,25 @@ class _Jobs:
                 continue
             self._checked.add(key)
             try:
-                check_given(self.method, given := job.given(0, output))
+                check_spec(self.method, spec := job.given(0, output))
             except ValueError as e:
                 where = self._where(str(e))
                 raise RecipeError(f"{where}: {e} (The first such tensor: {shown(job.out.name)}.)") from e
-            if self.method.granularity(given) != self.method.granularity(job.given(0)):
+            if self.method.granularity(spec) != self.method.granularity(job.given(0)):
                 raise RecipeError(
                     f"{shown(job.out.name)}: is merged by rows in one output and as a whole in another, which is not "
                     "one pass. Make them one after the other."
                 )
 
     def _where(self, problem: str) -> str:
-        """Where the recipe sets the parameters that a method's message speaks of."""
+        """Where the recipe sets the parameters that a method's message names."""
         words = set(re.findall(r"\w+", problem))
         settings = (setting for scope in self.recipe.scopes() for key, setting in scope.items() if key in words)
         lines = sorted({choice.line for setting in settings for choice in setting.choices if choice.line})
         return shown(self.recipe.where) + (f", line {listed(lines)}" if lines else "")
 
     def _in_8_bits(self, number: int, out: TensorInfo, weight: str, scaled: ScaledPlan) -> TensorJob:
-        """Codes and scales have the fate of the weight that they are of."""
+        """Codes and scales are treated as the weight that they belong to."""
         info = self.models[self.recipe.first].tensors[weight]
         reason = self.kept.get(weight, "" if info.numel else _EMPTY)
         if reason:
@@ -204,7 +204,7 @@ class _Jobs:
 
 
 def _is_plain_copy(values: Values) -> bool:
-    """Whether a single input is taken as it is."""
+    """Whether a single input is copied unchanged."""
     return set(values.each) <= {"scale"} and all(scale in (None, 1, 1.0) for scale in values.each.get("scale", ()))
 
 
@@ -241,7 +241,7 @@ def _check_outputs_differ(plan: MergePlan) -> None:
 def _facts(
     recipe: Recipe, models: Sequence[Checkpoint], stem: str, text: str, single_file: str | None
 ) -> dict[str, Any]:
-    """What decides the output's bytes, in words that can be compared when a merge is resumed."""
+    """The facts that decide the output's bytes, in a form that can be compared when a merge is resumed."""
     options = as_json(recipe.options, all_of_them=True)
     if single_file:
         options["max_shard_bytes"] = None
@@ -259,13 +259,13 @@ def _facts(
 
 
 def input_facts(model: Checkpoint) -> dict[str, Any]:
-    """What tells one input from another, as far as headers show it."""
+    """The facts that identify an input, as far as headers show it."""
     files = {f.file_name: {"size": f.source.size, "header_sha256": f.header_sha256} for f in model.files}
     return {"name": model.name, "files": files}
 
 
 def _published(recipe: Recipe, models: Sequence[Checkpoint]) -> str:
-    """The recipe's text as the output tells it: a model on this disk by its name, not by the user's path."""
+    """The recipe's text as written to the output: local models by their names, not by the user's paths."""
     text: str = recipe.text
     names = {ref.path: model.name for ref, model in zip(recipe.models, models, strict=True) if Path(ref.path).exists()}
     for path in sorted(names, key=len, reverse=True) if text else ():

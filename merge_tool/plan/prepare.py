@@ -1,5 +1,5 @@
-"""The plan of a merge with all that goes with it: side files, warnings, memory. Everything that can go wrong for the
-user before the first byte is written goes wrong here.
+"""The plan of a merge with its side files, warnings and memory. Every error that the user can cause and that can be
+found before the first byte is written is raised here.
 
 Reads headers, side files, and a few bytes of many tensors; writes nothing.
 """
@@ -37,12 +37,12 @@ from merge_tool.vocabulary.row_tensors import has_row_tensors
 
 @dataclass(frozen=True)
 class Prepared:
-    """A merge that headers say will work: what `--dry-run` shows and `merge` carries out.
+    """A planned merge, checked by headers: `--dry-run` shows it and `merge` runs it.
 
-    `samples` are digests of a few bytes of many tensors of each input (none after a dry run, which reads no
-    weights): what tells two finetunes of one layout apart. `refs` are the models by local paths, `inputs` all of these
-    paths, adapters' too; `download` is what of them was still to be fetched, after a dry run. `first_card` is the card
-    of the model whose licence and language the output inherits. `has_own_rows` says that rows were matched by token.
+    `samples` are digests of a few bytes of many tensors of each input, which distinguish two finetunes of one layout; a
+    dry run, which reads no weights, has none. `refs` are the models by local paths, `inputs` all of these paths,
+    including adapters; `download` is what is still to be fetched, after a dry run. `first_card` is the card of the
+    model whose licence and language the output inherits. `has_own_rows`: rows were matched by token.
     """
 
     plan: MergePlan
@@ -62,12 +62,13 @@ class Prepared:
 
     @property
     def disk_bytes(self) -> int:
-        """Disk space that the outputs take."""
+        """The disk space that the outputs take."""
         return self.plan.output_bytes + len(self.plan.labels) * self.side_files.size
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of weights to be read: once what fits the arena or is copied, twice the rest. 8-bit codes once more."""
+        """Bytes of weights to be read: tensors that fit the arena or are copied count once, others twice. 8-bit codes
+        count once more."""
         arena = self.layout.arena_bytes
         return sum(
             job.input_nbytes * (1 if region_bytes(job) <= arena or (job.scaling and not job.is_scales) else 2)
@@ -94,8 +95,8 @@ def prepare(
 ) -> Prepared:
     """Open the models, plan their merge into `target`, and check all that can be checked; writes nothing.
 
-    Of models of the Hub the headers are enough. With `read_samples` a few hundred kilobytes of weights are read, too,
-    to know the inputs again later. Raises a MergeToolError.
+    For models of the Hub the headers are enough. With `read_samples` a few hundred kilobytes of weights are read, too,
+    to recognise the inputs later. Raises a MergeToolError.
     """
     try:
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
@@ -111,7 +112,7 @@ def prepare(
     first = models[recipe.first]
     first_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
-    del opened, models, first  # for 10,000 tensors 2 MB that the plan does not need
+    del opened, models, first  # for 10,000 tensors it takes 2 MB, which the plan does not need
     held = resident_bytes()
     return Prepared(
         plan=plan,
@@ -132,7 +133,7 @@ def prepare(
 
 
 def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target) -> MergePlan:
-    """The plan; where the models do not fit because their vocabularies differ, with how far they do."""
+    """The plan. If vocabularies differ, the MismatchError also says how far they agree."""
     try:
         plan = plan_merge(recipe, models, methods=methods, single_file=target.single_file)
     except MismatchError as e:
@@ -150,29 +151,30 @@ def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Me
 def _side_files(
     recipe: Recipe, plan: MergePlan, models: Sequence[Checkpoint], alignment: Alignment | None, target: Target
 ) -> tuple[SideFiles, list[str]]:
-    """The files that are copied and what is changed in them, with warnings."""
+    """The files to copy with their changes, and warnings."""
     donor, warnings = models[recipe.donor], list[str]()
-    found = plan_side_files(
+    side_files = plan_side_files(
         None if target.is_file else donor.folder,
         donor.weight_files,
         card=BASE_CARD if recipe.donor == recipe.first else FT_CARD,
     )
-    found = replace(found, layers=plan.layers, keeps_quantization=plan.is_scaled)
+    side_files = replace(side_files, layers=plan.layers, keeps_quantization=plan.is_scaled)
     if alignment is not None:
-        found = side_files_of(alignment, found)
+        side_files = side_files_of(alignment, side_files)
         if target.is_file:
             warnings.append(f"{shown(target.path)} is one file: the tokenizer that goes with its rows is not written.")
-        warnings += settings_warnings(alignment, recipe.donor, found.folder)
+        warnings += settings_warnings(alignment, recipe.donor, side_files.folder)
     stored = donor.stored or donor
-    if found.folder is None and says_tied(stored.config or {}) and any(is_head(job.out.name) for job in plan.jobs()):
+    is_tied = says_tied(stored.config or {})
+    if side_files.folder is None and is_tied and any(is_head(job.out.name) for job in plan.jobs()):
         warnings.append("The output has a head of its own: set tie_word_embeddings to false in its config.json.")
-    if found.folder is not None:
-        found, fitted = fit_config(found, plan.jobs(), donor, models)
+    if side_files.folder is not None:
+        side_files, fitted = fit_config(side_files, plan.jobs(), donor, models)
         warnings += fitted
-    if plan.chat_template and found.folder is not None:
-        found = with_template(found, plan.chat_template)
-        warnings += template_warnings(plan.chat_template, found)
-    return found, warnings
+    if plan.chat_template and side_files.folder is not None:
+        side_files = with_template(side_files, plan.chat_template)
+        warnings += template_warnings(plan.chat_template, side_files)
+    return side_files, warnings
 
 
 def _file_warnings(side_files: SideFiles) -> Iterable[str]:
@@ -183,7 +185,7 @@ def _file_warnings(side_files: SideFiles) -> Iterable[str]:
 
 
 def _sample(model: Checkpoint, tensors: int = 1024, nbytes: int = 256) -> str:
-    """SHA-256 over bytes from the middle of evenly chosen tensors: another finetune differs nearly everywhere."""
+    """SHA-256 over bytes from the middle of evenly chosen tensors; another finetune differs in nearly all of them."""
     names = sorted(model.tensors)
     digest = hashlib.sha256()
     for name in names[:: -(-len(names) // tensors)]:

@@ -1,4 +1,4 @@
-"""`--dtype base` where BASE has 8-bit floats with scales: which tensors the output then has, and what each is made of.
+"""`--dtype base` where BASE has 8-bit floats with scales: the output's tensors, and the sources of each.
 
 Its tensors are BASE's as they are stored: codes and scales, merged in real values and quantised again; scales of
 activations, copied. Reads no weights.
@@ -23,7 +23,7 @@ from merge_tool.recipe.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How two jobs write a weight in 8 bits, its codes and their scales, as `like`, which is BASE's.
+    """How two jobs write a weight in 8 bits, its codes and its scales, in the format of `like`, BASE's weight.
 
     `other` is the second model's, where it has the same grid and dtypes: a merge that equals it may have its bytes.
     """
@@ -32,7 +32,7 @@ class Scaling:
     other: ScaledTensor | None
 
     def copied(self, side: int | None) -> ScaledTensor | None:
-        """The codes and scales that are taken byte for byte: of a result that is one of the two weights."""
+        """The codes and scales to copy byte for byte, if the result is one of the two weights."""
         return None if side is None else (self.like, self.other)[side]
 
     @property
@@ -54,7 +54,7 @@ class ScaledPlan:
         return {**{name: name for name in self.scaled.made}, **scales}
 
     def infos(self) -> Iterator[TensorInfo]:
-        """Tensors of the output that are none of BASE's, as it is read, or are others there."""
+        """The stored tensors (codes and scales) that replace or join BASE's dequantised view in the output."""
         for weight in self.scaled.made.values():
             yield from (weight.codes.info, weight.scales.info)
         yield from (source.info for source in self.scaled.activations.values())
@@ -78,10 +78,10 @@ class ScaledPlan:
 
 
 def plan_scaled(recipe: Recipe, method: Method, models: Sequence[Checkpoint]) -> ScaledPlan | None:
-    """BASE's format, if that is asked for and BASE has one.
+    """BASE's format, if the recipe's dtype is `base` and BASE has 8-bit floats with scales.
 
-    Raises RecipeError where the output cannot have it: a merge of more than two weights, weights that are made of more
-    than BASE's codes, or a configuration that speaks of another format.
+    Raises RecipeError if the output cannot have that format: a merge of more than two weights, weights computed from
+    more than BASE's codes, or a configuration with another format.
     """
     base, donor = models[recipe.first], models[recipe.donor]
     scaled = base.scaled

@@ -1,4 +1,4 @@
-"""The stacks of layers that tensor names show, and what belongs to which: known by the numbers in the names alone."""
+"""The stacks of layers, and which tensor belongs to which stack: known only from the numbers in tensor names."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Iterable, Sequence
 from merge_tool.errors import RecipeError, counted, listed, shown
 
 _LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
-_FEWEST_TENSORS = 3  # in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` is none
+_FEWEST_TENSORS = 3  # tensors in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` are no layers
 
 
 def split_layer(name: str) -> tuple[str, int] | None:
-    """The stack that a tensor belongs to, and its layer: what is before the first number, and that number.
+    """A tensor's stack and layer: the text before the first number in its name, and that number.
 
     >>> split_layer("model.layers.3.mlp.experts.7.w1.weight"), split_layer("lm_head.weight")
     (('model.layers.', 3), None)
     """
-    found = _LAYER.search(name)
-    return (name[: found.start()], int(found[0])) if found else None
+    match = _LAYER.search(name)
+    return (name[: match.start()], int(match[0])) if match else None
 
 
 def natural_key(name: str) -> str:
-    """Sort key under which numbers inside names compare as numbers: each is preceded by its length."""
+    """A sort key that compares numbers inside names as numbers: each number is preceded by its length."""
     return re.sub(r"[0-9]+", lambda digits: f"{len(digits[0].lstrip('0')):06d}{digits[0].lstrip('0')}", name)
 
 
 class Stacks:
-    """The stacks that some models' tensors form, each with its number of layers. Those of *layers* are numbered from 0
-    without gaps and have at least three tensors in each, if any stack has; a projector's `mlp.0` is no layer."""
+    """The stacks in some models' tensor names, each with its number of layers. A stack of *layers* is numbered from 0
+    without gaps and has at least three tensors in each layer, if any stack has; a projector's `mlp.0` is no layer."""
 
     def __init__(self, names: Iterable[str]) -> None:
         counts: dict[str, dict[int, int]] = {}
@@ -44,8 +44,8 @@ class Stacks:
         return self._last.get(stack, -1) + 1
 
     @property
-    def told(self) -> str:
-        """How many layers there are, in words; nothing if there are none."""
+    def in_words(self) -> str:
+        """The number of layers in words; empty if there are none."""
         if len(self.of_layers) == 1:
             return counted(self.num_layers(self.of_layers[0]), "layer")
         return ", ".join(
@@ -53,42 +53,44 @@ class Stacks:
         )
 
     def position(self, name: str) -> float:
-        """Where a tensor lies in its stack: 0 the first layer, or outside any; 1 the last layer, or the only one."""
-        found = split_layer(name)
-        if found is None:
+        """A tensor's position in its stack: 0 for the first layer and outside stacks, 1 for the last layer, or the only
+        one."""
+        layer = split_layer(name)
+        if layer is None:
             return 0.0
-        return found[1] / last if (last := self._last.get(found[0], 0)) else 1.0
+        return layer[1] / last if (last := self._last.get(layer[0], 0)) else 1.0
 
     def only(self) -> str:
-        """The one stack of layers. Raises RecipeError, naming them, if there are several, or none."""
+        """The only stack of layers. Raises RecipeError, naming the stacks, if there are several or none."""
         if len(self.of_layers) != 1:
-            found = f"{len(self.of_layers):,} stacks: {listed(self.of_layers)}" if self.of_layers else "none"
+            shown_stacks = f"{len(self.of_layers):,} stacks: {listed(self.of_layers)}" if self.of_layers else "none"
             hint = "" if not self.of_layers else (
                 f" Say which is meant: modules: {{{shown(self.of_layers[0].rstrip('.'))}: {{slices: ...}}, ...}}, "
                 "with an entry for each."
             )  # fmt: skip
             raise RecipeError(
-                f"`slices` needs the one stack of numbered layers, but the tensors' names show {found}.{hint}"
+                f"`slices` needs the one stack of numbered layers, but the tensors' names show {shown_stacks}.{hint}"
             )
         return self.of_layers[0]
 
     def called(self, name: str) -> list[str]:
-        """The stacks of layers that a module's name means: its words stand in the stack's name, one after another."""
+        """The stacks of layers that a module's name means: the stack's name contains the module's words in their
+        order."""
         return [stack for stack in self.of_layers if f".{name}." in f".{stack}"]
 
 
 class Owners:
-    """Which module each tensor belongs to: a layer's tensor to the module that its stack is called by; any other to the
-    module whose stack's name begins most like its own, the first one if several do. The only module of a model with
-    one stack may be called anything (mergekit says `default`)."""
+    """Which module each tensor belongs to. A layer's tensor belongs to the module named like its stack. Any other
+    tensor belongs to the module whose stack's name has the longest common beginning with the tensor's name, the first
+    one if several have. The only module of a model with one stack may have any name (mergekit writes `default`)."""
 
     def __init__(self, stacks: Stacks, modules: Sequence[str]) -> None:
         alone = len(modules) == len(stacks.of_layers) == 1
         self._stacks_of = {name: stacks.of_layers if alone else stacks.called(name) for name in modules}
-        self._of = {stack: name for name, found in self._stacks_of.items() for stack in found}
+        self._of = {stack: name for name, own in self._stacks_of.items() for stack in own}
         known = f"the stacks of layers are: {listed(stacks.of_layers) or 'none'}"
-        for name, found in self._stacks_of.items():
-            if not found:
+        for name, own in self._stacks_of.items():
+            if not own:
                 raise RecipeError(f"No tensor belongs to the module '{shown(name)}'; {known}.")
         if sum(map(len, self._stacks_of.values())) != len(self._of):
             raise RecipeError(f"Two of the modules ({listed(modules)}) mean the same stack; {known}.")
@@ -97,18 +99,18 @@ class Owners:
 
     def stack(self, name: str) -> str:
         """The only stack of a module. Raises RecipeError if it has several."""
-        if len(found := self._stacks_of[name]) > 1:
-            raise RecipeError(f"The module '{shown(name)}' has slices but means several stacks: {listed(found)}.")
-        return found[0]
+        if len(own := self._stacks_of[name]) > 1:
+            raise RecipeError(f"The module '{shown(name)}' has slices but means several stacks: {listed(own)}.")
+        return own[0]
 
     def owner(self, name: str) -> str:
-        found = split_layer(name)
-        if found is not None and found[0] in self._of:
-            return self._of[found[0]]
+        layer = split_layer(name)
+        if layer is not None and layer[0] in self._of:
+            return self._of[layer[0]]
         return max(self._stacks_of, key=lambda module: max(_alike(name, s) for s in self._stacks_of[module]))
 
 
 def _alike(name: str, stack: str) -> int:
-    """How many words two names begin with alike."""
+    """The number of words in two names' common beginning."""
     words = zip(name.split("."), stack.split("."), strict=False)
     return next((k for k, (a, b) in enumerate(words) if a != b), min(name.count("."), stack.count(".")))

@@ -1,4 +1,4 @@
-"""Where a merge goes: a folder or one file, beside its inputs and never over them. Looks at paths; writes nothing."""
+"""A merge's output path: a folder or one file, beside its inputs and never over them. Checks paths; writes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merge_tool.plan.overlap import lies_in
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a merge goes: a folder, or exactly one .safetensors file."""
+    """A merge's output: a folder, or exactly one .safetensors file."""
 
     path: Path
 
@@ -31,7 +31,7 @@ class Target:
 
 
 def check_target(target: Target, inputs: Iterable[Path]) -> None:
-    """Raise OutputError where writing to `target` could touch an input, or where it is of the wrong kind."""
+    """Raise OutputError if writing to `target` could touch an input, or if it is of the wrong kind."""
     path = target.path
     try:
         shared = next((source for source in inputs if lies_in(path, source) or lies_in(source, path)), None)
@@ -49,7 +49,7 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
 
 
 def shared_with(out: Path, source: Path) -> OutputError:
-    """The error for an output that is an input, or lies inside or around one."""
+    """The error for an output that is an input, or is inside or around an input."""
     return OutputError(
         f"{shown(out)}: the output is, or lies inside or around, the input {shown(source)} (one folder may have two "
         "names: by a link, a mount, or on a disk that ignores case). Choose another folder."
@@ -57,7 +57,7 @@ def shared_with(out: Path, source: Path) -> OutputError:
 
 
 def check_report_path(path: Path, num_outputs: int, target: Target, inputs: Iterable[Path]) -> None:
-    """Raise RecipeError or OutputError where the report cannot be written at `path`."""
+    """Raise RecipeError or OutputError if the report cannot be written at `path`."""
     where = f"--report {shown(path)}"
     if num_outputs > 1:
         raise RecipeError(f"{where}: one report for one output; with several, each output folder has its own.")
@@ -73,7 +73,7 @@ def check_report_path(path: Path, num_outputs: int, target: Target, inputs: Iter
 
 
 def existing_folder(path: Path) -> Path:
-    """The path itself, or the nearest above it that is there."""
+    """The path itself, or its nearest parent that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -1,7 +1,7 @@
-"""mergekit's YAML -> `Recipe`: whatever the text alone can get wrong is found here, with its line.
+"""mergekit's YAML -> `Recipe`: every error that the text alone shows is raised here, with its line.
 
-Written from the format's rules, which docs/mergekit.md states. Where mergekit ignores what it does not know, an
-unknown key is an error here, and a known one without effect a warning. Opens no checkpoint; `expand` goes on from here.
+Follows the format's rules as docs/mergekit.md states them. mergekit ignores unknown keys; here an unknown key is an
+error, and a known key without effect a warning. Opens no checkpoint; `expand` is the next step.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def read_recipe(
     values: Sequence[str] | Mapping[str, Any] = (),
     **options: Any,
 ) -> Recipe:
-    """The recipe of a YAML file, or of the same as a mapping. `options` are the fields of Options; `values` stand in
-    place of the recipe's, as in parse_recipe. Raises RecipeError."""
+    """The recipe of a YAML file or an equal mapping. `options` are the fields of Options; `values` replace the
+    recipe's, as in parse_recipe. Raises RecipeError."""
     text, where = recipe_text(recipe)
     return parse_recipe(text, where, methods, extrapolate=extrapolate, values=values, options=make_options(**options))
 
@@ -76,10 +76,10 @@ def parse_recipe(
     values: Sequence[str] | Mapping[str, Any] = (),
     options: Options | None = None,
 ) -> Recipe:
-    """The recipe that `text` (of the file `where`) asks for; `methods` are those that there are.
+    """The recipe in `text` (of the file `where`); `methods` are the known methods.
 
-    `values` are parameters for all tensors, in place of the recipe's own: NAME=VALUE[,VALUE...], or a mapping. Several
-    values of a parameter are an output each.
+    `values` are parameters for all tensors that replace the recipe's: NAME=VALUE[,VALUE...], or a mapping. Each of
+    several values makes an output.
 
     Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
     parameters: with the file, the line, and what would be right.
@@ -116,7 +116,7 @@ class _Parser:
         base_number = self._models.number(base) if base else None
         tokenizer = parse_tokenizer(self._text, self._models, fields, has_base=base is not None)
         dtype, out_dtype = self._dtype(fields, "dtype"), self._dtype(fields, "out_dtype")
-        models = self._models.refs  # complete only now
+        models = self._models.refs  # the warnings are complete only now
         return Recipe(
             models=models,
             names=tuple(f"model-{number}" for number in range(1, len(models) + 1)),
@@ -162,23 +162,23 @@ class _Parser:
         return ", ".join(sorted(self._methods))
 
     def _modules(self, top: Value, fields: Fields, base: ModelRef | None, parameters: Settings) -> tuple[Module, ...]:
-        given = [key for key in _KINDS if key in fields and fields[key].plain is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
+        kinds = [key for key in _KINDS if key in fields and fields[key].plain is not None]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "none of them"
             raise self._text.error(top.line, f"there is {found}, expected exactly one of: {', '.join(_KINDS)}.")
-        if given != ["modules"]:
+        if kinds != ["modules"]:
             return (self._module(None, fields, base, [parameters]),)
-        found_modules = []
+        modules = []
         for name, value in self._text.mapping(fields["modules"], "modules").items():
             what = f"the module '{shown(name)}'"
             inside = self._text.fields(value, what, ("models", "slices", "parameters"))
-            inside = {key: found for key, found in inside.items() if found.plain is not None}
+            inside = {key: part for key, part in inside.items() if part.plain is not None}
             if ("models" in inside) == ("slices" in inside):
                 raise self._text.error(value.line, f"{what} needs either models or slices.")
-            found_modules.append(self._module(name, inside, base, [parameters]))
-        if not found_modules:
+            modules.append(self._module(name, inside, base, [parameters]))
+        if not modules:
             raise self._text.error(fields["modules"].line, "modules is empty, expected NAME: {models: ...}.")
-        return tuple(found_modules)
+        return tuple(modules)
 
     def _module(self, name: str | None, fields: Fields, base: ModelRef | None, outer: list[Settings]) -> Module:
         own = self._parameters.parse(fields.get("parameters"), "parameters") if name is not None else {}
@@ -194,7 +194,7 @@ class _Parser:
     # Slices and their sources
 
     def _all_layers(self, value: Value, base: ModelRef | None, scopes: list[Settings]) -> Slice:
-        """`models`: one slice of everything; base_model is one of its sources even if it is not listed."""
+        """`models`: one slice of all layers; base_model is one of its sources even if it is not listed."""
         refs: list[ModelRef] = []
         sources: list[Source] = []
         for item in self._text.items(value, "models"):
@@ -233,10 +233,10 @@ class _Parser:
 
     def _source(self, fields: Fields, base: ModelRef | None) -> tuple[ModelRef, Settings]:
         ref = self._models.ref(fields["model"])
-        given = fields.get("parameters")
-        settings = self._parameters.parse(given, f"the parameters of {shown(ref)}", of_model=True)
-        if settings and given and ref == base and self._method.base != "none":
-            self._text.warn(given.key_line, "parameters", f"{shown(ref)} is base_model, which has none of its own")
+        parameters = fields.get("parameters")
+        settings = self._parameters.parse(parameters, f"the parameters of {shown(ref)}", of_model=True)
+        if settings and parameters and ref == base and self._method.base != "none":
+            self._text.warn(parameters.key_line, "parameters", f"{shown(ref)} is base_model, which has none of its own")
         return ref, settings
 
     def _layers(self, item: Value, fields: Fields) -> tuple[int, int]:
@@ -251,22 +251,22 @@ class _Parser:
     def _check_lengths(self, value: Value, sources: Sequence[Source]) -> None:
         ranges = [source.layers for source in sources if source.layers]
         if len({end - first for first, end in ranges}) > 1:
-            found = ", ".join(f"[{first}, {end}]" for first, end in ranges)
-            raise self._text.error(value.line, f"the sources of a slice have layers {found}, expected equally many.")
+            texts = ", ".join(f"[{first}, {end}]" for first, end in ranges)
+            raise self._text.error(value.line, f"the sources of a slice have layers {texts}, expected equally many.")
 
     def _checked_slice(
         self, value: Value, refs: list[ModelRef], sources: list[Source], base: ModelRef | None, own: Settings,
         scopes: list[Settings],
     ) -> Slice:  # fmt: skip
-        place = refs.index(base) if base in refs and base and self._method.base != "none" else None
-        self._check_base(value, place, base)
-        self._check_count(value, len(refs), place)
-        found = Slice(tuple(sources), place, own)
-        self._check_required(value, found, refs, [own, *scopes])
-        return found
+        base_index = refs.index(base) if base in refs and base and self._method.base != "none" else None
+        self._check_base(value, base_index, base)
+        self._check_count(value, len(refs), base_index)
+        part = Slice(tuple(sources), base_index, own)
+        self._check_required(value, part, refs, [own, *scopes])
+        return part
 
-    def _check_base(self, value: Value, place: int | None, base: ModelRef | None) -> None:
-        if place is not None or self._method.base == "none" or (self._method.base == "optional" and base is None):
+    def _check_base(self, value: Value, base_index: int | None, base: ModelRef | None) -> None:
+        if base_index is not None or self._method.base == "none" or (self._method.base == "optional" and base is None):
             return
         if base is None:
             which = "the one at t = 0" if self._method.base == "first" else "the one that the others are compared with"
@@ -278,27 +278,27 @@ class _Parser:
     def _check_count(self, value: Value, count: int, base: int | None) -> None:
         fewest, most = self._method.inputs
         is_apart = base is not None and self._method.base != "first"
-        found = count - is_apart
-        if fewest <= found <= most:
+        number = count - is_apart
+        if fewest <= number <= most:
             return
         wanted = (
-            f"exactly {fewest}" if fewest == most else f"at least {fewest}" if found < fewest else f"at most {most}"
+            f"exactly {fewest}" if fewest == most else f"at least {fewest}" if number < fewest else f"at most {most}"
         )
         noun = "model" if wanted.endswith(" 1") else "models"
         beside = " beside base_model" if is_apart else ""
-        also = " with base_model, which is one of them" if beside == "" and base == count - 1 and found > most else ""
-        raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {found}{also}.")
+        also = " with base_model, which is one of them" if beside == "" and base == count - 1 and number > most else ""
+        raise self._text.error(value.line, f"{self._name} merges {wanted} {noun}{beside}, found {number}{also}.")
 
     def _check_required(self, value: Value, part: Slice, refs: list[ModelRef], scopes: list[Settings]) -> None:
-        given = {key for scope in (*scopes, self._values) for key in scope}
+        keys = {key for scope in (*scopes, self._values) for key in scope}
         for key, default in self._method.shared.items():
-            if default is REQUIRED and key not in given:
+            if default is REQUIRED and key not in keys:
                 raise self._text.error(value.line, f"{self._name} needs a '{key}': put it into `parameters:`.")
         for key, default in self._method.each.items():
             lacking = [
                 ref
-                for place, (source, ref) in enumerate(zip(part.sources, refs, strict=True))
-                if default is REQUIRED and place != part.base and key not in given and key not in source.parameters
+                for index, (source, ref) in enumerate(zip(part.sources, refs, strict=True))
+                if default is REQUIRED and index != part.base and key not in keys and key not in source.parameters
             ]
             if lacking:
                 raise self._text.error(
@@ -310,33 +310,33 @@ class _Parser:
     # Values
 
     def _dtype(self, fields: Fields, key: str) -> str | None:
-        given = self._text.optional_string(fields, key)
-        if given is None:
+        text = self._text.optional_string(fields, key)
+        if text is None:
             return None
-        name = given.removeprefix("torch.")
+        name = text.removeprefix("torch.")
         if name not in DTYPES:
             close = f" (did you mean '{_DTYPE_NAMES[name]}'?)" if name in _DTYPE_NAMES else nearest(name, DTYPES)
             raise self._text.error(
-                fields[key].line, f"{key} is '{shown(given)}'{close}, expected one of: {', '.join(DTYPES)}."
+                fields[key].line, f"{key} is '{shown(text)}'{close}, expected one of: {', '.join(DTYPES)}."
             )
         return name
 
     def _chat_template(self, fields: Fields) -> str | None:
-        given = self._text.optional_string(fields, "chat_template")
-        if given is None or given in ("auto", *TEMPLATES) or "{" in given:
-            return given
+        template = self._text.optional_string(fields, "chat_template")
+        if template is None or template in ("auto", *TEMPLATES) or "{" in template:
+            return template
         raise self._text.error(
             fields["chat_template"].line,
-            f"chat_template is '{shown(given)}'{nearest(given, TEMPLATES.keys())}, expected auto, one of "
+            f"chat_template is '{shown(template)}'{nearest(template, TEMPLATES.keys())}, expected auto, one of "
             f"{', '.join(TEMPLATES)}, or a template in Jinja.",
         )
 
 
 def make_options(**options: Any) -> Options:
-    """Options of these names. Raises RecipeError for a name that there is not."""
+    """Options from a mapping. Raises RecipeError for an unknown name."""
     known = [f.name for f in fields_of(Options)]
     if unknown := sorted(options.keys() - set(known)):
-        raise RecipeError(f"There is no option {shown(unknown[0])}; there are: {', '.join(sorted(known))}.")
+        raise RecipeError(f"Unknown option {shown(unknown[0])}. The options are: {', '.join(sorted(known))}.")
     return Options(**options)
 
 
@@ -347,7 +347,7 @@ def _list_text(value: Value) -> Any:
 
 
 def recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
-    """The recipe as YAML, and what to call it in messages."""
+    """The recipe as YAML, and its name for messages."""
     if isinstance(recipe, Mapping):
         import yaml
 

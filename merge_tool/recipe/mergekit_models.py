@@ -1,4 +1,4 @@
-"""The models that a recipe's text names, each once, by number."""
+"""The models that a recipe's text names, each once, numbered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from merge_tool.recipe.yaml_text import Fields, Text, Value
 
 
 class NamedModels:
-    """Models in the order in which they were first asked for."""
+    """Models in the order in which the text first names them."""
 
     def __init__(self, text: Text) -> None:
         self._text = text

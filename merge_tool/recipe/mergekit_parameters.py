@@ -13,7 +13,7 @@ from merge_tool.recipe.recipe import Output, label_of
 from merge_tool.recipe.settings import Choice, Pattern, Setting, Settings, constant
 from merge_tool.recipe.yaml_text import Text, Value, kind, nearest
 
-# Keys that mergekit knows, knew or is often given, and that change nothing.
+# Keys without effect that mergekit knows or knew, or that users often write.
 INERT = {
     "int8_mask": "it chose what mergekit keeps its masks in",
     "embed_slerp": "mergekit no longer reads it; a filter for embed_tokens or lm_head does what it did",
@@ -24,7 +24,7 @@ _SWITCHES = {"true": True, "false": False, "1": 1, "0": 0}
 
 
 class Parameters:
-    """What the parameters of one method may be."""
+    """The parameters of one method: names, types and ranges."""
 
     def __init__(self, text: Text, name: str, methods: Mapping[str, Method], extrapolate: bool) -> None:
         self._text = text
@@ -36,29 +36,29 @@ class Parameters:
         self._elsewhere = {key for method in methods.values() for key in (*method.shared, *method.each)}
 
     def parse(self, value: Value | None, what: str, *, of_model: bool = False) -> Settings:
-        """The settings in one place. Those `of_model` are for one input: parameters that all inputs share are an error
-        there, as nothing would read them."""
+        """The settings in one `parameters` mapping. `of_model`: the mapping of one input, where parameters that all
+        inputs share are an error, because nothing would read them."""
         if value is None or value.plain is None:
             return {}
-        given = self._text.mapping(value, what)
-        kept = {key: found for key, found in given.items() if self._counts(key, found, what, of_model)}
-        return {key: self._setting(key, found) for key, found in kept.items()}
+        mapping = self._text.mapping(value, what)
+        kept = {key: item for key, item in mapping.items() if self._counts(key, item, what, of_model)}
+        return {key: self._setting(key, item) for key, item in kept.items()}
 
     def outputs(self, values: Mapping[str, Sequence[Value]]) -> tuple[Output, ...]:
-        """One output for each combination of these values, which stand in place of the recipe's own."""
+        """One output for each combination of these values, which replace the recipe's."""
         for key in values.keys() - self._defaults.keys():
             known = ", ".join(sorted(self._defaults)) or "none"
             meant = nearest(key, self._defaults.keys())
             raise self._text.error(0, f"{self._name} has no parameter '{shown(key)}'{meant}. It has: {known}.")
         chosen = [[(key, self._scalar(key, value)) for value in several] for key, several in values.items()]
-        found = []
+        outputs = []
         for combination in product(*chosen):
             words = {key: value for key, value in combination if len(values[key]) > 1}
             settings = {key: constant(value) for key, value in combination}
-            found.append(Output(label_of(words), dict(combination), settings))
-        if len({output.label for output in found}) < len(found):
+            outputs.append(Output(label_of(words), dict(combination), settings))
+        if len({output.label for output in outputs}) < len(outputs):
             raise self._text.error(0, "two of the values are the same, and so would be two outputs.")
-        return tuple(found)
+        return tuple(outputs)
 
     def _counts(self, key: str, value: Value, what: str, of_model: bool) -> bool:
         if of_model and key in self._shared and key not in self._each and key not in INERT:
@@ -92,7 +92,7 @@ class Parameters:
         parts = [choice.pattern for choice in setting.choices]
         if None in parts[:-1]:
             line = items[parts.index(None) + 1].line
-            self._text.warn(line, key, "what stands after a value without a filter is never reached")
+            self._text.warn(line, key, "entries behind a value without a filter are never used")
         return setting
 
     def _choice(self, key: str, value: Value) -> Choice:
@@ -116,7 +116,7 @@ class Parameters:
     def _scalar(self, key: str, value: Value) -> Any:
         default = self._defaults[key]
         if isinstance(default, bool):
-            if value.plain in (True, False):  # 1 and 0, too, which mergekit-evolve writes as 1.0 and 0.0
+            if value.plain in (True, False):  # also 1 and 0, which mergekit-evolve writes as 1.0 and 0.0
                 return bool(value.plain)
             raise self._wrong(key, value, "true or false")
         if isinstance(default, str):
@@ -157,17 +157,17 @@ class Parameters:
 
 
 def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:
-    """NAME=VALUE[,VALUE...] texts, or the same as a mapping, by name. Raises RecipeError."""
+    """Parsed values by name, from NAME=VALUE[,VALUE...] texts or a mapping. Raises RecipeError."""
     pairs = list(values.items()) if isinstance(values, Mapping) else [_parse_value(text) for text in values]
-    found: dict[str, tuple[Value, ...]] = {}
+    parsed: dict[str, tuple[Value, ...]] = {}
     for key, several in pairs:
-        if key in found:
+        if key in parsed:
             raise RecipeError(f"--set: '{shown(key)}' is given twice; write {shown(key)}=VALUE,VALUE.")
         items = several if isinstance(several, (list, tuple)) else [several]
         if not items:
             raise RecipeError(f"--set: '{shown(key)}' has no value; write {shown(key)}=VALUE.")
-        found[key] = tuple(Value(0, _plain(item), str(item)) for item in items)
-    return found
+        parsed[key] = tuple(Value(0, _plain(item), str(item)) for item in items)
+    return parsed
 
 
 def _parse_value(text: str) -> tuple[str, list[str]]:
@@ -178,5 +178,5 @@ def _parse_value(text: str) -> tuple[str, list[str]]:
 
 
 def _plain(value: Any) -> Any:
-    """A word of the command line as YAML would read it, as far as parameters go."""
+    """A word of the command line, read as YAML reads a parameter."""
     return _SWITCHES.get(value.lower(), value) if isinstance(value, str) else value

@@ -11,7 +11,7 @@ from merge_tool.recipe.yaml_text import Fields, Text, Value, kind
 
 
 def parse_tokenizer(text: Text, models: NamedModels, fields: Fields, *, has_base: bool) -> Tokenizer | None:
-    """What the recipe says of its vocabulary; None if nothing. Raises RecipeError."""
+    """The recipe's tokenizer; None if the recipe has no such key. Raises RecipeError."""
     return _Parser(text, models, has_base).parse(fields)
 
 
@@ -27,8 +27,8 @@ class _Parser:
             raise self._text.error(source.key_line, "there are tokenizer_source and tokenizer, expected one of them.")
         if mapping and mapping.plain is not None:
             inside = self._text.fields(mapping, "tokenizer", ("source", "tokens", "pad_to_multiple_of"))
-            given = inside.get("tokens")
-            tokens = {} if given is None or given.plain is None else self._text.mapping(given, "tokens")
+            entries = inside.get("tokens")
+            tokens = {} if entries is None or entries.plain is None else self._text.mapping(entries, "tokens")
             return Tokenizer(
                 self._vocabulary(inside["source"]) if "source" in inside else "union",
                 {token: self._token(token, value) for token, value in tokens.items()},

@@ -1,4 +1,5 @@
-"""How a recipe names a model: PATH[@REVISION][+ADAPTER[@REVISION]]. What exists on disk under the whole text wins."""
+"""How a recipe names a model: PATH[@REVISION][+ADAPTER[@REVISION]]. If the whole text is an existing path, it is that
+path."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _MOST_CHARACTERS = 4096
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A folder, file or repository id, at a revision, perhaps with a LoRA adapter over it."""
+    """A folder, file or repository id, optionally at a revision, optionally with a LoRA adapter."""
 
     path: str
     revision: str | None = None
@@ -21,7 +22,7 @@ class ModelRef:
     lora_revision: str | None = None
 
     def __str__(self) -> str:
-        """The text form, which `parse_ref` reads back (unless something of that very name lies on disk)."""
+        """The text form, which `parse_ref` reads back (unless a path of that name exists)."""
         return _joined(self.path, self.revision) + (f"+{_joined(self.lora, self.lora_revision)}" if self.lora else "")
 
 
@@ -30,7 +31,7 @@ def _joined(path: str, revision: str | None) -> str:
 
 
 def parse_ref(text: str) -> ModelRef:
-    """The model that `text` names. Raises RecipeError for an empty part, or more `+` or `@` than can be told apart.
+    """The model that `text` names. Raises RecipeError for an empty part, or for an ambiguous number of `+` or `@`.
 
     >>> parse_ref("org/model@v1.0+org/adapter")
     ModelRef(path='org/model', revision='v1.0', lora='org/adapter', lora_revision=None)
@@ -65,10 +66,10 @@ def _split(text: str, sign: str, what: str) -> tuple[str, str | None]:
 
 
 def _existing_heads(text: str, sign: str) -> Iterator[str]:
-    """What stands before one of the signs and exists (a revision may follow it), the longest first."""
-    for place in range(len(text) - 1, 0, -1):
-        if text[place] == sign and _exists(text[:place]):
-            yield text[:place]
+    """The texts before one of the signs that are existing paths (a revision may follow), the longest first."""
+    for end in range(len(text) - 1, 0, -1):
+        if text[end] == sign and _exists(text[:end]):
+            yield text[:end]
 
 
 def _exists(text: str) -> bool:

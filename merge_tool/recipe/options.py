@@ -1,7 +1,7 @@
-"""The options of a merge beside its models and their parameters: the same for a pair and for a recipe in YAML.
+"""The options of a merge besides its models and their parameters: the same for a pair and for a recipe in YAML.
 
-One field each. The command line makes its options of these fields, the report stores them, the card prints them and
-`verify` reads them back; so a new option is a field here, and the code that uses it.
+Each option is a field. The command line makes its options from the fields, the report stores them, the card prints them
+and `verify` reads them back; a new option is a field here, and the code that uses it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
 
 
 def option(default: Any, flag: str, text: str, **kind: Any) -> Any:
-    """A field that the command line offers as `flag`; `text` is its help. `kind` says what values there are:
-    choices, metavar, is_size (bytes with a unit; `show_default` is the default as a user would write it), is_many (may
-    be repeated), is_whole (a whole number), is_flag (no value)."""
+    """A field that the command line offers as `flag`; `text` is its help. `kind` describes its values: choices,
+    metavar, is_size (bytes with a unit; `show_default` is the default as a user would write it), is_many (may be
+    repeated), is_whole (a whole number), is_flag (no value)."""
     return field(default=default, metadata={"flag": flag, "help": text, **kind})
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is asked of a merge beside its models and their parameters. Raises RecipeError for values out of range.
+    """The options of a merge besides its models and their parameters. Raises RecipeError for values out of range.
 
-    `dtype` is a key of OUTPUT_DTYPES; None is every tensor's dtype in the base, but bfloat16 for 8-bit floats, which
-    "base" writes as the base has them, with scales where it has such. Merged are the tensors that a pattern of `only`
-    matches (all, without one) and none of `exclude`; the rest is the base's. `on_mismatch` says what happens to integer
-    tensors that differ and to tensors of another shape or type, `on_missing` to tensors that some model lacks.
-    `files_from` names the model whose configuration and tokenizer files are copied: "base", "ft" for the second model
-    of a pair, or a model as the recipe names it; `chat_template` the model whose template they have instead, a template
-    known by name, or one as Jinja. `untie` gives the output a head of its own, where the base's is its
-    embedding. `seed` decides the random bits of methods that have any.
+    `dtype` is a key of OUTPUT_DTYPES. None: every tensor has its dtype in the base, but 8-bit floats become bfloat16;
+    "base" writes 8-bit floats as the base has them, with scales if it has scales. A tensor is merged if a pattern of
+    `only` matches it (or there is none) and no pattern of `exclude` does; the others are copied from the base.
+    `on_mismatch` is about integer tensors that differ and tensors whose shape or type differs, `on_missing` about
+    tensors that some model lacks. `files_from` names the model whose configuration and tokenizer files are copied:
+    "base", "ft" for the second model of a pair, or a model as the recipe names it. `chat_template` is the name of a
+    model, a template's known name, or a template in Jinja. `untie` gives the output a head of its own if the base's
+    head is its embedding. `seed` decides the random bits of methods that have any.
     """
 
     only: Sequence[str] = option(
@@ -125,7 +125,7 @@ def read_template(asked: str) -> str:
 
 
 def as_json(options: Any, *, all_of_them: bool = False) -> dict[str, Any]:
-    """The options of a dataclass of such fields that are not the default (or all): what a report stores."""
+    """The options that are not the default (or all), from a dataclass of such fields, as a report stores them."""
     values = {f.name: getattr(options, f.name) for f in fields(options)}
     plain = {k: [str(item) for item in v] if isinstance(v, tuple) else v for k, v in values.items()}
     return {f.name: plain[f.name] for f in fields(options) if all_of_them or values[f.name] != f.default}

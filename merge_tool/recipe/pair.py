@@ -1,7 +1,7 @@
-"""BASE, FT and options -> a Recipe of two models: the one place that knows how a pair is spelled.
+"""BASE, FT and options -> a Recipe of two models: the only module that knows the options of a pair.
 
-t becomes the parameter that the method has for it, --t-for a setting with patterns, several t several outputs, --vocab
-the tokenizer's source, --files-from the donor. What goes on from here sees a recipe.
+t becomes the method's parameter for it, --t-for a setting with patterns, several t several outputs, --vocab the
+tokenizer's source, --files-from the donor. All later code sees only a recipe.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ VOCABULARIES: Mapping[str, str | int] = {"base": 0, "ft": 1, "union": "union"}
 
 @dataclass(frozen=True, slots=True)
 class PairOptions:
-    """What only a pair is asked by options; a recipe in YAML says it in its text.
+    """The options of a pair alone; a recipe in YAML has them in its text.
 
     `t_for` gives some tensors a t of their own, in all outputs: rules as PATTERN=VALUE[,VALUE...], or a mapping from
-    patterns to values; of those that match a tensor the first counts. With `vocab` the rows of embeddings and heads are
-    matched by token, and the output has the tokens of that side, or of both; its rows are padded to a multiple, if one
-    is asked.
+    patterns to values; the first rule that matches a tensor counts. With `vocab` the rows of embeddings and heads are
+    matched by token, and the output has the tokens of that side, or of both; with `pad_vocab_to_multiple_of` its rows
+    are padded.
     """
 
     t_for: Rules = option(
@@ -76,10 +76,10 @@ def pair(
     **options: Any,
 ) -> Recipe:
     """The recipe that merges `base` (t = 0) and `ft` (t = 1) at each `t`. `options` are the fields of PairOptions and
-    Options. Raises RecipeError for values out of range, and for an option that there is not."""
+    Options. Raises RecipeError for values out of range, and for unknown options."""
     known = {f.name for kind in (PairOptions, Options) for f in fields(kind)}
     if unknown := sorted(options.keys() - known):
-        raise RecipeError(f"There is no option {shown(unknown[0])}; there are: {', '.join(sorted(known))}.")
+        raise RecipeError(f"Unknown option {shown(unknown[0])}. The options are: {', '.join(sorted(known))}.")
     own_names = {f.name for f in fields(PairOptions)}
     own = PairOptions(**{name: value for name, value in options.items() if name in own_names})
     ts = check_ts(t if isinstance(t, Iterable) and not isinstance(t, str) else (t,), extrapolate)
@@ -105,12 +105,13 @@ def pair(
 
 
 def pair_again(base: str | Path, ft: str | Path, head: Mapping[str, Any]) -> Recipe:
-    """The recipe that a report's head tells of. Raises KeyError, TypeError, AttributeError where it tells of none."""
+    """The recipe in a report's head. Raises KeyError, TypeError or AttributeError if the head has none."""
     return pair(base, ft, float(head["parameters"]["t"]), extrapolate=True, **head["words"], **head["options"])
 
 
 def is_pair(recipe: Recipe) -> bool:
-    """For the words of report and card alone: whether BASE and FT were given, rather than a text."""
+    """Whether the recipe was made from BASE and FT, not from a text. Only for the wording of messages, report and
+    card."""
     return not recipe.text
 
 
@@ -122,7 +123,7 @@ def _slerp_parameters(t: Setting) -> tuple[Settings, Mapping[int, Settings]]:
 
 
 def _linear_parameters(t: Setting) -> tuple[Settings, Mapping[int, Settings]]:
-    """Weights 1 - t and t. 1 - 0.9 is 0.1 here, as whoever writes the weights into a recipe would write it."""
+    """Weights 1 - t and t, rounded as decimals: 1 - 0.9 is 0.1, as a user would write it in a recipe."""
     rest = Setting(tuple(Choice(c.pattern, tuple(_one_minus(v) for v in c.values)) for c in t.choices))
     return {}, {0: {"weight": rest}, 1: {"weight": t}}
 
@@ -143,7 +144,8 @@ def _one_minus(t: float) -> float:
 
 
 def check_ts(values: Iterable[float], extrapolate: bool) -> tuple[float, ...]:
-    """The values of t, each once. Raises RecipeError for none, for what is no number, and for values out of range."""
+    """The values of t, each once. Raises RecipeError if there are none, for values that are no numbers, and for values
+    out of range."""
     try:
         ts = tuple(float(t) + 0.0 for t in values)  # -0.0 is 0.0
     except (TypeError, ValueError) as e:

@@ -1,5 +1,5 @@
-"""`Recipe`: a merge of any number of models as it is asked for, by two paths and options (pair.py) or by a YAML file
-(mergekit.py). Frozen; says nothing of what the models hold."""
+"""`Recipe`: the request for a merge of any number of models, made from two paths and options (pair.py) or a YAML file
+(mergekit.py). Frozen; contains nothing that only the models' files show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merge_tool.recipe.settings import Setting, Settings
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model in a slice, by number. `layers` is [first, end); None is all of them."""
+    """A model in a slice, by number. `layers` is [first, end); None means all layers."""
 
     model: int
     layers: tuple[int, int] | None
@@ -24,8 +24,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Layers of the output and what they are merged from. `base` is the place of the base model among the sources,
-    None if there is none or the method ignores it."""
+    """Layers of the output and their sources. `base` is the index of the base model among the sources; None if there is
+    none or the method ignores it."""
 
     sources: tuple[Source, ...]
     base: int | None
@@ -33,15 +33,15 @@ class Slice:
 
     @property
     def num_layers(self) -> int | None:
-        """How many layers of the output this is; None if the models' own number."""
+        """The number of output layers in this slice; None means as many as the models have."""
         layers = self.sources[0].layers
         return layers[1] - layers[0] if layers else None
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One stack of layers and what belongs to it. `name` is its name in `modules`; None is the whole model. A module
-    that is not sliced has one slice: all layers, as they are."""
+    """One stack of layers and the tensors that belong to it. `name` is its name in `modules`; None means the whole
+    model. A module that is not sliced has one slice: all layers."""
 
     name: str | None
     slices: tuple[Slice, ...]
@@ -49,16 +49,16 @@ class Module:
 
     @property
     def num_layers(self) -> int | None:
-        """How many layers the slices make; None if the models' own number."""
+        """The number of layers in all slices; None means as many as the models have."""
         lengths = [part.num_layers for part in self.slices]
         return sum(length or 0 for length in lengths) if lengths[0] is not None else None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Where the embedding of a token comes from: `kind` is "model" (the token's own row there), "model_token" (the row
-    of `token` or `token_id` there), "zero", or "default" (as if it were not named). `force`: in all models, even those
-    that have the token."""
+    """Where the embedding of a token comes from: `kind` is "model" (the token's row in `model`), "model_token" (the row
+    of `token` or `token_id` in `model`), "zero", or "default" (as for unnamed tokens). `force`: also in models that
+    have the token."""
 
     kind: str
     model: int | None = None
@@ -69,7 +69,8 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """The output's vocabulary: `source` is "union", "base" or a model's number; `tokens` are those given by name."""
+    """The output's vocabulary: `source` is "union", "base" or a model's number; `tokens` has the tokens that the recipe
+    names."""
 
     source: str | int
     tokens: Mapping[str, TokenRow] = field(default_factory=dict)
@@ -78,8 +79,8 @@ class Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One of the outputs of a merge: its sub-folder (nothing when it is the only one), and the parameters that it has
-    in place of the recipe's: those of the whole, and of single models. `words` say the same in JSON: {"t": 0.3}."""
+    """One of the outputs of a merge: its sub-folder (empty if it is the only output), and the parameters that replace
+    the recipe's: for all models, and for single models. `words` are the same in JSON: {"t": 0.3}."""
 
     label: str = ""
     words: Mapping[str, Any] = field(default_factory=dict)
@@ -95,12 +96,12 @@ class Output:
 class Recipe:
     """A merge of any number of models, as asked.
 
-    `models` are all that are named, in the order of the text; `names` is what the report calls them. `base` is the
-    number of base_model. `outputs` differ in parameters only, and are made in one pass. `text` is the recipe's text, if
-    it has one, `where` its file's name; `words` say in JSON what it was made of otherwise. Where it `is_strict`, a
-    pattern that matches no tensor is an error, and so are vocabularies that differ; published recipes need leniency
-    there. `rows_option` is how this recipe asks for rows by token: for messages. `warnings` name what has no effect,
-    and why.
+    `models` are all models that are named, in the order of the text; `names` are their names in the report. `base` is
+    the number of base_model. `outputs` differ in parameters only, and are made in one pass. `text` is the recipe's
+    text, if it has one, `where` its file's name; otherwise `words` has in JSON what the recipe was made from. If it
+    `is_strict`, a pattern that matches no tensor is an error, and so are vocabularies that differ; published recipes
+    need leniency there. `rows_option` is this recipe's option for rows by token, for messages. `warnings` name keys
+    without effect, and why.
     """
 
     models: tuple[ModelRef, ...]
@@ -127,13 +128,14 @@ class Recipe:
 
     @property
     def donor(self) -> int:
-        """The model whose configuration and tokenizer are copied. Raises RecipeError for a name that no model has."""
+        """The number of the model whose configuration and tokenizer are copied. Raises RecipeError for an unknown
+        name."""
         if (number := self.number_of(wanted := self.options.files_from)) is None:
             raise RecipeError(f"--files-from is '{shown(wanted)}', expected one of: {', '.join(self.known_models)}.")
         return number
 
     def number_of(self, text: str) -> int | None:
-        """Which model an option's value names: base, ft, or one as the recipe names it."""
+        """The number of the model that an option's value names: base, ft, or a model as the recipe names it."""
         if text == "base":
             return self.first
         named = [k for k, ref in enumerate(self.models) if text in (str(ref), self.names[k])]
@@ -145,17 +147,17 @@ class Recipe:
 
     @property
     def num_layers(self) -> int | None:
-        """What config.json's num_hidden_layers must become; None if unchanged. (The layers of a module that has a name
-        are that module's: see `modules`.)"""
+        """The new num_hidden_layers for config.json; None if unchanged. (For modules with names, `modules` has the
+        layers.)"""
         return self.modules[0].num_layers if self.modules[0].name is None else None
 
     @property
     def sources(self) -> frozenset[int]:
-        """The models whose tensors are merged; the others lend a configuration or a tokenizer."""
+        """The models whose tensors are merged; other models only lend a configuration or a tokenizer."""
         return frozenset(source.model for m in self.modules for part in m.slices for source in part.sources)
 
     def scopes(self) -> Iterator[Settings]:
-        """All places in which parameters are set, the innermost first."""
+        """All scopes in which parameters are set, the innermost first."""
         for output in self.outputs:
             yield from (*output.of_models.values(), output.parameters)
         for module in self.modules:
@@ -170,12 +172,12 @@ class Recipe:
 
     @property
     def dtype_code(self) -> str | None:
-        """The code of the dtype that all floats of the output have; None where each has its own."""
+        """The code of the dtype of all floats in the output; None if each tensor has its own."""
         return None if self.options.dtype is None else OUTPUT_DTYPES[self.options.dtype]
 
 
 def label_of(words: Mapping[str, Any]) -> str:
-    """The sub-folder of an output that these values set apart: t-0.3."""
+    """The sub-folder of an output with these values: t-0.3."""
     return "-".join(f"{key}-{label_t(value)}" for key, value in words.items())
 
 

@@ -1,4 +1,4 @@
-"""A parameter's value for a tensor: by patterns of the tensor's name, and by its position along the layers.
+"""A parameter's value for a tensor: by patterns that match the tensor's name, and by its position along the layers.
 
 Names, numbers and positions only. A recipe's filter and an option such as --t-for are the same thing: a `Choice` of
 values with a pattern; the first choice that fits a tensor's name counts.
@@ -20,13 +20,13 @@ from merge_tool.errors import RecipeError, shown
 
 # What Python users may give: {"self_attn": [0, 0.5, 1], "mlp": 0.2}, or the command line's "PATTERN=VALUES" texts.
 Rules: TypeAlias = "Mapping[str, float | Sequence[float]] | Iterable[str | Choice]"
-_MOST_NAMES = 5_000  # that a pattern is compared with
+_MOST_NAMES = 5_000  # at most so many names are compared with a pattern
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which tensors are meant: `re:` and a regular expression, searched anywhere in the name; a glob (`*`, `?`, `[`)
-    for the whole name; anything else is a part of the name, and so is every text that `is_part`.
+    """A choice of tensors by name: `re:` and a regular expression, searched anywhere in the name; a glob (`*`, `?`,
+    `[`) for the whole name; any other text, or with `is_part` every text, is a part of the name.
 
     >>> [Pattern(text).matches("model.layers.1.mlp.up") for text in ("mlp", "*.mlp.*", "mlp.*", "re:layers.[12]")]
     [True, True, False, True]
@@ -65,13 +65,13 @@ class Pattern:
         return (self._compiled.match if self._is_glob else self._compiled.search)(name) is not None
 
     def hint(self, names: Iterable[str]) -> str:
-        """What may be wrong with a pattern that matches none of these names."""
+        """A hint for a pattern that matches none of these names."""
         glob = " A glob must match the whole name: write *PATTERN*, perhaps." if self._is_glob else ""
         return glob + meant(self.text, names)
 
 
 def meant(text: str, names: Iterable[str]) -> str:
-    """` Did you mean ...?`, with the parts of tensors' names that a pattern resembles which is in none; or nothing.
+    """` Did you mean ...?`, with the parts of tensor names that resemble a pattern without a match; or nothing.
 
     >>> meant("self_atn", ["model.layers.0.self_attn.q_proj.weight"])
     ' Did you mean self_attn?'
@@ -90,15 +90,15 @@ def meant(text: str, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """`values` for the tensors that `pattern` matches; for all of them, if it is None. Several lie along the layers.
-    `line` is the recipe's, 0 where it has no lines."""
+    """`values` for the tensors that `pattern` matches, or for all tensors if it is None. Several values run along the
+    layers. `line` is the line in the recipe, 0 if the recipe has no lines."""
 
     pattern: Pattern | None
     values: tuple[Any, ...]
     line: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        """As --t-for has it: PATTERN=VALUE[,VALUE...]."""
+        """In the form of --t-for: PATTERN=VALUE[,VALUE...]."""
         pattern = self.pattern.text if self.pattern else ""
         return f"{pattern}={','.join(repr(value).removesuffix('.0') for value in self.values)}"
 
@@ -122,12 +122,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A parameter's choices; the first that fits a tensor's name counts."""
+    """A parameter's choices; the first choice that matches a tensor's name counts."""
 
     choices: tuple[Choice, ...]
 
     def find(self, name: str) -> Choice | None:
-        """The choice for a tensor, or None: then the scope further out decides."""
+        """The choice for a tensor; None if the next outer scope decides."""
         return next((choice for choice in self.choices if choice.pattern is None or choice.pattern.matches(name)), None)
 
     @property
@@ -146,7 +146,7 @@ def constant(value: Any) -> Setting:
 
 
 def find_choice(key: str, scopes: Iterable[Settings], name: str) -> Choice | None:
-    """The choice that gives a tensor its parameter `key`: that of the first scope that has one for it."""
+    """The choice that gives a tensor its parameter `key`: from the first scope that has one."""
     for scope in scopes:
         if key in scope and (choice := scope[key].find(name)):
             return choice
@@ -166,7 +166,7 @@ def parse_rules(rules: Rules) -> tuple[Choice, ...]:
 
 
 def _parse_rule(text: str) -> Choice:
-    pattern, equals, values = text.rpartition("=")  # the last one: a regular expression may hold others
+    pattern, equals, values = text.rpartition("=")  # the last =, because a regular expression may contain others
     if not equals or not pattern:
         raise RecipeError(f"'{shown(text)}' is not PATTERN=VALUE[,VALUE...], as in self_attn=0.3 or mlp=0,0.5,1.")
     return _rule(pattern, values.split(","))
@@ -194,5 +194,5 @@ def _rule(pattern: str, values: Any) -> Choice:
 
 
 def main() -> None:
-    """Try regular expressions on names, which may never come to an end: whoever asks waits for so long."""
+    """Try regular expressions on names. This may never end; the caller sets the time limit."""
     answer(lambda request: ([any(re.search(p, name) for name in request[1]) for p in request[0]], ()))

@@ -1,5 +1,5 @@
-"""YAML of strangers -> plain values that know their line, and what may be expected of them. The safe tags only; what is
-too large, too deep, too often repeated or given twice is refused before anything is built from it."""
+"""YAML of strangers -> plain values with their lines, and checks of their types. Only safe tags; text that is too
+large, too deep or too often repeated, and keys given twice, are refused before anything is built from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from merge_tool.errors import RecipeError, shown
 
 MOST_BYTES = 1_000_000
-_MOST_VALUES = 50_000  # aliases count each time: nine lines of them can stand for a billion values
+_MOST_VALUES = 50_000  # each use of an alias counts: nine lines of aliases can stand for a billion values
 _MOST_DEPTH = 40
 _TOO_MANY = f"more than {_MOST_VALUES:,} values, aliases included, which is no recipe"
 _TOO_DEEP = f"nested too deeply, expected at most {_MOST_DEPTH} levels"
@@ -21,8 +21,8 @@ _PLAIN = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value of the text: `plain` is a scalar, a tuple of Values or a mapping of text to Values. `line` counts
-    from 1. `key_line` is where its key stands, if it has one; `text` a scalar as it was written."""
+    """One value of the text: `plain` is a scalar, a tuple of Values or a mapping of text to Values. `line` counts from
+    1. `key_line` is the line of its key, if it has one; `text` is a scalar as it was written."""
 
     line: int
     plain: Any
@@ -35,10 +35,10 @@ Fields: TypeAlias = Mapping[str, Value]
 
 def parse_yaml(text: str, where: str) -> Value:
     """The one document of `text`. Raises RecipeError, with `where` and the line, for anything but plain, small YAML."""
-    import yaml  # here, because it costs every other command a megabyte
+    import yaml  # imported here, because it costs every other command a megabyte
 
     class Loader(yaml.SafeLoader):
-        """Stops where the text gets too deep or too long, while it is being read."""
+        """Stops as soon as the text gets too deep or too long."""
 
         num_nodes = depth = 0
 
@@ -59,8 +59,8 @@ def parse_yaml(text: str, where: str) -> Value:
         node = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        place = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{shown(where)}{place}: not YAML ({shown(e.problem or e.context)}).{_hint(e)}") from e
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{shown(where)}{line}: not YAML ({shown(e.problem or e.context)}).{_hint(e)}") from e
     except (yaml.YAMLError, ValueError) as e:
         raise RecipeError(f"{shown(where)}: not YAML ({shown(e)}).") from e
     if node is None:
@@ -92,7 +92,7 @@ class _Reader:
         if depth > _MOST_DEPTH:
             raise self._error(node, _TOO_DEEP)
         if node.id in _PLAIN and node.tag != _PLAIN[node.id]:
-            raise self._error(node, f"'{shown(node.tag, 50)}' is none of YAML's plain kinds")
+            raise self._error(node, f"'{shown(node.tag, 50)}' is not one of YAML's plain types")
         plain: Any
         if node.id == "mapping":
             plain = self._mapping(node, depth)
@@ -107,23 +107,23 @@ class _Reader:
         inherited: dict[str, Value] = {}
         for key, value in node.value:
             if key.tag == _MERGE:
-                for name, found in self._inherited(value, depth):
-                    inherited.setdefault(name, found)  # what comes first counts
+                for name, item in self._inherited(value, depth):
+                    inherited.setdefault(name, item)  # the first mapping counts
                 continue
             name = self._key(key)
             if name in own:
                 raise self._error(key, f"'{shown(name)}' is given twice, first in line {own[name].key_line}")
             own[name] = self.value(value, depth + 1, key.start_mark.line + 1)
-        return own | {name: found for name, found in inherited.items() if name not in own}
+        return own | {name: item for name, item in inherited.items() if name not in own}
 
     def _inherited(self, node: Any, depth: int) -> list[tuple[str, Value]]:
-        """What `<<: *other` or `<<: [*one, *other]` adds."""
-        found: list[tuple[str, Value]] = []
+        """The items that `<<: *other` or `<<: [*one, *other]` adds."""
+        items: list[tuple[str, Value]] = []
         for mapping in node.value if node.id == "sequence" else [node]:
             if mapping.id != "mapping":
                 raise self._error(mapping, "`<<` expects a mapping or a list of them")
-            found.extend(self.value(mapping, depth + 1).plain.items())
-        return found
+            items.extend(self.value(mapping, depth + 1).plain.items())
+        return items
 
     def _key(self, node: Any) -> str:
         if node.id != "scalar":
@@ -136,7 +136,7 @@ class _Reader:
         try:
             return self._scalars.construct_object(node)
         except self._errors as e:
-            raise self._error(node, f"'{shown(node.value, 50)}' is no value of YAML's plain kinds") from e
+            raise self._error(node, f"'{shown(node.value, 50)}' is not a value of YAML's plain types") from e
 
     def _error(self, node: Any, what: str) -> RecipeError:
         return RecipeError(f"{shown(self._where)}, line {node.start_mark.line + 1}: {what}.")
@@ -144,9 +144,10 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file being read: how its errors begin, what it expects of values, and the warnings so far (in order, once).
+    """A file being read: the beginning of its error messages, checks of values, and the warnings so far (in order, each
+    once).
 
-    `inert` says of keys that are known but change nothing why they do not; `hints` of others where they belong.
+    `inert` has for known keys without effect the reason; `hints` has for misplaced keys the right place.
     """
 
     where: str
@@ -156,11 +157,11 @@ class Text:
 
     @property
     def start(self) -> str:
-        """How its errors begin."""
+        """The beginning of error messages."""
         return f"{shown(self.where)}, line "
 
     def error(self, line: int, what: str) -> RecipeError:
-        """The error for what stands in a line; line 0 is the whole."""
+        """The error for a line; line 0 means the whole file."""
         return RecipeError(f"{self.start}{line}: {what}" if line else f"{shown(self.where)}: {what}")
 
     def warn(self, line: int, key: str, why: str) -> None:
@@ -171,15 +172,15 @@ class Text:
         mapping = self.mapping(value, what)
         unknown = [key for key in mapping if key not in known and key not in self.inert]
         if unknown:
-            found = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
-            raise self.error(mapping[unknown[0]].key_line, f"{what} has no key {found}. Known: {', '.join(known)}.")
+            unread = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
+            raise self.error(mapping[unknown[0]].key_line, f"{what} has no key {unread}. Known: {', '.join(known)}.")
         for key in mapping:
             if key not in known:
                 self.warn(mapping[key].key_line, key, self.inert[key])
-        return {key: found for key, found in mapping.items() if key in known}
+        return {key: item for key, item in mapping.items() if key in known}
 
     def meant(self, key: str, known: Collection[str]) -> str:
-        """What may have been meant by an unknown key, in brackets; or nothing."""
+        """A hint in brackets for an unknown key; or nothing."""
         return f" ({self.hints[key]})" if key in self.hints else nearest(key, known)
 
     def mapping(self, value: Value, what: str) -> Fields:
@@ -190,8 +191,8 @@ class Text:
     def items(self, value: Value, what: str) -> tuple[Value, ...]:
         """A list that is not empty."""
         if not isinstance(value.plain, tuple) or not value.plain:
-            found = "an empty list" if value.plain == () else kind(value)
-            raise self.error(value.line, f"{what} is {found}, expected a list.")
+            what_is = "an empty list" if value.plain == () else kind(value)
+            raise self.error(value.line, f"{what} is {what_is}, expected a list.")
         return value.plain
 
     def string(self, value: Value, what: str) -> str:
@@ -206,7 +207,7 @@ class Text:
 
 
 def kind(value: Value) -> str:
-    """What a value is, in words."""
+    """The kind of a value, in words."""
     if isinstance(value.plain, Mapping):
         return "a mapping"
     if isinstance(value.plain, tuple):

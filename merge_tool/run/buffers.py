@@ -19,7 +19,7 @@ _START_SECONDS = 30.0
 
 
 def anonymous(nbytes: int) -> Array:
-    """Zeroed memory that goes back to the system with the last array on it."""
+    """Zeroed memory that returns to the system with the last array that uses it."""
     try:
         return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)
     except OSError as e:
@@ -58,17 +58,17 @@ class WorkerMemory:
 
     def arrays(self, job: TensorJob, length: int) -> tuple[list[Array], Array]:
         """Flat arrays of `length` elements for every input, and for the output."""
-        found, start = [], 0
+        arrays, start = [], 0
         for info in (*(source.info for source in job.sources), job.out):
             dtype = STORED_DTYPES[info.dtype]
-            found.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
+            arrays.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
             start += aligned(length * dtype.itemsize)
-        return found[:-1], found[-1]
+        return arrays[:-1], arrays[-1]
 
 
 class Worker:
-    """Runs `target` in a thread of its own, which does not keep the process alive. `target` deals with its errors; what
-    gets past it all the same is kept as `error`. Raises WorkerError where no thread can be started.
+    """Runs `target` in a daemon thread. `target` handles its errors; an error that escapes it is kept as `error`.
+    Raises WorkerError if no thread can be started.
 
     threading.Thread.start waits for its thread to say that it runs, forever if the system has no memory for that thread
     to get so far. A merge under a limit on memory must not hang, so this waits with a limit of its own.
@@ -105,7 +105,7 @@ class Worker:
 
 
 def cannot_start(e: RuntimeError) -> WorkerError:
-    """What to raise where Python says that it can start no thread: for lack of memory for its stack, or by a limit."""
+    """The error if Python can start no thread: there is no memory for its stack, or a limit is reached."""
     return WorkerError(
         f"The system starts no other thread ({reason(e)}): memory, or the number of threads, is limited. Give fewer "
         "--jobs, then run the same command: it continues."
@@ -113,7 +113,7 @@ def cannot_start(e: RuntimeError) -> WorkerError:
 
 
 def ended(error: BaseException | None) -> WorkerError:
-    """What to raise where a thread has ended that should not have."""
+    """The error for a thread that ended unexpectedly."""
     cause = f"{type(error).__name__}: {reason(error)}" if error is not None else "it left no message"
     return WorkerError(
         f"A worker thread ended unexpectedly ({cause}). Run the same command: it continues. If that happens again, "

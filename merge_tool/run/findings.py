@@ -1,6 +1,5 @@
-"""What a run finds out about each tensor, and how journal and report store it. Floats in hex come back exactly.
-
-From its finding a tensor's merge can be begun again without the passes that made it: `verify` does, tile by tile.
+"""A run's finding for each tensor, and its form in journal and report. Floats in hex are read back exactly. With its
+finding, a tensor can be merged again without repeating the passes: `verify` does so, tile by tile.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from typing import Any, TypeAlias
 from merge_tool.methods.inner import PairSums
 
 Results: TypeAlias = "float | list[Results]"  # of a pass: a number, or lists of them
-_MOST_KEPT = 256  # numbers; the passes of a tensor that found more are made again instead
+_MOST_KEPT = 256  # numbers; if a tensor's passes give more, they are made again instead
 _DEEPEST = 8  # lists in lists; a pass finds at most 2, and each output has a list of passes
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What the run found out about one tensor.
+    """The run's finding for one tensor.
 
     `sums` are those of two weighted tensors. `equal`: all inputs hold the same bytes, and the result is those.
-    `kept_base`: integers that differ, of which the base's are kept. `passes` has, for each output whose parameters are
-    its own, what the method's passes found, in their order; None where there were none, or where that is too much.
+    `kept_base`: integers that differ, so the base's are kept. `passes` has the results of the method's passes in their
+    order, for each output with parameters of its own; None if there were no passes, or if the results are too large.
     """
 
     sums: PairSums | None = None
@@ -41,8 +40,8 @@ class Findings:
         self._flags = bytearray()
         self._rare: dict[int, PairSums] = {}  # those with a scale or a refinement
         self._values = array("d")  # of all passes, one tensor's after another
-        self._places = array("q", [0])  # where each tensor's begin, and the last one's end
-        self._shape_of = array("i")  # which of the shapes they have; -1 is none
+        self._places = array("q", [0])  # where each tensor's values begin, and where the last one's end
+        self._shape_of = array("i")  # the index of each tensor's shape; -1 without passes
         self._shapes: list[tuple[Any]] = []  # few: a method's passes are alike for all tensors
 
     def add(self, number: int, finding: Finding) -> None:
@@ -76,7 +75,7 @@ class Findings:
 
 
 def _flatten(results: Results, values: array[float]) -> Any:
-    """The numbers into `values`; returns the shape that they had: None for a number, a tuple for a list."""
+    """Append the numbers to `values`; returns their shape: None for a number, a tuple for a list."""
     if isinstance(results, float):
         values.append(results)
         return None
@@ -88,7 +87,7 @@ def _unflatten(shape: Any, values: Iterator[float]) -> Results:
 
 
 def keep_results(results: Any) -> Results | None:
-    """What passes found, as it is kept: numbers in lists; None if it is too much."""
+    """The results of passes as they are stored: numbers in lists; None if there are too many."""
     plain = _plain(results)
     return plain if _count(plain) <= _MOST_KEPT else None
 
@@ -117,7 +116,7 @@ def to_record(finding: Finding) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> Finding:
-    """What to_record stored. Raises KeyError, TypeError, ValueError for what it never stores."""
+    """The finding that to_record stored. Raises KeyError, TypeError or ValueError for any other record."""
     sums, passes = record.get("sums"), record.get("passes")
     return Finding(
         sums=_parse_sums(sums) if sums else None,

@@ -208,9 +208,9 @@ class _Run:
 
     def _take_finished(self) -> list[ShardDone]:
         with self.changed:
-            found = list(self.finished)
+            done = list(self.finished)
             self.finished.clear()
-        return found
+        return done
 
     def close(self, *, patience: float | None = None) -> None:
         """Stop the workers, and close what they left open.
@@ -289,12 +289,12 @@ class _Run:
 
     def _kept(self, job: TensorJob, region: int) -> tuple[Array, ...]:
         """Room for all inputs whole."""
-        found = []
+        inputs = []
         for source in job.sources:
             raw = self.arena.memory[region : region + source.info.nbytes]
-            found.append(raw.view(NUMPY_DTYPES[source.info.dtype]))
+            inputs.append(raw.view(NUMPY_DTYPES[source.info.dtype]))
             region += aligned(source.info.nbytes)
-        return tuple(found)
+        return tuple(inputs)
 
     def _queue_pass(self, tensor: _OpenTensor) -> None:
         """Queue its chunks to be added, if its work wants them."""

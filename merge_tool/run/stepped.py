@@ -16,7 +16,7 @@ from merge_tool.arrays import Array, convert, decode, first_nonfinite, same_valu
 from merge_tool.errors import DataError, shown
 from merge_tool.methods.inner import Scratch
 from merge_tool.methods.passes import Running, begin_steps, check_combine, check_merged, start_pass
-from merge_tool.methods.steps import FLAT, ColumnSums, Combine, Given, Method, Pass, Steps, Tile, tile_elements
+from merge_tool.methods.steps import FLAT, ColumnSums, Combine, MergeSpec, Method, Pass, Steps, Tile, tile_elements
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.run.findings import Finding, Results, keep_results
 from merge_tool.run.values import Chunks, check_finite, converted, overflow
@@ -29,15 +29,15 @@ class Stepped:
         self.job = job
         distinct = list(dict.fromkeys(job.values))
         self.of_output = [distinct.index(values) for values in job.values]
-        given = [job.given(plan.seed, job.values.index(values)) for values in distinct]
-        self.granularity = plan.method.granularity(given[0])
-        self.tile = tile_elements(given[0], self.granularity)
-        num_tiles = -(-given[0].numel // self.tile) or 1
-        self.keeps_equal = all(map(plan.method.copies_equal, given))
-        self.differs = threading.Event()  # set by any thread, and never taken back
+        specs = [job.given(plan.seed, job.values.index(values)) for values in distinct]
+        self.granularity = plan.method.granularity(specs[0])
+        self.tile = tile_elements(specs[0], self.granularity)
+        num_tiles = -(-specs[0].numel // self.tile) or 1
+        self.keeps_equal = all(map(plan.method.copies_equal, specs))
+        self.differs = threading.Event()  # set by any thread, never cleared
         self.is_checked = False
         self.finding = Finding()
-        self.ways = [_Way(plan.method, one, job.out.name, num_tiles) for one in given]
+        self.ways = [_Way(plan.method, one, job.out.name, num_tiles) for one in specs]
 
     @property
     def needs_chunks(self) -> bool:
@@ -68,7 +68,7 @@ class Stepped:
             self.finding = Finding(passes=passes)
 
     def resume(self, finding: Finding) -> bool:
-        """Take up what the passes found; false if that is not known."""
+        """Continue from the results of the passes; false if they are not known."""
         self.finding, self.is_checked = finding, True
         if finding.equal:
             for way in self.ways:
@@ -86,32 +86,32 @@ class Stepped:
         for begin in range(0, len(out), self.tile):
             cut = slice(begin, begin + self.tile)
             merged = way.merged(self._decoded(start + begin, [x[cut] for x in inputs]))
-            if (place := first_nonfinite(merged)) is not None:
-                what = f"element {start + begin + place:,} became {float(merged[place])}"
+            if (index := first_nonfinite(merged)) is not None:
+                what = f"element {start + begin + index:,} became {float(merged[index])}"
                 raise DataError(f"{shown(self.job.out.name)}: {what} in the merge, from values that are finite.")
             if not convert(merged, out[cut]):
                 raise overflow(self.job, start + begin + (first_nonfinite(out[cut]) or 0))
         return out
 
     def _decoded(self, start: int, parts: Sequence[Array]) -> Tile:
-        """A tile as the method sees it, in memory that it may write to. Values are looked at once, in the first pass
-        over them."""
-        columns = self.ways[0].given.columns
+        """A tile as the method sees it, in memory that it may write to. Values are checked once, in the first pass over
+        them."""
+        columns = self.ways[0].spec.columns
         shape = (-1,) if self.granularity == FLAT else (-1, columns)
         wide = [decode(values, np.empty(len(values))) for values in parts]
         if not self.is_checked:
             check_finite(self.job, start, wide)
         shaped = [values.reshape(shape) if values.size else values for values in wide]
         base = shaped.pop(0) if self.job.has_base else None
-        return Tile(start, base, shaped, self.ways[0].given.key)
+        return Tile(start, base, shaped, self.ways[0].spec.key)
 
 
 class _Way:
-    """A method's passes and its combine for one set of parameters. What it refuses names the tensor."""
+    """A method's passes and its combine for one set of parameters. Its errors name the tensor."""
 
-    def __init__(self, method: Method, given: Given, name: str, num_tiles: int) -> None:
-        self.given, self.name, self.num_tiles = given, name, num_tiles
-        self.steps: Steps = begin_steps(method, given)
+    def __init__(self, method: Method, spec: MergeSpec, name: str, num_tiles: int) -> None:
+        self.spec, self.name, self.num_tiles = spec, name, num_tiles
+        self.steps: Steps = begin_steps(method, spec)
         self.running: Running | None = None
         self.combine: Combine | None = None
         self.results: list[Any] = []
@@ -119,17 +119,17 @@ class _Way:
         self._advance(lambda: next(self.steps))
 
     def _advance(self, step: Callable[[], Pass]) -> None:
-        """The method's next pass, or its combine. What it finds impossible is the user's to mend."""
+        """Take the method's next pass, or its combine. Its ValueError becomes the user's DataError."""
         try:
             self.request = step()
-            self.running = start_pass(self.request, self.given, self.num_tiles)
+            self.running = start_pass(self.request, self.spec, self.num_tiles)
         except StopIteration as e:
             self.running, self.combine = None, self._checked(partial(check_combine, e.value))
         except ValueError as e:
             raise DataError(f"{shown(self.name)}: {e}") from e
 
     def _checked(self, ask: Callable[[], Any]) -> Any:
-        """What a method gives; what is wrong with it names the tensor."""
+        """A method's answer; its errors name the tensor."""
         try:
             return ask()
         except ValueError as e:
@@ -142,16 +142,16 @@ class _Way:
     def settle(self) -> None:
         running = self.running
         if running is not None and not self._checked(running.settle):
-            self.results.append(running.found)
-            self._advance(lambda: self.steps.send(running.found))
+            self.results.append(running.result)
+            self._advance(lambda: self.steps.send(running.result))
 
     def resume(self, results: Results) -> bool:
-        """Give the method what its passes found before; false unless that is all that it asks for."""
+        """Give the method the stored results of its passes; false unless it then needs no other pass."""
         for result in results if isinstance(results, list) else ():
             if self.running is None:
                 return False
-            found = np.array(result) if isinstance(self.request, ColumnSums) else result
-            self._advance(partial(self.steps.send, found))
+            answer = np.array(result) if isinstance(self.request, ColumnSums) else result
+            self._advance(partial(self.steps.send, answer))
         return self.running is None
 
     def close(self) -> None:

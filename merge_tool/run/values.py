@@ -1,4 +1,4 @@
-"""Values on their way through a merge: converted, and refused by name where they cannot be merged."""
+"""Values in a merge: converted, and refused by name if they cannot be merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Chunks: TypeAlias = Callable[[], Iterable[tuple[int, Sequence[Array]]]]  # (firs
 
 
 def converted(job: TensorJob, start: int, values: Array, out: Array) -> Array:
-    """`values`, the elements from `start` on, in the output's dtype. Raises DataError where one does not fit it."""
+    """`values`, the elements from `start` on, in the output's dtype. Raises DataError if a value does not fit."""
     if values.dtype == out.dtype:
         return values
     if not convert(values, out):
@@ -38,8 +38,8 @@ def refuse_nonfinite(job: TensorJob, chunks: Chunks) -> None:
 def check_finite(job: TensorJob, start: int, inputs: Sequence[Array]) -> None:
     """Raise DataError for a value that is not finite; `inputs` are the elements from `start` on."""
     for source, values in zip(job.sources, inputs, strict=True):
-        if (place := first_nonfinite(values)) is not None:
+        if (index := first_nonfinite(values)) is not None:
             raise DataError(
-                f"{shown(source.info.name)} in {shown(source.where)}: element {start + place:,} is "
-                f"{float(values[place])}. A merge would spread it; repair or leave out that model."
+                f"{shown(source.info.name)} in {shown(source.where)}: element {start + index:,} is "
+                f"{float(values[index])}. A merge would spread it; repair or leave out that model."
             )

@@ -20,14 +20,14 @@ from merge_tool.vocabulary.rows import alone_ranges, mean_ranges
 
 
 class Weighted:
-    """Base and finetune by the weights that follow from their sums; the base, where all bytes are equal."""
+    """Base and finetune merged by the weights that their sums give; the base, if all bytes are equal."""
 
     tile, needs_chunks, in_order = TILE, True, False
 
     def __init__(self, plan: MergePlan, job: TensorJob) -> None:
         self.job, self.method = job, plan.method
-        self.given = [job.given(plan.seed, output) for output in range(len(job.values))]
-        self.keeps_equal = [self.method.copies_equal(given) for given in self.given]
+        self.specs = [job.given(plan.seed, output) for output in range(len(job.values))]
+        self.keeps_equal = [self.method.copies_equal(spec) for spec in self.specs]
         self.parts = np.zeros((-(-job.numel // TILE), 3))
         self.differs = threading.Event()  # set by any thread, and never taken back
         self.weights: tuple[Weights, ...] = ()
@@ -54,18 +54,18 @@ class Weighted:
         self.resume(Finding(sums=sums, equal=equal))
 
     def resume(self, finding: Finding) -> bool:
-        """Take up what the sums came to; false if they are not known."""
+        """Continue from the sums; false if they are not known."""
         self.finding = finding
         if not finding.equal:
             if finding.sums is None:
                 return False
             assert self.method.weights is not None
-            self.weights = tuple(self.method.weights(finding.sums, given) for given in self.given)
+            self.weights = tuple(self.method.weights(finding.sums, spec) for spec in self.specs)
         self.needs_chunks = False
         return True
 
     def copied(self, output: int) -> int | None:
-        """Which input an output is, byte for byte; None if it is neither."""
+        """The input that an output equals byte for byte; None if it equals neither."""
         return 0 if self.finding.equal else self.weights[output].copied
 
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
@@ -171,8 +171,8 @@ class Scaled:
 
     @property
     def finding(self) -> Finding:
-        found = self.pair.finding
-        return Finding(equal=found.equal) if self.job.is_scales else found
+        finding = self.pair.finding
+        return Finding(equal=finding.equal) if self.job.is_scales else finding
 
     @property
     def needs_chunks(self) -> bool:
@@ -189,8 +189,8 @@ class Scaled:
                 magnitudes = np.abs(merged, out=scratch.f64[1, : len(merged)])
                 self._raise(output, largest_of(self.scaling.like.grid, start + begin, magnitudes))
 
-    def _raise(self, output: int, found: Iterable[tuple[tuple[slice, slice], Array]]) -> None:
-        for cut, values in found:
+    def _raise(self, output: int, magnitudes: Iterable[tuple[tuple[slice, slice], Array]]) -> None:
+        for cut, values in magnitudes:
             with self.lock:
                 if output not in self.largest:
                     self.largest[output] = np.zeros(self.scaling.num_scales)
@@ -208,11 +208,11 @@ class Scaled:
             self.store.keep(self.scaling, self.pair.finding, self.scales)
 
     def resume(self, finding: Finding) -> bool:
-        """Take up what the sums came to; the scales must then be given (`scales`), if they are not copied."""
+        """Continue from the sums; if the scales are not copied, the caller must then set `scales`."""
         return self.pair.resume(finding)
 
     def copied(self, output: int) -> TensorSource | None:
-        """The codes or the scales that are taken byte for byte; None if they are made."""
+        """The codes or the scales to copy byte for byte; None if they are computed."""
         stored = self.scaling.copied(self.pair.copied(output))
         return None if stored is None else stored.scales if self.job.is_scales else stored.codes
 
@@ -234,10 +234,10 @@ def scales_of(job: TensorJob, largest: Array) -> Array:
     """The scales of groups whose largest magnitudes these are. Raises DataError for values beyond 8 bits."""
     assert job.scaling is not None
     codes, scales = (side.info.dtype for side in (job.scaling.like.codes, job.scaling.like.scales))
-    found: Array = np.empty(len(largest), STORED_DTYPES[scales])
-    if not fresh_scales(largest, NUMPY_DTYPES[codes], found):
+    out: Array = np.empty(len(largest), STORED_DTYPES[scales])
+    if not fresh_scales(largest, NUMPY_DTYPES[codes], out):
         raise DataError(
             f"{shown(job.first.info.name)}: merged values reach {largest.max():.3g}, too much for {codes} with scales "
             f"in {scales}. Choose bfloat16 or float32 as the output's dtype."
         )
-    return found
+    return out

@@ -1,4 +1,4 @@
-"""How one tensor's output comes about: what is done with its chunks, whoever reads, schedules and writes them.
+"""How one tensor's output is computed from its chunks, independent of who reads, schedules and writes them.
 
 A work takes every chunk of its inputs as often as it needs (`add`, then `settle`), then merges chunk by chunk.
 Chunks are whole tiles, and their number and order change nothing.
@@ -29,7 +29,7 @@ class Work(Protocol):
 
     @property
     def finding(self) -> Finding:
-        """What was found out, once no more chunks are needed."""
+        """The finding, once no more chunks are needed."""
 
     @property
     def needs_chunks(self) -> bool: ...
@@ -45,7 +45,7 @@ class Work(Protocol):
         """All chunks were added: decide what comes next. Raises DataError for values that cannot be merged."""
 
     def resume(self, finding: Finding) -> bool:
-        """Begin with what was found out before, in place of all chunks; false if that is not enough."""
+        """Begin from an earlier finding instead of all chunks; false if that is not enough."""
 
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
         """Elements of an output: `out`, filled, or an input as it is. Of scales, which are not where the inputs are,
@@ -66,8 +66,8 @@ def start_work(plan: MergePlan, job: TensorJob, store: ScalesStore | None = None
 class Copied:
     """One source as it is, or in the output's dtype.
 
-    Its bytes go through our hands even so: they are hashed, and what is hashed is what is written. Then
-    copy_file_range spares nothing (bench/copy.py).
+    The bytes pass through this process anyway, because they are hashed; so copy_file_range saves nothing
+    (bench/copy.py).
     """
 
     tile, needs_chunks, in_order = TILE, False, False

@@ -1,5 +1,5 @@
-"""A stored output against its parents, bit for bit: a sample of tiles, each tensor's merge begun again from what the
-report says that its passes found; or everything, by a whole merge whose writers compare instead of writing."""
+"""A stored output against its parents, bit for bit: a sample of tiles, merged again from the pass results in the
+report; or everything, by a whole merge whose writers compare instead of writing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from merge_tool.run.work import Work, start_work
 from merge_tool.verify.checks import Checks, check_bytes, first_difference
 
 _PIECE = 1 << 20
-# What a method may raise when it is given something that its passes never found.
+# Errors that a method may raise for pass results that its passes never give.
 _UNREADABLE = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
 
 
@@ -53,7 +53,7 @@ class Sample:
     def _check_tensor(self, file: LocalFile, job: TensorJob) -> None:
         if (work := self._begun(job)) is None:
             return
-        with np.errstate(all="ignore"):  # scales of the output may be zero, or no numbers
+        with np.errstate(all="ignore"):  # the output's scales may be zero or NaN
             if isinstance(work, Scaled) and job.is_scales:
                 self._check_scales(file, job, work)
                 return
@@ -67,19 +67,19 @@ class Sample:
         return sorted(self.chance.sample(range(count), min(count, max(1, round(self.share * count)))))
 
     def _begun(self, job: TensorJob) -> Work | None:
-        """The tensor's work as the report says that its passes left it, or with its passes made again."""
+        """The tensor's work after its passes: from the report's results, or with the passes made again."""
         finding, work, what = self.findings[job.number], start_work(self.plan, job), shown(job.out.name)
         if isinstance(work, Scaled):
             codes = self.places[job.first.info.name][0]
             if finding.equal != self.findings[codes.number].equal:
-                self.checks.add(f"{REPORT}: {what}: says otherwise whether the parents are equal.")
+                self.checks.add(f"{REPORT}: {what}: is wrong about whether the parents are equal.")
                 return None
             finding = self.findings[codes.number]
         try:
             if work.resume(finding):
                 return work
         except (*_UNREADABLE, MergeToolError) as e:
-            self.checks.add(f"{REPORT}: {what}: what its passes found cannot be ({shown(e)}).")
+            self.checks.add(f"{REPORT}: {what}: its pass results are not possible ({shown(e)}).")
             return None
         if isinstance(work, Weighted | Scaled):
             self.checks.add(f"{REPORT}: {what}: has no sums.")
@@ -125,28 +125,28 @@ class Sample:
     # ------------------------------------------------------------------------------------------ 8 bits
 
     def _scales_there(self, codes: TensorJob) -> Array:
-        """The output's own."""
+        """The scales that the output has."""
         assert codes.scaling is not None
         job, file = self.places[codes.scaling.like.scales.info.name]
-        found: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
-        file.read_into(job.out.offset, as_bytes(found))
-        return found
+        scales: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
+        file.read_into(job.out.offset, as_bytes(scales))
+        return scales
 
     def _check_scales(self, file: LocalFile, job: TensorJob, work: Scaled) -> None:
-        """Rows of scales, each from all the values that share them. One scale for a whole tensor takes all of it."""
+        """Compare rows of scales, each made from all values that share it. A single scale needs the whole tensor."""
         columns = work.scaling.like.grid.scale_columns
         rows = self._chosen(job.out.numel // columns)
         if (source := work.copied(0)) is not None:
-            found: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
-            source.read_into(0, found)
+            scales: Array = np.empty(job.out.numel, STORED_DTYPES[job.out.dtype])
+            source.read_into(0, scales)
         else:
-            found = self._fresh_scales(job, work, rows)
+            scales = self._fresh_scales(job, work, rows)
         for row in rows:
-            if not self._compare(file, job, row * columns, found[row * columns : (row + 1) * columns]):
+            if not self._compare(file, job, row * columns, scales[row * columns : (row + 1) * columns]):
                 return
 
     def _fresh_scales(self, job: TensorJob, work: Scaled, rows: list[int]) -> Array:
-        """All scales, of which those in `rows` are right."""
+        """An array of all scales; only those in `rows` are computed."""
         grid, codes = work.scaling.like.grid, self.places[job.first.info.name][0]
         largest = np.zeros(job.out.numel)
         whole = largest.reshape(-1, grid.scale_columns)
@@ -164,17 +164,17 @@ class Sample:
 
 
 class _Comparer:
-    """A shard's Writer that writes nothing: it compares with the file that is there, and keeps the first difference."""
+    """A shard's Writer that writes nothing: it compares with the existing file and keeps the first difference."""
 
     def __init__(self, file: LocalFile) -> None:
         self.file, self.first, self.nbytes = file, -1, 0
         self.lock = threading.Lock()  # of `first`
 
     def write(self, offset: int, data: memoryview) -> None:
-        place = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
+        position = first_difference(self.file, offset, data, bytearray(min(len(data), _PIECE) or 1))
         with self.lock:
-            if place is not None and (self.first < 0 or place < self.first):
-                self.first = place
+            if position is not None and (self.first < 0 or position < self.first):
+                self.first = position
 
     def hash_next(self, data: memoryview) -> None:
         self.nbytes += len(data)
@@ -187,7 +187,7 @@ class _Comparer:
 
 
 class Comparison:
-    """A Sink that keeps the findings and says where the shards that are there differ from the merge."""
+    """A Sink that keeps the findings and reports where the existing shards differ from the merge."""
 
     def __init__(self, checks: Checks, files: Mapping[int, LocalFile]) -> None:
         self.checks, self.files, self.findings = checks, files, Findings()
@@ -202,15 +202,15 @@ class Comparison:
         with self.lock:
             self._take(done, writers[0].first)
 
-    def _take(self, done: ShardDone, place: int) -> None:
+    def _take(self, done: ShardDone, position: int) -> None:
         for number in done.findings:
             self.findings.add(number, done.findings[number])
         self.checks.num_compared += sum(job.out.numel for job in done.shard.jobs)
-        if place >= 0:
+        if position >= 0:
             jobs = done.shard.jobs
-            number = bisect_right([job.out.offset for job in jobs], place) - 1
+            number = bisect_right([job.out.offset for job in jobs], position) - 1
             what = f"tensor {jobs[number].out.name}" if number >= 0 else "its header"
             self.checks.add(
-                f"{shown(done.shard.file_name)}: is not the merge of these parents: from byte {place:,} on "
+                f"{shown(done.shard.file_name)}: is not the merge of these parents: from byte {position:,} on "
                 f"({shown(what)}) it differs."
             )

@@ -1,4 +1,4 @@
-"""What the check of an output has found so far, and bytes compared with a file's. Reads, and says what differs."""
+"""The problems that the check of an output has found so far, and the comparison of bytes with a file's. Only reads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from merge_tool.errors import shown
 from merge_tool.plan.plan import TensorJob
 
 _PIECE = 1 << 20
-_MOST = 50  # problems that are named; the rest is counted
+_MOST = 50  # at most so many problems are named; the others are counted
 
 
 @dataclass
 class Checks:
-    """What one output's check has found out so far."""
+    """The problems and counts of one output's check so far."""
 
     num_files: int = 0
     nbytes: int = 0
@@ -39,16 +39,18 @@ def check_bytes(
     job: TensorJob | None = None,
 ) -> bool:
     """Compare `expected` with the file's bytes from `offset` on."""
-    place = first_difference(file, offset, expected, room if room is not None else bytearray(_PIECE))
-    if place is None:
+    position = first_difference(file, offset, expected, room if room is not None else bytearray(_PIECE))
+    if position is None:
         return True
-    element = f"element {(place - job.out.offset) // (job.out.nbytes // job.out.numel):,}" if job else f"byte {place:,}"
-    checks.add(f"{shown(file.name)}: {shown(what)} is not the merge of these parents: {element} differs.")
+    where = f"byte {position:,}"
+    if job is not None:
+        where = f"element {(position - job.out.offset) // (job.out.nbytes // job.out.numel):,}"
+    checks.add(f"{shown(file.name)}: {shown(what)} is not the merge of these parents: {where} differs.")
     return False
 
 
 def first_difference(file: LocalFile, offset: int, expected: memoryview, room: bytearray) -> int | None:
-    """The place in the file of the first byte that is not as expected."""
+    """The offset in the file of the first byte that is not as expected; None if there is none."""
     for start in range(0, len(expected), len(room)):
         piece = expected[start : start + len(room)]
         view = memoryview(room)[: len(piece)]

@@ -1,7 +1,7 @@
 """A stored output against its parents: the same plan, the same elements, the same report. Writes nothing.
 
-The plan is made anew from the parents' headers. Then either a sample of tiles is merged again with the report's
-sums, or everything: a whole merge whose writers compare with what is there instead of writing.
+The plan is made anew from the parents' headers. Then either a sample of tiles is merged again with the report's sums,
+or everything, by a whole merge whose writers compare with the existing files instead of writing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MATCH_SECONDS = 20
 
 @dataclass(frozen=True)
 class StoredReport:
-    """A merge_report.json: its head, and its tensors by line, read again whenever they are asked for."""
+    """A merge_report.json: its head, and its tensors line by line, read from the file at each use."""
 
     path: Path
     head: Mapping[str, Any]
@@ -67,7 +67,7 @@ def plan_again(
     memory_bytes: int | None,
     jobs: int | None,
 ) -> Prepared:
-    """The merge's own plan: from its parents or the recipe, their headers, and the options in the report."""
+    """The merge's plan: from its parents or the recipe, their headers, and the options in the report."""
     recipe, target = _recipe_again(report.head, against, recipe_path), Target(out)
     limits = machine(memory_bytes, jobs)
     with Inputs(map(str, recipe.models)) as inputs:
@@ -110,8 +110,8 @@ def _regular_expressions(recipe: Recipe) -> list[str]:
 
 
 def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
-    """Raise OutputError for a stranger's regular expression that does not come to an end on the parents' names: nothing
-    interrupts one, so another process tries them first."""
+    """Raise OutputError for a stranger's regular expression that takes too long on the parents' names. Nothing can
+    interrupt a match, so another process tries the expressions first."""
     try:
         ask(
             "merge_tool.recipe.settings",
@@ -125,7 +125,7 @@ def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
     except subprocess.TimeoutExpired as e:
         raise OutputError(
             f"{REPORT}: its patterns ({listed(patterns)}) take longer than {_MATCH_SECONDS} s to match the parents' "
-            "names. A merge had no reason to write such; nothing was compared."
+            "names. A merge does not write such patterns; nothing was compared."
         ) from e
 
 
@@ -153,19 +153,19 @@ def check_parents(
     else:
         Sample(checks=checks, files=files, prepared=prepared, findings=findings, share=sample).check()
         _check_lines(checks, report, plan, findings)
-    if _is_told_alike(report, plan):
+    if _has_same_names(report, plan):
         _check_words(checks, folder, report, prepared, findings)
     if prepared.target.path.is_dir():
         _check_side_files(checks, folder, prepared)
 
 
 def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> bool:
-    """Whether the report is of a merge of these very parents; folders may have been renamed since."""
+    """Whether the report is of a merge of these parents; their folders may have been renamed since."""
     head, plan = report.head, prepared.plan
     before = len(checks.problems)
     arguments = ("BASE", "FT") if is_pair(plan.recipe) else plan.names
     inputs = {side: head["inputs"].get(side) for side in plan.recipe.names}
-    files = {side: found.get("files") if isinstance(found, dict) else None for side, found in inputs.items()}
+    files = {side: facts.get("files") if isinstance(facts, dict) else None for side, facts in inputs.items()}
     if is_pair(plan.recipe) and _are_swapped(files, head["samples_sha256"], prepared):
         checks.add("BASE and FT are swapped: what the report says of BASE is true of FT. Give --against FT BASE.")
         return False
@@ -173,8 +173,8 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
         if files[side] != plan.facts[side]["files"]:
             which = _unlike(files[side], plan.facts[side]["files"])
             checks.add(f"{argument}: its files are not those that the report names ({which}); no element was compared.")
-    for argument, told, sampled in zip(arguments, head["samples_sha256"], prepared.samples, strict=False):
-        if told != sampled:
+    for argument, stored, sampled in zip(arguments, head["samples_sha256"], prepared.samples, strict=False):
+        if stored != sampled:
             checks.add(f"{argument}: its weights are not those that were merged; no element was compared.")
     shards = {shard.file_name: shard.size for shard in plan.shards}
     if head["shards"] != shards:
@@ -183,39 +183,39 @@ def _check_head(checks: Checks, report: StoredReport, prepared: Prepared) -> boo
 
 
 def _are_swapped(files: Mapping[str, Any], sampled: Sequence[Any], prepared: Prepared) -> bool:
-    """Whether what the report says of each of two parents is true of the other."""
-    found = [prepared.plan.facts[side]["files"] for side in prepared.plan.recipe.names]
-    told, now = [list(files.values()), list(sampled)], [found, list(prepared.samples)]
-    return told != now and told == [part[::-1] for part in now]
+    """Whether the report's facts about each of two parents are true of the other one."""
+    files_now = [prepared.plan.facts[side]["files"] for side in prepared.plan.recipe.names]
+    stored, now = [list(files.values()), list(sampled)], [files_now, list(prepared.samples)]
+    return stored != now and stored == [part[::-1] for part in now]
 
 
-def _unlike(told: Any, found: Mapping[str, Any]) -> str:
-    """Which of a model's files are others than the report has."""
-    told = told if isinstance(told, dict) else {}
+def _unlike(stored: Any, now: Mapping[str, Any]) -> str:
+    """Which of a model's files differ from the report's."""
+    stored = stored if isinstance(stored, dict) else {}
     kinds = (
-        ("differ", [name for name in found if name in told and told[name] != found[name]]),
-        ("are not in the report", [name for name in found if name not in told]),
-        ("are missing", [name for name in told if name not in found]),
+        ("differ", [name for name in now if name in stored and stored[name] != now[name]]),
+        ("are not in the report", [name for name in now if name not in stored]),
+        ("are missing", [name for name in stored if name not in now]),
     )
     return "; ".join(f"{listed(names)} {kind}" for kind, names in kinds if names)
 
 
 def _load_findings(checks: Checks, report: StoredReport, plan: MergePlan) -> Findings:
-    """What the report says of every tensor; tensors that it lacks, or has elsewhere, are an error."""
+    """The report's finding for every tensor. Raises ValueError if tensors are missing or in another order."""
     findings = Findings()
-    for job, told in zip_longest(plan.jobs(), report.tensors()):
-        if job is None or told is None or told[1].get("name") != job.out.name:
+    for job, entry in zip_longest(plan.jobs(), report.tensors()):
+        if job is None or entry is None or entry[1].get("name") != job.out.name:
             raise ValueError("they are not the plan's tensors in its order")
-        if job.is_copied:  # the base's: nothing is to be found out about it
+        if job.is_copied:  # copied from the base: it has no finding
             findings.add(job.number, Finding())
             continue
-        kept = job.exact and told[1].get("note") == "differs: base kept"
-        findings.add(job.number, from_record({**told[1], "kept_base": kept}))
+        kept = job.exact and entry[1].get("note") == "differs: base kept"
+        findings.add(job.number, from_record({**entry[1], "kept_base": kept}))
     return findings
 
 
 def _check_lines(checks: Checks, report: StoredReport, plan: MergePlan, findings: Findings) -> None:
-    """Every line of the report against what follows from the sums."""
+    """Compare every line of the report with the line that the sums give."""
     for job, (text, _) in zip(plan.jobs(), report.tensors(), strict=True):
         expected = tensor_text(plan, job, findings[job.number], 0)
         if text != expected:
@@ -223,19 +223,20 @@ def _check_lines(checks: Checks, report: StoredReport, plan: MergePlan, findings
 
 
 def _difference(text: str, expected: str) -> str:
-    told, ours = json.loads(text), json.loads(expected)
-    keys = [key for key in {**ours, **told} if told.get(key) != ours.get(key)]
-    return "; ".join(f"{key} {told.get(key)}, found {ours.get(key)}" for key in keys) or "the same in other words"
+    stored, ours = json.loads(text), json.loads(expected)
+    keys = [key for key in {**ours, **stored} if stored.get(key) != ours.get(key)]
+    return "; ".join(f"{key} {stored.get(key)}, found {ours.get(key)}" for key in keys) or "the same in other words"
 
 
-def _is_told_alike(report: StoredReport, plan: MergePlan) -> bool:
-    """Whether the report is of this version, and its parents' folders still have their names: it holds both."""
+def _has_same_names(report: StoredReport, plan: MergePlan) -> bool:
+    """Whether this version wrote the report and the parents' folders still have their names; the report contains
+    both."""
     names = [report.head["inputs"][side].get("name") for side in plan.recipe.names]
     return report.head.get("tool") == f"slerp-merge {__version__}" and names == list(plan.names)
 
 
 def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared: Prepared, findings: Findings) -> None:
-    """The report's head, and the card but for its YAML, whose form is another library's."""
+    """Compare the report's head, and the card without its YAML, which another library formats."""
     head = next(report_lines(prepared.plan, findings, 0, prepared.samples))
     with report.path.open(encoding="utf-8", newline="") as lines:
         if lines.read(len(head)) != head:
@@ -244,11 +245,11 @@ def _check_words(checks: Checks, folder: Folder, report: StoredReport, prepared:
         return
     card = card_of(prepared, summarise(prepared.plan, findings), 0)
     try:
-        told = folder.regular(CARD).read_text(encoding="utf-8")
+        stored = folder.regular(CARD).read_text(encoding="utf-8")
     except (CheckpointError, OSError, ValueError) as e:
         checks.add(f"{CARD}: {reason(e)}")
         return
-    if _body(told) != _body(card):
+    if _body(stored) != _body(card):
         checks.add(f"{CARD}: is not the card of a merge of these parents.")
 
 
@@ -257,7 +258,7 @@ def _body(card: str) -> str:
 
 
 def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> None:
-    """The files that were copied are the parent's, and the index is the plan's."""
+    """Compare the copied files with the parent's, and the index with the plan's."""
     plan, side_files = prepared.plan, prepared.side_files
     contents: list[tuple[str, Iterable[bytes]]] = [
         (file.target, side_files.read(file, plan.config_dtype)) for file in side_files.copied

@@ -1,8 +1,8 @@
 """An output against itself and against its parents: `verify`. Reads everything, writes nothing, trusts nothing.
 
-Alone: every file's SHA-256, and every shard, opened by the safetensors library, against the report. With the
-parents: the plan is made anew from their headers, and elements are merged again and compared bit for bit, by the
-very code that merged them. `full` is a whole merge whose writers compare instead of writing.
+Without the parents: compares every file's SHA-256, and every shard, opened by the safetensors library, with the report.
+With the parents: plans anew from their headers, merges elements again by the same code as the merge, and compares them
+bit for bit. `full` is a whole merge whose writers compare instead of writing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from merge_tool.output.report import FORMAT, stream_report, sums_text
 from merge_tool.verify.checks import Checks
 from merge_tool.verify.remerge import StoredReport, check_parents, plan_again
 
-_MOST = 50  # tensors too many that are named
+_MOST = 50  # at most so many superfluous tensors are named
 _HEAD: Mapping[str, type | tuple[type, ...]] = {
     "method": str, "parameters": dict, "words": dict, "inputs": dict, "options": dict, "shards": dict,
     "samples_sha256": list,
@@ -33,10 +33,10 @@ _HEAD: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked of one output and what is wrong with it: nothing, if `problems` is empty.
+    """The check of one output: what was checked, and its `problems`, none if it is right.
 
     `nbytes` were hashed. `num_compared` elements of `num_elements` were merged again, with the sums made again if
-    `full`. `others` are files that no manifest lists.
+    `full`. `others` are files that SHA256SUMS does not list.
     """
 
     path: Path
@@ -61,14 +61,14 @@ def verify(
     memory_bytes: int | None = None,
     jobs: int | None = None,
 ) -> tuple[Verification, ...]:
-    """Check the output at `out` (each of its outputs, where it holds several `t-...`) and say what is wrong.
+    """Check the output at `out` (if it holds several `t-...`, each of them) and list the problems.
 
-    `against` are BASE and FT, or give the `recipe` of an output that was made by one: a `sample` of the elements (0 to
-    1, whole tiles, at least one of every tensor, others in every run) is merged again with what the report says that
-    the passes found, and compared bit for bit; with `full` all elements, and the passes, and every line of the report.
-    A one-file output needs its `report_path`.
+    `against` are BASE and FT; for an output of a recipe give `recipe` instead. A `sample` of the elements (0 to 1,
+    whole tiles, at least one of every tensor, chosen anew in every run) is merged again with the report's pass results
+    and compared bit for bit. With `full` all elements, the passes, and every line of the report are compared. A
+    one-file output needs its `report_path`.
 
-    Raises MergeToolError where `out` is no output, or a parent cannot be read.
+    Raises MergeToolError if `out` is no output, or a parent cannot be read.
     """
     path = Path(out)
     if not 0 < sample <= 1:
@@ -91,11 +91,11 @@ def _outputs(path: Path) -> list[Path]:
         raise OutputError(f"{shown(path)}: {'is not a folder' if path.exists() else 'no such file or folder'}.")
     if (path / REPORT).exists() or (path / SUMS).exists():
         return [path]
-    found = sorted(p for p in path.iterdir() if is_output_of_several(p))
-    if not found:
+    outputs = sorted(p for p in path.iterdir() if is_output_of_several(p))
+    if not outputs:
         unfinished = f" The merge in {WORK} is not finished: run its command again." if (path / WORK).exists() else ""
         raise OutputError(f"{shown(path)}: holds no {REPORT}, so it is no output of slerp-merge.{unfinished}")
-    return found
+    return outputs
 
 
 def _verify(
@@ -151,7 +151,7 @@ def _verify(
 
 
 def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
-    """Hash what SHA256SUMS lists; returns what else lies there, and complains of weights that it does not list."""
+    """Hash the files that SHA256SUMS lists. Returns the other files; weights among them are problems."""
     if folder.has(WORK):
         checks.add(f"{WORK}: an unfinished merge lies in the folder; run its command again.")
     try:
@@ -207,13 +207,14 @@ def _open_report(path: Path) -> StoredReport:
 def _check_weights(
     checks: Checks, folder: Folder, file_name: str | None, report: StoredReport | None
 ) -> tuple[int, int]:
-    """Names, shapes, dtypes, index and sizes against the report; returns the tensors and elements that it names."""
+    """Compare names, shapes, dtypes, index and sizes with the report. Returns the numbers of its tensors and
+    elements."""
     sizes: Mapping[str, Any] = {file_name or "": None} if report is None else report.head["shards"]
     held: dict[str, tuple[tuple[int, ...], str, str]] = {}
     for name, size in sizes.items():
         path = folder.regular(name)
         if size is not None and path.stat().st_size != size:
-            checks.add(f"{shown(name)}: has {path.stat().st_size:,} bytes, planned were {shown(size, 30)}.")
+            checks.add(f"{shown(name)}: has {path.stat().st_size:,} bytes, expected {shown(size, 30)}.")
         open_checkpoint(path, mergeable=False)  # our own parser: every byte belongs to one tensor
         for tensor, shape, dtype in _library_view(path):
             if tensor in held:
@@ -225,11 +226,11 @@ def _check_weights(
         _check_index(checks, folder, {tensor: name for tensor, (_, _, name) in held.items()})
     elif report.path.parent.resolve() == folder.root:
         for name in _indices(folder):
-            checks.add(f"{shown(name)}: an index where one file has all tensors.")
+            checks.add(f"{shown(name)}: an index, although one file has all tensors.")
     count = elements = 0
-    for _, told in report.tensors():
+    for _, entry in report.tensors():
         count += 1
-        elements += _check_tensor(checks, told, held)
+        elements += _check_tensor(checks, entry, held)
     for name in list(held)[:_MOST]:
         checks.add(f"{shown(name)}: is in {shown(held[name][2])}, but not in the report.")
     return count, elements
@@ -255,7 +256,7 @@ def _check_tensor(checks: Checks, tensor: Mapping[str, Any], held: dict[str, Any
         checks.add(f"{shown(name)}: is in the report, but in no shard (or twice in the report).")
         return 0
     if [list(there[0]), there[1]] != [shape, dtype]:
-        checks.add(f"{shown(name)}: is {there[1]} {list(there[0])}, planned was {shown(dtype, 20)} {shown(shape)}.")
+        checks.add(f"{shown(name)}: is {there[1]} {list(there[0])}, expected {shown(dtype, 20)} {shown(shape)}.")
     return prod(there[0])
 
 
@@ -266,7 +267,7 @@ def _indices(folder: Folder) -> list[str]:
 def _check_index(checks: Checks, folder: Folder, weight_map: Mapping[str, str]) -> None:
     names = _indices(folder)
     if len(names) != 1:
-        checks.add(f"{len(names)} indices found, planned was one.")
+        checks.add(f"{len(names)} indices found, expected one.")
     elif folder.load_json(names[0]).get("weight_map") != weight_map:
         checks.add(f"{shown(names[0])}: does not name exactly the shards' tensors.")
 

@@ -1,7 +1,7 @@
-"""The models with a row for each of the output's tokens, as `--vocab` or a recipe's tokenizer asks; and what the
-tokenizer's files and the settings say then.
+"""The models with a row for each of the output's tokens, for `--vocab` or a recipe's tokenizer; and the tokenizer's
+files and settings of the output.
 
-Every checkpoint gets rows in the output's order here; what is merged then has one shape.
+Every checkpoint gets rows in the output's order, so that all tensors to be merged have one shape.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _IDS = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|for
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the output's vocabulary came about: what its files and settings must say.
+    """The output's vocabulary: what its files and settings must contain.
 
-    `tokenizer` is whose tokenizer the output has; `insert` are the bytes that are put into its tokenizer.json, and
-    where. `sizes_before` are the numbers of rows that models have, or say that they have, `rows` is the output's.
-    `new_id(model, number)` is the output's id of the token that has this one in a model; None if it lacks that.
+    `tokenizer` is the folder whose tokenizer the output has; `insert` is an offset in its tokenizer.json, and the bytes
+    to insert there. `sizes_before` are the numbers of rows that the models have or name in config.json; `rows` is the
+    output's number. `new_id(model, number)` is the output's id for the token that has the id `number` in a model; None
+    if the output lacks the token.
     """
 
     tokenizer: Folder
@@ -48,10 +49,10 @@ class Alignment:
 
 
 def align(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint], Alignment | None]:
-    """The models with their rows by token, as far as the recipe asks for it; None where all are alike already.
+    """The models with their rows by token, if the recipe asks for it; None if all models are alike already.
 
-    Raises RecipeError for tokens that are not where the recipe says, CheckpointError for tokenizers that cannot be
-    read, MismatchError where rows cannot be matched.
+    Raises RecipeError for tokens that a model lacks although the recipe takes their rows from it, CheckpointError for
+    tokenizers that cannot be read, MismatchError if rows cannot be matched.
     """
     ask = recipe.tokenizer
     if ask is None:
@@ -74,7 +75,7 @@ def align(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint
         for k in sorted({*recipe.sources, *lent})
     ]
     plan = RowPlan(ask, joined, sides, lead=lead, base=recipe.base)
-    of_first = plan.places.get(recipe.first, plan.merged[0])
+    of_first = plan.index_of.get(recipe.first, plan.merged[0])
     made, notices = align_rows(
         [models[side.number] for side in sides], of_first, [side.rows for side in sides], plan.rows()
     )
@@ -93,13 +94,14 @@ def align(recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[list[Checkpoint
 
 
 def _lead(recipe: Recipe, ask: Tokenizer) -> int:
-    """The model whose ids the output has; a union's other tokens come behind them."""
+    """The model whose ids the output has; a union's other tokens get ids behind these."""
     return ask.source if isinstance(ask.source, int) else recipe.first
 
 
 def _folders(recipe: Recipe, models: Sequence[Checkpoint], numbers: set[int], lead: int) -> dict[int, Folder]:
-    """Every model's tokenizer; a model that has none, but as many rows as the first, is taken to have the first's."""
-    found: dict[int, Folder] = {}
+    """Every model's tokenizer folder. A model without a tokenizer uses the first model's, if both have equally many
+    rows."""
+    folders: dict[int, Folder] = {}
     for k in sorted(numbers):
         folder = models[k].tokenizer_folder
         if folder is None or not any(map(folder.has, TOKENIZER_FILES)):
@@ -109,12 +111,12 @@ def _folders(recipe: Recipe, models: Sequence[Checkpoint], numbers: set[int], le
                 raise CheckpointError(
                     f"{models[k].name}: has no tokenizer, which rows by token ({recipe.rows_option}) need. {way}"
                 )
-        found[k] = folder
-    return found
+        folders[k] = folder
+    return folders
 
 
 def _are_alike(models: Sequence[Checkpoint], folders: Mapping[int, Folder], numbers: set[int]) -> bool:
-    """Whether these models have the same tokenizer.json and as many rows."""
+    """Whether these models have the same tokenizer.json and equally many rows."""
     digests = {sha256_of(folders[k].regular(TOKENIZER)) if folders[k].has(TOKENIZER) else None for k in numbers}
     return len(digests) == 1 and len({rows_of(models[k]) for k in numbers}) == 1
 
@@ -136,18 +138,18 @@ def _aligned(
     made: Sequence[Mapping[str, TensorSource]],
     warnings: Sequence[str],
 ) -> list[Checkpoint]:
-    """The models with what was made in place of their own tensors; the first one has the warnings."""
-    found = list(models)
+    """The models with their tensors replaced by `made`; the first model gets the warnings."""
+    aligned = list(models)
     for side, sources in zip(sides, made, strict=True):
         model = models[side.number]
         files = (tokenizer_file(folders[side.number]),)
-        found[side.number] = model.with_made(model.name, files, sources, model.notices)
-    found[0] = found[0].with_made(found[0].name, (), {}, (*found[0].notices, *warnings))
-    return found
+        aligned[side.number] = model.with_made(model.name, files, sources, model.notices)
+    aligned[0] = aligned[0].with_notices((*aligned[0].notices, *warnings))
+    return aligned
 
 
 def tokenizer_file(folder: Folder) -> CheckpointFile:
-    """What decided the rows, as an input by its digest."""
+    """The tokenizer.json that decided the rows, as an input file with its digest."""
     path = folder.regular(TOKENIZER)
     return CheckpointFile(f"tokenizer/{TOKENIZER}", LocalFile(path, f"{folder.name}/{TOKENIZER}"), sha256_of(path))
 
@@ -164,9 +166,9 @@ def _warnings(
     added, pieces = joined.added
     if pieces:
         yield (
-            f"{pieces:,} of the {added:,} tokens that were added are pieces of another tokenizer's model; in "
-            f"{TOKENIZER} they are added tokens, spelled as there. Its merges and scores cannot be taken over: added "
-            "tokens come before all else, so text with such pieces is split in another way than before."
+            f"{pieces:,} of the {added:,} added tokens are ordinary tokens of another model's tokenizer. Its "
+            f"merges and scores cannot be added to {TOKENIZER}. Added tokens match before all others, so text with "
+            "these tokens is split differently than before."
         )
     if len(kinds := sorted(set(joined.kinds))) > 1:
         names = ", ".join(map(shown, kinds))
@@ -174,17 +176,17 @@ def _warnings(
 
 
 def explain(base: Checkpoint, other: Checkpoint) -> str:
-    """How far the vocabularies agree, and how many rows have no token: what an error and a warning say."""
+    """How far the vocabularies agree, and how many rows have no token, for an error or a warning."""
     here, there = base.tokenizer_folder, other.tokenizer_folder
     if here is None or there is None or not any(f.has(n) for f in (here, there) for n in TOKENIZER_FILES):
         return ""
-    found = compare_tokenizers(here, there)
+    comparison = compare_tokenizers(here, there)
     padding = [
         f"{rows - size:,} in {model.name}"
-        for model, size in zip((base, other), found.sizes, strict=True)
+        for model, size in zip((base, other), comparison.sizes, strict=True)
         if (rows := rows_of(model)) is not None
     ]
-    text = found.figures((base.name, other.name))
+    text = comparison.figures((base.name, other.name))
     return text + (f"; rows beyond the tokenizer (padding): {', '.join(padding)}" if padding else "")
 
 
@@ -192,14 +194,14 @@ def explain(base: Checkpoint, other: Checkpoint) -> str:
 
 
 def config_sizes(model: Checkpoint) -> Iterator[int]:
-    """Every vocab_size that a model's config.json says of its language model."""
+    """Every vocab_size in config.json for the language model."""
     return (part["vocab_size"] for part in text_configs(model.config) if type(part.get("vocab_size")) is int)
 
 
-def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
-    """The side files with the chosen tokenizer's in place of the donor's, and config.json's vocab_size."""
-    copied = list(found.copied)
-    if found.folder is not None and alignment.tokenizer is not found.folder:
+def side_files_of(alignment: Alignment, side_files: SideFiles) -> SideFiles:
+    """The side files with the chosen tokenizer's files in place of the donor's, and config.json's new vocab_size."""
+    copied = list(side_files.copied)
+    if side_files.folder is not None and alignment.tokenizer is not side_files.folder:
         copied = [file for file in copied if file.source not in TOKENIZER_FILES]
         folder = alignment.tokenizer
         copied += [SideFile(name, name, folder.size(name), folder) for name in TOKENIZER_FILES if folder.has(name)]
@@ -209,11 +211,12 @@ def side_files_of(alignment: Alignment, found: SideFiles) -> SideFiles:
             for file in copied
         ]
     before, rows = alignment.sizes_before, alignment.rows
-    return replace(found, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
+    return replace(side_files, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
 
 
 def settings_warnings(alignment: Alignment, model: int, folder: Folder | None) -> Iterator[str]:
-    """What the copied settings of a model, by its number, say of tokens that the output numbers otherwise."""
+    """Warnings about token ids in the copied settings of a model (by its number) that are other tokens in the
+    output."""
     if folder is None:
         return
     for name in ("config.json", "generation_config.json"):

@@ -1,5 +1,5 @@
-"""The chat template that a recipe asks for: by name, as Jinja text, or the one that most models have; and the files
-that hold it. Strings only: no template is ever run."""
+"""A recipe's chat template: by name, as Jinja text, or the one that most models have; and the files that contain it.
+Strings only: no template is run."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ _LARGEST = 1_000_000  # bytes
 
 
 def choose_template(recipe: Recipe, models: Sequence[Checkpoint]) -> str | None:
-    """The text of the template that the recipe asks for; None if that is the one of most models, and none has one.
-
-    Of several that equally many have, the donor's counts, else the first. Raises RecipeError for what is no template.
+    """The text of the template that the recipe chooses. `auto` is the template of most models; of several that as many
+    models have, the first model's counts. None if it is `auto` and no model has one. Raises RecipeError for a name that
+    no model and no template has.
     """
-    asked, donor = recipe.options.chat_template or recipe.chat_template or "", recipe.first
-    if asked != "auto":
-        if asked in TEMPLATES or "{" in asked:
-            return TEMPLATES.get(asked, asked)
-        if (number := recipe.number_of(asked)) is not None:
+    choice, first = recipe.options.chat_template or recipe.chat_template or "", recipe.first
+    if choice != "auto":
+        if choice in TEMPLATES or "{" in choice:
+            return TEMPLATES.get(choice, choice)
+        if (number := recipe.number_of(choice)) is not None:
             if (text := template_of(models[number].tokenizer_folder)) is not None:
                 return text
-            raise RecipeError(f"--chat-template {shown(asked)}: {models[number].name} has no chat template.")
+            raise RecipeError(f"--chat-template {shown(choice)}: {models[number].name} has no chat template.")
         raise RecipeError(
-            f"--chat-template is '{shown(asked)}', expected a model ({', '.join(recipe.known_models)}), auto, one of "
+            f"--chat-template is '{shown(choice)}', expected a model ({', '.join(recipe.known_models)}), auto, one of "
             f"{', '.join(TEMPLATES)}, or a file with a template in Jinja."
         )
-    found = [template_of(model.tokenizer_folder) for model in models]
-    texts = [text.strip() for text in (found[donor], *found) if text and text.strip()]
-    own = (found[donor] or "").strip()
+    templates = [template_of(model.tokenizer_folder) for model in models]
+    texts = [text.strip() for text in (templates[first], *templates) if text and text.strip()]
+    own = (templates[first] or "").strip()
     return max(texts, key=lambda text: (texts.count(text) - (text == own), text == own), default=None)
 
 
 def template_of(folder: Folder | None) -> str | None:
-    """The template that a folder's tokenizer has, the one called default if it has several."""
+    """The template of a folder's tokenizer; of several, the one named default."""
     if folder is None:
         return None
     if folder.has(FILE):
         return _text(folder, FILE)
     for name in (CONFIG, OLD_FILE):
-        found = folder.load_json(name).get("chat_template") if folder.has(name) else None
-        if isinstance(found, list):
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-            found = named.get("default")
-        if isinstance(found, str):
-            return found
+        template = folder.load_json(name).get("chat_template") if folder.has(name) else None
+        if isinstance(template, list):
+            named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
     return None
 
 
@@ -66,29 +66,29 @@ def _text(folder: Folder, name: str) -> str:
         raise folder.unreadable(name, e) from e
 
 
-def with_template(found: SideFiles, text: str) -> SideFiles:
-    """The side files with this template in place of theirs: chat_template.jinja, and where tokenizer_config.json has
-    one, there too."""
-    copied = [file for file in found.copied if file.target not in (FILE, OLD_FILE)]
+def with_template(side_files: SideFiles, text: str) -> SideFiles:
+    """The side files with this template in place of theirs: in chat_template.jinja, and also in tokenizer_config.json
+    if it has a template."""
+    copied = [file for file in side_files.copied if file.target not in (FILE, OLD_FILE)]
     content = text.encode("utf-8", "surrogatepass")
     copied.append(SideFile(FILE, FILE, len(content), content=content))
-    return replace(found, copied=tuple(_edited(found, file, text) for file in copied))
+    return replace(side_files, copied=tuple(_edited(side_files, file, text) for file in copied))
 
 
-def _edited(found: SideFiles, file: SideFile, text: str) -> SideFile:
-    folder = file.folder or found.folder
+def _edited(side_files: SideFiles, file: SideFile, text: str) -> SideFile:
+    folder = file.folder or side_files.folder
     if file.source != CONFIG or folder is None or "chat_template" not in folder.load_json(CONFIG):
         return file
     content = with_member(folder.read(CONFIG), "chat_template", text)
     return replace(file, content=content, size=len(content))
 
 
-def template_warnings(text: str, found: SideFiles) -> Iterator[str]:
-    """What a template known by name writes, and the output's tokenizer does not have as tokens."""
+def template_warnings(text: str, side_files: SideFiles) -> Iterator[str]:
+    """Warnings about special tokens that a template known by name writes and the output's tokenizer lacks."""
     name = next((name for name, known in TEMPLATES.items() if known == text), "")
-    tokenizer = next((file for file in found.copied if file.target == "tokenizer.json"), None)
+    tokenizer = next((file for file in side_files.copied if file.target == "tokenizer.json"), None)
     if name not in TEMPLATE_TOKENS or tokenizer is None:
         return
-    held = b"".join(found.read(tokenizer, None))
+    held = b"".join(side_files.read(tokenizer, None))
     if lacking := [token for token in TEMPLATE_TOKENS[name] if json.dumps(token).encode() not in held]:
         yield f"chat_template: {name} writes {', '.join(lacking)}, which are no tokens of the output's tokenizer."

@@ -1,4 +1,4 @@
-"""Any number of tokenizer.json -> one vocabulary, which of each model's tokens its tokens are, how far they agree."""
+"""Any number of tokenizer.json -> one vocabulary, each model's ids of its tokens, and how far the models agree."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from merge_tool.errors import listed
 from merge_tool.vocabulary.tokenizer_json import TokenizerJson, added_entry, answer_apart, ask_apart
 
 _NONE = -1
-_SOME = 3  # tokens that are named
+_SOME = 3  # at most so many tokens are named
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A vocabulary: `ids[k][i]` is model k's id of its token i, -1 if that lacks it, or no token has that id.
-
-    `sizes` are the models' own numbers of ids (the largest and one), `kinds` those of their tokenizers' models.
-    `lacking[k]` are those of model k's tokens that are not in it: how many, and some; `alone[k]` are some that no
-    other model has. `added` are its tokens behind the lead's: how many, and how many of them are pieces of another
-    tokenizer's model. `insert` is what makes the lead's tokenizer.json that of all: bytes, and where
-    they are put in. `unlike` are the parts beside the vocabulary in which the tokenizers differ. `named` are the
-    vocabulary's ids of the tokens asked for, `wanted` those of models, -1 where there is no such token.
+    """A vocabulary. `ids[k][i]` is model k's id for the vocabulary's token i, -1 if model k lacks the token, or if no
+    token has the id i. `sizes` are the models' numbers of ids (the largest id + 1), `kinds` the kinds of their
+    tokenizers. `lacking[k]` is about model k's tokens that the vocabulary lacks: their number, and some of them;
+    `alone[k]` are some tokens that no other model has. `added` is about the tokens behind the lead's: their number, and
+    how many of them are pieces of another tokenizer's model. `insert` is an offset in the lead's tokenizer.json, and
+    the bytes that add the other tokens there. `unlike` are the parts of tokenizer.json besides the vocabulary that
+    differ. `named` has the vocabulary's ids of the tokens that the question names, `wanted` the ids of tokens in
+    models, -1 if there is no such token.
     """
 
     ids: tuple[array[int], ...]
@@ -45,12 +45,12 @@ class Joined:
 
     @property
     def num_moved(self) -> int:
-        """Of two models: how many tokens have another id in the second."""
+        """For two models: the number of tokens whose id differs."""
         return sum(a != b for a, b in zip(*self.ids, strict=True) if a >= 0 and b >= 0)
 
     @property
     def num_alone(self) -> tuple[int, int]:
-        """Of two models: how many tokens only the first and only the second has."""
+        """For two models: the number of tokens that only the first has, and only the second."""
         here, there = self.ids
         first = sum(a >= 0 > b for a, b in zip(here, there, strict=True)) + self.lacking[0][0]
         second = sum(b >= 0 > a for a, b in zip(here, there, strict=True)) + self.lacking[1][0]
@@ -67,7 +67,7 @@ class Joined:
 
 
 def compare_tokenizers(first: Folder, second: Folder) -> Joined:
-    """How far two tokenizers agree. Raises CheckpointError where there is none, or none that can be read."""
+    """How far two tokenizers agree. Raises CheckpointError if a tokenizer.json is missing or cannot be read."""
     return join_tokenizers([first, second], 0, union=True)
 
 
@@ -79,26 +79,26 @@ def join_tokenizers(
     named: Sequence[str] = (),
     wanted: Sequence[tuple[int, str]] = (),
 ) -> Joined:
-    """The vocabulary of the model `lead`; in a `union` followed by the others' tokens, model by model; then by those
-    `named` that are not in it yet. `wanted` are (model, token) whose ids there are asked for.
+    """The vocabulary of the model `lead`; in a `union` followed by the other models' tokens, model by model; then by
+    the `named` tokens that are still missing. `wanted` are pairs (model, token), for the token's id in that model.
 
     Raises CheckpointError where there is no tokenizer.json, or none that can be read.
     """
     question = {"lead": lead, "union": union, "named": list(named), "wanted": [list(pair) for pair in wanted]}
-    told, rest = ask_apart(__name__, folders, question)
-    size, count = told["size"], len(folders)
+    answer, rest = ask_apart(__name__, folders, question)
+    size, count = answer["size"], len(folders)
     ids = array("i", rest[: 4 * size * count])
     return Joined(
         ids=tuple(ids[size * k : size * (k + 1)] for k in range(count)),
-        sizes=tuple(told["sizes"]),
-        kinds=tuple(told["kinds"]),
-        lacking=tuple((number, tuple(some)) for number, some in told["lacking"]),
-        alone=tuple(map(tuple, told["alone"])),
-        added=(told["added"], told["pieces"]),
-        insert=(told["place"], rest[4 * len(ids) :]),
-        unlike=tuple(told["unlike"]),
-        named=told["named"],
-        wanted=tuple(told["wanted"]),
+        sizes=tuple(answer["sizes"]),
+        kinds=tuple(answer["kinds"]),
+        lacking=tuple((number, tuple(some)) for number, some in answer["lacking"]),
+        alone=tuple(map(tuple, answer["alone"])),
+        added=(answer["added"], answer["pieces"]),
+        insert=(answer["insert_at"], rest[4 * len(ids) :]),
+        unlike=tuple(answer["unlike"]),
+        named=answer["named"],
+        wanted=tuple(answer["wanted"]),
     )
 
 
@@ -106,43 +106,45 @@ def main() -> None:
     answer_apart(_joined)
 
 
-def _joined(found: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[Any, bytes]:
-    lead = found[question["lead"]]
+def _joined(tokenizers: list[TokenizerJson], question: Mapping[str, Any]) -> tuple[Any, bytes]:
+    lead = tokenizers[question["lead"]]
     tokens: list[str | None] = lead.numbered()
     ids = dict(lead.ids)
-    new = list(_new_tokens(lead, found if question["union"] else (), question["named"]))
+    new = list(_new_tokens(lead, tokenizers if question["union"] else (), question["named"]))
     for token in new:
         ids[token] = len(tokens)
         tokens.append(token)
-    lacking = [[token for token in _added_first(one) if token not in ids] for one in found]
-    told = {
-        "size": len(tokens), "sizes": [one.size for one in found], "place": lead.place, "added": len(new),
-        "pieces": sum(not any(token in one.added for one in found) for token in new if token not in question["named"]),
+    lacking = [[token for token in _added_first(one) if token not in ids] for one in tokenizers]
+    answer = {
+        "size": len(tokens), "sizes": [one.size for one in tokenizers], "insert_at": lead.insert_at, "added": len(new),
+        "pieces": sum(token not in question["named"] and _settings(token, tokenizers) is None for token in new),
         "lacking": [[len(some), some[:_SOME]] for some in lacking],
-        "kinds": [one.kind for one in found], "alone": [_alone(one, found) for one in found],
+        "kinds": [one.kind for one in tokenizers], "alone": [_alone(one, tokenizers) for one in tokenizers],
         "named": {token: ids[token] for token in question["named"]},
-        "unlike": [part for part in lead.parts if len({one.parts[part] for one in found}) > 1],
-        "wanted": [found[model].ids.get(token, _NONE) for model, token in question["wanted"]],
+        "unlike": [part for part in lead.parts if len({one.parts[part] for one in tokenizers}) > 1],
+        "wanted": [tokenizers[model].ids.get(token, _NONE) for model, token in question["wanted"]],
     }  # fmt: skip
-    entries = [added_entry(token, ids[token], _settings(token, found)) for token in new]
-    maps = b"".join(array("i", (one.ids.get(t, _NONE) if t is not None else _NONE for t in tokens)) for one in found)
-    return told, maps + (lead.insertion(entries) if entries else b"")
+    entries = [added_entry(token, ids[token], _settings(token, tokenizers)) for token in new]
+    maps = b"".join(
+        array("i", (_NONE if token is None else one.ids.get(token, _NONE) for token in tokens)) for one in tokenizers
+    )
+    return answer, maps + (lead.insertion(entries) if entries else b"")
 
 
 def _alone(one: TokenizerJson, all_of_them: Sequence[TokenizerJson]) -> list[str]:
-    """Some tokens that only one tokenizer has."""
+    """Some tokens that only this tokenizer has."""
     others = [other.ids for other in all_of_them if other is not one]
     only = (token for token in _added_first(one) if not any(token in ids for ids in others))
     return list(islice(only, _SOME))
 
 
 def _added_first(one: TokenizerJson) -> Iterable[str]:
-    """All tokens; those that were added first, which people know."""
+    """All tokens, added tokens first, because users know these."""
     return dict.fromkeys((*one.added, *one.ids))
 
 
 def _new_tokens(lead: TokenizerJson, others: Sequence[TokenizerJson], named: Sequence[str]) -> Iterator[str]:
-    """What comes behind the lead's tokens, each once."""
+    """The tokens behind the lead's, each once."""
     known = set(lead.ids)
     for token in (*(t for one in others for t in one.numbered()), *named):
         if token is not None and token not in known:
@@ -150,6 +152,6 @@ def _new_tokens(lead: TokenizerJson, others: Sequence[TokenizerJson], named: Seq
             yield token
 
 
-def _settings(token: str, found: Sequence[TokenizerJson]) -> Mapping[str, Any] | None:
-    """How the first tokenizer that added a token did it."""
-    return next((one.added[token] for one in found if token in one.added), None)
+def _settings(token: str, tokenizers: Sequence[TokenizerJson]) -> Mapping[str, Any] | None:
+    """A token's settings in the first tokenizer that has it as an added token."""
+    return next((one.added[token] for one in tokenizers if token in one.added), None)

@@ -1,7 +1,8 @@
-"""Which rows of the models the rows of the output's vocabulary are made of. Arrays and numbers only.
+"""Which rows of the models make each row of the output's vocabulary. Arrays and numbers only.
 
-A token that a model lacks has there the row of the only model that has it, else of base_model, else the mean of those
-that have it; or what the recipe says of it by name. So all models have a row for each of the output's tokens.
+If a model lacks a token, its row is taken from the only model that has the token, else from base_model, else it is the
+mean of the models that have the token. The recipe can decide otherwise for tokens that it names. So all models have a
+row for each of the output's tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from merge_tool.vocabulary.rows import FIRST_AVERAGE, MEAN, ZERO, Rows, code, ke
 
 @dataclass(frozen=True)
 class Side:
-    """A model that lends rows: its number in the recipe, how many rows it has, whether it is merged, and the place of
-    its tokenizer among those joined."""
+    """A model that lends rows: its number in the recipe, its number of rows, whether it is merged, and the index of its
+    tokenizer among the joined ones."""
 
     number: int
     name: str
@@ -31,23 +32,23 @@ class Side:
 
 
 class RowPlan:
-    """The rows of the output in each of `sides`. `lead` is the model (by its number) whose ids the output has, `base`
-    the base_model, if there is one. Raises RecipeError for tokens whose rows are not where `ask` says.
+    """The rows of the output in each of `sides`. `lead` is the number of the model whose ids the output has, `base` of
+    base_model, if there is one. Raises RecipeError if a model lacks a token whose row `ask` takes from it.
 
-    `size` counts the output's rows, `num_new` those of padding that no model has.
+    `size` is the number of the output's rows, `num_new` the number of padding rows that no model has.
     """
 
     def __init__(self, ask: Tokenizer, joined: Joined, sides: Sequence[Side], *, lead: int, base: int | None) -> None:
         self.ask, self.joined, self.sides = ask, joined, sides
-        self.places = {side.number: place for place, side in enumerate(sides)}
-        self.lead, self.base = self.places.get(lead), self.places.get(-1 if base is None else base)
+        self.index_of = {side.number: index for index, side in enumerate(sides)}
+        self.lead, self.base = self.index_of.get(lead), self.index_of.get(-1 if base is None else base)
         self.size, self.num_new = self._sizes()
-        self.own = [self._own(place, side) for place, side in enumerate(sides)]
-        merged = [place for place, side in enumerate(sides) if side.is_merged]
-        self.merged, self.count = merged, np.sum([self.own[place] >= 0 for place in merged], axis=0)
+        self.own = [self._own(index, side) for index, side in enumerate(sides)]
+        merged = [index for index, side in enumerate(sides) if side.is_merged]
+        self.merged, self.count = merged, np.sum([self.own[index] >= 0 for index in merged], axis=0)
 
     def _sizes(self) -> tuple[int, int]:
-        """Padding that the lead has stays."""
+        """The output's number of rows, and how many of them are new padding. The lead's padding stays."""
         there = 0 if self.lead is None else self.sides[self.lead].rows
         grows = there == 0 or self.ask.source == "union" or len(self.ask.tokens) > 0
         kept = max(there, self.joined.size) if grows else there
@@ -55,39 +56,39 @@ class RowPlan:
         size = -(-kept // multiple) * multiple
         return size, size - kept
 
-    def _own(self, place: int, side: Side) -> Array:
-        """A model's own row for each of the output's, -1 where it has none."""
-        found = np.full(self.size, -1, np.int64)
+    def _own(self, index: int, side: Side) -> Array:
+        """A model's own row for each row of the output, -1 if it has none."""
+        own = np.full(self.size, -1, np.int64)
         ids = np.asarray(self.joined.ids[side.tokenizer][: self.size], np.int64)
-        found[: len(ids)] = np.where(ids < side.rows, ids, -1)
-        if place == self.lead:  # ids that no token has, and rows beyond the tokens, are its own as well
+        own[: len(ids)] = np.where(ids < side.rows, ids, -1)
+        if index == self.lead:  # the lead also keeps ids without a token, and rows behind the tokens
             rows = np.arange(min(side.rows, self.size))
             rows = rows[(rows < self.joined.sizes[side.tokenizer]) | (rows >= self.joined.size)]
-            found[rows] = rows
-        return found
+            own[rows] = rows
+        return own
 
     def rows(self) -> list[Rows | None]:
-        """For each side; None for one that is not merged."""
+        """The rows for each side; None for a side that is not merged."""
         defaults, averages = self._defaults()
         forced = np.zeros(self.size, bool)
         self._name_rows(defaults, forced)
         codes = {
-            place: np.where((self.own[place] >= 0) & ~forced, code(place, self.own[place]), defaults)
-            for place in self.merged
+            index: np.where((self.own[index] >= 0) & ~forced, code(index, self.own[index]), defaults)
+            for index in self.merged
         }
         first, *others = codes.values()
         alike = np.logical_and.reduce([first == other for other in others] or [np.zeros(self.size, bool)])
         alone = kept(alike & (first != MEAN))
-        has_mean = any((found == MEAN).any() for found in codes.values())
+        has_mean = any((side_codes == MEAN).any() for side_codes in codes.values())
         means = min(self.joined.size, self.size) * has_mean, kept(averages)
-        made = {place: Rows(kept(found), alone, *means) for place, found in codes.items()}
-        return [made.get(place) for place in range(len(self.sides))]
+        made = {index: Rows(kept(side_codes), alone, *means) for index, side_codes in codes.items()}
+        return [made.get(index) for index in range(len(self.sides))]
 
     def _defaults(self) -> tuple[Array, Array]:
-        """What stands in for a row that a model lacks, as a code; and the averages."""
+        """The code of the substitute for each row that a model may lack; and the averages."""
         codes = np.full(self.size, MEAN, np.int64)
-        for place in self.merged:
-            codes = np.where((self.own[place] >= 0) & (self.count == 1), code(place, self.own[place]), codes)
+        for index in self.merged:
+            codes = np.where((self.own[index] >= 0) & (self.count == 1), code(index, self.own[index]), codes)
         has_base = np.zeros(self.size, bool)
         if self.base in self.merged:
             base = self.own[self.base]
@@ -95,42 +96,42 @@ class RowPlan:
             codes = np.where(has_base & (self.count > 1), code(self.base, base), codes)
         mixed = np.flatnonzero((self.count > 1) & (self.count < len(self.merged)) & ~has_base)
         averages = np.full((len(mixed), len(self.sides)), -1, np.int32)
-        for place in self.merged:
-            averages[:, place] = self.own[place][mixed]
+        for index in self.merged:
+            averages[:, index] = self.own[index][mixed]
         codes[mixed] = FIRST_AVERAGE - np.arange(len(mixed))
         return codes, averages
 
     # ------------------------------------------------------------------------------- tokens given by name
 
     def _name_rows(self, defaults: Array, forced: Array) -> None:
-        """Put in what the recipe says of single tokens."""
+        """Apply the recipe's entries for single tokens."""
         ids = iter(self.joined.wanted)
         for token, row in self.ask.tokens.items():
-            place = self.joined.named[token]
-            forced[place] = row.force
+            token_row = self.joined.named[token]
+            forced[token_row] = row.force
             if row.kind == "zero":
-                defaults[place] = ZERO
+                defaults[token_row] = ZERO
             elif row.model is not None:
-                own = int(self.own[self.places[row.model]][place])
-                given = row.token_id if row.kind == "model_token" else own
-                defaults[place] = self._named_row(token, row, next(ids) if given is None else given)
+                own = int(self.own[self.index_of[row.model]][token_row])
+                number = row.token_id if row.kind == "model_token" else own
+                defaults[token_row] = self._named_row(token, row, next(ids) if number is None else number)
 
-    def _named_row(self, token: str, row: TokenRow, found: int) -> int:
+    def _named_row(self, token: str, row: TokenRow, number: int) -> int:
         assert row.model is not None
-        place = self.places[row.model]
-        side, where = self.sides[place], f"tokenizer: the token '{shown(token)}'"
-        if found < 0:
+        index = self.index_of[row.model]
+        side, where = self.sides[index], f"tokenizer: the token '{shown(token)}'"
+        if number < 0:
             what = "such token" if row.token is None else f"token '{shown(row.token)}'"
             raise RecipeError(f"{where} is to have a row of {side.name}, which has no {what}.")
-        if found >= side.rows:
-            raise RecipeError(f"{where} is to have row {found:,} of {side.name}, which has {side.rows:,} rows.")
-        return int(code(place, np.array(found)))
+        if number >= side.rows:
+            raise RecipeError(f"{where} is to have row {number:,} of {side.name}, which has {side.rows:,} rows.")
+        return int(code(index, np.array(number)))
 
     # ------------------------------------------------------------------------------- what to tell
 
     def warnings(self, of: str, figures: str) -> Iterator[str]:
-        """Where the rows come from; `of` names the models whose tokens the output has, `figures` say how far these
-        agree."""
+        """Warnings about where the rows come from. `of` names the models whose tokens the output has; `figures` say how
+        far these models agree."""
         padding = max(0, self.size - self.joined.size)
         new = f", {self.num_new:,} of them new: the mean of the rows with tokens" if self.num_new else ""
         yield (
@@ -144,14 +145,14 @@ class RowPlan:
             if (beyond := self.joined.sizes[side.tokenizer] - side.rows) > 0:
                 yield f"{side.name}: {beyond:,} ids of its tokenizer are beyond its embedding's {side.rows:,} rows."
         if without := self._without_rows():
-            named = [token for token, place in self.joined.named.items() if place in without]
+            named = [token for token, token_row in self.joined.named.items() if token_row in without]
             which = f" ({listed(named)})" if named else ""
-            yield f"{len(without):,} tokens have no row in any model{which}: theirs is the mean of all tokens' rows."
+            yield f"{len(without):,} tokens have no row in any model{which}: each gets the mean of all tokens' rows."
 
     def _without_rows(self) -> set[int]:
-        """Tokens that no model has a row for, and of which the recipe says nothing."""
+        """Tokens without a row in any model, and without an entry in the recipe."""
         named: Mapping[str, int] = self.joined.named
         is_token = np.any([np.asarray(ids) >= 0 for ids in self.joined.ids], axis=0)[: self.size]
-        is_token[[place for place in named.values() if place < len(is_token)]] = True
-        found = set(np.flatnonzero(is_token & (self.count[: len(is_token)] == 0)).tolist())
-        return found - {named[token] for token, row in self.ask.tokens.items() if row.kind != "default"}
+        is_token[[token_row for token_row in named.values() if token_row < len(is_token)]] = True
+        without = set(np.flatnonzero(is_token & (self.count[: len(is_token)] == 0)).tolist())
+        return without - {named[token] for token, row in self.ask.tokens.items() if row.kind != "default"}

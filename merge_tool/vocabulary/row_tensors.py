@@ -1,4 +1,5 @@
-"""The tensors that have a row for each token, by their names and shapes; and all models' with their rows as planned."""
+"""The tensors with a row for each token, found by name and shape; and these tensors of all models with their rows as
+planned."""
 
 from __future__ import annotations
 
@@ -23,32 +24,32 @@ def _embeddings(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def embedding_rows(infos: Iterable[TensorInfo]) -> int | None:
-    """How many rows the embedding has; None if there is none, or if several differ."""
-    found = {info.shape[0] for info in _embeddings(infos).values()}
-    return found.pop() if len(found) == 1 else None
+    """The embedding's number of rows; None if there is no embedding, or if several differ."""
+    counts = {info.shape[0] for info in _embeddings(infos).values()}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def has_row_tensors(infos: Iterable[TensorInfo]) -> bool:
-    """Whether there are embeddings or heads among these, by their names."""
+    """Whether any of these tensors is an embedding or a head, by its name."""
     return any(has_token_rows(info.name) for info in infos)
 
 
 def rows_of(model: Checkpoint) -> int | None:
-    """As `embedding_rows`, of a model."""
+    """As `embedding_rows`, for a model."""
     return embedding_rows(model.tensors.values())
 
 
 def known_rows(model: Checkpoint) -> int:
     if (rows := rows_of(model)) is None:
-        found = [
+        embeddings = [
             f"{shown(name)} {list(info.shape)}" for name, info in sorted(_embeddings(model.tensors.values()).items())
         ]
         what = f"has no embedding under a known name ({', '.join(EMBEDDINGS)})"
-        if found:
-            what = f"has embeddings of different sizes ({', '.join(found)})"
+        if embeddings:
+            what = f"has embeddings of different sizes ({', '.join(embeddings)})"
         raise MismatchError(
-            f"{model.name}: {what}, so it cannot be told which rows are tokens. Do not match rows by token (leave out "
-            "--vocab, or the recipe's tokenizer), and keep such tensors as they are: --exclude PATTERN."
+            f"{model.name}: {what}, so the rows of tokens are not known. Do not match rows by token (leave out "
+            "--vocab, or the recipe's tokenizer), and copy such tensors from BASE: --exclude PATTERN."
         )
     return rows
 
@@ -56,17 +57,17 @@ def known_rows(model: Checkpoint) -> int:
 def align_rows(
     models: Sequence[Checkpoint], lead: int, before: Sequence[int], rows: Sequence[Rows | None]
 ) -> tuple[list[dict[str, TensorSource]], list[str]]:
-    """Every tensor that has a row for each token, of each model, with its rows as `rows` says; and what to tell of it.
+    """Every tensor that has a row for each token, of each model, with its rows as in `rows`; and warnings.
 
-    `before` says how many rows they have now. `lead` is the model whose names and shapes count. A model
-    without `rows` only lends some to the others. Raises MismatchError with all tensors
-    that others do not have, or have otherwise.
+    `before` is each model's present number of rows. `lead` is the model whose names and shapes count. A model without
+    `rows` only lends rows to others. Raises MismatchError with all tensors that other models lack, or that differ
+    there.
     """
     names = [find_renaming(models[lead], model).ft_names if k != lead else {} for k, model in enumerate(models)]
     made: list[dict[str, TensorSource]] = [{} for _ in models]
     notices, unfit = [], []
     for name in sorted(_row_tensors(models[lead], before[lead])):
-        theirs = [found.get(name, name) for found in names]
+        theirs = [ft_names.get(name, name) for ft_names in names]
         if problem := _misfit(name, models, theirs, before, lead):
             unfit.append(problem)
             continue
@@ -89,7 +90,7 @@ def align_rows(
 
 
 def _misfit(name: str, models: Sequence[Checkpoint], theirs: Sequence[str], before: Sequence[int], lead: int) -> str:
-    """Why a tensor's rows cannot be matched; nothing if they can."""
+    """The reason why a tensor's rows cannot be matched; empty if they can."""
     a = models[lead].tensors[name]
     for model, other, rows in zip(models, theirs, before, strict=True):
         if other not in model.tensors:
@@ -101,13 +102,13 @@ def _misfit(name: str, models: Sequence[Checkpoint], theirs: Sequence[str], befo
 
 
 def _row_tensors(model: Checkpoint, rows: int) -> Iterator[str]:
-    """Embeddings, heads and their biases: what has a row for each token, by its name or by where it stands. Positions
-    may be as many as tokens; their tensors are known by their names."""
+    """Embeddings, heads and their biases: tensors with a row for each token, by name or by position in the model. There
+    may be as many positions as tokens; tensors of positions are excluded by name."""
     widths = {info.shape[1] for info in _embeddings(model.tensors.values()).values()}
     for name, info in model.tensors.items():
         has_rows = info.shape[:1] == (rows,) or (info.shape == (1, rows) and "bias" in name)
-        by_place = not is_in_layer(name) and rows not in widths and not is_of_positions(name)
-        if has_rows and (has_token_rows(name) or by_place):
+        by_position = not is_in_layer(name) and rows not in widths and not is_of_positions(name)
+        if has_rows and (has_token_rows(name) or by_position):
             yield name
 
 
@@ -120,6 +121,7 @@ def _with_rows(shape: tuple[int, ...], before: int, after: int) -> tuple[int, ..
 
 
 def _common(sources: Sequence[TensorSource], rows: Rows) -> str:
-    """A dtype that holds the values of all; of averages every digit, so that differences from them add up to 0."""
+    """A dtype that holds the values of all sources exactly, and every digit of averages, so that differences from an
+    average add up to 0."""
     dtypes = {source.info.dtype for source in sources} | ({"F64"} if len(rows.averages) else set())
     return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"

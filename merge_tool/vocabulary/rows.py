@@ -1,7 +1,7 @@
-"""A tensor whose rows are those of others in another order: vocabularies matched token by token.
+"""A tensor whose rows are rows of other tensors in another order: vocabularies matched token by token.
 
-A row that is the same one for all models (only one of them has it) is `alone`: sums of a pair leave it out, and the
-merge hands it on as it is. So the rows that both have are merged as if there were no others.
+A row that is the same for all models, because only one of them has it, is `alone`: sums of a pair leave it out, and the
+merge copies it. So the rows that both models have are merged as if there were no others.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from merge_tool.arrays import NUMPY_DTYPES, Array, decode, encode
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 
-# Instead of a row: the mean of all rows that hold a token; zeros; the mean of rows, those of `averages[-3 - code]`.
+# Codes for rows that no source has: the mean of all rows with a token; zeros; or the mean of `averages[-3 - code]`.
 MEAN, ZERO, FIRST_AVERAGE = -1, -2, -3
 _SOURCE = 1 << 32
-_MOST = 65_536  # elements that are converted at a time
+_MOST = 65_536  # elements converted at a time
 
 
 def kept(values: Array) -> Array:
-    """A copy in memory of its own. What stays on the heap keeps the system from getting back what lies below it, that
-    is all that was needed on the way here: 7 MB for three vocabularies of 100,000 tokens."""
+    """A copy outside the malloc heap: a small array left on top of the heap would keep the freed memory below it
+    resident (7 MB measured for three vocabularies of 100,000 tokens)."""
     memory = mmap.mmap(-1, max(values.nbytes, 1))
     copy: Array = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
     copy[...] = values
@@ -34,16 +34,16 @@ def kept(values: Array) -> Array:
 
 
 def code(source: int, rows: Array) -> Array:
-    """What stands for these rows of a source, by its number."""
+    """Encode (source number, row number) in one int64."""
     return source * _SOURCE + rows.astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What each row is: the `code` of a source's row, MEAN, ZERO or an average; and which rows are `alone`.
+    """The code of each row: a source's row (`code`), MEAN, ZERO or an average; and which rows are `alone`.
 
-    `averages` is [sets, sources]: a row of each source, -1 where it has none. MEAN is that of the first `num_averaged`
-    rows, those that hold a token, but for such as are MEAN themselves.
+    `averages` is [sets, sources]: a row of each source, -1 if it has none. MEAN is the mean of the first `num_averaged`
+    rows, which have a token, without those whose code is MEAN.
     """
 
     codes: Array
@@ -52,7 +52,7 @@ class Rows:
     averages: Array = field(default_factory=lambda: np.empty((0, 0), np.int32))
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Rows [start, stop) as (first, number of rows, code of the first) of neighbours that follow each other."""
+        """Rows [start, stop) as runs of consecutive source rows: (first row, number of rows, code of the first)."""
         codes = self.codes[start:stop]
         steps = np.where(codes[:-1] >= 0, 1, np.where(codes[:-1] > FIRST_AVERAGE, 0, -1))
         breaks = np.flatnonzero(codes[1:] - codes[:-1] != steps) + 1
@@ -62,11 +62,11 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class RowTensor:
-    """A TensorSource of the rows that `rows` names, in the dtype of `info`, which holds all of theirs exactly."""
+    """A TensorSource of the rows in `rows`, in the dtype of `info`, which holds all sources' values exactly."""
 
     info: TensorInfo
     sources: tuple[TensorSource, ...]
-    own: int  # which of the sources is the model's own tensor
+    own: int  # the index of the model's own tensor among the sources
     rows: Rows
     _means: list[Array] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -112,14 +112,15 @@ class RowTensor:
             encode(self._mean_rows()[0][columns], values[cut])
 
     def _read(self, start: int, values: Array) -> None:
-        """All but the rows that are the mean of others."""
-        for source, begin, count, place in self._pieces(start, start + len(values)):
-            _read_as(source, begin, values[place : place + count])
+        """Read all rows except those that are MEAN."""
+        for source, begin, count, offset in self._pieces(start, start + len(values)):
+            _read_as(source, begin, values[offset : offset + count])
         for row, cut, columns in self.parts(start, len(values), lambda codes: codes < MEAN):
             encode(self._made(int(self.rows.codes[row]), columns), values[cut])
 
     def parts(self, start: int, count: int, wanted: Callable[[Array], Array]) -> Iterator[tuple[int, slice, slice]]:
-        """The rows with `wanted` codes, among `count` elements from `start` on: (row, where in them, its columns)."""
+        """The rows with `wanted` codes among `count` elements from `start` on: (row, its slice of these elements, its
+        columns)."""
         columns, stop = self.columns, start + count
         first = start // columns
         for row in (np.flatnonzero(wanted(self.rows.codes[first : -(-stop // columns)])) + first).tolist():
@@ -127,7 +128,8 @@ class RowTensor:
             yield row, slice(begin - start, end - start), slice(begin - row * columns, end - row * columns)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[TensorSource, int, int, int]]:
-        """Elements [start, stop) as (source, its first element, how many, where they go); without what is made."""
+        """Elements [start, stop) as (source, first element there, count, offset here); without rows that no source
+        has."""
         columns = self.columns
         for row, count, code in self.rows.runs(start // columns, -(-stop // columns)):
             if code < 0:
@@ -150,8 +152,8 @@ class RowTensor:
         return total
 
     def _mean_rows(self) -> Array:
-        """Two rows: the mean of all rows that hold a token (and nothing infinite, as rows of one side alone may), and
-        the part of it that such rows have."""
+        """Two rows: the mean of all rows that have a token, and the share of that mean that rows of one side alone
+        contribute. Rows with values that are not finite do not count."""
         with self._lock:
             if not self._means:
                 totals, count, columns = np.zeros((2, self.columns)), 0, self.columns
@@ -164,8 +166,8 @@ class RowTensor:
                     is_own = (self.rows.codes[cut] != MEAN) & np.isfinite(some).all(axis=1)
                     count += int(is_own.sum())
                     for total, chosen in zip(totals, (is_own, is_own & self.rows.alone[cut]), strict=True):
-                        for place in np.flatnonzero(chosen):  # one by one: the same sum for any step
-                            total += some[place]
+                        for index in np.flatnonzero(chosen):  # one by one: the same sum for any step
+                            total += some[index]
                 totals /= max(count, 1)
                 self._means.append(totals)
             return self._means[0]
@@ -173,9 +175,9 @@ class RowTensor:
     def merged_mean(
         self, start: int, parts: tuple[Array, Array], weights: tuple[float, float], alone_weight: float
     ) -> Array:
-        """Elements from `start` on of a row that is the mean of the merged rows, from both sides' `parts`, the means of
-        theirs: such a padding row never gets the highest logit. Rows of one side alone are copied times
-        `alone_weight`, and so is their part of the mean."""
+        """Elements from `start` on of a padding row that is the mean of the merged rows, computed from both sides'
+        means in `parts`. Such a row never gets the highest logit. Rows of one side alone are copied times
+        `alone_weight`, and so is their share of the mean."""
         begin = start % self.columns
         alone = self._mean_rows()[1][begin : begin + len(parts[0])]
         x, y = (decode(values, np.empty(len(values))) for values in parts)
@@ -199,11 +201,12 @@ class RowTensor:
         making = 8 * (5 * self.columns + max(_MOST, self.columns) + _MOST)
         rows = 40 * (count // self.columns + 2)  # codes, and the runs of a permutation
         reading += 8 * min(count, _MOST) + (making if makes_rows else 0) + rows
-        return max(reading, 2 * NUMPY_DTYPES[self.info.dtype].itemsize * count)  # work's copies, without rows alone
+        copies = 2 * NUMPY_DTYPES[self.info.dtype].itemsize * count  # the work's, without rows that are alone
+        return max(reading, copies)
 
 
 def _read_as(source: TensorSource, start: int, values: Array) -> None:
-    """Elements of `source` from `start` on in the dtype of `values`, which holds them exactly."""
+    """Read elements of `source` from `start` on into `values`, whose dtype holds them exactly."""
     dtype = NUMPY_DTYPES[source.info.dtype]
     if dtype == values.dtype:
         source.read_into(start, values)
@@ -216,20 +219,20 @@ def _read_as(source: TensorSource, start: int, values: Array) -> None:
 
 
 def rows_note(source: TensorSource) -> str:
-    """What the report says of a tensor whose figures are of some rows only."""
+    """The report's note on a tensor whose figures cover only some rows."""
     if not isinstance(source, RowTensor) or not source.rows.alone.any():
         return ""
     return f"{int(source.rows.alone.sum()):,} rows of one side only, as they are; figures are of the others"
 
 
 def alone_ranges(source: TensorSource, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The elements within [start, stop) that belong to rows of one side alone, as ranges relative to `start`."""
+    """The elements within [start, stop) in rows of one side alone, as ranges relative to `start`."""
     if isinstance(source, RowTensor) and stop > start:
         yield from source.chosen(source.rows.alone, start, stop)
 
 
 def mean_ranges(source: TensorSource, start: int, stop: int) -> Iterator[tuple[RowTensor, int, int]]:
-    """The same of rows that are the mean of others, one by one, with the tensor that they are of."""
+    """The same for rows that are MEAN, one by one, with their tensor."""
     if isinstance(source, RowTensor) and source.rows.num_averaged:
         for _, cut, _ in source.parts(start, stop - start, lambda codes: codes == MEAN):
             yield source, cut.start, cut.stop

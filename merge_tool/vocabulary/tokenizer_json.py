@@ -1,7 +1,7 @@
-"""One tokenizer.json: its tokens and their ids, and where more can be put in.
+"""One tokenizer.json: its tokens and their ids, and the offset at which tokens can be inserted.
 
-Parsed in a process of its own: two of 128,000 tokens took 260 MB, which the merge's memory budget keeps for itself.
-Tokens are the same if their strings are, as the files spell them.
+Parsed in a process of its own: two files of 128,000 tokens took 260 MB, and the merge needs that memory. Two tokens are
+the same if their strings in the files are equal.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from merge_tool.errors import CheckpointError, listed, reason, shown
 TOKENIZER = "tokenizer.json"
 _SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 _MOST_BYTES = 200_000_000
-_MOST_ROWS = 1 << 22  # ids beyond that are no vocabulary's, and their map would take the memory of one
+_MOST_ROWS = 1 << 22  # no vocabulary has larger ids, and a map of them would take too much memory
 _SPACES = (" ", "\t", "\r", "\n")
 
 
 def tokenizer_path(folder: Folder) -> Path:
-    """Its tokenizer.json. Raises CheckpointError where there is none, or one too large."""
+    """The path of a folder's tokenizer.json. Raises CheckpointError if it is missing or too large."""
     if not folder.has(TOKENIZER):
         if slow := [name for name in _SLOW if folder.has(name)]:
             raise CheckpointError(
@@ -42,9 +42,8 @@ def tokenizer_path(folder: Folder) -> Path:
 
 
 def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> tuple[Any, bytes]:
-    """What `main` of a module says of the folders' tokenizers, in a process of its own: a value, and bytes.
-
-    Raises CheckpointError where a folder has no tokenizer.json, or one that cannot be read.
+    """The answer of a module's `main` about the folders' tokenizers, in a process of its own: a value, and bytes.
+    Raises CheckpointError if a tokenizer.json is missing or cannot be read.
     """
     names = [f"{folder.name}/{TOKENIZER}" for folder in folders]
     paths = [str(tokenizer_path(folder)) for folder in folders]
@@ -63,7 +62,7 @@ def ask_apart(module: str, folders: Sequence[Folder], question: Any = None) -> t
 
 
 def answer_apart(reply: Callable[[list[TokenizerJson], Any], tuple[Any, bytes]]) -> None:
-    """Read the question that `ask_apart` put, and write what `reply` says of the tokenizers."""
+    """Read the question of `ask_apart`, and write the answer of `reply` about the tokenizers."""
 
     def of_files(request: Any) -> tuple[Any, list[bytes]]:
         paths, names, question = request
@@ -74,15 +73,15 @@ def answer_apart(reply: Callable[[list[TokenizerJson], Any], tuple[Any, bytes]])
 
 
 class _Broken(Exception):
-    """What is wrong with a tokenizer.json, without its name."""
+    """The problem with a tokenizer.json, without its name."""
 
 
 class TokenizerJson:
-    """`ids` of every token; those that were added to its model, as they stand there; where more may be put in; and
-    digests of the other `parts` that decide which tokens a text becomes, whatever the file's layout."""
+    """`ids` has every token; `added` the entries of added_tokens; `insert_at` the byte offset at which entries can be
+    inserted, -1 without added_tokens; `parts` a digest of each other part that decides how a text is split."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.name, self.place, self.is_empty = name, -1, True
+        self.name, self.insert_at, self.is_empty = name, -1, True
         try:
             raw = path.read_bytes()
             if known := known_start(raw):
@@ -98,7 +97,7 @@ class TokenizerJson:
         except OSError as e:
             raise CheckpointError(f"{name}: cannot be read ({reason(e)}).") from e
         for content, entry in self.added.items():
-            self.ids.setdefault(content, entry["id"])  # of a token of the model's, the library takes the model's id
+            self.ids.setdefault(content, entry["id"])  # for a token of the model, the library uses the model's id
         self._check_ids()
         self.size = max(self.ids.values(), default=-1) + 1
 
@@ -110,7 +109,7 @@ class TokenizerJson:
                     f"{self.name}: the token '{shown(token)}' has the id '{shown(number)}', expected a whole number "
                     f"below {_MOST_ROWS:,}."
                 )
-            if (owner := owners.setdefault(number, token)) != token:  # whose row it is, nobody can tell
+            if (owner := owners.setdefault(number, token)) != token:  # the row's token would be ambiguous
                 raise CheckpointError(
                     f"{self.name}: the tokens '{shown(owner)}' and '{shown(token)}' have the same id, {number:,}; the "
                     "tokenizers library would give an added one another. Save the tokenizer again as it is loaded: "
@@ -118,7 +117,7 @@ class TokenizerJson:
                 )
 
     def _members(self, text: str) -> Iterator[tuple[str, Any]]:
-        """The members of the object that `text` is, and where the list of added tokens ends, in bytes."""
+        """The members of the object in `text`; sets `insert_at` to the end of the list of added tokens."""
         decoder, at, sign = json.JSONDecoder(), _after(text, 0, "{"), ","
         if text[at] == "}":
             sign, at = "}", at + 1
@@ -127,7 +126,7 @@ class TokenizerJson:
             value, end = _read(decoder.raw_decode, text, _after(text, at, ":"))
             if key == "added_tokens" and isinstance(value, list):
                 last = len(text[: end - 1].rstrip())
-                self.place, self.is_empty = len(text[:last].encode()), not value
+                self.insert_at, self.is_empty = len(text[:last].encode()), not value
             yield key, value
             at = _skip(text, end)
             sign, at = text[at], at + 1
@@ -136,21 +135,22 @@ class TokenizerJson:
 
     def numbered(self) -> list[str | None]:
         """The token of each id, None where there is none."""
-        found: list[str | None] = [None] * self.size
+        tokens: list[str | None] = [None] * self.size
         for token, number in self.ids.items():
-            found[number] = token
-        return found
+            tokens[number] = token
+        return tokens
 
     def insertion(self, entries: Sequence[Mapping[str, Any]]) -> bytes:
-        """What adds tokens, put in at `place`. Raises CheckpointError where it has no place for any."""
-        if self.place < 0:
+        """The bytes that add tokens if inserted at `insert_at`. Raises CheckpointError if the file has no list
+        added_tokens."""
+        if self.insert_at < 0:
             raise CheckpointError(f"{self.name}: has no list added_tokens. Save it again with transformers.")
         text = ",".join(f"\n    {json.dumps(entry)}" for entry in entries)
         return (("," if entries and not self.is_empty else "") + text).encode()
 
 
 def added_entry(token: str, number: int, added: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A token as an entry of added_tokens, with the settings that it has elsewhere."""
+    """A token as an entry of added_tokens, with its settings from another tokenizer."""
     usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     return {"id": number, "content": token, **usual, **{k: v for k, v in (added or {}).items() if k in usual}}
 
@@ -161,11 +161,11 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as e:
-        raise _Broken(f"it is no text in UTF-8, at byte {e.start:,}") from e
+        raise _Broken(f"it is not UTF-8 text, at byte {e.start:,}") from e
 
 
 def _read(read: Callable[[str, int], tuple[Any, int]], text: str, at: int) -> tuple[Any, int]:
-    """What a reader of JSON makes of the text at a place, and where that ends."""
+    """The value that a JSON reader finds at `at`, and the index behind it."""
     try:
         return read(text, at)
     except ValueError as e:
@@ -183,7 +183,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _after(text: str, at: int, sign: str, *, skip: bool = True) -> int:
-    """The place after `sign`, which must come next."""
+    """The index behind `sign`, which must come next."""
     at = _skip(text, at)
     if text[at] != sign:
         raise _Broken(f"its JSON is damaged, expected {sign} at character {at:,}")
