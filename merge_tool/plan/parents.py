@@ -120,7 +120,8 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
         own, theirs, last = a.get(key), b.get(key), key.split(".")[-1]
         if own == theirs or (last == "tie_word_embeddings" and base.tensors.keys() != ft.tensors.keys()):
             continue  # of heads their own warning speaks
-        if (nested and last == "model_type") or (key not in (a if key in b else b) and last not in _ONE_SIDED):
+        is_one_sided = key not in a or key not in b
+        if (nested and last == "model_type") or (is_one_sided and (last not in _ONE_SIDED or (nested and key != last))):
             continue
         here, there = (shown(side.get(key, "nothing")) for side in (a, b))
         yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}: {_SETTINGS[last]}."

@@ -1,0 +1,283 @@
+"""What two models say differently of themselves: each difference that matters once, by its content, with the option
+that takes it; and nothing of what does not matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from checkpoints import load_folder, save_model
+from merge_tool import RecipeError, merge, merge_models
+from merge_tool.cli import merge_tool
+
+SETTINGS: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0, "eos_token_id": 2,
+}  # fmt: skip
+TOKENIZER: dict[str, Any] = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+    "model": {
+        "type": "BPE", "dropout": None, "unk_token": "a", "fuse_unk": False, "byte_fallback": False,
+        "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"],
+    },
+}  # fmt: skip
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def model(folder: Path, seed: int, files: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """A small model with a tokenizer; `files` are side files (JSON, text, or None for none) in place of its own."""
+    shared, own = (np.random.default_rng(s) for s in (0, seed))
+    shapes = {"model.embed_tokens.weight": (3, 4), "model.norm.weight": (4,)}
+    tensors = {n: shared.standard_normal(shape) + 0.1 * own.standard_normal(shape) for n, shape in shapes.items()}
+    files = {"tokenizer.json": TOKENIZER, **(files or {})}
+    texts = {n: f if isinstance(f, str) else json.dumps(f) for n, f in files.items() if f is not None}
+    config = {key: value for key, value in {**SETTINGS, **settings}.items() if value != "absent"}
+    return save_model(folder, tensors, config=config, side_files=texts)
+
+
+def warnings_of(base: Path, ft: Path, **options: Any) -> list[str]:
+    return list(merge(base, ft, base.parent / "out", overwrite=True, **options).warnings)
+
+
+# ------------------------------------------------------------------------------------------ tokenizers
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    return {**TOKENIZER, **parts}
+
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "indented": {"tokenizer.json": json.dumps(TOKENIZER, indent=2)},
+    "padding": {"tokenizer.json": changed(padding={"strategy": "BatchLongest"}, truncation={"max_length": 9})},
+    "merges as pairs": {"tokenizer.json": changed(model={**TOKENIZER["model"], "merges": [["a", "b"]]})},
+    "defaults left out": {"tokenizer.json": changed(model={"type": "BPE", "unk_token": "a", "ignore_merges": False,
+                          "vocab": TOKENIZER["model"]["vocab"], "merges": ["a b"]})},
+    "is_local": {"tokenizer_config.json": {"is_local": True, "padding_side": "left", "name_or_path": "/x"}},
+    "a map of special tokens": {"special_tokens_map.json": {"pad_token": "a"}},
+    "the same end as a list": {"generation_config.json": {"eos_token_id": [2]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_what_changes_no_token_is_no_warning(tmp_path: Path, what: str) -> None:
+    plain = {"tokenizer_config.json": {"model_max_length": 5}, "special_tokens_map.json": {}}
+    base = model(tmp_path / "base", 1, plain)
+    ft = model(tmp_path / "ft", 2, {**plain, **HARMLESS[what]})
+    assert warnings_of(base, ft) == []
+
+
+HARMFUL: dict[str, tuple[dict[str, Any], str]] = {
+    "normalizer": ({"tokenizer.json": changed(normalizer={"type": "Lowercase"})}, "its normalizer differ"),
+    "pre-tokenizer": ({"tokenizer.json": changed(pre_tokenizer={"type": "ByteLevel"})}, "its pre_tokenizer differ"),
+    "merges": ({"tokenizer.json": changed(model={**TOKENIZER["model"], "merges": []})}, "its merges differ"),
+    "end token": ({"tokenizer_config.json": {"eos_token": "b"}}, 'eos_token is "a" in base, "b" in ft'),
+    "end token as an object": (
+        {"tokenizer_config.json": {"eos_token": {"content": "b"}}}, 'eos_token is "a" in base, "b" in ft'
+    ),
+    "begin": ({"tokenizer_config.json": {"eos_token": "a", "add_bos_token": True}},
+              "add_bos_token is false in base, true in ft"),
+    "end of generation": ({"generation_config.json": {"eos_token_id": [1, 2]}},
+                          "eos_token_id is 2 in base, 1 or 2 in ft"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HARMFUL)
+def test_what_changes_a_text_or_its_end_is_one_warning(tmp_path: Path, what: str) -> None:
+    plain: dict[str, Any] = {"tokenizer_config.json": {"eos_token": "a", "add_bos_token": False}}
+    files, expected = HARMFUL[what]
+    base, ft = model(tmp_path / "base", 1, plain), model(tmp_path / "ft", 2, {**plain, **files})
+    (told,) = warnings_of(base, ft)
+    assert expected in told
+    assert "--files-from ft takes ft's files" in told
+    merge(base, ft, tmp_path / "of-ft", files_from="ft")
+    for name in files:
+        assert (tmp_path / "of-ft" / name).read_bytes() == (ft / name).read_bytes()
+
+
+def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    base, ft = model(tmp_path / "base", 1, {"tokenizer.json": None}), model(tmp_path / "ft", 2)
+    assert warnings_of(base, ft) == [
+        "base has no tokenizer, and so the output has none. --files-from ft takes ft's files."
+    ]
+    assert warnings_of(ft, base) == []
+
+
+# ------------------------------------------------------------------------------------------ templates
+
+WITH_TEMPLATE: dict[str, dict[str, Any]] = {
+    "jinja": {"chat_template.jinja": CHAT},
+    "tokenizer_config": {"tokenizer_config.json": {"chat_template": CHAT}},
+    "several": {"tokenizer_config.json": {"chat_template": [{"name": "default", "template": CHAT}]}},
+    "old": {"chat_template.json": {"chat_template": CHAT}},
+}
+
+
+def template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    return file.read_text() if file.exists() else None
+
+
+@pytest.mark.parametrize("t", [0.5, 1])
+@pytest.mark.parametrize("where", WITH_TEMPLATE)
+def test_a_template_that_is_lost_is_one_warning_with_its_options(tmp_path: Path, where: str, t: float) -> None:
+    """The commonest merge there is: a base model with its chat finetune. At t = 1, too."""
+    base = model(tmp_path / "base", 1, {"tokenizer_config.json": {}})
+    ft = model(tmp_path / "ft", 2, {"tokenizer_config.json": {}, **WITH_TEMPLATE[where]})
+    assert warnings_of(base, ft, t=t) == [
+        "The chat template of ft is not in the output: base has none, and so the output has none. --chat-template ft "
+        "takes it; --files-from ft takes all of ft's files."
+    ]
+    assert merge(base, ft, tmp_path / "taken", t, chat_template="ft").warnings == ()
+    assert template(tmp_path / "taken") == CHAT
+    assert merge(base, ft, tmp_path / "all", t, files_from="ft").warnings == ()
+    assert warnings_of(ft, base) == []  # BASE's is in the output
+
+
+def test_of_two_templates_the_output_has_one_and_says_so(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", 1, {"tokenizer_config.json": {"chat_template": "{{ x }}"}})
+    ft = model(tmp_path / "ft", 2, {"tokenizer_config.json": {"chat_template": CHAT}})
+    (told,) = warnings_of(base, ft)
+    assert told.startswith("The chat template of ft is another: the output has base's. --chat-template ft takes it")
+    assert warnings_of(base, model(tmp_path / "same", 2, {"chat_template.jinja": "{{ x }}\n"})) == []
+    merge(base, ft, tmp_path / "kept", chat_template="base", files_from="ft")
+    assert template(tmp_path / "kept") == "{{ x }}"
+    stored = json.loads((tmp_path / "kept/tokenizer_config.json").read_text())
+    assert stored["chat_template"] == "{{ x }}"
+
+
+def test_a_union_of_vocabularies_says_which_template_it_has(tmp_path: Path) -> None:
+    more = changed(model={**TOKENIZER["model"], "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []})
+    base, ft = (
+        model(tmp_path / "base", 1),
+        model(tmp_path / "ft", 2, {"tokenizer.json": more, "chat_template.jinja": CHAT}),
+    )
+    report = merge(base, ft, tmp_path / "union", vocab="union")
+    assert any("--chat-template ft takes it" in warning for warning in report.warnings)
+    report = merge(base, ft, tmp_path / "chat", vocab="union", chat_template="ft")
+    assert not any("chat" in warning for warning in report.warnings)
+    assert template(tmp_path / "chat") == CHAT
+
+
+def test_a_template_by_name_or_from_a_file(tmp_path: Path) -> None:
+    base, ft = model(tmp_path / "base", 1), model(tmp_path / "ft", 2)
+    file = tmp_path / "own.jinja"
+    file.write_text(CHAT)
+    for number, (choice, expected) in enumerate((("chatml", "<|im_start|>"), (str(file), CHAT), (CHAT, CHAT))):
+        out = tmp_path / f"out{number}"
+        merge(base, ft, out, chat_template=choice)
+        assert expected in (template(out) or "")
+        if choice == str(file):
+            file.unlink()  # what it held is in the report
+        found = CliRunner().invoke(merge_tool, ["verify", str(out), "--against", str(base), str(ft)])
+        assert found.exit_code == 0, found.output
+        assert ("--chat-template chatml" if number == 0 else "--chat-template FILE") in (out / "README.md").read_text()
+        assert merge(base, ft, out, chat_template=choice if number != 1 else CHAT).already_complete
+    recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (base, ft)]}
+    merge_models(recipe, tmp_path / "yaml", chat_template="chatml")
+    assert "<|im_start|>" in (template(tmp_path / "yaml") or "")
+
+
+@pytest.mark.parametrize(
+    ("choice", "problem"),
+    [
+        ("ft", "--chat-template ft: ft has no chat template"),
+        ("chat", "--chat-template is 'chat', expected a model (base, ft, "),
+        ("nothing.jinja", "--chat-template nothing.jinja: cannot be read"),
+        ("EMPTY", "holds no template in Jinja"),
+    ],
+)
+def test_what_is_no_template_is_refused(tmp_path: Path, choice: str, problem: str) -> None:
+    base, ft = model(tmp_path / "base", 1), model(tmp_path / "ft", 2)
+    (tmp_path / "empty.jinja").write_text("nothing\n")
+    with pytest.raises(RecipeError) as caught:
+        merge(base, ft, tmp_path / "out", chat_template=choice.replace("EMPTY", str(tmp_path / "empty.jinja")))
+    assert problem in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------- settings
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "scaled positions": ({"rope_scaling": None}, {"rope_scaling": LLAMA3}, "rope_scaling"),
+    "scaled, one silent": ({}, {"rope_scaling": LLAMA3}, "rope_scaling"),
+    "another factor": ({"rope_scaling": LLAMA3}, {"rope_scaling": {**LLAMA3, "factor": 32.0}}, "rope_scaling"),
+    "in a newer form": ({}, {"rope_parameters": {**LLAMA3, "rope_theta": 10_000.0}}, "rope_scaling"),
+    "another base, in a newer form": ({}, {"rope_theta": "absent", "rope_parameters": {"rope_type": "default",
+                                      "rope_theta": 5e5}}, "rope_theta"),
+    "one kind of layers": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e5}, "sliding_attention": {"rope_theta": 1e4}}},
+        "rope_scaling",
+    ),
+    "activation": ({}, {"hidden_act": "gelu"}, "hidden_act"),
+    "epsilon": ({}, {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+    "cap": ({"final_logit_softcapping": 30.0}, {"final_logit_softcapping": None}, "final_logit_softcapping"),
+    "head_dim": ({"head_dim": 2}, {"head_dim": 4}, "head_dim"),
+    "window": ({"sliding_window": None}, {"sliding_window": 8}, "sliding_window"),
+    "experts": ({"num_experts_per_tok": 2}, {"num_experts_per_tok": 4}, "num_experts_per_tok"),
+    "multiplier": ({"residual_multiplier": 1.0}, {"residual_multiplier": 0.2}, "residual_multiplier"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_a_setting_that_changes_what_weights_mean_is_one_warning(tmp_path: Path, what: str) -> None:
+    here, there, key = UNLIKE[what]
+    base, ft = model(tmp_path / "base", 1, **here), model(tmp_path / "ft", 2, **there)
+    (told,) = warnings_of(base, ft)
+    assert told.startswith(f"{key} differs: ")
+    (told,) = warnings_of(ft, base)
+    assert told.startswith(f"{key} differs: ")
+
+
+ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "newer form": ({}, {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
+    "newer form, scaled": (
+        {"rope_scaling": LLAMA3},
+        {"rope_theta": "absent", "rope_parameters": {**LLAMA3, "rope_theta": 10_000.0}},
+    ),
+    "older spelling": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "a default that one writes": ({}, {"head_dim": 2, "attention_bias": False, "use_cache": True}),
+    "what no weight means": ({"max_position_embeddings": 8}, {"max_position_embeddings": 16, "_name_or_path": "x"}),
+}
+
+
+@pytest.mark.parametrize("what", ALIKE)
+def test_the_same_setting_in_another_form_is_no_warning(tmp_path: Path, what: str) -> None:
+    here, there = ALIKE[what]
+    assert warnings_of(model(tmp_path / "base", 1, **here), model(tmp_path / "ft", 2, **there)) == []
+
+
+def test_a_language_model_inside_another_is_compared_with_itself(tmp_path: Path) -> None:
+    """One line, on the classes: the settings are the same, one floor further down."""
+    inner = {key: value for key, value in SETTINGS.items() if key != "architectures"}
+    outer = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": inner,
+             "vision_config": {"model_type": "clip", "hidden_size": 99, "num_attention_heads": 3}}  # fmt: skip
+    base = model(tmp_path / "base", 1)
+    ft = model(tmp_path / "ft", 2, **dict.fromkeys(SETTINGS, "absent"))
+    (ft / "config.json").write_text(json.dumps({**outer}))
+    told = warnings_of(base, ft)
+    assert [line.split(":")[0] for line in told] == ["architectures differs"]
+
+
+def test_recipes_say_the_same(tmp_path: Path) -> None:
+    base, ft = model(tmp_path / "base", 1), model(tmp_path / "ft", 2, {"chat_template.jinja": CHAT}, hidden_act="gelu")
+    recipe = {"merge_method": "slerp", "base_model": str(base), "models": [{"model": str(base)}, {"model": str(ft)}],
+              "parameters": {"t": 0.5}}  # fmt: skip
+    told = merge_models(recipe, tmp_path / "out").warnings
+    assert [line.split(":")[0] for line in told] == [
+        "hidden_act differs",
+        "The chat template of ft is not in the output",
+    ]
+    assert f"--chat-template {ft}" in told[1]
+    assert load_folder(tmp_path / "out")
