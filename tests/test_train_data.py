@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from tests.train_fixtures import copy_rows, make_config, make_tokenizer, write_jsonl
 from train.batches import Mixture, collate, pack, plan_rows
+from train.chat import Segment
 from train.config import TrainConfig
 from train.data import Examples, Source, SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError
-from train.sources import Segment, render_row
+from train.sources import render_row
 
 TOKENIZER = make_tokenizer()
 QA = [{"prompt": "{question}", "response": "{answer}"}]
@@ -41,8 +42,8 @@ def source_of(tmp_path: Path, rows: list[dict[str, Any]], **more: Any) -> dict[s
 
 def render(row: dict[str, Any], tokenizer: Any = TOKENIZER, **source: Any) -> list[Segment]:
     config = make_config(sources=[{"path": "x.jsonl", **source}])
-    (segments,) = render_row(config.sources[0], row, tokenizer)
-    return segments
+    (rendered,) = render_row(config.sources[0], row, tokenizer)
+    return rendered.segments
 
 
 # ---- formats -------------------------------------------------------------------------------------------
@@ -97,6 +98,81 @@ def test_a_chat_template_gives_the_same_text_as_the_tokenizer() -> None:
     assert [s.text for s in segments if s.learned] == ["B<end>", "B<end>"]
     with pytest.raises(TrainError, match=r"no chat template\. Set format: memphis-chat"):
         render(row, messages="m", format="chat-template")
+
+
+# Qwen3's habits: reasoning is written in the last turn alone, tool calls as JSON, tools in front.
+THINKING = (
+    "{% if tools %}[{% for t in tools %}{{ t.name }}{% endfor %}]{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content and loop.last %}"
+    "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+
+def test_a_template_gets_the_whole_message() -> None:
+    """Tool calls, their answers and the tools; what is null, `datasets` has added."""
+    tokenizer = make_tokenizer(chat_template=THINKING)
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
+    turns = [
+        {"role": "user", "content": "A", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "name": "weather", "tool_calls": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "Sun"}], "tool_calls": None},
+    ]
+    for tools in ([{"name": "weather", "strict": None}], '[{"name": "weather"}]'):
+        row = {"m": turns, "t": tools}
+        segments = render(row, tokenizer, messages="m", tools="t", format="chat-template")
+        text = '[weather]<user>A<end><assistant><call>weather{"city": "Rome"}</call><end><tool>sunny<end><assistant>Sun<end>'
+        assert "".join(s.text for s in segments) == text
+        assert [s.text for s in segments if s.learned] == ['<call>weather{"city": "Rome"}</call><end>', "Sun<end>"]
+    with pytest.raises(TrainError, match="column t is 'no JSON', expected tools as a list in JSON"):
+        render({"m": turns, "t": "no JSON"}, tokenizer, messages="m", tools="t", format="chat-template")
+
+
+def test_of_turns_that_a_template_rewrites_the_last_is_learned_and_counted(tmp_path: Path) -> None:
+    """The model never sees an earlier turn with its reasoning: what is exact is the last one."""
+    tokenizer = make_tokenizer(chat_template=THINKING)
+    plain = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    thought = [*plain[:1], {"role": "assistant", "content": "B", "reasoning_content": "hm"}]
+    row = {"m": [*thought, *thought]}
+    segments = render(row, tokenizer, messages="m", format="chat-template")
+    whole = tokenizer.apply_chat_template(row["m"], tokenize=False)
+    assert [s.text for s in segments] == [
+        "<user>A<end><assistant>B<end><user>A<end><assistant>",
+        "<think>hm</think>B<end>",
+    ]
+    assert "".join(s.text for s in segments) == whole
+    one = render({"m": thought}, tokenizer, messages="m", format="chat-template")
+    assert [s.text for s in one if s.learned] == ["<think>hm</think>B<end>"]
+    rows = [{"m": turns} for turns in ([*thought, *thought], [*plain, *plain], thought)]
+    source = source_of(tmp_path, rows, messages="m", format="chat-template", label="chats")
+    config = make_config(sources=[source])
+    (found,) = open_sources(config, tmp_path, prepare_sources(config, tokenizer, tmp_path))
+    assert (found.report.examples, found.report.last_turn_only) == (3, 1)
+    assert report_table([found.report]).splitlines()[-1] == (
+        "chats: the chat template writes earlier turns in another way in 1 examples; of those only the last turn is "
+        "learned."
+    )
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking", "function_call"])
+def test_what_a_format_would_leave_out_is_refused(key: str) -> None:
+    """By memphis-chat always; by a template if the text is the same without it."""
+    said = [CALL] if key == "tool_calls" else "hm"
+    row = {"m": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B", key: said}]}
+    with pytest.raises(TrainError, match=f"a message has {key}, which memphis-chat cannot write"):
+        render(row, messages="m")
+    silent = make_tokenizer(chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+                            "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+    with pytest.raises(TrainError, match=f"a message has {key}, which the tokenizer's chat template does not write"):
+        render(row, silent, messages="m", format="chat-template")
+
+
+def test_tools_are_for_a_chat_template() -> None:
+    with pytest.raises(TrainError, match="tools is for chat-template, the format is memphis-chat"):
+        make_config(sources=[{"path": "x.jsonl", "messages": "m", "tools": "t"}])
 
 
 def test_text_is_learned_everywhere() -> None:

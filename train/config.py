@@ -72,7 +72,9 @@ class SourceConfig:
     format: how a row becomes text, see Formats
     templates: list of `{prompt, response}` (tinycot: also `rationale`; text: only `text`) with `{column}` fields. Each
         template makes one example per row; white space at the ends is removed
-    messages: column that holds lists of `{role, content}`, instead of templates
+    messages: column that holds lists of `{role, content}`, instead of templates. A chat template gets each message
+        whole, with its `tool_calls`, `reasoning_content` and so on
+    tools: column that holds the tools of a conversation, for the chat template: a list of JSON schemas, or its text
     """
 
     path: str
@@ -89,6 +91,7 @@ class SourceConfig:
     format: Literal["memphis-chat", "tinycot", "chat-template", "text"] = "memphis-chat"
     templates: tuple[Template, ...] = ()
     messages: str | None = None
+    tools: str | None = None
 
     @property
     def title(self) -> str:
@@ -310,6 +313,8 @@ def _check_source(source: SourceConfig, where: str) -> None:
             raise TrainError(f"{problem}, expected a list for {test.op!r}.")
     if (source.messages is None) == (not source.templates):
         raise TrainError(f"{where} needs either `templates` or `messages`, and not both.")
+    if source.tools is not None and source.format != "chat-template":
+        raise TrainError(f"{where}.tools is for chat-template, the format is {source.format}.")
     if source.messages is not None and source.format not in ("memphis-chat", "chat-template"):
         raise TrainError(f"{where}.format is {source.format}, expected memphis-chat or chat-template for messages.")
     for number, template in enumerate(source.templates):

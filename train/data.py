@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from train.chat import Rendered
 from train.config import SourceConfig, TrainConfig
 from train.errors import TrainError
 from train.output import publish_text
-from train.sources import Segment, open_rows, render_row
+from train.sources import open_rows, render_row
 
-STORE_VERSION = 2  # raise it when the same inputs would give other tokens
+STORE_VERSION = 3  # raise it when the same inputs would give other tokens
 _TOKENIZE_ROWS = 256
 
 
@@ -41,6 +42,7 @@ class SourceReport:
     dropped_empty: int  # examples with nothing to learn
     held_out_examples: int
     held_out_tokens: int
+    last_turn_only: int = 0  # conversations of whose turns the template keeps the last alone as it was
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _tokenize_source(
         dropped_empty=train.empty + held.empty,
         held_out_examples=len(held.examples),
         held_out_tokens=int(held.examples.learned.sum()),
+        last_turn_only=train.last_turn_only + held.last_turn_only,
     )
     return train.examples, held.examples, report
 
@@ -155,6 +158,7 @@ class _Tokenized:
     examples: Examples
     long: int
     empty: int
+    last_turn_only: int
 
 
 def _tokenize(
@@ -163,8 +167,8 @@ def _tokenize(
     """The first `take` examples that fit, in the order of the rows; over-long ones are dropped, not cut."""
     ids: list[NDArray[np.int32]] = []
     learned: list[NDArray[np.bool_]] = []
-    long = empty = 0
-    for example in _token_lists(source, tokenizer, rows, order):
+    long = empty = last_turn_only = 0
+    for is_last_turn, example in _token_lists(source, tokenizer, rows, order):
         if take is not None and len(ids) == take:
             break
         tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in example] or [np.empty(0, np.int32)])
@@ -176,23 +180,26 @@ def _tokenize(
         else:
             ids.append(tokens)
             learned.append(marks)
+            last_turn_only += is_last_turn
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in ids])]).astype(np.int64)
     flat_ids = np.concatenate(ids) if ids else np.empty(0, np.int32)
-    return _Tokenized(Examples(flat_ids, np.concatenate(learned or [np.empty(0, bool)]), offsets), long, empty)
+    examples = Examples(flat_ids, np.concatenate(learned or [np.empty(0, bool)]), offsets)
+    return _Tokenized(examples, long, empty, last_turn_only)
 
 
 def _token_lists(
     source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int]
-) -> Iterator[list[tuple[list[int], bool]]]:
-    """Each example as [(ids, learned)], its segments tokenised apart, a few hundred rows at a time."""
+) -> Iterator[tuple[bool, list[tuple[list[int], bool]]]]:
+    """Each example as [(ids, learned)], its segments tokenised apart, a few hundred rows at a time; and whether only
+    its last turn is learned."""
     for start in range(0, len(order), _TOKENIZE_ROWS):
-        examples: list[list[Segment]] = []
+        examples: list[Rendered] = []
         for row in rows.select(order[start : start + _TOKENIZE_ROWS]):
             examples.extend(render_row(source, row, tokenizer))
-        texts = [segment.text for example in examples for segment in example]
+        texts = [segment.text for example in examples for segment in example.segments]
         ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         for example in examples:
-            yield [(next(ids), segment.learned) for segment in example]
+            yield example.last_turn_only, [(next(ids), segment.learned) for segment in example.segments]
 
 
 def _write_store(folder: Path, train: Examples, held_out: Examples, report: SourceReport) -> None:
@@ -222,9 +229,16 @@ def report_table(reports: Sequence[SourceReport]) -> str:
         )  # fmt: skip
         lines.append([r.title, *(f"{n:,}" for n in numbers)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    return "\n".join(
+    table = [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
-    )
+    ]
+    notes = [
+        f"{r.title}: the chat template writes earlier turns in another way in {r.last_turn_only:,} examples; of those "
+        "only the last turn is learned."
+        for r in reports
+        if r.last_turn_only
+    ]
+    return "\n".join([*table, *notes])

@@ -7,28 +7,21 @@ where one segment ends and the next begins. Rows are read by the library `datase
 from __future__ import annotations
 
 import hashlib
+import json
 import operator
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train.chat import USER, ChatTemplate, Message, Rendered, Segment, memphis_chat, read_messages, without_empty
 from train.config import Sort, SourceConfig, Template, Where
 from train.errors import TrainError
 from train.hub import explain
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Text tokenised apart from its neighbours; `learned` when the model is to predict its tokens."""
-
-    text: str
-    learned: bool
 
 
 # ---- rows ----------------------------------------------------------------------------------------------
@@ -199,8 +192,7 @@ def _columns(source: SourceConfig) -> Iterable[str]:
     yield from (test.column for test in source.where)
     if source.sort is not None:
         yield source.sort.column
-    if source.messages is not None:
-        yield source.messages
+    yield from (column for column in (source.messages, source.tools) if column is not None)
     for template in source.templates:
         for text in (template.prompt, template.rationale, template.response, template.text):
             yield from template_fields(text or "", source.title)
@@ -232,98 +224,47 @@ def _fill(text: str, row: Mapping[str, Any]) -> str:
 
 # ---- formats -------------------------------------------------------------------------------------------
 
-USER, ASSISTANT, SYSTEM = "### User:\n", "### Assistant:\n", "### System:\n"
 RATIONALE, ANSWER = "### Rationale:\n", "### Answer:\n"
-_HEADERS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 
 
-def render_row(source: SourceConfig, row: Mapping[str, Any], tokenizer: Any) -> list[list[Segment]]:
-    """One list of segments per template (or conversation); an empty one when nothing is to be learned."""
+def render_row(source: SourceConfig, row: Mapping[str, Any], tokenizer: Any) -> list[Rendered]:
+    """One example per template (or conversation); without segments when nothing is to be learned."""
     if source.messages is not None:
-        return [_render_messages(source, _messages(row[source.messages], source), tokenizer)]
+        messages = read_messages(row[source.messages], source.title, source.messages)
+        return [_render_messages(source, messages, tokenizer, _tools(source, row))]
     return [_render_template(source, template, row, tokenizer) for template in source.templates]
 
 
-def _render_template(source: SourceConfig, template: Template, row: Mapping[str, Any], tokenizer: Any) -> list[Segment]:
+def _render_template(source: SourceConfig, template: Template, row: Mapping[str, Any], tokenizer: Any) -> Rendered:
     if source.format == "text":
         text = _fill(template.text or "", row)
-        return [Segment(text, True)] if text else []
+        return Rendered([Segment(text, True)] if text else [])
     prompt, response = _fill(template.prompt, row), _fill(template.response, row)
     if not response:
-        return []
+        return Rendered()
     if source.format == "tinycot":
         rationale = _fill(template.rationale or "", row)
         # The next turn's header ends the answer, so it is learned too.
         answer = f"{rationale}\n{ANSWER}{response}\n{USER}"
-        return [Segment(f"{USER}{prompt}\n{RATIONALE}", False), Segment(answer, True)]
-    messages = [("user", prompt), ("assistant", response)]
-    return _render_messages(source, messages, tokenizer)
+        return Rendered([Segment(f"{USER}{prompt}\n{RATIONALE}", False), Segment(answer, True)])
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return _render_messages(source, messages, tokenizer, None)
 
 
-def _messages(value: Any, source: SourceConfig) -> list[tuple[str, str]]:
-    try:
-        return [(message["role"], _content(message["content"])) for message in value or ()]
-    except (TypeError, KeyError) as e:
-        raise TrainError(
-            f"Source {source.title}: column {source.messages} is {value!r:.80}, expected a list of {{role, content}}."
-        ) from e
-
-
-def _content(content: Any) -> str:
-    """The text of a message; empty without content (a tool call). TypeError for content that is not text."""
-    if content is not None and not isinstance(content, str):
-        raise TypeError(content)
-    return (content or "").strip()
-
-
-def _render_messages(source: SourceConfig, messages: list[tuple[str, str]], tokenizer: Any) -> list[Segment]:
+def _render_messages(source: SourceConfig, messages: Sequence[Message], tokenizer: Any, tools: Any) -> Rendered:
     if source.format == "chat-template":
-        return _chat_template(messages, tokenizer, source.title)
-    return _memphis_chat(messages, source.title)
+        return ChatTemplate(tokenizer, source.title, tools).render(messages)
+    return memphis_chat(messages, source.title)
 
 
-def _memphis_chat(messages: list[tuple[str, str]], title: str) -> list[Segment]:
-    """Turns under `###` headers; each assistant turn is learned together with the user header after it."""
-    segments: list[Segment] = []
-    pending, header_written = "", False
-    for role, content in messages:
-        if role not in _HEADERS or (header_written and role != "user"):
-            expected = "user" if header_written else "system, user or assistant"
-            raise TrainError(f"Source {title}: a message has role {role!r}, expected {expected}.")
-        pending += "" if header_written else _HEADERS[role]
-        header_written = role == "assistant"
-        if role == "assistant":
-            segments += [Segment(pending, False), Segment(f"{content}\n{USER}", True)]
-            pending = ""
-        else:
-            pending += f"{content}\n"
-    return segments if any(content for role, content in messages if role == "assistant") else []
-
-
-def _chat_template(messages: list[tuple[str, str]], tokenizer: Any, title: str) -> list[Segment]:
-    """The tokenizer's own template; an assistant turn runs from its generation prompt to the turn's end."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise TrainError(f"Source {title}: the tokenizer has no chat template. Set format: memphis-chat.")
-    turns = [{"role": role, "content": content} for role, content in messages]
-    segments: list[Segment] = []
-    done = ""
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
+def _tools(source: SourceConfig, row: Mapping[str, Any]) -> Any:
+    """The tools that a row offers: a list of JSON schemas, or the text of one."""
+    tools = row[source.tools] if source.tools is not None else None
+    if isinstance(tools, str) and tools.strip():
         try:
-            before = tokenizer.apply_chat_template(turns[:number], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(turns[: number + 1], tokenize=False)
-        except TemplateError as e:
+            tools = json.loads(tools)
+        except ValueError as e:
             raise TrainError(
-                f"Source {title}: the tokenizer's chat template refuses a conversation ({e}). Set format: memphis-chat."
+                f"Source {source.title}: column {source.tools} is {tools!r:.80}, expected tools as a list in JSON ({e})."
             ) from e
-        if not (after.startswith(before) and before.startswith(done)):
-            raise TrainError(
-                f"Source {title}: the tokenizer's chat template rewrites earlier turns, so the learned tokens cannot "
-                "be found. Set format: memphis-chat."
-            )
-        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
-        done = after
-    return segments if any(content for role, content in messages if role == "assistant") else []
+    return without_empty(tools) or None
