@@ -124,10 +124,11 @@ def test_a_template_gets_the_whole_message() -> None:
     for tools in ([{"name": "weather", "strict": None}], '[{"name": "weather"}]'):
         row = {"m": turns, "t": tools}
         segments = render(row, tokenizer, messages="m", tools="t", format="chat-template")
-        text = '[weather]<user>A<end><assistant><call>weather{"city": "Rome"}</call><end><tool>sunny<end><assistant>Sun<end>'
+        called = '<call>weather{"city": "Rome"}</call><end>'
+        text = f"[weather]<user>A<end><assistant>{called}<tool>sunny<end><assistant>Sun<end>"
         assert "".join(s.text for s in segments) == text
-        assert [s.text for s in segments if s.learned] == ['<call>weather{"city": "Rome"}</call><end>', "Sun<end>"]
-    with pytest.raises(TrainError, match="column t is 'no JSON', expected tools as a list in JSON"):
+        assert [s.text for s in segments if s.learned] == [called, "Sun<end>"]
+    with pytest.raises(TrainError, match="column t is 'no JSON', expected a list of tools"):
         render({"m": turns, "t": "no JSON"}, tokenizer, messages="m", tools="t", format="chat-template")
 
 
@@ -139,10 +140,8 @@ def test_of_turns_that_a_template_rewrites_the_last_is_learned_and_counted(tmp_p
     row = {"m": [*thought, *thought]}
     segments = render(row, tokenizer, messages="m", format="chat-template")
     whole = tokenizer.apply_chat_template(row["m"], tokenize=False)
-    assert [s.text for s in segments] == [
-        "<user>A<end><assistant>B<end><user>A<end><assistant>",
-        "<think>hm</think>B<end>",
-    ]
+    before = "<user>A<end><assistant>B<end><user>A<end><assistant>"
+    assert [s.text for s in segments] == [before, "<think>hm</think>B<end>"]
     assert "".join(s.text for s in segments) == whole
     one = render({"m": thought}, tokenizer, messages="m", format="chat-template")
     assert [s.text for s in one if s.learned] == ["<think>hm</think>B<end>"]
@@ -548,13 +547,16 @@ def test_the_report_is_stored_beside_the_tokens(tmp_path: Path) -> None:
     assert config.sources[0].title == source.report.title == "d.jsonl"
 
 
-def test_empty_message_contents_are_nothing_and_parts_are_refused() -> None:
-    """A null content is no word "None"; content that is not text stops with the column's name."""
+def test_empty_message_contents_are_nothing_and_parts_must_be_text() -> None:
+    """A null content is no word "None"; parts of text are one text, others stop with the column's name."""
     source = {"messages": "turns", "templates": []}
     nothing = {"turns": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}
     assert render(nothing, **source) == []
     assert render({"turns": None}, **source) == []
-    parts = {"turns": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}
+    text = {"type": "text", "text": "hi"}
+    spoken = {"role": "assistant", "content": "B"}
+    assert "hihi" in render({"turns": [{"role": "user", "content": [text, text]}, spoken]}, **source)[0].text
+    parts = {"turns": [{"role": "user", "content": [text, {"type": "image", "url": "x"}]}, spoken]}
     with pytest.raises(TrainError, match="turns"):
         render(parts, **source)
 

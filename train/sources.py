@@ -265,6 +265,7 @@ def _tools(source: SourceConfig, row: Mapping[str, Any]) -> Any:
             tools = json.loads(tools)
         except ValueError as e:
             raise TrainError(
-                f"Source {source.title}: column {source.tools} is {tools!r:.80}, expected tools as a list in JSON ({e})."
+                f"Source {source.title}: column {source.tools} is {tools!r:.80}, expected a list of tools, or its JSON "
+                f"({e})."
             ) from e
     return without_empty(tools) or None
