@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -168,10 +169,13 @@ def test_a_chunk_holds_whole_tiles_of_rows_longer_than_a_tile(tmp_path: Path) ->
     plan = plan_recipe(read_recipe(tmp_path / "recipe.yaml", METHODS), tmp_path / "out", memory_bytes=10**9).plan
     (job,) = plan.jobs()
     assert plan.tile(job) == TILE + 5
-    for budget in (80_000_000, 10**9):
-        chunk = plan_layout(plan, budget, 1, held=40_000_000).chunk_elements
-        assert chunk >= plan.tile(job)
-        assert chunk % TILE == 0
+    found = set()
+    for budget in range(40_000_000, 100_000_000, 1_000_000):
+        with contextlib.suppress(RecipeError):  # too little
+            found.add(plan_layout(plan, budget, 1, held=30_000_000).chunk_elements)
+    assert min(found) == 2 * TILE
+    assert max(found) > 2 * TILE
+    assert all(chunk % (2 * TILE) == 0 for chunk in found)
 
 
 def test_what_the_machine_says_is_plausible() -> None:
