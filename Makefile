@@ -10,8 +10,10 @@ JOBS ?= 2
 SEEDS ?= 1
 
 FUZZ_SECONDS ?= 60
+COUNT ?= 200
+SEED ?= 0
 
-.PHONY: help test test-slow fuzz test-core lint demo demo-smollm2 bench bigram clean
+.PHONY: help test test-slow fuzz mutants test-core lint demo demo-smollm2 bench bigram clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -55,6 +57,10 @@ fuzz: $(VENV)/.installed ## damaged files for every reader, FUZZ_SECONDS for eac
 	$(BIN)/python fuzz/fuzzing.py --seconds $(FUZZ_SECONDS)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt atheris
 	$(BIN)/python fuzz/fuzzing.py header --atheris --seconds $(FUZZ_SECONDS)
+
+mutants: $(VENV)/.installed ## change COUNT=200 places in the kernel, one by one: does a test fail? (SEED chooses them)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt coverage
+	$(BIN)/python tests/mutants.py --count $(COUNT) --seed $(SEED) --jobs $(JOBS)
 
 demo: $(VENV)/.installed ## train a tiny model that reasons, a finetune that forgets, merge them, judge all (SEEDS=3: means)
 	@rm -rf runs/mini

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from checkpoints import DTYPES, save_file
 from merge_tool.checkpoint.header import (
@@ -204,7 +204,17 @@ def test_unaligned_data_is_read(tmp_path: Path) -> None:
         assert checkpoint.read("a", 0, 2, np.empty(2, np.float32)).tolist() == [1.5, -2.5]
 
 
-def test_every_dtype_code_of_the_library_has_its_bits() -> None:
-    assert {code: bits for code, bits in DTYPE_BITS.items() if code in DTYPES} == {
-        code: 8 * dtype.itemsize for code, dtype in DTYPES.items()
-    }
+@pytest.mark.parametrize("code", DTYPE_BITS)
+def test_every_dtype_has_the_librarys_bits(tmp_path: Path, code: str) -> None:
+    """The library opens eight elements in as many bytes as one has bits, and refuses one byte less or more."""
+
+    def opens(num_bytes: int) -> bool:
+        head = json.dumps({"x": entry(code, (8,), (0, num_bytes))}).encode()
+        (tmp_path / "x").write_bytes(struct.pack("<Q", len(head)) + head + bytes(num_bytes))
+        try:
+            with safe_open(tmp_path / "x", framework="numpy"):
+                return True
+        except SafetensorError:
+            return False
+
+    assert [n for n in range(1, 70) if opens(n)] == [DTYPE_BITS[code]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,8 +17,11 @@ import pytest
 
 from merge_tool import RecipeError
 from merge_tool.api import plan_recipe
+from merge_tool.arrays import TILE
 from merge_tool.checkpoint.header import TensorInfo, build_header
+from merge_tool.methods.registry import METHODS
 from merge_tool.plan.memory import available_bytes, default_budget, peak_bytes, plan_layout, resident_bytes
+from merge_tool.recipe.mergekit import read_recipe
 from merge_tool.recipe.pair import pair
 
 LEAST = 64_000_000
@@ -152,6 +156,26 @@ def test_a_layout_uses_its_room_and_no_more(tmp_path: Path) -> None:
             assert 1 <= layout.jobs <= jobs
     with pytest.raises(RecipeError, match=r"needs at least \d+MB of memory, the budget is 44MB"):
         plan_layout(plan, 44_000_000, 8, held=40_000_000)
+
+
+def test_a_chunk_holds_whole_tiles_of_rows_longer_than_a_tile(tmp_path: Path) -> None:
+    base, ft = (write_model(tmp_path / f"{n}.safetensors", {"long": (3, TILE + 5)}, n) for n in (1, 2))
+    text = f"""
+        merge_method: nuslerp
+        models: [{{model: {base}, parameters: {{weight: 0.5}}}}, {{model: {ft}, parameters: {{weight: 0.5}}}}]
+        parameters: {{nuslerp_flatten: false}}
+    """
+    (tmp_path / "recipe.yaml").write_text(text)
+    plan = plan_recipe(read_recipe(tmp_path / "recipe.yaml", METHODS), tmp_path / "out", memory_bytes=10**9).plan
+    (job,) = plan.jobs()
+    assert plan.tile(job) == TILE + 5
+    found = set()
+    for budget in range(40_000_000, 100_000_000, 1_000_000):
+        with contextlib.suppress(RecipeError):  # too little
+            found.add(plan_layout(plan, budget, 1, held=30_000_000).chunk_elements)
+    assert min(found) == 2 * TILE
+    assert max(found) > 2 * TILE
+    assert all(chunk % (2 * TILE) == 0 for chunk in found)
 
 
 def test_what_the_machine_says_is_plausible() -> None:

@@ -158,6 +158,13 @@ class Memory:
             writer.publish()
 
 
+def test_jobs_are_numbered_through_all_shards(tiles: tuple[Path, Path]) -> None:
+    plan = plan_merge(pair_recipe(*tiles, 0.4, max_shard_bytes=10**6), [open_checkpoint(path) for path in tiles])
+    jobs = [job for shard in plan.shards for job in shard.jobs]
+    assert len(plan.shards) > 2
+    assert [job.number for job in jobs] == list(range(len(jobs)))
+
+
 @pytest.mark.parametrize(
     ("jobs", "chunk_tiles", "arena"), [(1, 1, 0), (3, 1, 0), (2, 2, 3_000_000), (8, 4, 50_000_000), (2, 8, 7_000_000)]
 )

@@ -148,6 +148,14 @@ def test_bfloat16_subnormals_stay_within_the_bound_too(scale: float) -> None:
         assert abs(exact(found) - expected) <= ulp(float(expected), BF16) / 2 + slack
 
 
+@pytest.mark.parametrize("more", [-(2.0**-20), 2.0**-20])
+def test_a_bfloat16_subnormal_is_rounded_once(more: float) -> None:
+    """A hair above half of the smallest value it is that value, a hair below 0; float32 cannot tell the two."""
+    x, out = np.full(3, 2.0**-133).astype(BF16), np.empty(3, BF16)
+    assert combine(x, np.zeros(3, BF16), Weights(0.5 + more, 0.0), out, SCRATCH)
+    assert (out.astype(np.float64) == (2.0**-133 if more > 0 else 0.0)).all()
+
+
 @pytest.mark.parametrize("theta", [1e-7, 0.1, 1.5, 1.99, 2.5, 3.0])
 def test_float32_results_have_a_relative_error_below_1e_7(theta: float) -> None:
     x, y = (v.astype(np.float32) for v in pair_at_angle(theta, 1.3, size=800))

@@ -458,6 +458,16 @@ def test_multislerp_keeps_its_digits_where_directions_nearly_cancel() -> None:
     assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(x), rel=1e-9)
 
 
+@pytest.mark.parametrize("power", [-700, 600])
+@pytest.mark.parametrize(("name", "apart"), [("multislerp", math.pi - 1e-4), ("nuslerp", 1e-8)])
+def test_where_digits_are_lost_tensors_of_any_size_merge_as_others(name: str, apart: float, power: int) -> None:
+    """f(s x) = s f(x), s a power of two, also where a second sum is made of what the first said."""
+    request = asked(name, (3000,), 2, weight=1.0)
+    pair, size = list(pair_at_angle(apart)), 2.0**power
+    found = merged(name, request, None, [x * size for x in pair])
+    np.testing.assert_allclose(found / size, merged(name, request, None, pair), rtol=1e-13, atol=1e-14)
+
+
 def test_karcher_is_where_the_arcs_balance() -> None:
     """At the mean, the unit vectors' logarithms add up to nothing."""
     request = asked("karcher", (200,), 4, max_iter=100, tol=1e-7)

@@ -102,6 +102,16 @@ def test_a_changed_byte_anywhere_is_found(tmp_path: Path, pair: tuple[Path, Path
     assert problems(tmp_path / "out") == []
 
 
+def test_fifty_problems_are_told_and_the_others_counted(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Sixty files that are gone, and the list of files, which is not as it was written."""
+    merge(*pair, tmp_path / "out")
+    with (tmp_path / "out/SHA256SUMS").open("a") as sums:
+        sums.writelines(f"{'0' * 64}  gone-{k}\n" for k in range(60))
+    found = problems(tmp_path / "out")
+    assert len(found) == 51
+    assert found[-1] == "and 11 more"
+
+
 def test_weights_changed_and_signed_anew_are_found_against_the_parents(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """The digests are right, the values are not: of a model this small every element is in the sample."""
     merge(*pair, tmp_path / "out")
