@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from checkpoints import save_model
+from checkpoints import load_folder, save_file, save_model
+from merge_tool import merge_models
 from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.errors import MismatchError, RecipeError
 from merge_tool.methods.registry import METHODS
@@ -25,7 +26,7 @@ from merge_tool.recipe.mergekit import TOP, parse_recipe
 from merge_tool.recipe.model_ref import ModelRef
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.recipe import Recipe, Tokenizer, TokenRow
-from merge_tool.recipe.settings import Choice
+from merge_tool.recipe.settings import Choice, constant
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("merge_*.yaml"))
 PARTS = ("input_layernorm", "mlp.up_proj", "self_attn.q_proj")
@@ -725,7 +726,7 @@ def test_a_clean_recipe_has_no_warnings() -> None:
         # parameters
         (slerp("0.5").replace("parameters:\n  t: 0.5\n", ""), "slerp needs a 't': put it into `parameters:`"),
         (linear("1").replace(", parameters: {weight: 1}", ""), "linear needs a 'weight' for M0"),
-        (slerp("1").replace("B}", "B, parameters: {t: 1}}"), "slerp has one for all models: put it into the re"),
+        (slerp("1").replace("B}", "B, parameters: {t: 0.9}}"), "slerp has one for all models: put it into the re"),
         (slerp("1.5"), "line 5: 't' is 1.5, expected 0 (base_model) to 1 (the other model). Give --extrapolate"),
         (slerp("[0, -0.1]"), "'t' is -0.1"),
         (slerp("high"), "'t' is 'high', expected a finite number"),
@@ -790,7 +791,7 @@ def test_t_outside_0_and_1_is_read_if_it_is_meant() -> None:
         ("just words", "the recipe is 'just words', expected a mapping"),
         ("a: [1", "line 1: not YAML"),
         ("a: 1\n\tb: 2", "line 2: not YAML"),
-        ("a: 1\nb: 2\na: 3", "recipe.yaml, line 3: 'a' is given twice, first in line 1"),
+        ("a: 1\nb: 2\na: 3", "recipe.yaml, line 3: 'a' is given twice with different values, first in line 1"),
         ("models:\n- {model: a, model: b}", "line 2: 'model' is given twice"),
         ("a: 1\n---\nb: 2", "one document"),
         (
@@ -905,3 +906,106 @@ def test_the_docs_name_every_method_and_every_key() -> None:
     assert [name for name in METHODS if f"{name}," not in text and f"{name} |" not in text] == []
     assert [key for key in TOP if f"`{key}`" not in text] == []
     assert [path.name for path in EXAMPLES if path.name not in text] == []
+
+
+# --------------------------------------------------------------------------------- leniency where it is safe
+
+
+def parsed(text: str) -> Any:
+    return parse_recipe(text, "r.yaml", METHODS)
+
+
+TWO = "models: [{model: A, parameters: {weight: 1}}, {model: B, parameters: {weight: 1}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "why"),
+    [
+        (f"merge_method: linear\nint8_mask: true\n{TWO}", "int8_mask", "mergekit keeps its masks in"),
+        (f"merge_method: linear\nembed_slerp: true\n{TWO}", "embed_slerp", "no longer reads it"),
+        (f"merge_method: linear\nrandom_seed: 3\n{TWO}", "random_seed", "given on the command line"),
+        (f"merge_method: linear\npad_to_multiple_of: 8\n{TWO}", "pad_to_multiple_of", "it belongs into `tokenizer:`"),
+        (f"merge_method: linear\n{TWO}parameters: {{smooth: false}}", "smooth", "no such switch, and it is off"),
+        (f"merge_method: linear\n{TWO}parameters: {{smooth: null}}", "smooth", "no such switch, and it is off"),
+        (f"merge_method: linear\ndtype: float16\ndtype: float16\n{TWO}", "dtype", "line 2 says the same"),
+        (
+            "merge_method: della\nbase_model: A\nmodels: [{model: B, parameters: {weight: 1, lambda: 1.1}}]\n"
+            "parameters: {lambda: 1.1}",
+            "lambda",
+            "it says the same as the recipe's value for all models",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_one_warning(text: str, key: str, why: str) -> None:
+    (told,) = parsed(text).warnings
+    assert f"'{key}' has no effect: " in told
+    assert why in told
+
+
+def test_a_repeated_value_that_is_another_is_refused() -> None:
+    """Of two values one would be lost; without a value for all, the default counts."""
+    for lines in ("parameters: {lambda: 0.9}", "parameters: {epsilon: 0.1}"):
+        text = "merge_method: della\nbase_model: A\nmodels: [{model: B, parameters: {weight: 1, lambda: 1.1}}]\n"
+        with pytest.raises(RecipeError, match="'lambda' stands in the parameters of B, but della has one for all"):
+            parsed(text + lines)
+    with pytest.raises(RecipeError, match="line 3: 'dtype' is given twice with different values, first in line 2"):
+        parsed(f"merge_method: linear\ndtype: float16\ndtype: float32\n{TWO}")
+
+
+def test_all_errors_of_a_recipe_are_shown_at_once() -> None:
+    text = (
+        "merge_method: linear\ndtype: float17\nmodels:\n- {model: A, parameters: {wieght: 1, normalize: maybe}}\n"
+        "- {model: B, parameters: {weight: x}}\n- C\nparameters: {normalise: true}\nchat_template: foo\n"
+        "tokenizer_source: base\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        parsed(text)
+    first, *rest = str(caught.value).split("\n")
+    assert first == "r.yaml: 8 errors."
+    assert [int(line.split(":")[0].removeprefix("  line ")) for line in rest] == [2, 4, 4, 5, 6, 7, 8, 9]
+
+
+def test_keys_that_only_hold_anchors_are_no_keys() -> None:
+    models = "models: [{model: A, parameters: *w}, {model: B, parameters: {<<: *w}}]"
+    lent = f"scratch: &w {{weight: 0.3}}\nmerge_method: linear\n{models}"
+    recipe = parsed(lent)
+    assert recipe.warnings == ()
+    assert [s.parameters["weight"] for s in recipe.modules[0].slices[0].sources] == [constant(0.3)] * 2
+    with pytest.raises(RecipeError, match="line 1: the recipe has no key 'scratch'"):
+        parsed(f"scratch: &w {{weight: 0.3}}\nmerge_method: linear\n{TWO}")
+
+
+def test_a_tokenizer_source_may_say_model() -> None:
+    plain, older = (parsed(f"merge_method: linear\ntokenizer_source: {s}\n{TWO}") for s in ("B", "model:B"))
+    assert plain.tokenizer == older.tokenizer
+    assert plain.models == older.models
+
+
+def test_an_old_base_model_beside_the_sources_gets_the_way_to_write_it() -> None:
+    text = (
+        "merge_method: slerp\nbase_model: Z\nslices: [{sources: [{model: A, layer_range: [0, 2]}, {model: B, "
+        "layer_range: [0, 2]}]}]\nparameters: {t: 0.5}"
+    )
+    with pytest.raises(RecipeError, match=r"Write base_model: A, the source that t = 0 stands for"):
+        parsed(text)
+    with pytest.raises(RecipeError, match=r"Add it as a source: \{model: Z, layer_range: \[first, end\]\}"):
+        parsed(text.replace("slerp", "ties").replace("t: 0.5", "weight: 1"))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "della"])
+def test_a_base_with_its_adapter_alone_is_that_model(tmp_path: Path, method: str) -> None:
+    """ "Lorablated" models: base_model and the only model are the same MODEL+ADAPTER."""
+    rng = np.random.default_rng(0)
+    base = save_model(tmp_path / "base", {"model.q.weight": rng.standard_normal((6, 4)).astype(np.float32)})
+    a, b = rng.standard_normal((2, 4)).astype(np.float32), rng.standard_normal((6, 2)).astype(np.float32)
+    factors = {"base_model.model.model.q.lora_A.weight": a, "base_model.model.model.q.lora_B.weight": b}
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    model = {"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}}
+    recipe = {"merge_method": method, "base_model": f"{base}+{adapter}", "models": [model]}
+    report = merge_models(recipe, tmp_path / "out")
+    assert any("of base_model alone is base_model" in w and "with the adapter in it" in w for w in report.warnings)
+    expected = load_folder(base)["model.q.weight"].astype(np.float64) + b.astype(np.float64) @ a
+    assert np.allclose(load_folder(tmp_path / "out")["model.q.weight"], expected, rtol=1e-6)

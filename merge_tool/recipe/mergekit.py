@@ -30,8 +30,9 @@ TOP = (
     "tokenizer", "chat_template",
 )  # fmt: skip
 _UNUSED = {
+    **INERT,
     "name": "nothing in the output is called by it",
-    "random_seed": INERT["random_seed"],
+    "pad_to_multiple_of": "mergekit does not read it there; it belongs into `tokenizer:`",
     "residual_weight": "mergekit reads it, too, and never uses it",
     "override_architecture": "tensors are matched by their names, whatever the architecture",
 }
@@ -85,7 +86,7 @@ def parse_recipe(
     parameters: with the file, the line, and what would be right.
     """
     parser = _Parser(where=where, methods=methods, extrapolate=extrapolate, values=values, options=options or Options())
-    return parser.recipe(parse_yaml(text, where), text)
+    return parser.recipe(text)
 
 
 class _Parser:
@@ -103,19 +104,31 @@ class _Parser:
         self._models = NamedModels(self._text)
         self._extrapolate = extrapolate
 
-    def recipe(self, top: Value, text: str) -> Recipe:
+    def recipe(self, text: str) -> Recipe:
+        """Raises RecipeError with all errors of the text at once, as far as one does not hide another."""
+        top, attempt = parse_yaml(self._text, text), self._text.attempt
         self._check_program(self._text.mapping(top, "the recipe"))
         fields = self._text.fields(top, "the recipe", TOP)
         name = self._method_name(top, fields)
+        base = attempt(self._models.optional_ref, fields, "base_model", instead=None)
+        if base is not None and self._is_alone(fields, base) and self._methods[name].base in ("required", "optional"):
+            self._text.warnings.setdefault(
+                f"{self._text.where}: {name} of base_model alone is base_model: the output is {shown(base)} as it is"
+                f"{', with the adapter in it' if base.lora else ''}."
+            )
+            name = "passthrough"
         self._name, self._method = name, self._methods[name]
         self._parameters = Parameters(self._text, name, self._methods, self._extrapolate)
         outputs = Parameters(Text("--set"), name, self._methods, self._extrapolate).outputs(self._values)
-        base = self._models.optional_ref(fields, "base_model")
-        parameters = self._parameters.parse(fields.get("parameters"), "parameters")
-        modules = self._modules(top, fields, base, parameters)
+        nothing: Settings = {}
+        parameters = attempt(self._parameters.parse, fields.get("parameters"), "parameters", instead=nothing)
+        no_modules: tuple[Module, ...] = ()
+        modules = attempt(self._modules, top, fields, base, parameters, instead=no_modules)
         base_number = self._models.number(base) if base else None
-        tokenizer = parse_tokenizer(self._text, self._models, fields, has_base=base is not None)
-        dtype, out_dtype = self._dtype(fields, "dtype"), self._dtype(fields, "out_dtype")
+        tokenizer = attempt(parse_tokenizer, self._text, self._models, fields, has_base=base is not None, instead=None)
+        dtype, out_dtype = (attempt(self._dtype, fields, key, instead=None) for key in ("dtype", "out_dtype"))
+        chat_template = attempt(self._chat_template, fields, instead=None)
+        self._text.check()
         models = self._models.refs  # the warnings are complete only now
         return Recipe(
             models=models,
@@ -127,11 +140,19 @@ class _Parser:
             outputs=outputs,
             options=replace(self._options, dtype=self._options.dtype or out_dtype or dtype),
             tokenizer=tokenizer,
-            chat_template=self._chat_template(fields),
+            chat_template=chat_template,
             text=text,
             where=self._text.where,
             warnings=tuple(self._text.warnings),
         )
+
+    def _is_alone(self, fields: Fields, base: ModelRef) -> bool:
+        """Whether base_model is the only model that is listed."""
+        items = fields["models"].plain if "models" in fields else None
+        if not isinstance(items, tuple) or not items:
+            return False
+        refs = [item.plain.get("model") if isinstance(item.plain, Mapping) else None for item in items]
+        return all(ref is not None and isinstance(ref.plain, str) and self._models.ref(ref) == base for ref in refs)
 
     # What the whole is
 
@@ -186,8 +207,9 @@ class _Parser:
         if "models" in fields and fields["models"].plain is not None:
             return Module(name, (self._all_layers(fields["models"], base, scopes),), own)
         slices = self._text.items(fields["slices"], "slices")
-        module = Module(name, tuple(self._slice(value, base, scopes) for value in slices), own)
-        if module.num_layers == 0:
+        parts = [self._text.attempt(self._slice, value, base, scopes, instead=None) for value in slices]
+        module = Module(name, tuple(part for part in parts if part is not None), own)
+        if None not in parts and module.num_layers == 0:
             raise self._text.error(slices[0].line, "the slices have no layers at all, expected one layer or more.")
         return module
 
@@ -198,16 +220,19 @@ class _Parser:
         refs: list[ModelRef] = []
         sources: list[Source] = []
         for item in self._text.items(value, "models"):
-            if isinstance(item.plain, str):
-                raise self._text.error(item.line, f"a model is {kind(item)}, expected `- model: {shown(item.plain)}`.")
-            fields = self._entry(item, "an entry of models", ("model", "parameters"))
-            ref, settings = self._source(fields, base)
-            refs.append(ref)
-            sources.append(Source(self._models.number(ref), None, settings))
+            if (entry := self._text.attempt(self._listed, item, base, scopes, instead=None)) is not None:
+                refs.append(entry[0])
+                sources.append(Source(self._models.number(entry[0]), None, entry[1]))
+        self._text.check()
         if base and base not in refs:
             refs.append(base)
             sources.append(Source(self._models.number(base), None, {}))
         return self._checked_slice(value, refs, sources, base, {}, scopes)
+
+    def _listed(self, item: Value, base: ModelRef | None, scopes: list[Settings]) -> tuple[ModelRef, Settings]:
+        if isinstance(item.plain, str):
+            raise self._text.error(item.line, f"a model is {kind(item)}, expected `- model: {shown(item.plain)}`.")
+        return self._source(self._entry(item, "an entry of models", ("model", "parameters")), base, scopes)
 
     def _slice(self, value: Value, base: ModelRef | None, scopes: list[Settings]) -> Slice:
         fields = self._text.fields(value, "an entry of slices", ("sources", "base_model", "parameters"))
@@ -219,7 +244,7 @@ class _Parser:
         sources: list[Source] = []
         for item in self._text.items(fields["sources"], "sources"):
             inside = self._entry(item, "an entry of sources", ("model", "layer_range", "parameters"))
-            ref, settings = self._source(inside, base)
+            ref, settings = self._source(inside, base, [own, *scopes])
             refs.append(ref)
             sources.append(Source(self._models.number(ref), self._layers(item, inside), settings))
         self._check_lengths(value, sources)
@@ -231,10 +256,10 @@ class _Parser:
             raise self._text.error(value.line, f"{what} has no model, expected `model: PATH`.")
         return fields
 
-    def _source(self, fields: Fields, base: ModelRef | None) -> tuple[ModelRef, Settings]:
+    def _source(self, fields: Fields, base: ModelRef | None, scopes: Sequence[Settings]) -> tuple[ModelRef, Settings]:
         ref = self._models.ref(fields["model"])
         parameters = fields.get("parameters")
-        settings = self._parameters.parse(parameters, f"the parameters of {shown(ref)}", of_model=True)
+        settings = self._parameters.parse(parameters, f"the parameters of {shown(ref)}", of_model=scopes)
         if settings and parameters and ref == base and self._method.base != "none":
             self._text.warn(parameters.key_line, "parameters", f"{shown(ref)} is base_model, which has none of its own")
         return ref, settings
@@ -259,20 +284,29 @@ class _Parser:
         scopes: list[Settings],
     ) -> Slice:  # fmt: skip
         base_index = refs.index(base) if base in refs and base and self._method.base != "none" else None
-        self._check_base(value, base_index, base)
+        self._check_base(value, refs, base_index, base)
         self._check_count(value, len(refs), base_index)
         part = Slice(tuple(sources), base_index, own)
         self._check_required(value, part, refs, [own, *scopes])
         return part
 
-    def _check_base(self, value: Value, base_index: int | None, base: ModelRef | None) -> None:
+    def _check_base(
+        self, value: Value, refs: Sequence[ModelRef], base_index: int | None, base: ModelRef | None
+    ) -> None:
         if base_index is not None or self._method.base == "none" or (self._method.base == "optional" and base is None):
             return
         if base is None:
             which = "the one at t = 0" if self._method.base == "first" else "the one that the others are compared with"
             raise self._text.error(value.line, f"{self._name} needs base_model: one of the models, {which}.")
+        first = shown(refs[0])
+        way = (
+            f"Write base_model: {first}, the source that t = 0 stands for (a slice may have a base_model of its own)."
+            if self._method.base == "first"
+            else f"Add it as a source: {{model: {shown(base)}, layer_range: [first, end]}}."
+        )
         raise self._text.error(
-            value.line, f"base_model {shown(base)} is not among the sources of the slice, which must give its layers."
+            value.line,
+            f"base_model {shown(base)} is not among the sources of the slice, which must give its layers. {way}",
         )
 
     def _check_count(self, value: Value, count: int, base: int | None) -> None:

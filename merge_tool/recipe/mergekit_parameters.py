@@ -35,14 +35,16 @@ class Parameters:
         self._defaults: Mapping[str, Any] = {**self._shared, **self._each}
         self._elsewhere = {key for method in methods.values() for key in (*method.shared, *method.each)}
 
-    def parse(self, value: Value | None, what: str, *, of_model: bool = False) -> Settings:
-        """The settings in one `parameters` mapping. `of_model`: the mapping of one input, where parameters that all
-        inputs share are an error, because nothing would read them."""
+    def parse(self, value: Value | None, what: str, *, of_model: Sequence[Settings] | None = None) -> Settings:
+        """The settings in one `parameters` mapping. `of_model`: it is the mapping of one input, and these are the
+        settings around it. A parameter that all inputs share is an error there, because nothing would read it, unless
+        it repeats the value that counts."""
         if value is None or value.plain is None:
             return {}
         mapping = self._text.mapping(value, what)
-        kept = {key: item for key, item in mapping.items() if self._counts(key, item, what, of_model)}
-        return {key: self._setting(key, item) for key, item in kept.items()}
+        attempt, wrong = self._text.attempt, constant(None)
+        kept = {k: item for k, item in mapping.items() if attempt(self._counts, k, item, what, of_model, instead=False)}
+        return {key: attempt(self._setting, key, item, instead=wrong) for key, item in kept.items()}
 
     def outputs(self, values: Mapping[str, Sequence[Value]]) -> tuple[Output, ...]:
         """One output for each combination of these values, which replace the recipe's."""
@@ -60,8 +62,12 @@ class Parameters:
             raise self._text.error(0, "two of the values are the same, and so would be two outputs.")
         return tuple(outputs)
 
-    def _counts(self, key: str, value: Value, what: str, of_model: bool) -> bool:
-        if of_model and key in self._shared and key not in self._each and key not in INERT:
+    def _counts(self, key: str, value: Value, what: str, of_model: Sequence[Settings] | None) -> bool:
+        if of_model is not None and key in self._shared and key not in self._each and key not in INERT:
+            around = next((settings[key] for settings in of_model if key in settings), constant(self._shared[key]))
+            if _values(self._setting(key, value)) == _values(around):
+                self._text.warn(value.key_line, key, "it says the same as the recipe's value for all models")
+                return False
             raise self._text.error(
                 value.key_line,
                 f"'{shown(key)}' stands in {what}, but {self._name} has one for all models: put it into the recipe's "
@@ -73,6 +79,8 @@ class Parameters:
             self._text.warn(value.key_line, key, INERT[key])
         elif key in self._elsewhere:
             self._text.warn(value.key_line, key, f"{self._name} has no such parameter")
+        elif value.plain in (False, None):
+            self._text.warn(value.key_line, key, f"{self._name} has no such switch, and it is off")
         else:
             known = ", ".join(sorted(self._defaults)) or "none"
             meant = self._text.meant(key, self._defaults.keys())
@@ -154,6 +162,11 @@ class Parameters:
 
     def _wrong(self, key: str, value: Value, expected: str) -> Exception:
         return self._text.error(value.line, f"'{key}' is {kind(value)}, expected {expected}.")
+
+
+def _values(setting: Setting) -> list[tuple[Any, ...]]:
+    """A setting without its lines."""
+    return [(choice.pattern, choice.values) for choice in setting.choices]
 
 
 def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:

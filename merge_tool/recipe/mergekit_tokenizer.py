@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from merge_tool.errors import shown
 from merge_tool.recipe.mergekit_models import NamedModels
@@ -39,7 +40,11 @@ class _Parser:
     def _vocabulary(self, value: Value) -> str | int:
         if value.plain == "base" and not self._has_base:
             raise self._text.error(value.line, "the tokenizer is the base's, but there is no base_model.")
-        return str(value.plain) if value.plain in ("union", "base") else self._models.number(self._models.ref(value))
+        if value.plain in ("union", "base"):
+            return str(value.plain)
+        if isinstance(value.plain, str) and value.plain.startswith("model:"):  # as mergekit wrote it once
+            value = replace(value, plain=value.plain.removeprefix("model:").strip())
+        return self._models.number(self._models.ref(value))
 
     def _token(self, token: str, value: Value) -> TokenRow:
         what = f"the token '{shown(token)}'"

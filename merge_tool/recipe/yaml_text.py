@@ -4,9 +4,11 @@ large, too deep or too often repeated, and keys given twice, are refused before 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, TypeVar
 
 from merge_tool.errors import RecipeError, shown
 
@@ -22,19 +24,22 @@ _PLAIN = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq
 @dataclass(frozen=True, slots=True)
 class Value:
     """One value of the text: `plain` is a scalar, a tuple of Values or a mapping of text to Values. `line` counts from
-    1. `key_line` is the line of its key, if it has one; `text` is a scalar as it was written."""
+    1. `key_line` is the line of its key, if it has one; `text` is a scalar as it was written. `is_lent`: it stands
+    under a key of the whole text, and others take parts of it by aliases."""
 
     line: int
     plain: Any
     text: str = ""
     key_line: int = 0
+    is_lent: bool = False
 
 
+T = TypeVar("T")
 Fields: TypeAlias = Mapping[str, Value]
 
 
-def parse_yaml(text: str, where: str) -> Value:
-    """The one document of `text`. Raises RecipeError, with `where` and the line, for anything but plain, small YAML."""
+def parse_yaml(text: Text, content: str) -> Value:
+    """The one document of `content`. Raises RecipeError with the line for anything but plain, small YAML."""
     import yaml  # imported here, because it costs every other command a megabyte
 
     class Loader(yaml.SafeLoader):
@@ -48,15 +53,16 @@ def parse_yaml(text: str, where: str) -> Value:
             if self.depth > _MOST_DEPTH or self.num_nodes > _MOST_VALUES:
                 what = _TOO_DEEP if self.depth > _MOST_DEPTH else _TOO_MANY
                 event = self.peek_event()  # type: ignore[no-untyped-call]
-                raise RecipeError(f"{shown(where)}, line {event.start_mark.line + 1}: {what}.")
+                raise text.error(event.start_mark.line + 1, f"{what}.")
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
 
-    if len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
+    where = text.where
+    if len(content.encode("utf-8", "surrogatepass")) > MOST_BYTES:
         raise RecipeError(f"{shown(where)} has more than {MOST_BYTES:,} bytes, which is no recipe.")
     try:
-        node = yaml.compose(text, Loader=Loader)
+        node = yaml.compose(content, Loader=Loader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -65,7 +71,26 @@ def parse_yaml(text: str, where: str) -> Value:
         raise RecipeError(f"{shown(where)}: not YAML ({shown(e)}).") from e
     if node is None:
         raise RecipeError(f"{shown(where)} is empty, expected a recipe: merge_method and models, at least.")
-    return _Reader(where).value(node)
+    top = _Reader(text).value(node)
+    if not isinstance(node, yaml.MappingNode):
+        return top
+    parts = {key.value: set(_nodes(value)) for key, value in node.value}
+    uses = Counter(part for nodes in parts.values() for part in nodes)
+    lent = {key for key, nodes in parts.items() if any(uses[part] > 1 for part in nodes)}
+    return replace(top, plain={key: replace(value, is_lent=key in lent) for key, value in top.plain.items()})
+
+
+def _nodes(node: Any) -> Iterator[int]:
+    """The ids of a node and all below it, each once."""
+    seen, waiting = set[int](), [node]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield id(node)
+        if node.id != "scalar":
+            waiting += [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
 
 
 def _hint(e: Any) -> str:
@@ -77,10 +102,10 @@ def _hint(e: Any) -> str:
 class _Reader:
     """YAML nodes -> Values."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, text: Text) -> None:
         import yaml
 
-        self._where = where
+        self._text = text
         self._scalars = yaml.constructor.SafeConstructor()
         self._errors: tuple[type[Exception], ...] = (yaml.YAMLError, ValueError, OverflowError)
         self._num_values = 0
@@ -110,10 +135,15 @@ class _Reader:
                 for name, item in self._inherited(value, depth):
                     inherited.setdefault(name, item)  # the first mapping counts
                 continue
-            name = self._key(key)
+            name, item = self._key(key), self.value(value, depth + 1, key.start_mark.line + 1)
+            if name in own and _plain(own[name]) != _plain(item):
+                raise self._error(
+                    key, f"'{shown(name)}' is given twice with different values, first in line {own[name].key_line}"
+                )
             if name in own:
-                raise self._error(key, f"'{shown(name)}' is given twice, first in line {own[name].key_line}")
-            own[name] = self.value(value, depth + 1, key.start_mark.line + 1)
+                self._text.warn(item.key_line, name, f"line {own[name].key_line} says the same")
+                continue
+            own[name] = item
         return own | {name: item for name, item in inherited.items() if name not in own}
 
     def _inherited(self, node: Any, depth: int) -> list[tuple[str, Value]]:
@@ -139,13 +169,31 @@ class _Reader:
             raise self._error(node, f"'{shown(node.value, 50)}' is not a value of YAML's plain types") from e
 
     def _error(self, node: Any, what: str) -> RecipeError:
-        return RecipeError(f"{shown(self._where)}, line {node.start_mark.line + 1}: {what}.")
+        return self._text.error(node.start_mark.line + 1, f"{what}.")
+
+
+def _plain(value: Value) -> Any:
+    """A value without its lines."""
+    if isinstance(value.plain, Mapping):
+        return {key: _plain(item) for key, item in value.plain.items()}
+    if isinstance(value.plain, tuple):
+        return [_plain(item) for item in value.plain]
+    return type(value.plain), value.plain
+
+
+class _AllErrors(RecipeError):
+    """All errors of a text in one."""
+
+
+def _line_number(error: str) -> int:
+    found = re.match(r"line (\d+):", error)
+    return int(found[1]) if found else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file being read: the beginning of its error messages, checks of values, and the warnings so far (in order, each
-    once).
+    """A file being read: the beginning of its error messages, checks of values, and the warnings and errors so far (in
+    order, each once).
 
     `inert` has for known keys without effect the reason; `hints` has for misplaced keys the right place.
     """
@@ -154,6 +202,7 @@ class Text:
     inert: Mapping[str, str] = field(default_factory=dict)
     hints: Mapping[str, str] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
+    errors: dict[str, None] = field(default_factory=dict)
 
     @property
     def start(self) -> str:
@@ -164,12 +213,31 @@ class Text:
         """The error for a line; line 0 means the whole file."""
         return RecipeError(f"{self.start}{line}: {what}" if line else f"{shown(self.where)}: {what}")
 
+    def attempt(self, part: Callable[..., T], *arguments: Any, instead: T, **more: Any) -> T:
+        """What `part` makes of its arguments; `instead` where it raises a RecipeError, which is kept for `check`."""
+        try:
+            return part(*arguments, **more)
+        except _AllErrors:  # kept already
+            return instead
+        except RecipeError as e:
+            self.errors.setdefault(str(e))
+            return instead
+
+    def check(self) -> None:
+        """Raise RecipeError with all errors so far, if there are any."""
+        if len(self.errors) == 1:
+            raise _AllErrors(next(iter(self.errors)))
+        if self.errors:
+            lines = sorted((error.removeprefix(f"{shown(self.where)}, ") for error in self.errors), key=_line_number)
+            raise _AllErrors(f"{shown(self.where)}: {len(lines)} errors.\n  " + "\n  ".join(lines))
+
     def warn(self, line: int, key: str, why: str) -> None:
         self.warnings.setdefault(f"{self.start}{line}: '{shown(key)}' has no effect: {why}.")
 
     def fields(self, value: Value, what: str, known: Collection[str]) -> Fields:
         """A mapping of `known` keys. Inert ones are warned about and left out."""
         mapping = self.mapping(value, what)
+        mapping = {key: item for key, item in mapping.items() if key in known or key in self.inert or not item.is_lent}
         unknown = [key for key in mapping if key not in known and key not in self.inert]
         if unknown:
             unread = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
