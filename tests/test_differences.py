@@ -281,3 +281,41 @@ def test_recipes_say_the_same(tmp_path: Path) -> None:
     ]
     assert f"--chat-template {ft}" in told[1]
     assert load_folder(tmp_path / "out")
+
+
+def test_with_fts_tokenizer_the_output_has_fts_template(tmp_path: Path) -> None:
+    more = changed(model={**TOKENIZER["model"], "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []})
+    base = model(tmp_path / "base", 1, {"chat_template.jinja": "{{ x }}"})
+    ft = model(tmp_path / "ft", 2, {"tokenizer.json": more, "chat_template.jinja": CHAT})
+    told = warnings_of(base, ft, vocab="ft")
+    assert template(tmp_path / "out") == CHAT
+    assert any(
+        "The chat template of base is another: the output has ft's. --chat-template base" in line for line in told
+    )
+
+
+@pytest.mark.parametrize("pieces", ["tokenizer.model", "vocab.json", None])
+def test_added_tokens_stand_where_converters_look(tmp_path: Path, pieces: str | None) -> None:
+    """Beside a file of pieces: in added_tokens.json and added_tokens_decoder, with what was there."""
+    added = {"id": 3, "content": "<x>", "special": True, "normalized": False}
+    files: dict[str, Any] = {} if pieces is None else {pieces: "{}"}
+    files["tokenizer_config.json"] = {"added_tokens_decoder": {"0": {"content": "a"}}, "model_max_length": 9}
+    files["added_tokens.json"] = {"a": 0}
+    base, ft = (
+        model(tmp_path / "base", 1, files),
+        model(tmp_path / "ft", 2, {"tokenizer.json": changed(added_tokens=[added])}),
+    )
+    tensors = load_folder(ft)
+    tensors["model.embed_tokens.weight"] = np.vstack([tensors["model.embed_tokens.weight"], np.ones((1, 4))])
+    save_model(ft, tensors, config=SETTINGS, side_files={"tokenizer.json": json.dumps(changed(added_tokens=[added]))})
+    merge(base, ft, tmp_path / "out", vocab="union")
+    ids, config = (
+        json.loads((tmp_path / "out" / name).read_text()) for name in ("added_tokens.json", "tokenizer_config.json")
+    )
+    assert ids == ({"a": 0, "<x>": 3} if pieces else {"a": 0})
+    decoder = config["added_tokens_decoder"]
+    assert decoder.get("3", {}).get("content") == ("<x>" if pieces else None)
+    assert decoder["0"] == {"content": "a"}
+    assert config["model_max_length"] == 9
+    found = CliRunner().invoke(merge_tool, ["verify", str(tmp_path / "out"), "--against", str(base), str(ft)])
+    assert found.exit_code == 0, found.output

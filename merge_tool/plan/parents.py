@@ -10,8 +10,8 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, sub_configs
 from merge_tool.errors import CheckpointError, MismatchError, shown
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.vocabulary.align import explain
-from merge_tool.vocabulary.differences import Ways, same_bytes, tokenizer_warnings
+from merge_tool.vocabulary.align import Alignment, explain
+from merge_tool.vocabulary.differences import Ways, end_warnings, same_bytes, tokenizer_warnings
 from merge_tool.vocabulary.join import compare_tokenizers
 from merge_tool.vocabulary.row_tensors import rows_of
 from merge_tool.vocabulary.tokenizer_json import TOKENIZER
@@ -46,18 +46,21 @@ _ONE_SIDED = frozenset(
 )  # worth a word then
 
 
-def parent_warnings(recipe: Recipe, models: Sequence[Checkpoint], *, has_own_rows: bool) -> Iterable[str]:
-    """Notices of the models, and what each says otherwise than that whose files the output has. `has_own_rows`: rows
-    were matched by token."""
+def parent_warnings(recipe: Recipe, models: Sequence[Checkpoint], alignment: Alignment | None) -> Iterable[str]:
+    """Notices of the models, and what each says otherwise than the model whose files the output has. With an
+    `alignment`, rows are matched by token, and the tokenizer may be another model's."""
     for model in models:
         yield from model.notices
     donor = models[recipe.donor]
+    owners = [m for m in models if alignment is not None and m.tokenizer_folder is alignment.tokenizer]
     for number, other in enumerate(models):
-        if other is donor:
-            continue
-        yield from _differences(donor, other)
         name = recipe.names[number] if recipe.is_strict else str(recipe.models[number])
-        yield from tokenizer_warnings(donor, other, _ways(recipe, name, has_own_rows))
+        ways = _ways(recipe, name, alignment is not None)
+        if other is not donor:
+            yield from _differences(donor, other)
+            yield from end_warnings(donor, other, ways)
+        if other is not (owner := owners[0] if owners else donor):
+            yield from tokenizer_warnings(owner, other, ways)
 
 
 def _ways(recipe: Recipe, name: str, has_own_rows: bool) -> Ways:

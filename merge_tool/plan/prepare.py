@@ -103,7 +103,7 @@ def prepare(
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
         models, alignment = align(recipe, opened)
         plan = _plan(recipe, models, methods, target)
-        warnings = [*plan.warnings, *parent_warnings(recipe, models, has_own_rows=alignment is not None)]
+        warnings = [*plan.warnings, *parent_warnings(recipe, models, alignment)]
         side_files, more = _side_files(recipe, plan, models, alignment, target)
         samples = tuple(_sample(model) for model in models) if read_samples else ()
     except OSError as e:

@@ -6,6 +6,7 @@ Every checkpoint gets rows in the output's order, so that all tensors to be merg
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,18 +17,19 @@ from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile
 from merge_tool.checkpoint.source import LocalFile, TensorSource, sha256_of
 from merge_tool.checkpoint.sub_configs import text_configs
 from merge_tool.errors import CheckpointError, shown
-from merge_tool.models.side_files import SideFile, SideFiles
+from merge_tool.models.side_files import SideFile, SideFiles, with_member
 from merge_tool.recipe.recipe import Recipe, Tokenizer
 from merge_tool.vocabulary.join import Joined, compare_tokenizers, join_tokenizers
 from merge_tool.vocabulary.row_plan import RowPlan, Side
 from merge_tool.vocabulary.row_tensors import align_rows, known_rows, rows_of
-from merge_tool.vocabulary.tokenizer_json import TOKENIZER
+from merge_tool.vocabulary.tokenizer_json import SLOW_FILES, TOKENIZER
 
 TOKENIZER_FILES = (
     TOKENIZER, "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json",
     "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
+_ADDED, _CONFIG = "added_tokens.json", "tokenizer_config.json"
 _IDS = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos|image|audio)_token_id")
 
 
@@ -210,8 +212,34 @@ def side_files_of(alignment: Alignment, side_files: SideFiles) -> SideFiles:
             replace(file, size=file.size + len(insert[1]), insert=insert) if file.source == TOKENIZER else file
             for file in copied
         ]
+        copied = _for_slow_readers(alignment.tokenizer, copied, json.loads(b"[" + insert[1].lstrip(b",") + b"]"))
     before, rows = alignment.sizes_before, alignment.rows
     return replace(side_files, copied=tuple(copied), vocab_sizes=(before, rows) if before != {rows} else None)
+
+
+def _for_slow_readers(
+    tokenizer: Folder, copied: Sequence[SideFile], entries: Sequence[Mapping[str, Any]]
+) -> list[SideFile]:
+    """The files with the added tokens where those look for them who do not read tokenizer.json: converters, and slow
+    tokenizers, beside their own file of pieces."""
+    if not any(file.source in SLOW_FILES for file in copied):
+        return list(copied)
+    ids = tokenizer.load_json(_ADDED) if tokenizer.has(_ADDED) else {}
+    content = json.dumps({**ids, **{entry["content"]: entry["id"] for entry in entries}}, ensure_ascii=False, indent=2)
+    edited = [file for file in copied if file.source != _ADDED]
+    edited.append(_written(_ADDED, f"{content}\n".encode("utf-8", "surrogatepass")))
+    if not tokenizer.has(_CONFIG) or not any(file.source == _CONFIG for file in copied):
+        return edited
+    decoder = tokenizer.load_json(_CONFIG).get("added_tokens_decoder")
+    if not isinstance(decoder, dict):
+        return edited
+    more = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in entries}
+    changed = with_member(tokenizer.read(_CONFIG), "added_tokens_decoder", {**decoder, **more})
+    return [_written(_CONFIG, changed) if file.source == _CONFIG else file for file in edited]
+
+
+def _written(name: str, content: bytes) -> SideFile:
+    return SideFile(name, name, len(content), content=content)
 
 
 def settings_warnings(alignment: Alignment, model: int, folder: Folder | None) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""What a model's tokenizer, chat template and end tokens say otherwise than those that the output has. For warnings:
-each difference once, by its content and not by the layout of a file, with the option that takes it."""
+"""What a model's tokenizer, chat template and end tokens say otherwise than those of the output. For warnings: each
+difference once, by its content and not by the layout of a file, with the option that takes it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,17 @@ def tokenizer_warnings(donor: Checkpoint, other: Checkpoint, ways: Ways) -> Iter
         return
     yield from _tokens(donor, other, here, there, ways)
     yield from _template(donor, other, here, there, ways)
-    yield from _ends(donor, other, here, there, ways)
+    told = []
+    for key in _SPECIAL:
+        own, theirs = _special(here, key), _special(there, key)
+        if theirs is not None and own != theirs:
+            told.append(_differs(key, own, theirs, donor, other))
+    for key in _ADDED:
+        own, theirs = (_config(folder).get(key) for folder in (here, there))
+        if None not in (own, theirs) and own != theirs:
+            told.append(_differs(key, own, theirs, donor, other))
+    if told:
+        yield f"{'; '.join(told)}. The output has {donor.name}'s; {ways.files} takes {other.name}'s files."
 
 
 # ----------------------------------------------------------------------------------------------- tokens
@@ -105,23 +115,20 @@ def _template(donor: Checkpoint, other: Checkpoint, here: Folder, there: Folder,
     )
 
 
-def _ends(donor: Checkpoint, other: Checkpoint, here: Folder, there: Folder, ways: Ways) -> Iterator[str]:
-    """Special tokens and their ids, by which generation begins and ends."""
+def end_warnings(donor: Checkpoint, other: Checkpoint, ways: Ways) -> Iterator[str]:
+    """The ids by which generation begins and ends, where `other` has other ones than `donor`, whose config.json and
+    generation_config.json the output has."""
     told = []
-    for key in _SPECIAL:
-        own, theirs = _special(here, key), _special(there, key)
-        if theirs is not None and own != theirs:
-            told.append(f"{key} is {_words(own)} in {donor.name}, {_words(theirs)} in {other.name}")
-    for key in _ADDED:
-        own, theirs = (_config(folder).get(key) for folder in (here, there))
-        if None not in (own, theirs) and own != theirs:
-            told.append(f"{key} is {_words(own)} in {donor.name}, {_words(theirs)} in {other.name}")
     for key in ("bos_token_id", "eos_token_id"):
         ids, others = (_ids(model, key) for model in (donor, other))
         if others and ids != others:
-            told.append(f"{key} is {_words(ids)} in {donor.name}, {_words(others)} in {other.name}")
+            told.append(_differs(key, ids, others, donor, other))
     if told:
         yield f"{'; '.join(told)}. The output has {donor.name}'s; {ways.files} takes {other.name}'s files."
+
+
+def _differs(key: str, own: Any, theirs: Any, donor: Checkpoint, other: Checkpoint) -> str:
+    return f"{key} is {_words(own)} in {donor.name}, {_words(theirs)} in {other.name}"
 
 
 def _special(folder: Folder, key: str) -> str | None:

@@ -19,7 +19,7 @@ from merge_tool.checkpoint.lookalikes import known_start
 from merge_tool.errors import CheckpointError, listed, reason, shown
 
 TOKENIZER = "tokenizer.json"
-_SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 _MOST_BYTES = 200_000_000
 _MOST_ROWS = 1 << 22  # no vocabulary has larger ids, and a map of them would take too much memory
 _SPACES = (" ", "\t", "\r", "\n")
@@ -28,7 +28,7 @@ _SPACES = (" ", "\t", "\r", "\n")
 def tokenizer_path(folder: Folder) -> Path:
     """The path of a folder's tokenizer.json. Raises CheckpointError if it is missing or too large."""
     if not folder.has(TOKENIZER):
-        if slow := [name for name in _SLOW if folder.has(name)]:
+        if slow := [name for name in SLOW_FILES if folder.has(name)]:
             raise CheckpointError(
                 f"{folder.name}: has no {TOKENIZER} (only {listed(slow)}: a slow tokenizer). Convert it first: "
                 "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
