@@ -7,7 +7,7 @@ that cannot be merged value by value (quantised codes, types below a byte) are r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,12 +140,14 @@ class Checkpoint:
         notices: tuple[str, ...],
         tokenizer_folder: Folder | None = None,
         config: dict[str, Any] | None = None,
+        without: Collection[str] = (),
     ) -> Checkpoint:
-        """This checkpoint with the tensors of `made` replaced or added; `files` are read for them, too.
-        `config` is what config.json must say of them, if it says otherwise."""
+        """This checkpoint with the tensors of `made` replaced or added, and `without` some; `files` are read for them,
+        too. `config` is what config.json must say of them, if it says otherwise."""
         changed = copy(self)
         changed.name, changed.files, changed.notices = name, (*self.files, *files), notices
-        changed.tensors = {**self.tensors, **{key: source.info for key, source in made.items()}}
+        kept = {key: info for key, info in self.tensors.items() if key not in without} if without else self.tensors
+        changed.tensors = {**kept, **{key: source.info for key, source in made.items()}}
         changed._made = {**self._made, **made}
         changed.tokenizer_folder = tokenizer_folder or self.tokenizer_folder
         changed.config = self.config if config is None else config

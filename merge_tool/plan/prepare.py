@@ -17,6 +17,7 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
+from merge_tool.models.experts import in_layout_of
 from merge_tool.models.heads import untie
 from merge_tool.models.inputs import Download, Inputs
 from merge_tool.models.lora import open_models
@@ -101,6 +102,8 @@ def prepare(
     try:
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
+        lead = opened[recipe.first]
+        opened = [model if model is lead else in_layout_of(lead, model) for model in opened]
         models, alignment = align(recipe, opened)
         plan = _plan(recipe, models, methods, target)
         warnings = [*plan.warnings, *parent_warnings(recipe, models, alignment)]
@@ -112,7 +115,7 @@ def prepare(
     first = models[recipe.first]
     first_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
-    del opened, models, first  # for 10,000 tensors it takes 2 MB, which the plan does not need
+    del opened, models, first, lead  # for 10,000 tensors it takes 2 MB, which the plan does not need
     held = resident_bytes()
     return Prepared(
         plan=plan,
