@@ -62,10 +62,8 @@ def test_the_other_layout_gives_the_bytes_of_the_same_layout(
     x, y = single(1, *kind), single(2, *kind, prefix=prefix)
     here, same_kind = (fused(x, *kind), fused(y, *kind, prefix=prefix)) if is_fused else (x, y)
     other = y if is_fused else fused(y, *kind, prefix=prefix)
-    base, ft, twin = (
-        save_model(tmp_path / name, tensors, shards=2)
-        for name, tensors in (("b", here), ("ft", other), ("t", same_kind))
-    )
+    named = (("b", here), ("ft", other), ("t", same_kind))
+    base, ft, twin = (save_model(tmp_path / name, tensors, shards=2) for name, tensors in named)
     report = merge(base, ft, tmp_path / "out", 0.3)
     merge(base, twin, tmp_path / "expected", 0.3)
     assert same(load_folder(tmp_path / "out"), load_folder(tmp_path / "expected"))
@@ -73,11 +71,9 @@ def test_the_other_layout_gives_the_bytes_of_the_same_layout(
     assert any(f"Experts are stored {layout} in ft" in warning for warning in report.warnings)
     found = CliRunner().invoke(merge_tool, ["verify", str(tmp_path / "out"), "--against", str(base), str(ft), "--full"])
     assert found.exit_code == 0, found.output
-    recipe = {"merge_method": "ties", "base_model": str(base), "models": [
-        {"model": str(base), "parameters": {"weight": 1}}, {"model": str(ft), "parameters": {"weight": 0.5}}]}  # fmt: skip
-    merge_models(recipe, tmp_path / "ties")
-    recipe["models"][1]["model"] = str(twin)  # type: ignore[index]
-    merge_models(recipe, tmp_path / "ties-expected")
+    for out, model in (("ties", ft), ("ties-expected", twin)):
+        models = [{"model": str(base)}, {"model": str(model), "parameters": {"weight": 0.5}}]
+        merge_models({"merge_method": "ties", "base_model": str(base), "models": models}, tmp_path / out)
     assert same(load_folder(tmp_path / "ties"), load_folder(tmp_path / "ties-expected"))
 
 

@@ -8,7 +8,7 @@ and down [experts, hidden, inner], as transformers 5 has it. Transposed and inte
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -17,6 +17,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.errors import counted
+from merge_tool.models.heads import renamed
 from merge_tool.models.naming import own_name
 
 _MODULE = r"(?P<module>.*(?:mlp|block_sparse_moe|feed_forward))\.experts\."
@@ -112,8 +113,8 @@ def in_layout_of(first: Checkpoint, model: Checkpoint) -> Checkpoint:
         return model
     layout = "one by one" if any(layer.single for layer in theirs.values()) else "all in one tensor"
     notice = (
-        f"Experts are stored {layout} in {model.name}, and in the other way in {first.name}: they are matched expert by "
-        f"expert in {counted(len(ours), 'layer')}. The output has {first.name}'s layout."
+        f"Experts are stored {layout} in {model.name}, and in the other way in {first.name}: they are matched expert "
+        f"by expert in {counted(len(ours), 'layer')}. The output has {first.name}'s layout."
     )
     return model.with_made(model.name, (), made, (*model.notices, notice), without=gone - made.keys())
 
@@ -137,16 +138,14 @@ def _key(module: str) -> str:
 def _sizes(single: Checkpoint, layer: _Layer) -> tuple[int, int, int] | None:
     """(experts, inner, hidden) of experts stored one by one; None unless all have all parts, alike."""
     count = len(layer.single) // 3
-    if set(layer.single) != {(expert, part) for expert in range(count) for part in ("gate", "up", "down")} or not count:
+    if not count or set(layer.single) != {(e, part) for e in range(count) for part in ("gate", "up", "down")}:
         return None
-    shapes = {
-        part: {single.tensors[layer.single[e, part]].shape for e in range(count)} for part in ("gate", "up", "down")
-    }
-    dtypes = {single.tensors[name].dtype for name in layer.single.values()}
-    if any(len(found) != 1 for found in (*shapes.values(), dtypes)) or shapes["gate"] != shapes["up"]:
+    infos = {key: single.tensors[name] for key, name in layer.single.items()}
+    gate = infos[0, "gate"].shape
+    if len(gate) != 2 or len({info.dtype for info in infos.values()}) > 1:
         return None
-    (gate,), (down,) = shapes["gate"], shapes["down"]
-    return (count, *gate) if len(gate) == 2 and down == gate[::-1] else None
+    is_alike = all(info.shape == (gate[::-1] if part == "down" else gate) for (_, part), info in infos.items())
+    return (count, *gate) if is_alike else None
 
 
 def _fits(fused: Checkpoint, layer: _Layer, sizes: tuple[int, int, int] | None) -> bool:
@@ -162,13 +161,13 @@ def _fuse(first: Checkpoint, here: _Layer, model: Checkpoint, there: _Layer) -> 
     if not _fits(first, here, sizes := _sizes(model, there)):
         return {}
     assert sizes is not None
-    made = {}
+    made: dict[str, TensorSource] = {}
     for part, single in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
         sources = [model.source(there.single[expert, one]) for expert in range(sizes[0]) for one in single]
         name = here.fused[part]
         info = TensorInfo(name, sources[0].info.dtype, first.tensors[name].shape, 0)
         made[name] = Pieces(info, tuple((source, 0, source.info.numel) for source in sources))
-    return made  # type: ignore[return-value]  # a dict of one kind of sources
+    return made
 
 
 def _split(first: Checkpoint, here: _Layer, model: Checkpoint, there: _Layer) -> dict[str, TensorSource]:
@@ -187,15 +186,9 @@ def _split(first: Checkpoint, here: _Layer, model: Checkpoint, there: _Layer) ->
     return made
 
 
-def _renamed_rest(here: _Layer, model: Checkpoint, there: _Layer) -> Mapping[str, TensorSource]:
+def _renamed_rest(here: _Layer, model: Checkpoint, there: _Layer) -> dict[str, TensorSource]:
     """What else is in the module (the router and the like), under the first's name of the module."""
     experts = {*there.single.values(), *there.fused.values()}
     rest = [n for n in model.tensors if n.startswith(f"{there.module}.") and n not in experts]
-    named = {f"{here.module}{name.removeprefix(there.module)}": model.source(name) for name in rest}
-    return {
-        name: Pieces(_called(source.info, name), ((source, 0, source.info.numel),)) for name, source in named.items()
-    }
-
-
-def _called(info: TensorInfo, name: str) -> TensorInfo:
-    return TensorInfo(name, info.dtype, info.shape, 0)
+    names = {name: f"{here.module}{name.removeprefix(there.module)}" for name in rest}
+    return {new: renamed(model.source(name), new) for name, new in names.items()}
