@@ -123,6 +123,7 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "base has 28,174 parameters and 3 layers; ft has 28,263 parameters and 3 layers.\n"
         "All must be the same architecture, with one vocabulary. To merge them anyway:\n"
         "  --on-missing base: tensors that a model lacks are copied from BASE; those that BASE lacks are left out.\n"
+        "  --on-missing ft: the same, but tensors that BASE lacks are copied from a model that has them.\n"
         "  --on-mismatch base: such tensors are copied from BASE.\n"
         "  --vocab base, ft or union: rows are matched by token; the output has those tokens.\n"
         "  --exclude PATTERN: matching tensors are copied from BASE.\n"

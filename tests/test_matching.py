@@ -15,6 +15,7 @@ from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_
 from merge_tool import merge, open_checkpoint
 from merge_tool.api import merge_models, plan_recipe
 from merge_tool.arrays import TILE
+from merge_tool.cli import merge_tool as all_commands
 from merge_tool.cli import slerp_merge
 from merge_tool.models.renaming import tied_embedding
 from merge_tool.recipe.pair import pair as recipe_of_pair
@@ -590,3 +591,57 @@ def test_buffers_that_follow_from_the_configuration_may_be_on_one_side_only(tmp_
     assert load_folder(tmp_path / "c").keys() == shared.keys()
     lacking = save_model(tmp_path / "lacking", {"wte.weight": shared["wte.weight"]})
     assert "h.0.attn.c_attn.bias" in run(new, lacking, tmp_path / "d").stderr
+
+
+# ------------------------------------------------------------------------------ what only another model has
+
+
+def with_score(seed: int, **more: Any) -> dict[str, Any]:
+    tensors = {name: array for name, array in language_model(seed).items() if name != "lm_head.weight"}
+    return tensors | {"score.weight": np.full((2, 32), seed, BF16)} | more
+
+
+def test_what_only_ft_has_is_copied_on_request_and_config_json_follows(tmp_path: Path) -> None:
+    """A classifier on its base model: its head, its class and its labels; the rest is merged, config.json's too."""
+    body = {name: array for name, array in language_model(0).items() if name != "lm_head.weight"}
+    here = {"architectures": ["XModel"], "hidden_size": 32, "torch_dtype": "bfloat16"}
+    there = {"architectures": ["XForSequenceClassification"], "id2label": {"0": "good", "1": "bad"}, "hidden_size": 32,
+             "label2id": {"good": 0, "bad": 1}, "unrelated": 1}  # fmt: skip
+    base = save_model(tmp_path / "base", body, config=here)
+    ft = save_model(tmp_path / "ft", with_score(1), shards=2, config=there)
+    refused = run(base, ft, tmp_path / "out")
+    assert refused.exit_code == 1
+    assert "--on-missing ft: the same, but tensors that BASE lacks are copied from a model" in refused.stderr
+    result = run(base, ft, tmp_path / "out", "--on-missing", "ft", "--t", "0.3")
+    assert result.exit_code == 0, result.stderr
+    assert "1 tensor is only in ft; copied: score.weight." in result.stderr
+    assert (
+        "config.json has architectures, id2label, label2id from ft, as the output has score.weight of it"
+        in result.stderr
+    )
+    out = load_folder(tmp_path / "out")
+    assert out["score.weight"].tobytes() == with_score(1)["score.weight"].tobytes()
+    merge(base, save_model(tmp_path / "plain", {n: a for n, a in with_score(1).items() if n != "score.weight"}),
+          tmp_path / "expected", 0.3)  # fmt: skip
+    expected = load_folder(tmp_path / "expected")
+    assert all(out[name].tobytes() == expected[name].tobytes() for name in expected)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config == {**here, **{key: there[key] for key in ("architectures", "id2label", "label2id")}}
+    assert report(tmp_path / "out")["score.weight"]["note"] == "not in the base: another model's, copied"
+    found = CliRunner().invoke(all_commands, ["verify", str(tmp_path / "out"), "--against", str(base), str(ft)])
+    assert found.exit_code == 0, found.output
+    taken = run(base, ft, tmp_path / "files", "--on-missing", "ft", "--files-from", "ft")
+    assert "config.json has" not in taken.stderr
+    assert json.loads((tmp_path / "files/config.json").read_text()) == there
+
+
+def test_what_ft_lacks_is_bases_with_on_missing_ft_too(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", language_model(0) | {"only.base": np.ones(3, BF16)})
+    ft = save_model(tmp_path / "ft", language_model(1) | {"only.ft": np.full(3, 2, BF16)})
+    merge(base, ft, tmp_path / "out", on_missing="ft")
+    out = load_folder(tmp_path / "out")
+    assert (out["only.base"] == 1).all()
+    assert (out["only.ft"] == 2).all()
+    recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (base, ft)]}
+    merge_models(recipe, tmp_path / "yaml", on_missing="ft")
+    assert load_folder(tmp_path / "yaml").keys() == out.keys()

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -60,6 +60,9 @@ class SideFiles:
     layers: tuple[int, ...] = ()  # the model's layer that each output layer was, if that changes
     vocab_sizes: tuple[frozenset[int], int] | None = None  # the sizes to replace in config.json, and the new size
     ties: bool | None = None  # the new tie_word_embeddings of config.json, if that changes
+    task: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # members of config.json from the model with the task's tensors
     keeps_quantization: bool = False  # whether the output is quantised, so that quantization_config stays
 
     @property
@@ -81,6 +84,7 @@ class SideFiles:
                 config = config if self.keeps_quantization else _edit_config(config, dtype)
                 config = edit_vocab_size(config, *self.vocab_sizes) if self.vocab_sizes else config
                 config = config if self.ties is None else edit_ties(config, self.ties)
+                config = edit_members(config, self.task) if self.task else config
                 yield edit_config_layers(config, self.layers) if self.layers else config
                 return
             with path.open("rb") as content:
@@ -299,6 +303,21 @@ def edit_ties(config: bytes, ties: bool) -> bytes:
         if not ties_members:
             comma = "" if text[_after(text, first + 1)] == "}" else ","
             yield first + 1, first + 1, f'\n  "tie_word_embeddings": {word}{comma}'
+
+    return _replaced(config, edits)
+
+
+def edit_members(config: bytes, members: Mapping[str, Any]) -> bytes:
+    """config.json with these members of the whole model set, or inserted in front; the rest is unchanged."""
+
+    def edits(text: str) -> Iterator[tuple[int, int, str]]:
+        first, known = _first(text), {member.key: member for member in _members(text, _first(text))}
+        new = {key: json.dumps(value, ensure_ascii=False) for key, value in members.items()}
+        comma = "" if text[_after(text, first + 1)] == "}" else ","
+        inserted = ",".join(f"\n  {json.dumps(key)}: {value}" for key, value in new.items() if key not in known)
+        if inserted:
+            yield first + 1, first + 1, inserted + comma
+        yield from ((known[key].start, known[key].end, new[key]) for key in known if key in new)
 
     return _replaced(config, edits)
 

@@ -9,21 +9,28 @@ from typing import Any
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.errors import listed, shown
 from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import SideFiles, counts_layers
+from merge_tool.plan.fit import ADDED
 from merge_tool.plan.plan import TensorJob
 from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows
+
+# What a configuration says of the task that a model was trained for.
+_TASK = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
 
 
 def fit_config(
     side_files: SideFiles, jobs: Iterable[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]
 ) -> tuple[SideFiles, list[str]]:
     """The side files with config.json corrected to the output's tensors, and warnings about the corrections."""
-    infos, ends = list[TensorInfo](), list[TensorJob]()
+    infos, ends, added = list[TensorInfo](), list[TensorJob](), dict[int, str]()
     for job in jobs:  # jobs are made one at a time: only embeddings and heads are kept
         infos.append(job.out)
+        if job.note == ADDED:
+            added.setdefault(job.sides[0], job.out.name)
         if is_head(job.out.name) or is_embedding(job.out.name):
             ends.append(job)
     ties, warnings = _ties(ends, donor, models), []
@@ -45,7 +52,28 @@ def fit_config(
             f"config.json of {donor.name} does not say under a known name how many layers there are. The output has "
             f"{len(side_files.layers):,}: set that number in its config.json."
         )
-    return replace(side_files, ties=ties, vocab_sizes=sizes), warnings
+    task: dict[str, Any] = {}
+    for number, tensor in added.items():
+        task = {**_task(donor, models[number]), **task}
+        warnings += _task_warnings(task, donor, models[number], tensor)
+    return replace(side_files, ties=ties, vocab_sizes=sizes, task=task), warnings
+
+
+def _task(donor: Checkpoint, model: Checkpoint) -> dict[str, Any]:
+    """What the configuration of `model` says of its task, and the donor's does not."""
+    if donor is model or donor.config is None:
+        return {}
+    theirs = model.config or {}
+    return {key: theirs[key] for key in _TASK if theirs.get(key) is not None and donor.config.get(key) != theirs[key]}
+
+
+def _task_warnings(task: dict[str, Any], donor: Checkpoint, model: Checkpoint, tensor: str) -> list[str]:
+    if not task:
+        return []
+    return [
+        f"config.json has {listed(list(task))} from {model.name}, as the output has {shown(tensor)} of it; the rest is "
+        f"{donor.name}'s."
+    ]
 
 
 def _has_other_rows(donor: Checkpoint, rows: int) -> bool:

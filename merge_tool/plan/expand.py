@@ -193,6 +193,17 @@ class Expansion:
         model, name = sources[number].model, tensor.names[number]
         return (model, self.known[model].own(name)) if name in self.known[model] else None
 
+    def origin(self, tensor: OutputTensor) -> tuple[int, str]:
+        """The tensor in `base_of`, or else in the first source that has it."""
+        if (base := self.base_of(tensor)) is not None:
+            return base
+        pairs = zip(tensor.part.sources, tensor.names, strict=True)
+        return next(
+            (source.model, self.known[source.model].own(name))
+            for source, name in pairs
+            if name in self.known[source.model]
+        )
+
     def lacking(self, tensor: OutputTensor) -> list[int]:
         """The models of the tensor's slice that lack the tensor."""
         pairs = zip(tensor.part.sources, tensor.names, strict=True)

@@ -21,6 +21,7 @@ from merge_tool.recipe.settings import Pattern
 
 NOT_CHOSEN = "not chosen: base kept"
 MISSING = "not in all models: base kept"
+ADDED = "not in the base: another model's, copied"
 UNLIKE = "another shape or type in some model: base kept"
 NOTHING_CHOSEN = "--only and --exclude leave no tensor to merge."
 _MOST = 5  # at most so many mismatches of a kind are named
@@ -63,6 +64,8 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
             merged.append(name)
         elif expansion.base_of(tensor) is not None:
             kept[name] = reason
+        elif reason == MISSING and options.on_missing == "ft" and not is_derived(name):
+            kept[name] = ADDED
         elif reason != NOT_CHOSEN:
             left_out.append(name)
     _check(recipe, expansion, models, differences)
@@ -81,7 +84,7 @@ def _reason(
 ) -> str:
     """The reason why a tensor is not merged; empty if it is merged. Notes mismatches in `unlike`."""
     if lacking := expansion.lacking(tensor):
-        if options.on_missing != "base" and not is_derived(tensor.name):
+        if options.on_missing == "error" and not is_derived(tensor.name):
             for model in lacking:
                 unlike.lacking.setdefault(model, []).append(tensor.name)
         return MISSING
@@ -116,6 +119,8 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
         ways.append(
             "--on-missing base: tensors that a model lacks are copied from BASE; those that BASE lacks are left out."
         )
+        if recipe.first in differences.lacking:
+            ways.append("--on-missing ft: the same, but tensors that BASE lacks are copied from a model that has them.")
     if recipe.options.on_mismatch == "error":
         for unlike, what in ((differences.shapes, "shapes differ"), (differences.dtypes, "dtypes cannot be merged")):
             if unlike:
@@ -157,10 +162,12 @@ def _warnings(
     base, others = models[recipe.first].name, [models[k].name for k in sorted(recipe.sources) if k != recipe.first]
     other = others[0] if len(others) == 1 else "some model"
     where = f"only in {other}" if len(others) == 1 else f"not in {base}"
-    missing, unlike = ([name for name, reason in kept.items() if reason == what] for what in (MISSING, UNLIKE))
+    kinds = (MISSING, UNLIKE, ADDED)
+    missing, unlike, added = ([name for name, reason in kept.items() if reason == what] for what in kinds)
     for names, what in (
         (missing, f"not in {other}; {base}'s are kept"),
         (left_out, f"{where}; left out"),
+        (added, f"{where}; copied"),
         (unlike, f"of another shape or type in {other}; {base}'s are kept"),
     ):
         if names:

@@ -122,9 +122,7 @@ class _Jobs:
     def _sources(self, tensor: OutputTensor) -> tuple[tuple[int, str], ...]:
         if tensor.name not in self.kept:
             return self.expansion.sources(tensor)
-        base = self.expansion.base_of(tensor)
-        assert base is not None  # else it is left out
-        return (base,)
+        return (self.expansion.origin(tensor),)
 
     def __call__(self, number: int, out: TensorInfo) -> TensorJob:
         if self.scaled is not None:

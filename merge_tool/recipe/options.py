@@ -22,6 +22,7 @@ QUANTISE_LATER = (
     "afterwards, with llm-compressor or the tool that made the inputs."
 )
 STOP_OR_BASE = ("error", "base")
+STOP_BASE_OR_FT = (*STOP_OR_BASE, "ft")
 _NOT_WRITTEN = ("fp8", "f8", "float8", "int8", "int4", "nf4", "mxfp")
 
 
@@ -82,8 +83,10 @@ class Options:
         choices=STOP_OR_BASE,
     )  # fmt: skip
     on_missing: str = option(
-        "error", "--on-missing", "If a model lacks a tensor: stop, or write exactly BASE's tensors.",
-        choices=STOP_OR_BASE,
+        "error", "--on-missing",
+        "If a model lacks a tensor: stop; write exactly BASE's tensors; or (ft) copy what BASE lacks from the model "
+        "that has it.",
+        choices=STOP_BASE_OR_FT,
     )  # fmt: skip
     untie: bool = option(
         False, "--untie",
@@ -99,8 +102,8 @@ class Options:
             check_choice("dtype", self.dtype, OUTPUT_DTYPES)
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", read_template(self.chat_template))
-        for name in ("on_mismatch", "on_missing"):
-            check_choice(name, getattr(self, name), STOP_OR_BASE)
+        check_choice("on_mismatch", self.on_mismatch, STOP_OR_BASE)
+        check_choice("on_missing", self.on_missing, STOP_BASE_OR_FT)
         if self.max_shard_bytes < 1:
             raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
         for name in ("only", "exclude"):
