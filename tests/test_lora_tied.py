@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from checkpoints import load_folder, save_model
-from merge_tool import MergeToolError, merge
+from merge_tool import MergeToolError, MismatchError, merge
 from oracle import float64_merge
 
 SIZES = {"vocab_size": 48, "hidden_size": 16, "num_attention_heads": 2}
@@ -158,6 +158,69 @@ def test_a_resized_embedding_without_the_heads_rows_is_refused(tmp_path: Path) -
     save_model(base, tensors, config=json.loads((base / "config.json").read_text()))
     with pytest.raises(MergeToolError, match=r"lm_head\.weight would have 40 rows, model\.embed_tokens\.weight 48"):
         merge(base, adapter, tmp_path / "out", 1)
+
+
+def bart() -> Any:
+    config = transformers.BartConfig(
+        vocab_size=48, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+def t5() -> Any:
+    config = transformers.T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("module", ["shared", "lm_head"])
+@pytest.mark.parametrize(
+    ("make", "layer", "why"),
+    [(bart, "q_proj", "an encoder and a decoder that share it"), (t5, "q", "scales what goes into its tied head")],
+    ids=["bart", "t5"],
+)
+def test_a_head_that_is_more_than_a_matrix_is_refused(
+    tmp_path: Path, make: Callable[[], Any], layer: str, why: str, module: str
+) -> None:
+    """Untied, it would be read otherwise, or tensors beside it would be missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make().save_pretrained(tmp_path / "base")
+        asked = peft.LoraConfig(r=2, target_modules=[layer], modules_to_save=[module])
+        peft.get_peft_model(make(), asked).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MismatchError, match=why):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", 1)
+
+
+WHISPER: dict[str, Any] = {
+    "vocab_size": 48, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_source_positions": 8,
+    "max_target_positions": 32, "num_mel_bins": 8, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+    "bos_token_id": 1, "suppress_tokens": [], "begin_suppress_tokens": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "proj_out"])
+def test_a_head_of_another_name_is_written_under_it(tmp_path: Path, module: str) -> None:
+    """Whisper's head is proj_out."""
+    make = transformers.WhisperForConditionalGeneration
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make(transformers.WhisperConfig(**WHISPER)).save_pretrained(tmp_path / "base")
+        model = make.from_pretrained(tmp_path / "base")
+        live = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module]))
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        live.save_pretrained(tmp_path / "adapter")
+        given = {"input_features": torch.randn(1, 8, 16), "decoder_input_ids": IDS}
+        expected = live(**given).logits
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", 1)
+        merged, info = make.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert same(merged(**given).logits, expected)
 
 
 # ----------------------------------------------------------------------------------------- whole models

@@ -48,25 +48,35 @@ def architecture(model: Checkpoint) -> str:
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
-def has_scaled_head(model: Checkpoint) -> bool:
-    return (model.config or {}).get("model_type") in _SCALING
+def why_tied(model: Checkpoint, embedding: str) -> str:
+    """Why a head cannot be a tensor of its own here; nothing if it can."""
+    if (model.config or {}).get("model_type") in _SCALING:
+        return "scales what goes into its tied head"
+    if own_name(embedding) in COPIES.values():
+        return "has an encoder and a decoder that share it as well"
+    return ""
+
+
+def check_untied(model: Checkpoint, embedding: str, head: str | None = "") -> None:
+    """Raise MismatchError where a tied head cannot be a tensor of its own, or where its name is not known (None)."""
+    why = why_tied(model, embedding) or ("calls its head by an unknown name" if head is None else "")
+    if why:
+        raise MismatchError(
+            f"{model.name}: its head is tied to {shown(embedding)} and needs to be a tensor of its own here, but "
+            f"{architecture(model) or 'the model'} {why}. Untie it with transformers first, and give that folder."
+        )
 
 
 def named_head(model: Checkpoint, embedding: str) -> str | None:
     """What a tied model's head is called where it is a tensor of its own; None if the model has no head at all.
 
-    Raises MismatchError where the name is not known, or where the head is more than a matrix.
+    Raises MismatchError as `check_untied`.
     """
     what = architecture(model)
     if not predicts_tokens(what):
         return None
     head = head_of(embedding, what)
-    if head is None or has_scaled_head(model):
-        why = "scales what goes into its tied head" if has_scaled_head(model) else "calls its head by an unknown name"
-        raise MismatchError(
-            f"{model.name}: its head is tied to {shown(embedding)} and needs to be a tensor of its own here, but "
-            f"{what or 'the model'} {why}. Untie it with transformers first, and give that folder."
-        )
+    check_untied(model, embedding, head)
     return head
 
 
@@ -116,7 +126,8 @@ def untie(models: Sequence[Checkpoint], first: int, merged: frozenset[int], *, i
     if not own and not is_asked:
         return found
     head = tie.copy
-    if head is None and own and not has_scaled_head(base):
+    if head is None and own:
+        check_untied(base, tie.embedding)
         head = head_of(tie.embedding, architecture(base)) or next(iter(own))
     elif head is None:
         head = named_head(base, tie.embedding)

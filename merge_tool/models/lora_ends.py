@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import shown
-from merge_tool.models.heads import Tie, find_tie, named_head
+from merge_tool.models.heads import Tie, check_untied, find_tie, named_head
 from merge_tool.models.lora_config import Settings
 from merge_tool.models.lora_names import AdapterTensor
 from merge_tool.models.naming import is_head
@@ -48,6 +48,8 @@ def find_ends(base: Checkpoint, names: Names, settings: Settings, tensors: Itera
     if embedding and repeats:
         return Ends(tie, skipped=frozenset(part.module for part in head) if tie.copy is None else frozenset())
     name = tie.copy or (f"{head[0].module}.weight" if head else named_head(base, tie.embedding))
+    if name is not None and tie.copy is None:
+        check_untied(base, tie.embedding)
     whole = [part for part in embedding if not part.is_factor]
     follows = bool(whole) and not settings.saves(whole[0].module)
     return Ends(tie, head=name, follows=follows)
