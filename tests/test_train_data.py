@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.train_fixtures import copy_rows, make_config, make_tokenizer, write_jsonl
 from train.batches import Mixture, collate, pack, plan_rows
-from train.chat import Segment
+from train.chat import BadRow, Segment
 from train.config import TrainConfig
 from train.data import Examples, Source, SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError
@@ -42,7 +42,10 @@ def source_of(tmp_path: Path, rows: list[dict[str, Any]], **more: Any) -> dict[s
 
 def render(row: dict[str, Any], tokenizer: Any = TOKENIZER, **source: Any) -> list[Segment]:
     config = make_config(sources=[{"path": "x.jsonl", **source}])
-    (rendered,) = render_row(config.sources[0], row, tokenizer)
+    try:
+        (rendered,) = render_row(config.sources[0], row, tokenizer)
+    except BadRow as e:  # whoever reads rows says which
+        raise TrainError(str(e)) from e
     return rendered.segments
 
 
@@ -271,7 +274,7 @@ def test_missing_columns_and_empty_results_are_errors(tmp_path: Path) -> None:
         prepared(tmp_path, source_of(tmp_path, copy_rows(3), held_out=3))
     with pytest.raises(TrainError, match="there is no file"):
         prepared(tmp_path, {"path": str(tmp_path / "absent.jsonl"), "templates": QA})
-    with pytest.raises(TrainError, match=r"not a plain \{column\}"):
+    with pytest.raises(TrainError, match=r"row 1: \{question\.x\}: column question is .*, which has no x"):
         prepared(
             tmp_path,
             source_of(tmp_path, copy_rows(3), templates=[{"prompt": "{question.x}", "response": "y"}]),

@@ -20,6 +20,10 @@ _SAYINGS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "th
 Message = Mapping[str, Any]
 
 
+class BadRow(Exception):
+    """A row that cannot become text, and why; whoever reads rows knows its number."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """Text tokenised apart from its neighbours; `learned` when the model is to predict its tokens."""
@@ -37,14 +41,12 @@ class Rendered:
     last_turn_only: bool = False
 
 
-def read_messages(value: Any, title: str, column: str) -> list[Message]:
+def read_messages(value: Any, column: str) -> list[Message]:
     """A cell's messages, without keys that are empty: `datasets` gives every message the keys of all others."""
     try:
         return [_message(message) for message in value or ()]
     except (TypeError, KeyError, ValueError) as e:
-        raise TrainError(
-            f"Source {title}: column {column} is {value!r:.80}, expected a list of {{role, content}}."
-        ) from e
+        raise BadRow(f"column {column} is {value!r:.80}, expected a list of {{role, content}}.") from e
 
 
 def _message(message: Any) -> Message:
@@ -69,7 +71,7 @@ def _says_something(message: Message) -> bool:
     return message["role"] == "assistant" and bool(message["content"] or any(message.get(key) for key in _SAYINGS))
 
 
-def memphis_chat(messages: Sequence[Message], title: str) -> Rendered:
+def memphis_chat(messages: Sequence[Message]) -> Rendered:
     """Turns under `###` headers; each assistant turn is learned together with the user header after it."""
     segments: list[Segment] = []
     pending, header_written = "", False
@@ -77,12 +79,9 @@ def memphis_chat(messages: Sequence[Message], title: str) -> Rendered:
         role, content = message["role"], message["content"]
         if role not in _HEADERS or (header_written and role != "user"):
             expected = "user" if header_written else "system, user or assistant"
-            raise TrainError(f"Source {title}: a message has role {role!r}, expected {expected}.")
+            raise BadRow(f"a message has role {role!r}, expected {expected}.")
         if lost := [key for key in _SAYINGS if message.get(key)]:
-            raise TrainError(
-                f"Source {title}: a message has {lost[0]}, which memphis-chat cannot write. Set format: chat-template, "
-                "or take such rows out with `where`."
-            )
+            raise BadRow(f"a message has {lost[0]}, which memphis-chat cannot write. Set format: chat-template.")
         pending += "" if header_written else _HEADERS[role]
         header_written = role == "assistant"
         if role == "assistant":
@@ -99,7 +98,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, title: str, tools: Any = None) -> None:
         if not tokenizer.chat_template:
             raise TrainError(f"Source {title}: the tokenizer has no chat template. Set format: memphis-chat.")
-        self._tokenizer, self._title, self._tools = tokenizer, title, tools
+        self._tokenizer, self._tools = tokenizer, tools
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Each assistant turn, from its generation prompt to its end, as it is written when it is the last one."""
@@ -129,17 +128,17 @@ class ChatTemplate:
         before = self._text(messages[:number], prompt=True)
         after = self._text(messages[: number + 1])
         if not after.startswith(before):
-            raise TrainError(
-                f"Source {self._title}: the tokenizer's chat template does not write an assistant turn behind its "
-                "generation prompt, so the learned tokens cannot be found. Set format: memphis-chat."
+            raise BadRow(
+                "the tokenizer's chat template does not write an assistant turn behind its generation prompt, so the "
+                "learned tokens cannot be found. Set format: memphis-chat."
             )
         for key in _SAYINGS:
             if messages[number].get(key):
                 without = {name: value for name, value in messages[number].items() if name != key}
                 if self._text([*messages[:number], without]) == after:
-                    raise TrainError(
-                        f"Source {self._title}: a message has {key}, which the tokenizer's chat template does not "
-                        "write. Use a tokenizer whose template does, or take such rows out with `where`."
+                    raise BadRow(
+                        f"a message has {key}, which the tokenizer's chat template does not write. Use a tokenizer "
+                        "whose template does."
                     )
         return before, after
 
@@ -151,8 +150,7 @@ class ChatTemplate:
                 list(messages), tools=self._tools, tokenize=False, add_generation_prompt=prompt
             )
         except (TemplateError, TypeError, ValueError, KeyError) as e:
-            raise TrainError(
-                f"Source {self._title}: the tokenizer's chat template refuses a conversation ({e}). Set format: "
-                "memphis-chat."
+            raise BadRow(
+                f"the tokenizer's chat template refuses the conversation ({e}). Set format: memphis-chat."
             ) from e
         return text

@@ -68,6 +68,9 @@ class SourceConfig:
         come last
     take [all]: number of examples, after the templates; only examples that fit `sequence_length` count
     held_out: rows kept for evaluation, a number (1 or more) or a share (below 1) of the rows that `where` keeps
+    on_bad_row: what to do with a row that cannot become text: stop and name it, or skip and count it
+    special_tokens_in_data: whether text in the data that spells a special token (`<|endoftext|>`) is read as that
+        `token`, counted, or as ordinary `text`
     weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next
     format: how a row becomes text, see Formats
     templates: list of `{prompt, response}` (tinycot: also `rationale`; text: only `text`) with `{column}` fields. Each
@@ -87,6 +90,8 @@ class SourceConfig:
     sort: Sort | None = None
     take: int | None = None
     held_out: float = 0
+    on_bad_row: Literal["error", "skip"] = "error"
+    special_tokens_in_data: Literal["token", "text"] = "token"
     weight: float = 1.0
     format: Literal["memphis-chat", "tinycot", "chat-template", "text"] = "memphis-chat"
     templates: tuple[Template, ...] = ()
@@ -200,7 +205,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises TrainError naming the key, what was found, what was expected.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as e:
         raise TrainError(f"{path}: the config cannot be read ({e.strerror}). Check the path.") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -208,6 +213,18 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if not isinstance(data, dict):
         raise TrainError(f"{path}: holds {describe(data)}, expected keys with values such as `model: FOLDER`.")
     return build_config({**data, **(overrides or {})})
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: the first value would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if lines.setdefault(name, line) != line:
+                raise yaml.YAMLError(f"Line {line}: {name!r} is given twice, first in line {lines[name]}.")
+        return super().construct_mapping(node, deep)
 
 
 def build_config(data: Mapping[str, Any]) -> TrainConfig:
@@ -252,6 +269,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_grad_norm": (lambda v: v > 0, "above 0 (leave it out for no clipping)"),
     "neftune_alpha": (lambda v: 0 <= v < 1e4, "0 (off) or above"),
     "sources": (lambda v: len(v) > 0, "at least one source"),
+    "sample_prompts": (lambda v: all(text.strip() for text in v), "texts that are not empty"),
 }
 
 
@@ -313,6 +331,10 @@ def _check_source(source: SourceConfig, where: str) -> None:
             raise TrainError(f"{problem}, expected a list for {test.op!r}.")
     if (source.messages is None) == (not source.templates):
         raise TrainError(f"{where} needs either `templates` or `messages`, and not both.")
+    if source.special_tokens_in_data == "text" and source.format == "chat-template":
+        raise TrainError(
+            f"{where}.special_tokens_in_data is text, but a chat template writes its special tokens as text."
+        )
     if source.tools is not None and source.format != "chat-template":
         raise TrainError(f"{where}.tools is for chat-template, the format is {source.format}.")
     if source.messages is not None and source.format not in ("memphis-chat", "chat-template"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.chat import Rendered
+from train.chat import BadRow, Rendered
 from train.config import SourceConfig, TrainConfig
 from train.errors import TrainError
 from train.output import publish_text
@@ -42,6 +43,9 @@ class SourceReport:
     dropped_empty: int  # examples with nothing to learn
     held_out_examples: int
     held_out_tokens: int
+    repeated: int = 0  # rows left out, as a held-out row says the same
+    dropped_bad: int = 0  # rows that cannot become text, with on_bad_row: skip
+    special_tokens: int = 0  # examples with text that spells a special token, and is read as one
     last_turn_only: int = 0  # conversations of whose turns the template keeps the last alone as it was
 
 
@@ -127,7 +131,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def _tokenize_source(
     source: SourceConfig, config: TrainConfig, tokenizer: Any, rows: Any
 ) -> tuple[Examples, Examples, SourceReport]:
-    kept, held_out = rows.split(source, config.seed)
+    kept, held_out, repeated = rows.split(source, config.seed)
     train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take)
     if not len(train.examples):
         raise TrainError(
@@ -136,10 +140,16 @@ def _tokenize_source(
             "to learn. Correct `where`, the templates or sequence_length."
         )
     held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, None)
+    if held_out and not len(held.examples):
+        raise TrainError(
+            f"Source {source.title}: none of its {len(held_out)} held-out rows gives an example ({held.long} longer "
+            f"than sequence_length {config.sequence_length}, {held.empty} with nothing to learn), so it cannot be "
+            "evaluated. Raise held_out or sequence_length, or set held_out: 0."
+        )
     report = SourceReport(
         title=source.title,
         rows=rows.count,
-        rows_kept=len(kept) + len(held_out),
+        rows_kept=len(kept) + len(held_out) + repeated,
         rows_held_out=len(held_out),
         examples=len(train.examples),
         tokens=len(train.examples.ids),
@@ -148,6 +158,9 @@ def _tokenize_source(
         dropped_empty=train.empty + held.empty,
         held_out_examples=len(held.examples),
         held_out_tokens=int(held.examples.learned.sum()),
+        repeated=repeated,
+        dropped_bad=train.bad + held.bad,
+        special_tokens=train.special_tokens + held.special_tokens,
         last_turn_only=train.last_turn_only + held.last_turn_only,
     )
     return train.examples, held.examples, report
@@ -158,7 +171,9 @@ class _Tokenized:
     examples: Examples
     long: int
     empty: int
+    bad: int
     last_turn_only: int
+    special_tokens: int
 
 
 def _tokenize(
@@ -167,37 +182,55 @@ def _tokenize(
     """The first `take` examples that fit, in the order of the rows; over-long ones are dropped, not cut."""
     ids: list[NDArray[np.int32]] = []
     learned: list[NDArray[np.bool_]] = []
-    long = empty = last_turn_only = 0
-    for is_last_turn, example in _token_lists(source, tokenizer, rows, order):
+    counts = Counter[str]()
+    special = _special_ids(source, tokenizer)
+    for is_last_turn, example in _token_lists(source, tokenizer, rows, order, counts):
         if take is not None and len(ids) == take:
             break
         tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in example] or [np.empty(0, np.int32)])
         marks = np.concatenate([np.full(len(t), mark) for t, mark in example] or [np.empty(0, bool)])
         if len(tokens) > longest:
-            long += 1
+            counts["long"] += 1
         elif not marks[1:].any():  # the first token is predicted from nothing
-            empty += 1
+            counts["empty"] += 1
         else:
             ids.append(tokens)
             learned.append(marks)
-            last_turn_only += is_last_turn
+            counts["last_turn_only"] += is_last_turn
+            counts["special_tokens"] += bool(np.isin(tokens, special).any())
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in ids])]).astype(np.int64)
     flat_ids = np.concatenate(ids) if ids else np.empty(0, np.int32)
     examples = Examples(flat_ids, np.concatenate(learned or [np.empty(0, bool)]), offsets)
-    return _Tokenized(examples, long, empty, last_turn_only)
+    names = ("long", "empty", "bad", "last_turn_only", "special_tokens")
+    return _Tokenized(examples, **{name: counts[name] for name in names})
+
+
+def _special_ids(source: SourceConfig, tokenizer: Any) -> NDArray[np.int32]:
+    """The ids that only text of the data can bring into an example; a chat template writes such tokens itself."""
+    ids = [] if source.format == "chat-template" else tokenizer.all_special_ids
+    return np.array(ids, np.int32)
 
 
 def _token_lists(
-    source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int]
+    source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int], counts: Counter[str]
 ) -> Iterator[tuple[bool, list[tuple[list[int], bool]]]]:
     """Each example as [(ids, learned)], its segments tokenised apart, a few hundred rows at a time; and whether only
-    its last turn is learned."""
+    its last turn is learned. Counts the rows that are skipped as bad."""
+    as_text = {"split_special_tokens": True} if source.special_tokens_in_data == "text" else {}
     for start in range(0, len(order), _TOKENIZE_ROWS):
+        numbers = order[start : start + _TOKENIZE_ROWS]
         examples: list[Rendered] = []
-        for row in rows.select(order[start : start + _TOKENIZE_ROWS]):
-            examples.extend(render_row(source, row, tokenizer))
+        for number, row in zip(numbers, rows.select(numbers), strict=True):
+            try:
+                examples.extend(render_row(source, row, tokenizer))
+            except BadRow as e:
+                if source.on_bad_row == "error":
+                    raise TrainError(
+                        f"Source {source.title}, row {number + 1}: {e} (on_bad_row: skip leaves such rows out.)"
+                    ) from e
+                counts["bad"] += 1
         texts = [segment.text for example in examples for segment in example.segments]
-        ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        ids = iter(tokenizer(texts, add_special_tokens=False, **as_text)["input_ids"] if texts else [])
         for example in examples:
             yield example.last_turn_only, [(next(ids), segment.learned) for segment in example.segments]
 
@@ -235,10 +268,23 @@ def report_table(reports: Sequence[SourceReport]) -> str:
         )
         for line in lines
     ]
-    notes = [
-        f"{r.title}: the chat template writes earlier turns in another way in {r.last_turn_only:,} examples; of those "
-        "only the last turn is learned."
-        for r in reports
-        if r.last_turn_only
-    ]
+    notes = [note for r in reports for note in _notes(r)]
     return "\n".join([*table, *notes])
+
+
+def _notes(r: SourceReport) -> Iterator[str]:
+    """What the table does not show."""
+    if r.repeated:
+        yield f"{r.title}: {r.repeated:,} rows are left out, as a held-out row says the same."
+    if r.dropped_bad:
+        yield f"{r.title}: {r.dropped_bad:,} rows cannot become text and are skipped."
+    if r.special_tokens:
+        yield (
+            f"{r.title}: {r.special_tokens:,} examples have text that spells a special token and is read as that token "
+            "(special_tokens_in_data: text reads it as text)."
+        )
+    if r.last_turn_only:
+        yield (
+            f"{r.title}: the chat template writes earlier turns in another way in {r.last_turn_only:,} examples; of "
+            "those only the last turn is learned."
+        )

@@ -19,12 +19,12 @@ from train.checkpoint import write_model
 from train.config import TrainConfig, check_batch
 from train.data import SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError
-from train.model import check_context, choose_dtype, load_model, load_model_config, load_tokenizer, padding_id
+from train.model import check_context, choose_dtype, load_model, load_model_config, load_tokenizer, notes, padding_id
 from train.optim import Optimizer, learning_rate
 from train.output import first_writes, hold_output, publish_folder
 from train.preflight import preflight
 from train.record import check_resume, check_same_run, write_records
-from train.retention import list_checkpoints
+from train.retention import checkpoint_path, list_checkpoints
 from train.session import Session, ready_model, seeded_generators
 from train.step import StepResult, titles, train_step
 from train.watch import Watch, build_card, plot_loss, read_metrics
@@ -87,6 +87,8 @@ def _finetune(config: TrainConfig, world: World) -> None:
     # ---- model and optimizer ----
     generators = seeded_generators(config.seed * 1000 + world.rank, world.device)
     hf_model = load_model(str(saved[-1]) if saved else config.model, config, model_config, dtype)
+    for note in notes(hf_model, config):
+        say(note)
     model = ready_model(hf_model, config, world)
     optimizer = Optimizer(dict(hf_model.named_parameters()), config, generators["rounding"])
     session = Session(
@@ -123,11 +125,11 @@ def _finetune(config: TrainConfig, world: World) -> None:
                 session.save()  # no skipped step has touched a weight
                 raise TrainError(_gave_up(session, batches))
 
-            is_best = False
-            if session.is_last or (_is_due(config.eval_every, session.progress.step) and not result.stop):
-                is_best = session.evaluate(watch)
             if session.is_last:
                 break
+            is_best = False
+            if _is_due(config.eval_every, session.progress.step) and not result.stop:
+                is_best = session.evaluate(watch)
             if is_best or result.stop or session.is_save_due():
                 session.save()
             if result.stop:
@@ -136,6 +138,12 @@ def _finetune(config: TrainConfig, world: World) -> None:
                     f"Stopped by a signal; saved step {session.progress.step}. The same command goes on from there."
                 )
                 return
+
+        # ---- the last look, at weights that are safe ----
+        if config.sample_prompts or any(len(source.held_out) for source in mixture.sources):
+            if not (saved and saved[-1] == checkpoint_path(output, session.progress.step)):
+                session.save()
+            session.evaluate(watch)
 
     # ---- the result ----
     def write_final(folder: Path) -> None:

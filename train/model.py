@@ -10,7 +10,8 @@ NEFTune: Jain et al., arXiv 2310.05914.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def load_model(source: str, config: TrainConfig, model_config: Any, dtype: torch
             ignore_mismatched_sizes=True,  # named below, all of them, in one error
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as e:
         raise TrainError(f"{source}: the model cannot be loaded. {_reason(e, source, revision, next_step)}") from e
     model, info = loaded
     # Old checkpoints store the rotary table, which is computed.
@@ -201,6 +202,23 @@ def freeze_embeddings(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
+def notes(model: Any, config: TrainConfig) -> Iterator[str]:
+    """What a user may not expect of this model's training."""
+    settings = model.config.get_text_config().to_dict()
+    if settings.get("output_router_logits") or settings.get("router_aux_loss_coef"):
+        yield (
+            "Note: this is a mixture of experts. Its auxiliary loss (router_aux_loss_coef, output_router_logits) is "
+            "not part of the loss here: nothing balances its experts."
+        )
+    dropout = {k: v for k, v in settings.items() if ("dropout" in k or "pdrop" in k) and isinstance(v, float) and v > 0}
+    if dropout:
+        found = ", ".join(f"{key} {value}" for key, value in dropout.items())
+        yield f"Note: dropout is on, as the model's config.json says ({found}). Set it to 0 there to turn it off."
+    head = model.get_output_embeddings()
+    if config.freeze_embeddings and getattr(head, "bias", None) is not None:
+        yield "Note: freeze_embeddings freezes the bias of the output head, too."
+
+
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The repeated layers, in order: the longest module list of the model."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -225,9 +243,11 @@ def shard_model(model: LossModel, world_size: int, device_type: str) -> None:
 class LossModel(nn.Module):
     """A causal language model whose forward gives (MixCE sum, labelled tokens) of a batch."""
 
-    def __init__(self, model: Any, *, neftune_alpha: float = 0.0, fused: bool = True) -> None:
+    def __init__(self, model: Any, *, neftune_alpha: float = 0.0, fused: bool = True, one_row: bool = False) -> None:
+        """`one_row`: show the model all rows behind each other as one. With flash attention, transformers finds packed
+        examples in a single row only."""
         super().__init__()
-        self.model = model
+        self.model, self._one_row = model, one_row
         self._alpha, self._fused = neftune_alpha, fused
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         accepted = inspect.signature(model.base_model.forward).parameters
@@ -235,10 +255,9 @@ class LossModel(nn.Module):
 
     def forward(self, batch: Batch, mixing_ratio: float) -> tuple[Tensor, Tensor]:
         """Sum over the batch's labelled tokens (float32 or better) and their number."""
-        inputs = self._inputs(batch)
         if not self._fused:
-            return mixce_loss(self.model(**inputs).logits, batch.labels, mixing_ratio)
-        hidden = self.model.base_model(**inputs).last_hidden_state
+            return mixce_loss(self.plain_logits(batch), batch.labels, mixing_ratio)
+        hidden = self._hidden(batch)
         head = self.model.get_output_embeddings()
         return fused_mixce_loss(hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap)
 
@@ -246,16 +265,30 @@ class LossModel(nn.Module):
         """Keyword arguments of the inner model. With restarting positions, no attention mask and no cache, transformers
         keeps packed examples apart; with a cache they see each other."""
         inputs: dict[str, Any] = {"use_cache": False}
+        ids, positions, lengths = (self._rows(part) for part in (batch.ids, batch.positions, batch.lengths))
         if self._takes_positions:
-            inputs["position_ids"] = batch.positions
+            inputs["position_ids"] = positions
         if self.training and self._alpha:
-            embeds = self.model.get_input_embeddings()(batch.ids)
-            return {**inputs, "inputs_embeds": neftune(embeds, batch.lengths, self._alpha)}
-        return {**inputs, "input_ids": batch.ids}
+            embeds = self.model.get_input_embeddings()(ids)
+            return {**inputs, "inputs_embeds": neftune(embeds, lengths, self._alpha)}
+        return {**inputs, "input_ids": ids}
+
+    def _rows(self, values: Tensor) -> Tensor:
+        return values.reshape(1, -1) if self._one_row else values
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """[rows, tokens, width]."""
+        hidden: Tensor = self.model.base_model(**self._inputs(batch)).last_hidden_state
+        return hidden.reshape(*batch.ids.shape, -1)
+
+    def plain_logits(self, batch: Batch) -> Tensor:
+        """The model's own, in full [rows, tokens, vocabulary]."""
+        logits: Tensor = self.model(**self._inputs(batch)).logits
+        return logits.reshape(*batch.ids.shape, -1)
 
     def logits(self, batch: Batch) -> Tensor:
         """What the fused path implies, in full [rows, tokens, vocabulary]: for checks on tiny batches."""
-        hidden = self.model.base_model(**self._inputs(batch)).last_hidden_state
+        hidden = self._hidden(batch)
         head = self.model.get_output_embeddings()
         z = functional.linear(hidden, head.weight, head.bias)
         return z if self._softcap is None else self._softcap * torch.tanh(z / self._softcap)
@@ -270,36 +303,57 @@ def neftune(embeds: Tensor, lengths: Tensor, alpha: float) -> Tensor:
 
 
 def check_model(model: LossModel, config: TrainConfig, device: torch.device) -> None:
-    """Two short examples, packed and apart, with and without our head: the same numbers, or TrainError.
+    """Two short examples in a row, two rows: the same numbers with and without our head, and the second example must
+    not see the first. Raises TrainError with all settings that this model needs, or for weights that are not numbers.
 
     Call it before sharding. It changes no state and draws no random numbers.
     """
     was_training = model.training
     model.eval()
+    needed = {}
     with torch.no_grad():
-        first, second = _tiny_batch([7], device), _tiny_batch([5], device)
-        apart = torch.cat([model.model(**model._inputs(b)).logits[0] for b in (first, second)])
-        if config.fused_loss:
-            mine = torch.cat([model.logits(b)[0] for b in (first, second)])
-            if not _alike(mine, apart):
-                raise TrainError(
-                    f"{type(model.model).__name__} does more between its last hidden state and its logits "
-                    "than a matrix, a bias and a soft cap. Set fused_loss: false."
-                )
-        if config.packing:
-            packed = model.model(**model._inputs(_tiny_batch([7, 5], device))).logits[0]
-            if not _alike(packed, apart):
-                raise TrainError(
-                    f"{type(model.model).__name__} lets packed examples see each other. Set packing: false."
-                )
+        batch, other = _tiny_batch(device, first=1), _tiny_batch(device, first=9)
+        logits = model.plain_logits(batch)
+        if not logits.isfinite().all():
+            raise TrainError(_not_finite(model.model))
+        if config.fused_loss and not _alike(model.logits(batch), logits):
+            needed["fused_loss: false"] = (
+                "does more between its last hidden state and its logits than a matrix, a bias and a soft cap"
+            )
+        if config.packing and _leaks(logits, model.plain_logits(other)):
+            needed["packing: false"] = "lets packed examples see each other"
     model.train(was_training)
+    if needed:
+        raise TrainError(f"{type(model.model).__name__} {', and '.join(needed.values())}. Set {' and '.join(needed)}.")
 
 
-def _tiny_batch(lengths: list[int], device: torch.device) -> Batch:
-    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
-    sizes = torch.cat([torch.full((n,), n) for n in lengths])[None].to(device)
-    ids = torch.cat([torch.arange(1, n + 1) + n for n in lengths])[None].to(device)
+_FIRST, _SECOND = 7, 5  # tokens of the two examples in a tiny row
+
+
+def _tiny_batch(device: torch.device, *, first: int) -> Batch:
+    """Two rows of two examples; `first` is the first example's first id. Shapes never change, only these ids."""
+    lengths = (_FIRST, _SECOND)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1).to(device)
+    sizes = torch.cat([torch.full((n,), n) for n in lengths]).expand(2, -1).to(device)
+    rows = [torch.cat([torch.arange(first, first + _FIRST), torch.arange(1, _SECOND + 1) + 20 + row]) for row in (0, 5)]
+    ids = torch.stack(rows).to(device)
     return Batch(ids=ids, labels=torch.full_like(ids, -100), positions=positions, lengths=sizes, sources=())
+
+
+def _leaks(logits: Tensor, after: Tensor) -> bool:
+    """Whether the second example's logits moved with the first example's ids. Apart, they are the same bits."""
+    second = slice(_FIRST, None)
+    moved = (after[:, second].float() - logits[:, second].float()).abs().max()
+    return bool(moved > _LEAK * logits.float().abs().max())
+
+
+_LEAK = 1e-4  # of the largest logit: families that leak moved by 4.7e-3 and more, others by nothing
+
+
+def _not_finite(model: Any) -> str:
+    names = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    what = f"{len(names)} tensors hold infinities or NaN ({', '.join(names[:5])})" if names else "its logits overflow"
+    return f"The model does not compute numbers: {what}. Get the weights again, or another dtype (dtype: float32)."
 
 
 def _alike(actual: Tensor, expected: Tensor) -> bool:

@@ -14,6 +14,25 @@ from typing import Any, Literal, Union
 
 from train.errors import TrainError
 
+# What transformers' Trainer, TRL and others call our keys.
+ALIASES = {
+    "learning_rate": "lr", "per_device_train_batch_size": "micro_batch", "micro_batch_size": "micro_batch",
+    "batch_size": "micro_batch", "train_batch_size": "global_batch", "global_batch_size": "global_batch",
+    "gradient_accumulation_steps": "global_batch", "num_train_epochs": "epochs", "num_epochs": "epochs",
+    "max_length": "sequence_length", "max_seq_length": "sequence_length", "sequence_len": "sequence_length",
+    "cutoff_len": "sequence_length", "block_size": "sequence_length", "lr_scheduler_type": "schedule",
+    "lr_scheduler": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup", "optim": "optimizer",
+    "adam_beta1": "betas", "adam_beta2": "betas", "max_norm": "max_grad_norm", "gradient_clipping": "max_grad_norm",
+    "gradient_checkpointing": "activation_checkpointing", "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype",
+    "attn_implementation": "attention", "flash_attention": "attention", "torch_compile": "compile",
+    "neftune_noise_alpha": "neftune_alpha", "eval_steps": "eval_every", "save_steps": "save_every",
+    "save_total_limit": "keep_last", "output_dir": "output", "model_name_or_path": "model", "base_model": "model",
+    "model_id": "model", "dataset": "sources", "datasets": "sources", "data": "sources", "train_dataset": "sources",
+    "resume_from_checkpoint": "resume", "sample_packing": "packing", "random_seed": "seed", "eta": "mixing_ratio",
+    "mixce_ratio": "mixing_ratio", "chat_template": "format", "test_size": "held_out", "val_set_size": "held_out",
+    "limit": "take", "max_samples": "take", "subset": "name", "config_name": "name", "column": "messages",
+}  # fmt: skip
+
 
 def build(cls: Any, data: Any, where: str = "") -> Any:
     """`data` as a `cls`. Raises TrainError that names the key by its path below `where`."""
@@ -32,7 +51,7 @@ def build(cls: Any, data: Any, where: str = "") -> Any:
 
 def unknown_key(key: str, known: Mapping[str, Any] | Sequence[str], where: str = "") -> str:
     """The message for a key that does not exist, naming the nearest one that does."""
-    near = difflib.get_close_matches(key, list(known), 1, 0.5)
+    near = [ALIASES[key]] if ALIASES.get(key) in known else difflib.get_close_matches(key, list(known), 1, 0.5)
     hint = f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(known)}."
     return f"{_join(where, key)!r} is not a key. {hint}"
 

@@ -118,7 +118,12 @@ def seeded_generators(seed: int, device: torch.device) -> dict[str, torch.Genera
 
 def ready_model(hf_model: Any, config: TrainConfig, world: World) -> LossModel:
     """Checked, frozen, checkpointed, on its device, and sharded when there are several processes."""
-    model = LossModel(hf_model, neftune_alpha=config.neftune_alpha, fused=config.fused_loss)
+    model = LossModel(
+        hf_model,
+        neftune_alpha=config.neftune_alpha,
+        fused=config.fused_loss,
+        one_row=config.packing and config.attention == "flash_attention_2",
+    )
     if world.size == 1:
         model.to(world.device)
     check_model(model, config, hf_model.device)

@@ -9,14 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.chat import USER, ChatTemplate, Message, Rendered, Segment, memphis_chat, read_messages, without_empty
+from train.chat import (
+    USER,
+    BadRow,
+    ChatTemplate,
+    Message,
+    Rendered,
+    Segment,
+    memphis_chat,
+    read_messages,
+    without_empty,
+)
 from train.config import Sort, SourceConfig, Template, Where
 from train.errors import TrainError
 from train.hub import explain
@@ -47,8 +58,9 @@ class Rows:
             row.update({name: int(row[name]) for name in self._whole if row[name] is not None})
         return rows
 
-    def split(self, source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
-        """Row numbers to learn from, ordered as `shuffle` and `sort` say, and those held out."""
+    def split(self, source: SourceConfig, seed: int) -> tuple[list[int], list[int], int]:
+        """Row numbers to learn from, ordered as `shuffle` and `sort` say; those held out; and how many rows are
+        neither, as a row that is held out says the same."""
         self._check_columns(source)
         kept = list(range(self.count))
         for test in source.where:
@@ -57,7 +69,23 @@ class Rows:
         train, held_out = _hold_out(kept, source, seed)
         if source.shuffle is not None:
             train = [train[i] for i in np.random.default_rng((source.shuffle, 3)).permutation(len(train))]
-        return self._sorted(train, source.sort), held_out
+        learned = self._without(train, held_out, source)
+        return self._sorted(learned, source.sort), held_out, len(train) - len(learned)
+
+    def _without(self, rows: list[int], others: list[int], source: SourceConfig) -> list[int]:
+        """The rows that say something else than all of the others, in the columns that become text."""
+        if not others:
+            return rows
+        columns = sorted(set(_text_columns(source)))
+        known = {content for _, content in self._contents(others, columns)}
+        return [row for row, content in self._contents(rows, columns) if content not in known]
+
+    def _contents(self, rows: list[int], columns: list[str]) -> Iterator[tuple[int, bytes]]:
+        chosen = self._dataset.select_columns(columns)
+        for start in range(0, len(rows), 1000):
+            part = rows[start : start + 1000]
+            for number, row in zip(part, chosen.select(part), strict=True):
+                yield number, hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
 
     def _column(self, name: str) -> list[Any]:
         return list(self._dataset[name])
@@ -192,6 +220,11 @@ def _columns(source: SourceConfig) -> Iterable[str]:
     yield from (test.column for test in source.where)
     if source.sort is not None:
         yield source.sort.column
+    yield from _text_columns(source)
+
+
+def _text_columns(source: SourceConfig) -> Iterable[str]:
+    """The columns that become text."""
     yield from (column for column in (source.messages, source.tools) if column is not None)
     for template in source.templates:
         for text in (template.prompt, template.rationale, template.response, template.text):
@@ -208,16 +241,39 @@ def template_fields(text: str, title: str) -> list[str]:
     except ValueError as e:
         raise TrainError(f"Source {title}: template {text!r} is not valid ({e}). Write braces as {{{{ and }}}}.") from e
     for _, name, spec, conversion in parts:
-        if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
-            raise TrainError(f"Source {title}: template {text!r} has a field that is not a plain {{column}}.")
-    return [name for _, name, _, _ in parts if name is not None]
+        if name is not None and (spec or conversion or _FIELD.fullmatch(name) is None):
+            raise TrainError(
+                f"Source {title}: template {text!r} has a field that is neither a {{column}} nor a part of one, as "
+                "{column.key[0]}."
+            )
+    return [re.split(r"[.\[]", name, maxsplit=1)[0] for _, name, _, _ in parts if name is not None]
+
+
+_FIELD = re.compile(r"[^.\[\]]+(?:\.[^.\[\]]+|\[[0-9]+\])*")
+
+
+def _lookup(row: Mapping[str, Any], field: str) -> Any:
+    """A column, or a part of it: `answers.text[0]`. BadRow for a part that is not there, and for a list or mapping: as
+    text it would be Python's."""
+    column, *parts = re.findall(r"[^.\[\]]+", field)
+    value = row[column]
+    for part in parts:
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, TypeError, ValueError) as e:
+            raise BadRow(f"{{{field}}}: column {column} is {row[column]!r:.80}, which has no {part}.") from e
+    if isinstance(value, (list, Mapping)):
+        raise BadRow(
+            f"{{{field}}} is {value!r:.80}, expected text or a number; write {{{field}[0]}} or {{{field}.KEY}}."
+        )
+    return value
 
 
 def _fill(text: str, row: Mapping[str, Any]) -> str:
     """The template with the row's values, without white space at its ends; an empty cell is empty text."""
     pieces = []
     for literal, name, _, _ in string.Formatter().parse(text):
-        value = None if name is None else row[name]
+        value = None if name is None else _lookup(row, name)
         pieces += [literal, "" if value is None else str(value)]
     return "".join(pieces).strip()
 
@@ -230,7 +286,7 @@ RATIONALE, ANSWER = "### Rationale:\n", "### Answer:\n"
 def render_row(source: SourceConfig, row: Mapping[str, Any], tokenizer: Any) -> list[Rendered]:
     """One example per template (or conversation); without segments when nothing is to be learned."""
     if source.messages is not None:
-        messages = read_messages(row[source.messages], source.title, source.messages)
+        messages = read_messages(row[source.messages], source.messages)
         return [_render_messages(source, messages, tokenizer, _tools(source, row))]
     return [_render_template(source, template, row, tokenizer) for template in source.templates]
 
@@ -254,7 +310,7 @@ def _render_template(source: SourceConfig, template: Template, row: Mapping[str,
 def _render_messages(source: SourceConfig, messages: Sequence[Message], tokenizer: Any, tools: Any) -> Rendered:
     if source.format == "chat-template":
         return ChatTemplate(tokenizer, source.title, tools).render(messages)
-    return memphis_chat(messages, source.title)
+    return memphis_chat(messages)
 
 
 def _tools(source: SourceConfig, row: Mapping[str, Any]) -> Any:
@@ -264,8 +320,5 @@ def _tools(source: SourceConfig, row: Mapping[str, Any]) -> Any:
         try:
             tools = json.loads(tools)
         except ValueError as e:
-            raise TrainError(
-                f"Source {source.title}: column {source.tools} is {tools!r:.80}, expected a list of tools, or its JSON "
-                f"({e})."
-            ) from e
+            raise BadRow(f"column {source.tools} is {tools!r:.80}, expected a list of tools, or its JSON ({e}).") from e
     return without_empty(tools) or None
