@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
-from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config, text_configs
+from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config
 from merge_tool.errors import CheckpointError, reason, shown
+from merge_tool.models.layer_config import restack
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
 RECIPE = "mergekit_config.yml"  # the file where other tools look for a recipe; verbatim
@@ -303,27 +304,8 @@ def edit_ties(config: bytes, ties: bool) -> bytes:
     return _replaced(config, edits)
 
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
-
-def counts_layers(config: Mapping[str, Any] | None) -> bool:
-    """Whether config.json says how many layers the language model has."""
-    return any(type(part.get(key)) is int for part in text_configs(config) for key in _LAYER_COUNTS)
-
-
 def edit_config_layers(config: bytes, layers: Sequence[int]) -> bytes:
-    """config.json for a language model whose layer k was layer `layers[k]`: the number of layers changes, and every
-    list that has one entry per layer, in all configurations of the language model."""
-    content = json.loads(config)
-    for part in text_configs(content):
-        _restack(part, layers)
+    """config.json for a language model whose layer k was layer `layers[k]`: the number of layers changes, and with it
+    what it says layer by layer, in all configurations of the language model (layer_config.py)."""
+    content, _ = restack(json.loads(config), layers)
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-def _restack(part: Any, layers: Sequence[int]) -> None:
-    counts = [part[key] for key in _LAYER_COUNTS if isinstance(part.get(key), int)]
-    for key, value in part.items():
-        if key in _LAYER_COUNTS and isinstance(value, int):
-            part[key] = len(layers)
-        elif isinstance(value, list) and len(value) in counts and "layer" in key and max(layers) < len(value):
-            part[key] = [value[k] for k in layers]

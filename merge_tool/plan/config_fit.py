@@ -9,9 +9,10 @@ from typing import Any
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.models.layer_config import counts_layers, layer_doubts
 from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 from merge_tool.models.renaming import says_tied
-from merge_tool.models.side_files import SideFiles, counts_layers
+from merge_tool.models.side_files import SideFiles
 from merge_tool.plan.plan import TensorJob
 from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows
@@ -45,6 +46,8 @@ def fit_config(
             f"config.json of {donor.name} does not say under a known name how many layers there are. The output has "
             f"{len(side_files.layers):,}: set that number in its config.json."
         )
+    if side_files.layers:
+        warnings += layer_doubts(donor.config, side_files.layers)
     return replace(side_files, ties=ties, vocab_sizes=sizes), warnings
 
 
