@@ -17,7 +17,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
 from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config
 from merge_tool.errors import CheckpointError, reason, shown
-from merge_tool.models.layer_config import restack
+from merge_tool.models.layer_config import PREDICTED, restack
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
 RECIPE = "mergekit_config.yml"  # the file where other tools look for a recipe; verbatim
@@ -60,6 +60,7 @@ class SideFiles:
     unmerged: tuple[str, ...]
     layers: tuple[int, ...] = ()  # the model's layer that each output layer was, if that changes
     vocab_sizes: tuple[frozenset[int], int] | None = None  # the sizes to replace in config.json, and the new size
+    predicted: int | None = None  # the new number of layers that predict further tokens, if that changes
     ties: bool | None = None  # the new tie_word_embeddings of config.json, if that changes
     keeps_quantization: bool = False  # whether the output is quantised, so that quantization_config stays
 
@@ -82,7 +83,8 @@ class SideFiles:
                 config = config if self.keeps_quantization else _edit_config(config, dtype)
                 config = edit_vocab_size(config, *self.vocab_sizes) if self.vocab_sizes else config
                 config = config if self.ties is None else edit_ties(config, self.ties)
-                yield edit_config_layers(config, self.layers) if self.layers else config
+                config = edit_config_layers(config, self.layers) if self.layers else config
+                yield config if self.predicted is None else edit_predicted(config, self.predicted)
                 return
             with path.open("rb") as content:
                 if file.insert is not None:
@@ -302,6 +304,15 @@ def edit_ties(config: bytes, ties: bool) -> bytes:
             yield first + 1, first + 1, f'\n  "tie_word_embeddings": {word}{comma}'
 
     return _replaced(config, edits)
+
+
+def edit_predicted(config: bytes, count: int) -> bytes:
+    """config.json with `count` wherever the language model's number of layers that predict further tokens is
+    announced; the rest is unchanged."""
+    return _set(
+        config,
+        lambda keys, key, value: count if key in PREDICTED and type(value) is int and is_of_text(keys) else value,
+    )
 
 
 def edit_config_layers(config: bytes, layers: Sequence[int]) -> bytes:
