@@ -211,3 +211,23 @@ def test_a_table_with_a_part_for_each_layer_is_not_stacked(tmp_path: Path) -> No
     with pytest.raises(MismatchError, match="embed_tokens_per_layer"):
         merge_models(stack((a, 0, 2), (a, 1, 3)), tmp_path / "out")
     merge_models(stack((a, 0, 3)), tmp_path / "out")
+
+
+def test_stacks_beside_the_language_model_leave_its_number_alone(tmp_path: Path) -> None:
+    """config.json says how many layers the language model has; a vision tower's are named in a warning."""
+    a = model(tmp_path / "a", 0.0)
+    tower = {
+        f"visual.blocks.{k}.{leaf}.weight": np.full(HIDDEN, k, np.float32) for k in range(4) for leaf in ("q", "k", "v")
+    }
+    a = save_model(tmp_path / "both", load_folder(a) | tower, config=config_of(a))
+    recipe = {
+        "merge_method": "passthrough",
+        "modules": {
+            "visual": {"slices": stack((a, 0, 2), (a, 1, 4))["slices"]},
+            "layers": {"models": [{"model": str(a)}]},
+        },
+    }
+    report = merge_models(recipe, tmp_path / "out")
+    assert config_of(tmp_path / "out") == config_of(a)
+    assert any("layers of visual.blocks. are stacked anew" in text for text in report.warnings)
+    assert load_folder(tmp_path / "out")["visual.blocks.2.q.weight"][0] == 1

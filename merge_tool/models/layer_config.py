@@ -22,6 +22,7 @@ Config = Mapping[str, Any]
 Kinds = Callable[[Config, int], list[Any]]  # a configuration and its number of layers -> one entry for each layer
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
+_COUNTED = ("layers_block_type", "hybrid_override_pattern", "attn_layers")  # as long as the model: Nemotron-H, Reformer
 PREDICTED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 _FULL, _SLIDING, _LINEAR, _INDEXED = "full_attention", "sliding_attention", "linear_attention", "indexed_attention"
 
@@ -38,7 +39,10 @@ def counts_layers(config: Config | None) -> bool:
 
 
 def _count(part: Config) -> int | None:
-    return next((part[key] for key in COUNTS if type(part.get(key)) is int), None)
+    count = next((part[key] for key in COUNTS if type(part.get(key)) is int), None)
+    if count is None:
+        count = next((len(part[key]) for key in _COUNTED if isinstance(part.get(key), (list, str)) and part[key]), None)
+    return count
 
 
 # ------------------------------------------------------------------------- lists that follow from numbers
@@ -320,7 +324,7 @@ def _period(name: str) -> _Solved:
 
     def kinds(config: Config, n: int) -> list[Any]:
         step, first = (_int(config.get(key), defaults[key]) for key in (period, offset))
-        return [i % max(step, 1) == first for i in range(n)]
+        return [i % step == first for i in range(n)] if first < step else []  # the class refuses others
 
     return _Solved((period, offset), kinds, lambda n: (range(1, n + 2), range(n + 1)), defaults)
 
@@ -399,7 +403,6 @@ _KIND_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")
 # Models whose layers compute with their own number: no setting says which number that was.
 _BY_NUMBER = {
     "diffllama": "the scale of each layer's attention (lambda_init) follows from the layer's number",
-    "minimax": "the decay of each linear attention follows from the layer's number",
     "zamba": "its attention blocks are shared between layers",
     "zamba2": "its attention blocks are shared between layers",
     "albert": "its layers are shared in groups",
@@ -408,14 +411,19 @@ _BY_NUMBER = {
 
 @dataclass(slots=True)
 class _Part:
-    """One configuration of the language model, before and after; `n` layers become those in `layers`."""
+    """One configuration of the language model, before and after; its `count` layers become those in `layers`, which
+    may be another model's: with more layers, the kinds that follow from numbers are taken to go on."""
 
     kind: str
     old: Config
     new: dict[str, Any]
-    n: int
+    count: int
     layers: Sequence[int]
     doubts: list[str] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        return max(self.count, *(layer + 1 for layer in self.layers))
 
     def pick(self, entries: Sequence[Any]) -> list[Any]:
         """The entries of the new layers, and behind them those of layers outside the stack."""
@@ -443,13 +451,13 @@ def restack(config: Config, layers: Sequence[int]) -> tuple[dict[str, Any], list
             continue
         count = count if count is not None else outer[0] if outer else 0
         counts[keys] = count, kind
-        if count <= max(layers, default=-1):
+        if count == 0:
             continue
         target = new
         for key in keys:
             target = target[key]
         own = kind.removesuffix("_text") if _count(part) is not None else ""
-        one = _Part(kind=own, old=part, new=target, n=count, layers=layers)
+        one = _Part(kind=own, old=part, new=target, count=count, layers=layers)
         _edit(one)
         doubts += [f"{'.'.join((*keys, doubt))}" for doubt in one.doubts]
     return new, doubts
@@ -463,7 +471,7 @@ def _copied(value: Any) -> Any:
 
 def _edit(part: _Part) -> None:
     for key, value in part.old.items():
-        if (key in COUNTS or (part.kind == "xlstm" and key == "num_blocks")) and value == part.n:
+        if (key in COUNTS or (part.kind == "xlstm" and key == "num_blocks")) and value == part.count:
             part.new[key] = len(part.layers)
         elif isinstance(value, list):
             part.new[key] = _list(part, key, value)
@@ -504,6 +512,9 @@ def _list(part: _Part, key: str, value: list[Any]) -> list[Any]:
         if not is_known:
             part.doubts.append(f"{key} has as many entries as there were layers, and is taken for one entry a layer")
         return part.pick(value)
+    if is_known and len(value) == part.count and part.count < n:
+        part.doubts.append(f"{key} has {len(value):,} entries, and the output has layer {n - 1} of another model")
+        return value
     if is_known and (key in part.read or ("layer" in key and tail > 0) or key in ("layer_types", "layers_block_type")):
         part.doubts.append(f"{key} has {len(value):,} entries for {n:,} layers, and is left as it was")
     return value
@@ -625,6 +636,8 @@ def _solve(part: _Part) -> None:
         defaults = {**solved.defaults, **({first: _IMPLIED_COUNTS[part.kind]} if part.kind in _IMPLIED_COUNTS else {})}
         before = {**{key: value for key, value in defaults.items() if key in solved.keys}, **_ints(part.old)}
         kinds = solved.kinds(before, part.n)
+        if len(kinds) < part.n:
+            continue
         wanted = [kinds[k] for k in part.layers]
         if wanted == solved.kinds({**before, **_ints(part.new)}, len(wanted)):
             continue

@@ -17,7 +17,7 @@ from merge_tool.methods.steps import REQUIRED, Method
 from merge_tool.models.naming import comes_last
 from merge_tool.models.renaming import Renaming
 from merge_tool.plan.plan import Values
-from merge_tool.plan.stacks import Owners, Stacks, split_layer
+from merge_tool.plan.stacks import Owners, Stacks, is_beside, split_layer
 from merge_tool.recipe.recipe import Module, Output, Recipe, Slice, Source
 from merge_tool.recipe.settings import Choice, Settings, find_choice
 
@@ -82,6 +82,7 @@ class Expansion:
         self._sliced: dict[str, tuple[str, list[int]]] = {}  # module -> its stack, the first layer of each slice
         self._depths: dict[tuple[int, str], int] = {}  # by model and stack
         self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (index among its sources, model)
+        self._all_stacks: list[str] = []
         self.range_problems: list[str] = []
         if recipe.modules[0].name is not None or any(module.num_layers is not None for module in recipe.modules):
             self._find_stacks()
@@ -90,6 +91,7 @@ class Expansion:
     def _find_stacks(self) -> None:
         sources = self._first_before(self._recipe.sources)
         stacks = Stacks(dict.fromkeys(name for k in sources for name in self.known[k]), self._common_num_layers())
+        self._all_stacks = stacks.of_layers
         if self._recipe.modules[0].name is not None:
             self._owners = Owners(stacks, list(self._by_name))
         for name, module in self._by_name.items():
@@ -290,23 +292,28 @@ class Expansion:
                     if choice.pattern is not None and choice not in self._values.used:
                         yield key, choice
 
-    def stacked_layers(self, models: Sequence[Collection[str]]) -> tuple[int, ...]:
-        """For each output layer the layer of its first source, in the sliced stack with the most tensors; empty if the
-        layers are the donor's in their order."""
-        counts = Counter(layer[0] for name in self.names() if (layer := split_layer(name)))
-        if not self._sliced:
-            return ()
-        name = max(self._sliced, key=lambda name: counts[self._sliced[name][0]])
-        module, stack, origin = self._by_name[name], self._sliced[name][0], list[int]()
-        for part in module.slices:
-            number = part.base if part.base is not None else _order(self._method, part)[0]
-            first, end = part.sources[number].layers or (0, 0)
-            origin += range(first, end)
-        donor = models[self._recipe.donor]
-        num_layers = len({layer[1] for name in donor if (layer := split_layer(name)) and layer[0] == stack})
-        extra = Stacks(donor, self._num_layers[self._recipe.donor]).extra
-        num_layers -= extra[1] if extra is not None and extra[0] == stack else 0
-        return () if origin == list(range(num_layers)) else tuple(origin)
+    def stacked_layers(self) -> dict[str, tuple[int, ...]]:
+        """For each stack of slices, and each of its layers in the output, the layer of its first source; without the
+        stacks whose layers are the donor's in their order."""
+        stacked = dict[str, tuple[int, ...]]()
+        for name, (stack, _) in self._sliced.items():
+            origin = list[int]()
+            for part in self._by_name[name].slices:
+                number = part.base if part.base is not None else _order(self._method, part)[0]
+                first, end = part.sources[number].layers or (0, 0)
+                origin += range(first, end)
+            if origin != list(range(self.depth(self._recipe.donor, stack))):
+                stacked[stack] = tuple(origin)
+        return stacked
+
+    def language_stack(self) -> str | None:
+        """The stack that config.json's number of layers speaks of: of slices, no part beside the language model, and no
+        decoder beside an encoder."""
+        stacks = [stack for stack in self.sliced_stacks if not is_beside(stack)]
+        has_encoder = any("encoder." in stack for stack in self._all_stacks)
+        stacks = [stack for stack in stacks if not (has_encoder and "decoder." in stack)]
+        counts = Counter(layer[0] for name in self.names() if (layer := split_layer(name))) if len(stacks) > 1 else {}
+        return max(sorted(stacks), key=lambda stack: counts.get(stack, 0), default=None)
 
 
 def _order(method: Method, part: Slice) -> list[int]:

@@ -78,6 +78,13 @@ def plan_merge(
         *(scaled.warnings() if scaled else ()),
         *_idle_choices(recipe, expansion, fitted.names),
     ]  # fmt: skip
+    stacked, language = expansion.stacked_layers(), expansion.language_stack()
+    warnings += [
+        f"The layers of {shown(stack)} are stacked anew, and config.json is not changed for them: set their number, "
+        f"and what it says layer by layer. The output has {len(layers):,}."
+        for stack, layers in stacked.items()
+        if stack != language
+    ]
     text = _published(recipe, models)
     plan = MergePlan(
         recipe=recipe,
@@ -87,7 +94,7 @@ def plan_merge(
         stem=stem,
         facts=_facts(recipe, models, stem, text, single_file),
         warnings=tuple(dict.fromkeys(warnings)),
-        layers=expansion.stacked_layers([model.tensors.keys() for model in models]),
+        layers=stacked.get(language or "", ()),
         text=text,
         num_scheduled=expansion.num_scheduled,
         is_scaled=scaled is not None,

@@ -28,7 +28,7 @@ def check_stack(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoin
     """Raise MismatchError for stacked layers, embedding and head that no model could have together, all at once."""
     if not expansion.sliced_stacks:
         return
-    layers = expansion.stacked_layers([model.tensors.keys() for model in models])
+    stacked = expansion.stacked_layers()
     inside: dict[tuple[str, str], dict[int, tuple[int, TensorInfo]]] = {}
     outside: dict[str, tuple[int, TensorInfo]] = {}
     for name in names:
@@ -48,13 +48,13 @@ def check_stack(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoin
         if text := _mixture(models, own, tensors):
             problems.append(f"{shown(stack)}*{shown(rest)}: {text}")
             ways[_SHAPES] = None
-        elif text := _unlike_donor(models, own[recipe.donor], recipe.donor, tensors, layers):
+        elif text := _unlike_donor(models, own[recipe.donor], recipe.donor, tensors, stacked.get(stack, ())):
             problems.append(f"{shown(stack)}*{shown(rest)}: {text}")
             ways[_FILES] = None
     for name, text in _unlike_outside(models, recipe.donor, outside):
         problems.append(f"{shown(name)}: {text}")
         ways[_FILES] = None
-    tables = [name for name in outside if layers and any(word in name for word in _LAYER_TABLES)]
+    tables = [name for name in outside if stacked and any(word in name for word in _LAYER_TABLES)]
     if tables:
         problems.append(f"{shown(tables[0])} has a part for each layer, in the order of the model's own layers")
         ways["Use `models` instead of `slices`, or layers in the order that they have in the model"] = None

@@ -89,13 +89,20 @@ class Stacks:
         return [stack for stack in self.of_layers if f".{name}." in f".{stack}"]
 
 
+def is_beside(stack: str) -> bool:
+    """Whether a stack belongs to a part beside the language model, such as a vision tower.
+
+    >>> [is_beside(stack) for stack in ("model.visual.blocks.", "model.layers.", "encoder.block.")]
+    [True, False, False]
+    """
+    return not is_of_text(tuple(word for word in stack.split(".") if word != "encoder"))
+
+
 def _language_stack(counts: Mapping[str, Mapping[int, int]]) -> str | None:
     """The stack of the language model: the only one with as many tensors in a layer as stacks of layers have, beside
     stacks of parts such as a vision tower. None if that is not clear (an encoder and a decoder)."""
     deep = [stack for stack, layers in counts.items() if len(layers) > 1 and min(layers.values()) >= _FEWEST_TENSORS]
-    own = [
-        stack for stack in deep or counts if not (_OTHER_STACK.search(stack) or not is_of_text(tuple(stack.split("."))))
-    ]
+    own = [stack for stack in deep or counts if not (_OTHER_STACK.search(stack) or is_beside(stack))]
     return own[0] if len(own) == 1 else None
 
 
