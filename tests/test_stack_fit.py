@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from checkpoints import Array, load_folder, save_model
 from merge_tool import merge, merge_models
+from merge_tool.cli import merge_tool
 from merge_tool.errors import MismatchError
 from merge_tool.plan.stacks import Stacks
 
@@ -98,6 +100,16 @@ def test_a_stack_keeps_the_predicting_layer_behind_its_layers(tmp_path: Path) ->
     assert "model.layers.2.eh_proj.weight" not in tensors
     assert (config_of(tmp_path / "out")["num_hidden_layers"], config_of(tmp_path / "out")["num_nextn_predict_layers"]) \
         == (5, 1)  # fmt: skip
+
+
+def test_the_plan_does_not_count_the_predicting_layer(tmp_path: Path) -> None:
+    a = model(tmp_path / "a", 0.0, predicted=1)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(stack((a, 0, 2), (a, 1, 3))))
+    command = ["run", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "--dry-run"]
+    output = CliRunner().invoke(merge_tool, command).output
+    assert "parameters, 4 layers)" in output
+    assert "model.layers.4          eh_proj.weight + 3" in output
+    assert "model.layers.3 of a lies outside the layers" in output
 
 
 def test_a_slice_of_all_layers_keeps_everything(tmp_path: Path) -> None:

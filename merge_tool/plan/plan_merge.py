@@ -95,6 +95,7 @@ def plan_merge(
         facts=_facts(recipe, models, stem, text, single_file),
         warnings=tuple(dict.fromkeys(warnings)),
         layers=stacked.get(language or "", ()),
+        num_layers=len(stacked.get(language or "", ())) or counts[recipe.donor],
         text=text,
         num_scheduled=expansion.num_scheduled,
         is_scaled=scaled is not None,
