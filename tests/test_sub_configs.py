@@ -15,9 +15,9 @@ from merge_tool import open_checkpoint
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.fp8 import quantization_of, without_quantization
 from merge_tool.checkpoint.quantised import why_quantised
+from merge_tool.models.layer_config import counts_layers
 from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import (
-    counts_layers,
     edit_config_dtype,
     edit_config_layers,
     edit_ties,
@@ -69,7 +69,7 @@ def test_every_reader_and_editor_knows_where_the_language_model_is_spoken_of(
     assert says_tied(config) is False
     assert read(edit_ties(raw, True)) == nested(place, TEXT | {"tie_word_embeddings": True} | QUANTISED)
     assert read(edit_config_dtype(raw, "BF16")) == nested(place, TEXT | {"torch_dtype": "bfloat16"} | QUANTISED)
-    assert _settings(config)[".".join((*place, "rope_theta"))] == 1e4
+    assert _settings(config)["rope_theta"] == 1e4  # by its own name, wherever it stands
     assert quantization_of(quantised) == QUANTISED["quantization_config"]
     assert "method gptq" in (why_quantised(quantised, {}) or "")
     assert without_quantization(quantised) == config

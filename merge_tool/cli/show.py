@@ -120,7 +120,7 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     plan, layout = prepared.plan, prepared.layout
     many = len(plan.labels) > 1
     yield first_line(plan)
-    layers = Stacks(job.out.name for job in plan.jobs()).in_words
+    layers = Stacks((job.out.name for job in plan.jobs()), plan.num_layers).in_words
     yield f"  tensors   {plan.num_tensors:,} ({plan.num_parameters:,} parameters{f', {layers}' if layers else ''})"
     if plan.num_kept:
         yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} copied from one model, unchanged"

@@ -15,8 +15,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
-from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config, text_configs
+from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config
 from merge_tool.errors import CheckpointError, reason, shown
+from merge_tool.models.layer_config import PREDICTED, restack
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
 RECIPE = "mergekit_config.yml"  # the file where other tools look for a recipe; verbatim
@@ -59,10 +60,9 @@ class SideFiles:
     unmerged: tuple[str, ...]
     layers: tuple[int, ...] = ()  # the model's layer that each output layer was, if that changes
     vocab_sizes: tuple[frozenset[int], int] | None = None  # the sizes to replace in config.json, and the new size
+    predicted: int | None = None  # the new number of layers that predict further tokens, if that changes
     ties: bool | None = None  # the new tie_word_embeddings of config.json, if that changes
-    task: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # members of config.json from the model with the task's tensors
+    task: Mapping[str, Any] = field(default_factory=dict)  # config.json's members about a task, from another model
     keeps_quantization: bool = False  # whether the output is quantised, so that quantization_config stays
 
     @property
@@ -85,7 +85,8 @@ class SideFiles:
                 config = edit_vocab_size(config, *self.vocab_sizes) if self.vocab_sizes else config
                 config = config if self.ties is None else edit_ties(config, self.ties)
                 config = edit_members(config, self.task) if self.task else config
-                yield edit_config_layers(config, self.layers) if self.layers else config
+                config = edit_config_layers(config, self.layers) if self.layers else config
+                yield config if self.predicted is None else edit_predicted(config, self.predicted)
                 return
             with path.open("rb") as content:
                 if file.insert is not None:
@@ -322,27 +323,17 @@ def edit_members(config: bytes, members: Mapping[str, Any]) -> bytes:
     return _replaced(config, edits)
 
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
-
-def counts_layers(config: Mapping[str, Any] | None) -> bool:
-    """Whether config.json says how many layers the language model has."""
-    return any(type(part.get(key)) is int for part in text_configs(config) for key in _LAYER_COUNTS)
+def edit_predicted(config: bytes, count: int) -> bytes:
+    """config.json with `count` wherever the language model's number of layers that predict further tokens is
+    announced; the rest is unchanged."""
+    return _set(
+        config,
+        lambda keys, key, value: count if key in PREDICTED and type(value) is int and is_of_text(keys) else value,
+    )
 
 
 def edit_config_layers(config: bytes, layers: Sequence[int]) -> bytes:
-    """config.json for a language model whose layer k was layer `layers[k]`: the number of layers changes, and every
-    list that has one entry per layer, in all configurations of the language model."""
-    content = json.loads(config)
-    for part in text_configs(content):
-        _restack(part, layers)
+    """config.json for a language model whose layer k was layer `layers[k]`: the number of layers changes, and with it
+    what it says layer by layer, in all configurations of the language model (layer_config.py)."""
+    content, _ = restack(json.loads(config), layers)
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-def _restack(part: Any, layers: Sequence[int]) -> None:
-    counts = [part[key] for key in _LAYER_COUNTS if isinstance(part.get(key), int)]
-    for key, value in part.items():
-        if key in _LAYER_COUNTS and isinstance(value, int):
-            part[key] = len(layers)
-        elif isinstance(value, list) and len(value) in counts and "layer" in key and max(layers) < len(value):
-            part[key] = [value[k] for k in layers]

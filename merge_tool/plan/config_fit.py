@@ -9,12 +9,15 @@ from typing import Any
 
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.sub_configs import text_configs
 from merge_tool.errors import listed, shown
+from merge_tool.models.layer_config import PREDICTED, counts_layers, layer_doubts, num_layers
 from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 from merge_tool.models.renaming import says_tied
-from merge_tool.models.side_files import SideFiles, counts_layers
+from merge_tool.models.side_files import SideFiles
 from merge_tool.plan.fit import ADDED
 from merge_tool.plan.plan import TensorJob
+from merge_tool.plan.stacks import Stacks
 from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows
 
@@ -47,16 +50,24 @@ def fit_config(
             f"vocab_size in config.json is {rows:,}, the rows of the output's embedding; {donor.name} says "
             f"{', '.join(f'{size:,}' for size in sorted(said))}. Its tokenizer may name other tokens."
         )
+    predicted = _predicted(infos, donor, len(side_files.layers))
+    if predicted is not None:
+        warnings.append(
+            f"config.json announces {predicted:,} layers that predict further tokens: so many are in the output. "
+            f"{donor.name} has another number."
+        )
     if side_files.layers and donor.config is not None and not counts_layers(donor.config):
         warnings.append(
             f"config.json of {donor.name} does not say under a known name how many layers there are. The output has "
             f"{len(side_files.layers):,}: set that number in its config.json."
         )
+    if side_files.layers:
+        warnings += layer_doubts(donor.config, side_files.layers)
     task: dict[str, Any] = {}
     for number, tensor in added.items():
         task = {**_task(donor, models[number]), **task}
         warnings += _task_warnings(task, donor, models[number], tensor)
-    return replace(side_files, ties=ties, vocab_sizes=sizes, task=task), warnings
+    return replace(side_files, predicted=predicted, ties=ties, vocab_sizes=sizes, task=task), warnings
 
 
 def _task(donor: Checkpoint, model: Checkpoint) -> dict[str, Any]:
@@ -80,6 +91,20 @@ def _has_other_rows(donor: Checkpoint, rows: int) -> bool:
     """Whether the donor's own embedding has another number of rows. If not, the donor's config.json stays as it is."""
     stored = donor.stored or donor
     return embedding_rows(stored.tensors.values()) != rows
+
+
+def _predicted(infos: Sequence[TensorInfo], donor: Checkpoint, stacked: int) -> int | None:
+    """The corrected number of layers that predict further tokens; None if the donor's config.json is right, or never
+    was."""
+    stored = donor.stored or donor
+    depth = num_layers(stored.config)
+    extra = Stacks(stored.tensors, depth).extra
+    announced = {part[key] for part in text_configs(stored.config) for key in PREDICTED if type(part.get(key)) is int}
+    if depth is None or extra is None or announced != {extra[1]}:
+        return None
+    there = Stacks((info.name for info in infos), stacked or depth).extra
+    count = there[1] if there is not None and there[0] == extra[0] else 0
+    return None if count == extra[1] else count
 
 
 def _ties(ends: Sequence[TensorJob], donor: Checkpoint, models: Sequence[Checkpoint]) -> bool | None:

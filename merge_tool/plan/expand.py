@@ -17,7 +17,7 @@ from merge_tool.methods.steps import REQUIRED, Method
 from merge_tool.models.naming import comes_last
 from merge_tool.models.renaming import Renaming
 from merge_tool.plan.plan import Values
-from merge_tool.plan.stacks import Owners, Stacks, split_layer
+from merge_tool.plan.stacks import Owners, Stacks, is_beside, split_layer
 from merge_tool.recipe.recipe import Module, Output, Recipe, Slice, Source
 from merge_tool.recipe.settings import Choice, Settings, find_choice
 
@@ -57,8 +57,9 @@ class Expansion:
     """All tensors that a recipe asks for, by name.
 
     `names` are each model's tensors. `renamings` has, by model, its names for the first model's tensors, and the
-    `copies` that the first model does not store. `range_problems` are messages about layers that models lack. Raises
-    RecipeError for ambiguous stacks.
+    `copies` that the first model does not store. `num_layers` are the language models' numbers of layers by
+    config.json: layers beyond that lie outside the stack. `range_problems` are messages about layers that models lack.
+    Raises RecipeError for ambiguous stacks.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Expansion:
         method: Method,
         names: Sequence[Collection[str]],
         renamings: Mapping[int, Renaming] | None = None,
+        num_layers: Sequence[int | None] = (),
     ) -> None:
+        self._num_layers = num_layers or [None] * len(names)
         self._recipe, self._method = recipe, method
         first = names[recipe.first]
         self.known = [_Names(own, first, (renamings or {}).get(k, Renaming())) for k, own in enumerate(names)]
@@ -77,7 +80,9 @@ class Expansion:
         self._owners: Owners | None = None
         self._stacks: dict[int, Stacks] = {}  # by model: the layers along which lists of values run
         self._sliced: dict[str, tuple[str, list[int]]] = {}  # module -> its stack, the first layer of each slice
+        self._depths: dict[tuple[int, str], int] = {}  # by model and stack
         self._numbers: dict[int, tuple[tuple[int, int], ...]] = {}  # by slice: (index among its sources, model)
+        self._all_stacks: list[str] = []
         self.range_problems: list[str] = []
         if recipe.modules[0].name is not None or any(module.num_layers is not None for module in recipe.modules):
             self._find_stacks()
@@ -85,7 +90,8 @@ class Expansion:
 
     def _find_stacks(self) -> None:
         sources = self._first_before(self._recipe.sources)
-        stacks = Stacks(dict.fromkeys(name for k in sources for name in self.known[k]))
+        stacks = Stacks(dict.fromkeys(name for k in sources for name in self.known[k]), self._common_num_layers())
+        self._all_stacks = stacks.of_layers
         if self._recipe.modules[0].name is not None:
             self._owners = Owners(stacks, list(self._by_name))
         for name, module in self._by_name.items():
@@ -98,8 +104,38 @@ class Expansion:
         """A tensor's position along the layers of the slice's first model."""
         lead = self._first_before({source.model for source in part.sources})[0]
         if lead not in self._stacks:
-            self._stacks[lead] = Stacks(iter(self.known[lead]))
+            self._stacks[lead] = self._stacks_of(lead)
         return self._stacks[lead].position(name)
+
+    def _common_num_layers(self) -> int | None:
+        """The most layers that a source has by config.json; None if one does not say."""
+        counts = [self._num_layers[k] for k in self._recipe.sources]
+        return None if None in counts else max(count for count in counts if count is not None)
+
+    def _stacks_of(self, number: int) -> Stacks:
+        return Stacks(iter(self.known[number]), self._num_layers[number])
+
+    def depth(self, number: int, stack: str) -> int:
+        """The number of a model's layers in a stack, without what lies outside it."""
+        key = number, stack
+        if key not in self._depths:
+            extra = self._stacks_of(number).extra
+            count = max(_rests(self.known[number], stack), default=-1) + 1
+            self._depths[key] = count - (extra[1] if extra is not None and extra[0] == stack else 0)
+        return self._depths[key]
+
+    def beyond(self) -> Iterator[tuple[int, str, int]]:
+        """(model, stack, number of layers that lie outside it by the model's config.json), where layers count: for
+        slices, and for values along the layers."""
+        if self._sliced or self._values.lie_along_layers:
+            for number in self._first_before(self._recipe.sources):
+                if (extra := self._stacks_of(number).extra) is not None:
+                    yield number, *extra
+
+    @property
+    def sliced_stacks(self) -> frozenset[str]:
+        """The stacks that are made of slices."""
+        return frozenset(stack for stack, _ in self._sliced.values())
 
     # ------------------------------------------------------------------------------------- which there are
 
@@ -115,6 +151,18 @@ class Expansion:
                     if (split_layer(name) or ("",))[0] != stack and comes_last(name) is last:
                         yield name
             yield from self._layer_names(module, stack)
+            yield from self._names_behind(module, stack)
+
+    def _names_behind(self, module: Module, stack: str) -> Iterator[str]:
+        """The tensors of layers outside the stack, of the last slice's models, numbered on behind the output's
+        layers."""
+        names, total = dict[str, None](), module.num_layers or 0
+        for k in self._first_before({source.model for source in module.slices[-1].sources}):
+            depth = self.depth(k, stack)
+            for layer, rests in sorted(_rests(self.known[k], stack).items()):
+                if layer >= depth:
+                    names.update(dict.fromkeys(f"{stack}{total + layer - depth}{rest}" for rest in rests))
+        yield from names
 
     def _layer_names(self, module: Module, stack: str) -> Iterator[str]:
         rests = {k: _rests(self.known[k], stack) for part in module.slices for k in {s.model for s in part.sources}}
@@ -139,11 +187,13 @@ class Expansion:
     def _check_ranges(self, module: Module, stack: str) -> None:
         for source in (source for part in module.slices for source in part.sources):
             first, end = source.layers or (0, 0)
-            count = max(_rests(self.known[source.model], stack), default=-1) + 1
+            count = self.depth(source.model, stack)
             if end > count:
+                more = max(_rests(self.known[source.model], stack), default=-1) + 1 - count
+                beyond = f" (by its config.json; {counted(more, 'more')} outside the stack)" if more else ""
                 problem = (
                     f"layer_range [{first}, {end}] of {shown(self._recipe.models[source.model])}: it has {count:,} "
-                    f"layers in {shown(stack)}, so the range ends at {count:,} at most"
+                    f"layers in {shown(stack)}{beyond}, so the range ends at {count:,} at most"
                 )
                 self.range_problems += [problem] if problem not in self.range_problems else []
 
@@ -162,6 +212,11 @@ class Expansion:
         if layer is None or layer[0] != stack:
             part = module.slices[-1 if comes_last(name) else 0]
             names = (name,) * len(part.sources)
+            return OutputTensor(name=name, names=names, position=0.0, part=part, module=module)
+        if layer[1] >= starts[-1]:
+            part, rest = module.slices[-1], name[len(stack) + len(str(layer[1])) :]
+            depths = (self.depth(source.model, stack) for source in part.sources)
+            names = tuple(f"{stack}{depth + layer[1] - starts[-1]}{rest}" for depth in depths)
             return OutputTensor(name=name, names=names, position=0.0, part=part, module=module)
         number = bisect_right(starts, layer[1]) - 1
         part, offset = module.slices[number], layer[1] - starts[number]
@@ -248,21 +303,28 @@ class Expansion:
                     if choice.pattern is not None and choice not in self._values.used:
                         yield key, choice
 
-    def stacked_layers(self, models: Sequence[Collection[str]]) -> tuple[int, ...]:
-        """For each output layer the layer of its first source, in the sliced stack with the most tensors; empty if the
-        layers are the donor's in their order."""
-        counts = Counter(layer[0] for name in self.names() if (layer := split_layer(name)))
-        if not self._sliced:
-            return ()
-        name = max(self._sliced, key=lambda name: counts[self._sliced[name][0]])
-        module, stack, origin = self._by_name[name], self._sliced[name][0], list[int]()
-        for part in module.slices:
-            number = part.base if part.base is not None else _order(self._method, part)[0]
-            first, end = part.sources[number].layers or (0, 0)
-            origin += range(first, end)
-        donor = models[self._recipe.donor]
-        num_layers = len({layer[1] for name in donor if (layer := split_layer(name)) and layer[0] == stack})
-        return () if origin == list(range(num_layers)) else tuple(origin)
+    def stacked_layers(self) -> dict[str, tuple[int, ...]]:
+        """For each stack of slices, and each of its layers in the output, the layer of its first source; without the
+        stacks whose layers are the donor's in their order."""
+        stacked = dict[str, tuple[int, ...]]()
+        for name, (stack, _) in self._sliced.items():
+            origin = list[int]()
+            for part in self._by_name[name].slices:
+                number = part.base if part.base is not None else _order(self._method, part)[0]
+                first, end = part.sources[number].layers or (0, 0)
+                origin += range(first, end)
+            if origin != list(range(self.depth(self._recipe.donor, stack))):
+                stacked[stack] = tuple(origin)
+        return stacked
+
+    def language_stack(self) -> str | None:
+        """The stack that config.json's number of layers speaks of: of slices, no part beside the language model, and no
+        decoder beside an encoder."""
+        stacks = [stack for stack in self.sliced_stacks if not is_beside(stack)]
+        has_encoder = any("encoder." in stack for stack in self._all_stacks)
+        stacks = [stack for stack in stacks if not (has_encoder and "decoder." in stack)]
+        counts = Counter(layer[0] for name in self.names() if (layer := split_layer(name))) if len(stacks) > 1 else {}
+        return max(sorted(stacks), key=lambda stack: counts.get(stack, 0), default=None)
 
 
 def _order(method: Method, part: Slice) -> list[int]:

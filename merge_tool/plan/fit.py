@@ -12,6 +12,7 @@ from merge_tool.arrays import FLOAT_DTYPES
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
+from merge_tool.models.layer_config import num_layers
 from merge_tool.models.naming import has_token_rows, is_derived
 from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.stacks import Stacks, natural_key
@@ -151,7 +152,10 @@ def _all(models: Sequence[Checkpoint]) -> str:
 
 
 def _size(model: Checkpoint) -> str:
-    layers, count = Stacks(model.tensors).in_words, sum(info.numel for info in model.tensors.values())
+    layers, count = (
+        Stacks(model.tensors, num_layers(model.config)).in_words,
+        sum(info.numel for info in model.tensors.values()),
+    )
     return f"{model.name} has {counted(count, 'parameter')}{f' and {layers}' if layers else ''}"
 
 

@@ -109,9 +109,10 @@ class MergePlan:
     """The decisions: the method, the parameters of each output, and the shards that each output has.
 
     `names` are the models' names; `facts` decide the output's bytes, as far as headers show it. `layers` has for each
-    output layer the donor's layer, if they are not the same. `text` is the recipe's text as written to the output.
-    `num_scheduled` tensors have parameters of their own, by a pattern or along the layers. `is_scaled`: BASE and the
-    output have 8-bit floats with scales.
+    output layer the donor's layer, if they are not the same; `num_layers` is the number of the output's layers, as far
+    as config.json says it. `text` is the recipe's text as written to the output. `num_scheduled` tensors have
+    parameters of their own, by a pattern or along the layers. `is_scaled`: BASE and the output have 8-bit floats with
+    scales.
     """
 
     recipe: Recipe
@@ -122,6 +123,7 @@ class MergePlan:
     facts: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    num_layers: int | None = None
     text: str = ""
     chat_template: str = ""
     num_scheduled: int = 0

@@ -19,12 +19,14 @@ from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.methods.passes import check_spec
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
+from merge_tool.models.layer_config import num_layers
 from merge_tool.models.renaming import find_renaming, renaming_warnings
 from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.fit import Fit, fit, no_match
 from merge_tool.plan.layout import lay_out, output_dtype, output_stem
 from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
 from merge_tool.plan.scaled import ScaledPlan, Scaling, plan_scaled
+from merge_tool.plan.stack_fit import check_stack
 from merge_tool.plan.stacks import natural_key
 from merge_tool.recipe.options import as_json
 from merge_tool.recipe.recipe import Recipe
@@ -58,8 +60,10 @@ def plan_merge(
             "copy."
         )
     renamings = {k: find_renaming(first, model) for k, model in enumerate(models) if k != recipe.first}
-    expansion = Expansion(recipe, method, [model.tensors.keys() for model in models], renamings)
+    counts = [num_layers((model.stored or model).config) for model in models]
+    expansion = Expansion(recipe, method, [model.tensors.keys() for model in models], renamings, counts)
     fitted = fit(recipe, expansion, models)
+    check_stack(recipe, expansion, models, fitted.names)
     scaled = plan_scaled(recipe, method, models)
     jobs = _Jobs(recipe=recipe, method=method, models=models, expansion=expansion, kept=fitted.kept, scaled=scaled)
     stem, max_bytes = output_stem(first), None if single_file else recipe.options.max_shard_bytes
@@ -70,9 +74,17 @@ def plan_merge(
         *(w for k, renaming in renamings.items() if k in recipe.sources
           for w in renaming_warnings(first, models[k], renaming, {*fitted.kept, *fitted.unchosen})),
         *fitted.warnings,
+        *_beyond(expansion, models),
         *(scaled.warnings() if scaled else ()),
         *_idle_choices(recipe, expansion, fitted.names),
     ]  # fmt: skip
+    stacked, language = expansion.stacked_layers(), expansion.language_stack()
+    warnings += [
+        f"The layers of {shown(stack)} are stacked anew, and config.json is not changed for them: set their number, "
+        f"and what it says layer by layer. The output has {len(layers):,}."
+        for stack, layers in stacked.items()
+        if stack != language
+    ]
     text = _published(recipe, models)
     plan = MergePlan(
         recipe=recipe,
@@ -82,7 +94,8 @@ def plan_merge(
         stem=stem,
         facts=_facts(recipe, models, stem, text, single_file),
         warnings=tuple(dict.fromkeys(warnings)),
-        layers=expansion.stacked_layers([model.tensors.keys() for model in models]),
+        layers=stacked.get(language or "", ()),
+        num_layers=len(stacked.get(language or "", ())) or counts[recipe.donor],
         text=text,
         num_scheduled=expansion.num_scheduled,
         is_scaled=scaled is not None,
@@ -222,6 +235,18 @@ def _idle_choices(recipe: Recipe, expansion: Expansion, names: Sequence[str]) ->
                 f"{meant(choice.pattern.text, names)} A filter is a part of the name, no glob and no regular "
                 "expression."
             )
+
+
+def _beyond(expansion: Expansion, models: Sequence[Checkpoint]) -> Iterator[str]:
+    """Warnings of layers that lie outside the stack, by a model's config.json."""
+    for number, stack, more in expansion.beyond():
+        depth = expansion.depth(number, stack)
+        names = f"{stack}{depth}" if more == 1 else f"{stack}{depth} to {stack}{depth + more - 1}"
+        yield (
+            f"{shown(names)} of {models[number].name} {'lies' if more == 1 else 'lie'} outside the layers: its "
+            f"config.json says that it has {depth:,}. What lies outside is merged by the value for the rest; in a "
+            "stack it comes from the last slice and is numbered behind the layers."
+        )
 
 
 def _check_outputs_differ(plan: MergePlan) -> None:

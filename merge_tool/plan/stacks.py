@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from merge_tool.checkpoint.sub_configs import is_of_text
 from merge_tool.errors import RecipeError, counted, listed, shown
 
 _LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
+_OTHER_STACK = re.compile(r"(?:^|\.)(?:mtp|encoder|decoder)(?:\.|$)|(?:^|\.)(?:experts|adapters?)\.$")
 _FEWEST_TENSORS = 3  # tensors in a layer: a Sequential's `0.weight`, `0.bias`, `2.weight` are no layers
 
 
@@ -28,13 +30,21 @@ def natural_key(name: str) -> str:
 
 class Stacks:
     """The stacks in some models' tensor names, each with its number of layers. A stack of *layers* is numbered from 0
-    without gaps and has at least three tensors in each layer, if any stack has; a projector's `mlp.0` is no layer."""
+    without gaps and has at least three tensors in each layer, if any stack has; a projector's `mlp.0` is no layer.
 
-    def __init__(self, names: Iterable[str]) -> None:
+    `num_layers` is the language model's number of layers by config.json. What the names of its stack have beyond that
+    (a layer that predicts further tokens) lies outside the stack: `extra` has the stack and how many such layers."""
+
+    def __init__(self, names: Iterable[str], num_layers: int | None = None) -> None:
         counts: dict[str, dict[int, int]] = {}
         for stack, layer in filter(None, map(split_layer, names)):
             layers = counts.setdefault(stack, {})
             layers[layer] = layers.get(layer, 0) + 1
+        self.extra: tuple[str, int] | None = None
+        own = _language_stack(counts)
+        if own is not None and num_layers and (more := max(counts[own]) + 1 - num_layers) > 0:
+            self.extra = own, more
+            counts[own] = {layer: count for layer, count in counts[own].items() if layer < num_layers}
         self._last = {stack: max(layers) for stack, layers in counts.items()}
         whole = {stack: layers for stack, layers in counts.items() if len(layers) == max(layers) + 1}
         full = [stack for stack, layers in whole.items() if min(layers.values()) >= _FEWEST_TENSORS]
@@ -56,7 +66,7 @@ class Stacks:
         """A tensor's position in its stack: 0 for the first layer and outside stacks, 1 for the last layer, or the only
         one."""
         layer = split_layer(name)
-        if layer is None:
+        if layer is None or (self.extra is not None and layer[0] == self.extra[0] and layer[1] > self._last[layer[0]]):
             return 0.0
         return layer[1] / last if (last := self._last.get(layer[0], 0)) else 1.0
 
@@ -77,6 +87,23 @@ class Stacks:
         """The stacks of layers that a module's name means: the stack's name contains the module's words in their
         order."""
         return [stack for stack in self.of_layers if f".{name}." in f".{stack}"]
+
+
+def is_beside(stack: str) -> bool:
+    """Whether a stack belongs to a part beside the language model, such as a vision tower.
+
+    >>> [is_beside(stack) for stack in ("model.visual.blocks.", "model.layers.", "encoder.block.")]
+    [True, False, False]
+    """
+    return not is_of_text(tuple(word for word in stack.split(".") if word != "encoder"))
+
+
+def _language_stack(counts: Mapping[str, Mapping[int, int]]) -> str | None:
+    """The stack of the language model: the only one with as many tensors in a layer as stacks of layers have, beside
+    stacks of parts such as a vision tower. None if that is not clear (an encoder and a decoder)."""
+    deep = [stack for stack, layers in counts.items() if len(layers) > 1 and min(layers.values()) >= _FEWEST_TENSORS]
+    own = [stack for stack in deep or counts if not (_OTHER_STACK.search(stack) or is_beside(stack))]
+    return own[0] if len(own) == 1 else None
 
 
 class Owners:
