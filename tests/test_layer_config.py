@@ -339,6 +339,7 @@ def test_each_list_follows_the_layers_without_a_doubt(before: dict[str, Any], af
         ({"max_window_layers": 2, "use_sliding_window": True}, "max_window_layers"),
         ({"num_kv_shared_layers": 2, "layer_types": ["a"] * 4}, "num_kv_shared_layers"),
         ({"model_type": "diffllama"}, "model_type diffllama"),
+        ({"kv_reuse_group": [[1, 2]]}, "kv_reuse_group"),
     ],
 )
 def test_a_key_that_cannot_say_it_is_named(before: dict[str, Any], key: str) -> None:

@@ -500,6 +500,9 @@ def _list(part: _Part, key: str, value: list[Any]) -> list[Any]:
         return _renumbered(part, value, NUMBERS.get(key, 0))
     if key in OTHER_LISTS or not value:
         return value
+    if key == "kv_reuse_group":  # Hymba: groups of layer numbers
+        part.doubts.append(f"{key} names layers that share keys and values by their old numbers")
+        return value
     tail = len(value) - n
     announced = next((part.old[k] for k in PREDICTED if type(part.old.get(k)) is int), 0)
     is_known = key in LAYER_LISTS or key in part.read or "layer" in key or "layer" in str(value[0])
