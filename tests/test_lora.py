@@ -345,11 +345,14 @@ def test_a_path_that_exists_wins_over_its_plus(tmp_path: Path, monkeypatch: pyte
 
 
 def test_models_and_adapters_of_the_hub(adapted: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """On either side of the plus, and an adapter alone as FT; a pickled one, too, whatever lies beside it."""
+    """On either side of the plus, and an adapter alone as FT; a pickled one, too, with tensors beside it."""
     base, adapter, _ = adapted
     pickled(adapter).rename(tmp_path / "old")
-    (tmp_path / "old/non_lora_trainables.bin").write_bytes(b"x")
-    (tmp_path / "hub/models/org").mkdir(parents=True)
+    torch = pytest.importorskip("torch")
+    norm = as_torch(load_folder(base)["model.norm.weight"])
+    torch.save({"base_model.model.model.norm.weight": norm}, tmp_path / "old/non_lora_trainables.bin")
+    shutil.copytree(adapter, tmp_path / "hub/models/org/headed")
+    (tmp_path / "hub/models/org/headed/value_head.bin").write_bytes(b"x")
     base.rename(tmp_path / "hub/models/org/base")
     adapter.rename(tmp_path / "hub/models/org/lora")
     (tmp_path / "old").rename(tmp_path / "hub/models/org/old")
@@ -361,7 +364,14 @@ def test_models_and_adapters_of_the_hub(adapted: tuple[Path, Path, Path], tmp_pa
                 cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "org/old/non_lora_trainables.bin" not in hub.fetched()
+        done = subprocess.run(
+            [sys.executable, "-m", "merge_tool", "merge", "org/base", "org/headed", tmp_path / "none"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "org/headed: has value_head.bin beside the adapter" in done.stderr
+        assert "hf download org/headed --local-dir FOLDER, and move it out of FOLDER" in done.stderr
+    assert "org/old/non_lora_trainables.bin" in hub.fetched()
+    assert "org/headed/value_head.bin" not in hub.fetched()
     assert weights(tmp_path / "0") == weights(tmp_path / "1") == weights(tmp_path / "2")
     assert "\n- org/base\n- org/lora\n" in (tmp_path / "1/README.md").read_text()
 

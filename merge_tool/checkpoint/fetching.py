@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.apart import answer
-from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, WEIGHT_SUFFIXES, find_weights, weight_map_files
+from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES, adapter_files, find_weights, weight_map_files
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
@@ -142,8 +142,8 @@ def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception
 
 def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> list[str]:
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
-    if _is_adapter(listing) and (adapter := [name for name in ADAPTER_WEIGHTS if name in listing]):
-        return adapter[:1]
+    if _is_adapter(listing) and (adapter := adapter_files(repo, listing)):
+        return adapter
     single, index = find_weights(repo, listing)
     files = [single] if single else []
     if index:

@@ -24,7 +24,16 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
 PIPELINE = "model_index.json"  # the index of a diffusers pipeline: several models, each in its own folder
-_STATE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)[^/]*", re.IGNORECASE)  # of a training
+TRAINED_BESIDE = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")  # whole tensors of LLaVA's adapters
+_STATE_FILES = re.compile(  # of a training
+    r"(optimizer|scheduler|scaler|rng_state|random_states?_|training_args|sampler|dl_state_dict)[^/]*", re.IGNORECASE
+)
+_KINDS_BESIDE = (  # what lies beside an adapter or a model and is neither
+    (re.compile(r"(value|v|reward|score)_head.*"), "a value head, which the language model does not use"),
+    (re.compile(r"new_embeddings.*"), "embeddings of tokens that were added to the vocabulary"),
+    (re.compile(r"non_lora_trainables.*|mm_projector.*"), "tensors that were trained beside an adapter"),
+)
+_WHOLE_MODEL = re.compile(r"(pytorch_model|model|consolidated|tf_model|flax_model)\b.*")
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
 LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
@@ -89,6 +98,13 @@ class Folder:
 
     def has(self, relative: str) -> bool:
         return os.path.lexists(self.root / relative)
+
+    def listing(self) -> list[str]:
+        """The names of the files and folders in the folder, sorted."""
+        try:
+            return sorted(entry.name for entry in self.root.iterdir())
+        except OSError as e:
+            raise CheckpointError(f"{self.name}: cannot be listed ({reason(e)}).") from e
 
     def walk(self, skip: Callable[[str], bool]) -> Iterator[str]:
         """Every file below the folder as a relative path with '/', sorted; links to folders are followed.
@@ -165,6 +181,38 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | N
     raise CheckpointError(
         f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
     )
+
+
+def adapter_files(name: str, listing: Sequence[str]) -> list[str]:
+    """The files of weights that an adapter's folder consists of, the adapter's own first.
+
+    Raises CheckpointError for other weights beside the adapter: without them it may be another model.
+    """
+    own = [file for file in ADAPTER_WEIGHTS if file in listing]
+    beside = [file for file in TRAINED_BESIDE if file in listing]
+    known = {*ADAPTER_WEIGHTS, *beside[:1]}
+    others = [file for file in sorted(listing) if "/" not in file and is_weight_file(file) and file not in known]
+    if others := [file for file in others if not _STATE_FILES.match(file)]:
+        what = kind_beside(others[0])
+        is_model = what is None and _WHOLE_MODEL.match(others[0]) is not None
+        what = what or ("perhaps a whole model" if is_model else "weights that are not the adapter's own")
+        way = (
+            f"hf download {name} --local-dir FOLDER, and move it out of FOLDER" if "/" in name else "move it elsewhere"
+        )
+        raise CheckpointError(
+            f"{name}: has {listed(others)} beside the adapter: {what}. It is not read, and without it the adapter may "
+            "be another model. "
+            + ("If it is the adapter's base, give MODEL+ADAPTER, each in a folder of its own. " if is_model else "")
+            + f"To go on without it, {way}."
+        )
+    return own[:1] + beside[:1] if own else []
+
+
+def kind_beside(file: str) -> str | None:
+    """What a file of weights is that no model consists of, by its name; None for other files."""
+    if not is_weight_file(file):
+        return None
+    return next((what for pattern, what in _KINDS_BESIDE if pattern.fullmatch(file)), None)
 
 
 def _pipeline(name: str, listing: Sequence[str]) -> str:

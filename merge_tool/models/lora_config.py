@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder
+from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder, adapter_files
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, shown
 
@@ -47,13 +47,13 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings in adapter_config.json that matter here, and the name of the file beside it that has the
-    `weights`."""
+    """The settings in adapter_config.json that matter here, and the names of the files beside it that have the
+    `weights`: the adapter's own, and perhaps whole tensors that were trained beside it."""
 
     file: LocalFile
     sha256: str
     where: str
-    weights: str
+    weights: tuple[str, ...]
     rank: int
     alpha: float
     root_scaled: bool
@@ -94,7 +94,7 @@ def _number(where: str, key: str, value: Any) -> float:
 
 def read_settings(folder: Folder) -> Settings:
     where = f"{folder.name}/{CONFIG}"
-    weights = _weights_file(folder)
+    weights = _weights_files(folder)
     config = folder.load_json(CONFIG)
     _refuse(folder.name, config)
     rank, alpha = (_number(where, key, config.get(key)) for key in ("r", "lora_alpha"))
@@ -125,15 +125,15 @@ def read_settings(folder: Folder) -> Settings:
     )
 
 
-def _weights_file(folder: Folder) -> str:
+def _weights_files(folder: Folder) -> tuple[str, ...]:
     if not folder.has(CONFIG):
         raise CheckpointError(f"{folder.name}: has no {CONFIG}, so it is no adapter. Give a folder that peft saved.")
-    name = next((name for name in ADAPTER_WEIGHTS if folder.has(name)), None)
-    if name is None:
+    names = adapter_files(folder.name, folder.listing())
+    if not names:
         raise CheckpointError(
             f"{folder.name}: has {CONFIG} but no {ADAPTER_WEIGHTS[0]}. Finish the download, or save it again."
         )
-    return name
+    return tuple(names)
 
 
 def _check_patterns(where: str, key: str, patterns: Any) -> None:

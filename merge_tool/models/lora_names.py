@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 
 from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.source import TensorSource
 
 _PREFIX = "base_model.model."
-_FULL = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # what peft puts into names of whole tensors
+_FULL = re.compile(
+    r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)"
+)  # what peft puts into names of whole tensors
 _FACTOR = re.compile(r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_B\.bias)")
 
 
@@ -19,10 +22,18 @@ class AdapterTensor:
     `module` and `leaf` are the name of the tensor that it changes.
     """
 
-    info: TensorInfo
+    source: TensorSource
     module: str
     leaf: str
     factor: str = ""
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.source.info
+
+    @property
+    def name(self) -> str:
+        return self.source.info.name
 
     @property
     def is_factor(self) -> bool:
@@ -33,9 +44,9 @@ class AdapterTensor:
         return f"{self.module}.{self.leaf}" if self.module else self.leaf
 
 
-def parse_name(info: TensorInfo) -> AdapterTensor:
-    name = info.name.removeprefix(_PREFIX)
+def parse_name(source: TensorSource) -> AdapterTensor:
+    name = source.info.name.removeprefix(_PREFIX)
     if found := _FACTOR.fullmatch(name):
-        return AdapterTensor(info, found[1], "bias" if found[2] == "lora_B.bias" else "weight", found[2])
+        return AdapterTensor(source, found[1], "bias" if found[2] == "lora_B.bias" else "weight", found[2])
     module, _, leaf = _FULL.sub("", name).rpartition(".")
-    return AdapterTensor(info, module, leaf)
+    return AdapterTensor(source, module, leaf)
