@@ -411,7 +411,6 @@ def test_a_tied_heads_copy_is_left_out_and_one_trained_apart_is_a_head(tmp_path:
         ({"alora_invocation_tokens": [1]}, "lora: uses activated LoRA"),
         ({"trainable_token_indices": [1, 2]}, "lora: uses trainable tokens"),
         ({"target_parameters": ["experts.w1"]}, "lora: uses LoRA on parameters that are no layers"),
-        ({"layer_replication": [[0, 4]]}, "lora: uses layer replication"),
         ({"init_lora_weights": "pissa"}, "was initialised by 'pissa', which changes BASE's weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "was initialised by 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "was initialised by 'olora'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from checkpoints import load_folder, save_model
+from merge_tool import CheckpointError, merge, merge_models
 from merge_tool.models.lora import open_model
 
 torch = pytest.importorskip("torch")
@@ -164,3 +166,43 @@ def test_a_converted_pissa_adapter_is_plain_lora(tmp_path: Path) -> None:
     model, expected = open_model(f"{tmp_path}/base+{tmp_path}/lora"), load_folder(tmp_path / "merged")
     for name, info in model.tensors.items():
         np.testing.assert_allclose(model.read_new(name, 0, info.numel).reshape(info.shape), expected[name], atol=1e-6)
+
+
+def test_replicated_layers_are_the_stack_that_the_refusal_describes(tmp_path: Path) -> None:
+    """The steps of the message, followed to the letter, give the live model's logits."""
+    torch.manual_seed(0)
+    base, adapter = tmp_path / "base", tmp_path / "lora"
+    llama().save_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ranges = [[0, 2], [1, 2], [0, 1]]
+        asked = peft.LoraConfig(r=4, target_modules=[*ATTENTION, "up_proj"], layer_replication=ranges)
+        live = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), asked)
+        for name, parameter in live.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        live.save_pretrained(adapter)
+        expected = live(torch.arange(1, 20)[None]).logits
+    with pytest.raises(CheckpointError) as caught:
+        merge(base, adapter, tmp_path / "out")
+    lines = str(caught.value).splitlines()
+    recipe = lines[lines.index("  1. Write stack.yaml, with the adapter's model as MODEL:") + 1 :][:5]
+    (tmp_path / "stack.yaml").write_text("\n".join(line[5:] for line in recipe).replace("MODEL", str(base)))
+    merge_models(tmp_path / "stack.yaml", tmp_path / "stack")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings.pop("layer_replication") == ranges
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    merge(tmp_path / "stack", adapter, tmp_path / "out", 1)
+    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(1, 20)[None]).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("value", [3, [3], [[0, 1], [2]], [[1, 0]], "all"])
+def test_ranges_of_layers_that_are_none_are_refused(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "lora").mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "layer_replication": value}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "lora/adapter_model.safetensors").touch()
+    save_model(tmp_path / "base", {"q": np.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"its value '.*' is no list of ranges such as"):
+        open_model(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")

@@ -32,13 +32,13 @@ _REFUSED = {  # settings of LoRA with another effect than W + scale * B A
     "monteclora_config": "MonteCLoRA",
     "trainable_token_indices": "trainable tokens",
     "target_parameters": "LoRA on parameters that are no layers (target_parameters)",
-    "layer_replication": "layer replication",
     "enable_lora": "merged linear layers of peft before 0.3",
 }
 _HARMLESS_INITS = {"True", "False", "true", "false", "None", "gaussian", "eva", "orthogonal"}
 _KNOWN = {
-    *_REFUSED, "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "lora_bias", "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save", "target_modules",
+    *_REFUSED, "layer_replication", "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out", "lora_bias", "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save",
+    "target_modules",
     "exclude_modules", "lora_dropout", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version",
     "layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
@@ -165,6 +165,8 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
     for key, what in _REFUSED.items():
         if config.get(key):
             raise CheckpointError(f"{name}: uses {what}, which is not W + scale * B A. {_PEFT_MERGES}")
+    if ranges := config.get("layer_replication"):
+        raise CheckpointError(f"{name}: {_replication(ranges)}")
     init = str(config.get("init_lora_weights", True))
     if init not in _HARMLESS_INITS:
         raise CheckpointError(
@@ -172,3 +174,27 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
             "applied to BASE as it is, it would be another model. Convert it to plain LoRA when saving it "
             "(path_initial_model_for_weight_conversion), or merge it with peft onto the base that it was trained with."
         )
+
+
+def _replication(ranges: Any) -> str:
+    """The message for layer_replication: how to make the model that the adapter was trained on."""
+    what = f"repeats layers of its model (layer_replication in {CONFIG})"
+    pairs = [pair for pair in ranges if _is_range(pair)] if isinstance(ranges, list) else []
+    if not pairs or len(pairs) < len(ranges):
+        return f"{what}, and its value '{shown(ranges)}' is no list of ranges such as [[0, 16], [8, 24]]. Correct it."
+    lines = [f"  - sources: [{{model: MODEL, layer_range: [{start}, {stop}]}}]" for start, stop in pairs]
+    steps = "\n  ".join(
+        [
+            "1. Write stack.yaml, with the adapter's model as MODEL:",
+            *(f"     {line}" for line in ("merge_method: passthrough", "slices:", *lines)),
+            "2. merge-tool run stack.yaml STACK",
+            f"3. Copy the adapter's folder, and delete layer_replication from {CONFIG} in the copy.",
+            "4. Give STACK+COPY, or STACK as BASE and COPY as FT.",
+        ]
+    )
+    return f"{what}. A stack with the same layers, and the adapter on it, are the same model:\n  {steps}"
+
+
+def _is_range(pair: Any) -> bool:
+    is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+    return is_pair and 0 <= pair[0] < pair[1]
