@@ -200,6 +200,48 @@ def test_an_element_has_the_same_bits_in_whatever_range_it_is_read(
         assert model.read_new("q.weight", place, place + 1)[0] == everything[place]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, BF16], ids=["F32", "BF16"])
+@pytest.mark.parametrize(("rows", "columns"), [(300, 500), (3, 70_000), (70_000, 2), (1, 30), (900, 1)])
+def test_rescaled_rows_have_the_same_bits_in_whatever_range_they_are_read(
+    tmp_path: Path, rows: int, columns: int, dtype: Any, transposed: bool
+) -> None:
+    """DoRA: each element once rounded, whether the tensor is acquired or not."""
+    n, m = (rows, columns) if transposed else (columns, rows)
+    base = save_model(tmp_path / "base", {"q.weight": normal(rows, columns, dtype=dtype)})
+    found = {"q.lora_A.weight": normal(4, n), "q.lora_B.weight": normal(m, 4), "q.lora_magnitude_vector": normal(m)}
+    adapter = save_adapter(tmp_path / "lora", found, fan_in_fan_out=transposed, use_dora=True)
+    model = open_model(f"{base}+{adapter}")
+    source, size = model.source("q.weight"), rows * columns
+    a, b, lengths = (array.astype(np.float64) for array in found.values())
+    exact = load_folder(base)["q.weight"].astype(np.float64) + 2 * ((b @ a).T if transposed else b @ a)
+    norms = np.linalg.norm(exact, axis=0 if transposed else 1, keepdims=True)
+    exact = lengths.reshape(norms.shape) / norms * exact
+    everything = model.read_new("q.weight", 0, size)
+    assert_rounded(everything, exact.reshape(-1))
+    source.acquire()
+    for cut in RNG.integers(0, size, 5):
+        pieces = [model.read_new("q.weight", 0, cut), model.read_new("q.weight", cut, size)]
+        assert np.concatenate(pieces).tobytes() == everything.tobytes()
+    source.release()
+    assert model.stored_dtype("q.weight") == ("F32" if dtype == np.float32 else "BF16")
+
+
+@pytest.mark.parametrize("types", [(np.float32, np.float32), (BF16, BF16), (BF16, np.float32), (np.float64, BF16)])
+def test_rows_of_tokens_are_replaced_in_whatever_range_they_are_read(tmp_path: Path, types: tuple[Any, Any]) -> None:
+    rows = {"e.token_adapter.trainable_tokens_delta": normal(4, 7, dtype=types[1])}
+    base = save_model(tmp_path / "base", {"e.weight": normal(50, 7, dtype=types[0])})
+    adapter = save_adapter(tmp_path / "lora", rows, trainable_token_indices={"e": [49, 0, 12, 13]})
+    model = open_model(f"{base}+{adapter}")
+    exact = load_folder(base)["e.weight"].astype(np.float64)
+    exact[[49, 0, 12, 13]] = rows["e.token_adapter.trainable_tokens_delta"]
+    for start in range(0, 350, 3):
+        for stop in (start, start + 1, start + 9, 350):
+            found = model.read_new("e.weight", start, min(stop, 350)).astype(np.float64)
+            assert (found == exact.reshape(-1)[start : min(stop, 350)]).all()
+    assert model.stored_dtype("e.weight") == {np.float32: "F32", BF16: "BF16", np.float64: "F64"}[types[0]]
+
+
 @pytest.mark.parametrize("rows", [2, 3, 17, 300])
 @pytest.mark.parametrize("columns", [2, 3, 64, 1001])
 def test_both_ways_to_sum_products_give_the_same_bits(rows: int, columns: int) -> None:
@@ -406,10 +448,10 @@ def test_a_tied_heads_copy_is_left_out_and_one_trained_apart_is_a_head(tmp_path:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"use_dora": True}, "lora: uses DoRA, which rescales whole columns, which is not W"),
-        ({"use_qalora": True}, "lora: uses QA-LoRA"),
+        ({"use_qalora": True}, "lora: uses QA-LoRA, which is not read. Merge it with peft"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices has a token twice"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices is '[-1]', expected numbers of tokens"),
         ({"alora_invocation_tokens": [1]}, "lora: uses activated LoRA"),
-        ({"trainable_token_indices": [1, 2]}, "lora: uses trainable tokens"),
         ({"target_parameters": ["experts.w1"]}, "lora: uses LoRA on parameters that are no layers"),
         ({"init_lora_weights": "pissa"}, "was initialised by 'pissa', which changes BASE's weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "was initialised by 'pissa_niter_4'"),
@@ -460,19 +502,58 @@ def test_all_that_has_no_place_or_does_not_fit_is_listed_at_once(tmp_path: Path)
         "k.lora_A.weight": normal(4, 24),  # no B
         "v.lora_A.weight": normal(2, 24), "v.lora_B.weight": normal(40, 2),  # another rank than it says
         "o.lora_A.weight": normal(4, 24), "o.lora_B.weight": normal(40, 4), "o.lora_B.bias": normal(40),  # no bias
-        "x.lora_A.weight": normal(4, 24), "x.lora_B.weight": normal(40, 4), "o.lora_magnitude_vector": normal(40),
+        "x.lora_A.weight": normal(4, 24), "x.lora_B.weight": normal(40, 4), "y.lora_magnitude_vector": normal(40),
     }  # fmt: skip
     with pytest.raises(MismatchError) as refused:
         open_model(f"{base}+{save_adapter(tmp_path / 'lora', tensors)}")
     assert str(refused.value).splitlines() == [
         "lora is not an adapter of base, or not in a form that is read.",
-        "  no place there for 4 tensors: base_model.model.o.lora_magnitude_vector, base_model.model.x.lora_A.weight, "
-        "base_model.model.x.lora_B.weight, base_model.model.o.lora_B.bias",
+        "  no place there for 4 tensors: base_model.model.x.lora_A.weight, base_model.model.x.lora_B.weight, "
+        "base_model.model.y.lora_magnitude_vector, base_model.model.o.lora_B.bias",
         "  k: has no lora_B.weight",
         "  q: A [4, 23] F32 and B [40, 4] F32, of rank 4 by adapter_config.json, do not fit q.weight [40, 24] F32",
         "  v: A [2, 24] F32 and B [40, 2] F32, of rank 4 by adapter_config.json, do not fit v.weight [40, 24] F32",
         "Give the model that it was trained on, or merge it with peft (merge_and_unload, then save_pretrained).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "expected"),
+    [
+        ({"use_dora": True}, {}, "q: has no lora_magnitude_vector"),
+        ({}, {"q.lora_magnitude_vector": (40,)}, "q: has lora_magnitude_vector, but use_dora in .* is false"),
+        ({"use_dora": True}, {"q.lora_magnitude_vector": (24,)}, r"vector: is \[24\] F32, expected 40 numbers"),
+        ({"use_dora": True}, {"q.lora_magnitude_vector": (40,), "q.lora_B.bias": (40,)}, "which DoRA does not use"),
+        ({}, {"e.token_adapter.trainable_tokens_delta": (2, 24)}, "does not name the tokens of its rows"),
+        (
+            {"trainable_token_indices": [1, 2, 3]},
+            {"e.token_adapter.trainable_tokens_delta": (2, 24)},
+            r"\[2, 24\] F32, for 3 tokens, does not fit e\.weight",
+        ),
+        (
+            {"trainable_token_indices": [1, 9]},
+            {"e.token_adapter.trainable_tokens_delta": (2, 24)},
+            "token 9 is beyond the 9 rows there",
+        ),
+        (
+            {"trainable_token_indices": [1, 2]},
+            {"q.token_adapter.trainable_tokens_delta": (2, 24)},
+            "has both factors and rows of tokens",
+        ),
+        (
+            {"trainable_token_indices": [1, 2]},
+            {"f.token_adapter.trainable_tokens_delta": (2, 24)},
+            r"no place there for 1 tensor: base_model\.model\.f\.token_adapter",
+        ),
+    ],
+)
+def test_lengths_and_rows_that_do_not_fit_are_refused(
+    tmp_path: Path, settings: dict[str, Any], changed: dict[str, tuple[int, ...]], expected: str
+) -> None:
+    base = save_model(tmp_path / "base", {"q.weight": normal(40, 24), "e.weight": normal(9, 24)})
+    tensors = {name: normal(*shape) for name, shape in (LINEAR | changed).items()}
+    with pytest.raises(MismatchError, match=expected):
+        open_model(f"{base}+{save_adapter(tmp_path / 'lora', tensors, **settings)}")
 
 
 @pytest.mark.parametrize("said", [False, True])
@@ -578,6 +659,27 @@ def test_the_budget_holds_with_adapters_of_any_rank(tmp_path: Path, rank: int, r
         "up.lora_A.weight": normal(rank, 4_000), "up.lora_B.weight": normal(rows, rank),
     }  # fmt: skip
     adapter = save_adapter(tmp_path / "lora", factors, r=rank, rank_pattern={"embed": 8})
+    peak, expected = measured("merge", base, adapter, tmp_path / "out", "--memory", "64MB")
+    assert peak < 64_000_000
+    assert abs(expected - peak) < 0.2 * peak
+
+
+@linux_only
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_budget_holds_with_rescaled_rows(tmp_path: Path, transposed: bool) -> None:
+    """DoRA takes a pass for the lengths of rows, and keeps them."""
+    shapes = {"embed.weight": (10_000, 1_000), "norm": (512,), "up.weight": (100_000, 400), "last.weight": (100_000, 9)}
+    base = save_model(tmp_path / "base", {})
+    write_model(base / "model.safetensors", shapes, 1)
+    found = {
+        "embed.token_adapter.trainable_tokens_delta": normal(5, 1_000),
+    }  # fmt: skip
+    for name in ("up", "last"):
+        n, m = shapes[f"{name}.weight"] if transposed else shapes[f"{name}.weight"][::-1]
+        found |= {f"{name}.lora_A.weight": normal(8, n), f"{name}.lora_B.weight": normal(m, 8)}
+        found |= {f"{name}.lora_magnitude_vector": normal(m)}
+    tokens = {"trainable_token_indices": [9_999, 0, 5, 7, 8]}
+    adapter = save_adapter(tmp_path / "lora", found, r=8, fan_in_fan_out=transposed, use_dora=True, **tokens)
     peak, expected = measured("merge", base, adapter, tmp_path / "out", "--memory", "64MB")
     assert peak < 64_000_000
     assert abs(expected - peak) < 0.2 * peak

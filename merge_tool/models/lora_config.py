@@ -1,5 +1,5 @@
-"""An adapter's configuration: adapter_config.json -> Settings. An adapter that is not W + scale * B A is refused by
-name: applied in part, it would be another model."""
+"""An adapter's configuration: adapter_config.json -> Settings. An adapter with another effect than those of LoRA, DoRA
+and trainable tokens is refused by name: applied in part, it would be another model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ _NOTHING_TO_MERGE = {  # trained inputs of the model, not changes of its weights
 }  # fmt: skip
 _BY_INPUT = {"XLORA", "POLY"}
 _REFUSED = {  # settings of LoRA with another effect than W + scale * B A
-    "use_dora": "DoRA, which rescales whole columns",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA, which acts on some tokens only",
@@ -30,15 +29,14 @@ _REFUSED = {  # settings of LoRA with another effect than W + scale * B A
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "trainable_token_indices": "trainable tokens",
     "target_parameters": "LoRA on parameters that are no layers (target_parameters)",
     "enable_lora": "merged linear layers of peft before 0.3",
 }
 _HARMLESS_INITS = {"True", "False", "true", "false", "None", "gaussian", "eva", "orthogonal"}
 _KNOWN = {
-    *_REFUSED, "layer_replication", "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-    "fan_in_fan_out", "lora_bias", "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save",
-    "target_modules",
+    *_REFUSED, "layer_replication", "use_dora", "trainable_token_indices", "token_indices", "init_weights",
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
+    "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save", "target_modules",
     "exclude_modules", "lora_dropout", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version",
     "layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
@@ -62,12 +60,18 @@ class Settings:
     ranks: Mapping[str, Any] = field(default_factory=dict)
     alphas: Mapping[str, Any] = field(default_factory=dict)
     saved_modules: tuple[str, ...] = ()
+    rescales: bool = False  # DoRA: every row has a length of its own
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module, or the end of its name
     keeps_tie: bool = False  # whether embedding and head stay one where they are one
     unknown: tuple[str, ...] = ()
 
     def saves(self, module: str) -> bool:
         """Whether a module is trained as a whole (modules_to_save)."""
         return any(module == saved or module.endswith(f".{saved}") for saved in self.saved_modules)
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The tokens whose rows are trained in a module; None if there are none."""
+        return next((rows for end, rows in self.tokens.items() if f".{module}".endswith(end)), None)
 
     def rank_of(self, module: str) -> int:
         return int(_number(self.where, "rank_pattern", _by_pattern(self.ranks, module, self.rank)))
@@ -97,7 +101,8 @@ def read_settings(folder: Folder) -> Settings:
     weights = _weights_files(folder)
     config = folder.load_json(CONFIG)
     _refuse(folder.name, config)
-    rank, alpha = (_number(where, key, config.get(key)) for key in ("r", "lora_alpha"))
+    has_factors = config.get("peft_type") != "TRAINABLE_TOKENS"
+    rank, alpha = (_number(where, key, config.get(key) if has_factors else 1) for key in ("r", "lora_alpha"))
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     for key, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         _check_patterns(where, key, patterns)
@@ -120,6 +125,8 @@ def read_settings(folder: Folder) -> Settings:
         ranks=ranks,
         alphas=alphas,
         saved_modules=saved,
+        rescales=bool(config.get("use_dora")),
+        tokens=_tokens(where, config),
         keeps_tie=bool(config.get("ensure_weight_tying")),
         unknown=unknown,
     )
@@ -134,6 +141,19 @@ def _weights_files(folder: Folder) -> tuple[str, ...]:
             f"{folder.name}: has {CONFIG} but no {ADAPTER_WEIGHTS[0]}. Finish the download, or save it again."
         )
     return tuple(names)
+
+
+def _tokens(where: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tokens whose rows are trained, by the end of the modules' names; "" for whatever module has such rows."""
+    key = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
+    value = config.get(key) or {}
+    found = value if isinstance(value, dict) else {"": value}
+    for rows in found.values():
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+            raise CheckpointError(f"{where}: {key} is '{shown(value)}', expected numbers of tokens.")
+        if len({*rows}) < len(rows):
+            raise CheckpointError(f"{where}: {key} has a token twice; which row is right is not known.")
+    return {name: tuple(rows) for name, rows in found.items()}
 
 
 def _check_patterns(where: str, key: str, patterns: Any) -> None:
@@ -160,11 +180,11 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{name}: is a {kind} adapter: it has inputs of its own and no weights to merge.")
     if kind in _BY_INPUT:
         raise CheckpointError(f"{name}: is a {kind} adapter, which weighs its parts by the input: it has no merge.")
-    if kind != "LORA":
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise CheckpointError(f"{name}: peft_type in {CONFIG} is {shown(kind)}; only LORA is read. {_PEFT_MERGES}")
     for key, what in _REFUSED.items():
         if config.get(key):
-            raise CheckpointError(f"{name}: uses {what}, which is not W + scale * B A. {_PEFT_MERGES}")
+            raise CheckpointError(f"{name}: uses {what}, which is not read. {_PEFT_MERGES}")
     if ranges := config.get("layer_replication"):
         raise CheckpointError(f"{name}: {_replication(ranges)}")
     init = str(config.get("init_lora_weights", True))

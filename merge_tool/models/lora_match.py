@@ -18,9 +18,11 @@ from merge_tool.errors import MismatchError, counted, listed, shown
 from merge_tool.models.heads import renamed
 from merge_tool.models.lora_config import CONFIG, Settings
 from merge_tool.models.lora_ends import ends_notice, find_ends
-from merge_tool.models.lora_names import AdapterTensor, parse_name
+from merge_tool.models.lora_names import MAGNITUDE, OLD_TOKENS, TOKENS, AdapterTensor, parse_name
 from merge_tool.models.low_rank import Factor, LowRankTensor
 from merge_tool.models.renaming import Names
+from merge_tool.models.rescaled import Factors, RescaledTensor
+from merge_tool.models.token_rows import TokenRows
 
 _ZERO_3 = "DeepSpeed saved it without gathering it: run zero_to_fp32.py, or save the adapter again"
 _AND_SAVE = "(merge_and_unload, then save_pretrained)"
@@ -36,6 +38,7 @@ class _Layer:
     a: AdapterTensor
     b: AdapterTensor
     ways: tuple[bool, ...]  # whether the product may be transposed: the ways that the shapes allow
+    magnitude: AdapterTensor | None = None  # the lengths of rows (of columns, if transposed)
 
 
 class Matcher:
@@ -58,11 +61,13 @@ class Matcher:
         for part in self.tensors:
             if part.module in self.ends.skipped:
                 continue
-            if part.is_factor:
+            if part.is_factor and part.factor != OLD_TOKENS:
                 modules.setdefault(part.module, {})[part.factor] = part
-            else:
+            elif not part.is_factor:
                 self._replace(part)
         self._begin_head()
+        rows = {module: factors.pop(TOKENS) for module, factors in modules.items() if TOKENS in factors}
+        modules = {module: factors for module, factors in modules.items() if factors}
         layers = [layer for module, factors in modules.items() if (layer := self._layer(module, factors))]
         default = self._is_transposed(layers)
         for layer in layers:
@@ -70,6 +75,9 @@ class Matcher:
         for module, factors in modules.items():
             if bias := factors.get("lora_B.bias"):
                 self._add_bias(module, bias)
+        for module, part in rows.items():
+            self._replace_rows(module, part, with_factors=module in modules)
+        self._copy_head()
         self._check()
 
     def _find(self, name: str) -> str | None:
@@ -96,6 +104,14 @@ class Matcher:
                 f"{shown(head)} would have {rows[0]:,} rows, {shown(tie.embedding)} {rows[1]:,}: the adapter does not "
                 "hold the other rows of the head"
             )
+
+    def _copy_head(self) -> None:
+        """Where the checkpoint has a copy of a tied matrix, the copy follows."""
+        tie = self.ends.tie
+        if tie is None or tie.copy is None or self.ends.head is not None or tie.copy in self.made:
+            return
+        if tie.embedding in self.made:
+            self.made[tie.copy] = renamed(self.made[tie.embedding], tie.copy)
 
     def _check(self) -> None:
         problems = []
@@ -153,6 +169,9 @@ class Matcher:
         if lacking := [key for key in keys if key not in factors]:
             self.unfit.append(f"{shown(module)}: has no {', '.join(lacking)}")
             return None
+        if self.settings.rescales != (MAGNITUDE in factors) or (self.settings.rescales and "lora_B.bias" in factors):
+            self.unfit.append(f"{shown(module)}: {self._why_not_rescaled(factors)}")
+            return None
         a, b, w = factors[keys[0]].info, factors[keys[1]].info, self._info(target)
         is_odd = {a.dtype, b.dtype, w.dtype} - FLOAT_DTYPES
         ways = tuple(way for way in (False, True) if _fits(w.shape, a.shape, b.shape, transposed=way))
@@ -162,8 +181,24 @@ class Matcher:
             what = f"A {list(a.shape)} {a.dtype} and B {list(b.shape)} {b.dtype}, of rank {rank} by {CONFIG}"
             self.unfit.append(f"{shown(module)}: {what}, do not fit {shown(target)} {list(w.shape)} {w.dtype}")
             return None
-        a_part, b_part = (factors[key] for key in keys)
-        return _Layer(module=module, target=target, a=a_part, b=b_part, ways=(True,) if is_embedding else ways)
+        magnitude = factors.get(MAGNITUDE)
+        if magnitude is not None and not (magnitude.info.numel == b.shape[0] and magnitude.info.dtype in FLOAT_DTYPES):
+            what = f"{list(magnitude.info.shape)} {magnitude.info.dtype}"
+            self.unfit.append(f"{shown(magnitude.name)}: is {what}, expected {b.shape[0]:,} numbers")
+            return None
+        return _Layer(
+            module=module,
+            target=target,
+            a=factors[keys[0]],
+            b=factors[keys[1]],
+            ways=(True,) if is_embedding else ways,
+            magnitude=magnitude,
+        )
+
+    def _why_not_rescaled(self, factors: Mapping[str, AdapterTensor]) -> str:
+        if not self.settings.rescales:
+            return f"has {MAGNITUDE}, but use_dora in {CONFIG} is false"
+        return f"has no {MAGNITUDE}" if MAGNITUDE not in factors else "has lora_B.bias, which DoRA does not use"
 
     def _is_transposed(self, layers: Sequence[_Layer]) -> bool:
         """Whether products for square layers are transposed: as fan_in_fan_out says, unless the other layers' shapes
@@ -186,6 +221,37 @@ class Matcher:
         outer = Factor(b, rank, b.info.shape[0], by_rank=False)
         left, right = (inner, outer) if transposed else (outer, inner)
         self._make(layer.target, left, right, self.settings.scale_of(layer.module))
+        if layer.magnitude is not None:
+            direction = self.made[layer.target]
+            assert isinstance(direction, LowRankTensor)
+            factors = Factors(direction, layer.magnitude.source, of_rows=not transposed)
+            self.made[layer.target] = RescaledTensor(info=direction.info, factors=factors)
+
+    def _replace_rows(self, module: str, part: AdapterTensor, *, with_factors: bool) -> None:
+        """Rows of some tokens, in place of the embedding's or head's."""
+        target, tokens = self._find(f"{module}.weight"), self.settings.tokens_of(module)
+        if target is None:
+            self.homeless.append(part.name)
+            return
+        w, new = self._info(target), part.info
+        if tokens is None:
+            self.unfit.append(f"{shown(part.name)}: {CONFIG} does not name the tokens of its rows")
+        elif with_factors:
+            self.unfit.append(f"{shown(module)}: has both factors and rows of tokens; what peft computes is not read")
+        elif len(w.shape) != 2 or new.shape != (len(tokens), w.shape[1]) or not {w.dtype, new.dtype} <= FLOAT_DTYPES:
+            what = f"{list(new.shape)} {new.dtype}, for {counted(len(tokens), 'token')}"
+            self.unfit.append(f"{shown(part.name)}: {what}, does not fit {shown(target)} {list(w.shape)} {w.dtype}")
+        elif tokens and max(tokens) >= w.shape[0]:
+            self.unfit.append(f"{shown(part.name)}: token {max(tokens):,} is beyond the {w.shape[0]:,} rows there")
+        else:
+            dtype = w.dtype if w.dtype == new.dtype else "F64" if "F64" in (w.dtype, new.dtype) else "F32"
+            self.made[target] = TokenRows(
+                info=TensorInfo(target, dtype, w.shape, 0),
+                base=self._source(target),
+                rows=part.source,
+                places={token: place for place, token in enumerate(tokens)},
+                also_read=(self.settings.file,),
+            )
 
     def _add_bias(self, module: str, part: AdapterTensor) -> None:
         bias = part.info
