@@ -452,7 +452,10 @@ def test_a_tied_heads_copy_is_left_out_and_one_trained_apart_is_a_head(tmp_path:
         ({"trainable_token_indices": [1, 1]}, "trainable_token_indices has a token twice"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices is '[-1]', expected numbers of tokens"),
         ({"alora_invocation_tokens": [1]}, "lora: uses activated LoRA"),
-        ({"target_parameters": ["experts.w1"]}, "lora: uses LoRA on parameters that are no layers"),
+        (
+            {"target_parameters": ["experts.w1"]},
+            "lora: target_parameters in adapter_config.json names experts.w1; only",
+        ),
         ({"init_lora_weights": "pissa"}, "was initialised by 'pissa', which changes BASE's weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "was initialised by 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "was initialised by 'olora'"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from checkpoints import load_folder, save_model
+from checkpoints import load_file, load_folder, save_file, save_model
 from merge_tool import MergeToolError, merge
 from oracle import float64_merge
 
@@ -170,9 +170,15 @@ def test_a_kept_tie_keeps_a_stored_copy_of_the_head_equal(tmp_path: Path, case: 
     assert out["lm_head.weight"].tobytes() == out["model.embed_tokens.weight"].tobytes()
 
 
-def test_tokens_of_the_embedding_beside_a_head_that_is_saved_whole_are_refused(tmp_path: Path) -> None:
-    """Of a tied model; peft itself refuses rows of tokens beside factors."""
-    base, adapter, _ = adapted(tmp_path, "llama", "h", "", trainable_token_indices=[2, 5])
+@pytest.mark.parametrize("name", ["lm_head.modules_to_save.weight", "lm_head.lora_A.weight"])
+def test_tokens_of_the_embedding_beside_a_head_that_is_trained_otherwise_are_refused(tmp_path: Path, name: str) -> None:
+    """Of a tied model; peft itself refuses to make such adapters."""
+    base, adapter, _ = adapted(tmp_path, "llama", "", "", trainable_token_indices=[2, 5])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[f"base_model.model.{name}"] = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": ["lm_head"]}))
     with pytest.raises(MergeToolError, match="What peft computes for both is not read"):
         merge(base, adapter, tmp_path / "out", 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder, adapter_files
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.errors import CheckpointError, shown
+from merge_tool.errors import CheckpointError, listed, shown
 
 CONFIG = "adapter_config.json"
 _PEFT_MERGES = "Merge it with peft (merge_and_unload, then save_pretrained) and give that folder."
@@ -29,14 +29,15 @@ _REFUSED = {  # settings of LoRA with another effect than W + scale * B A
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on parameters that are no layers (target_parameters)",
     "enable_lora": "merged linear layers of peft before 0.3",
 }
+# Parameters of all experts of a layer, in the order in which modules define them, and peft wraps them.
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 _HARMLESS_INITS = {"True", "False", "true", "false", "None", "gaussian", "eva", "orthogonal"}
 _KNOWN = {
-    *_REFUSED, "layer_replication", "use_dora", "trainable_token_indices", "token_indices", "init_weights",
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
-    "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save", "target_modules",
+    *_REFUSED, "layer_replication", "target_parameters", "use_dora", "trainable_token_indices", "token_indices",
+    "init_weights", "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "lora_bias", "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save", "target_modules",
     "exclude_modules", "lora_dropout", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version",
     "layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
@@ -62,12 +63,17 @@ class Settings:
     saved_modules: tuple[str, ...] = ()
     rescales: bool = False  # DoRA: every row has a length of its own
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module, or the end of its name
+    parameters: tuple[str, ...] = ()  # of modules that are no layers, experts
     keeps_tie: bool = False  # whether embedding and head stay one where they are one
     unknown: tuple[str, ...] = ()
 
     def saves(self, module: str) -> bool:
         """Whether a module is trained as a whole (modules_to_save)."""
         return any(module == saved or module.endswith(f".{saved}") for saved in self.saved_modules)
+
+    def targets(self, parameter: str) -> bool:
+        """Whether the adapter has factors for a parameter of a module's own (target_parameters)."""
+        return any(f".{parameter}".endswith(f".{target}") for target in self.parameters)
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
         """The tokens whose rows are trained in a module; None if there are none."""
@@ -127,6 +133,7 @@ def read_settings(folder: Folder) -> Settings:
         saved_modules=saved,
         rescales=bool(config.get("use_dora")),
         tokens=_tokens(where, config),
+        parameters=tuple(map(str, config.get("target_parameters") or ())),
         keeps_tie=bool(config.get("ensure_weight_tying")),
         unknown=unknown,
     )
@@ -185,6 +192,12 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
     for key, what in _REFUSED.items():
         if config.get(key):
             raise CheckpointError(f"{name}: uses {what}, which is not read. {_PEFT_MERGES}")
+    odd = [str(target) for target in config.get("target_parameters") or () if not _is_read(str(target))]
+    if odd:
+        raise CheckpointError(
+            f"{name}: target_parameters in {CONFIG} names {listed(odd)}; only {' and '.join(EXPERT_PARAMETERS)} of "
+            f"experts and weights of layers are read. {_PEFT_MERGES}"
+        )
     if ranges := config.get("layer_replication"):
         raise CheckpointError(f"{name}: {_replication(ranges)}")
     init = str(config.get("init_lora_weights", True))
@@ -194,6 +207,10 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
             "applied to BASE as it is, it would be another model. Convert it to plain LoRA when saving it "
             "(path_initial_model_for_weight_conversion), or merge it with peft onto the base that it was trained with."
         )
+
+
+def _is_read(parameter: str) -> bool:
+    return parameter.rpartition(".")[2] in ("weight", *EXPERT_PARAMETERS)
 
 
 def _replication(ranges: Any) -> str:

@@ -18,6 +18,7 @@ from merge_tool.errors import MismatchError, counted, listed, shown
 from merge_tool.models.heads import renamed
 from merge_tool.models.lora_config import CONFIG, Settings
 from merge_tool.models.lora_ends import ends_notice, find_ends
+from merge_tool.models.lora_experts import match_experts, take_expert_modules
 from merge_tool.models.lora_names import MAGNITUDE, OLD_TOKENS, TOKENS, AdapterTensor, parse_name
 from merge_tool.models.low_rank import Factor, LowRankTensor
 from merge_tool.models.renaming import Names
@@ -68,6 +69,8 @@ class Matcher:
         self._begin_head()
         rows = {module: factors.pop(TOKENS) for module, factors in modules.items() if TOKENS in factors}
         modules = {module: factors for module, factors in modules.items() if factors}
+        for stem, levels in take_expert_modules(modules, self.settings).items():
+            self._add_experts(stem, levels)
         layers = [layer for module, factors in modules.items() if (layer := self._layer(module, factors))]
         default = self._is_transposed(layers)
         for layer in layers:
@@ -226,6 +229,16 @@ class Matcher:
             assert isinstance(direction, LowRankTensor)
             factors = Factors(direction, layer.magnitude.source, of_rows=not transposed)
             self.made[layer.target] = RescaledTensor(info=direction.info, factors=factors)
+
+    def _add_experts(self, stem: str, levels: list[dict[str, AdapterTensor]]) -> None:
+        try:
+            found = dict(match_experts(self.base, self.names, self.settings, stem, levels))
+        except ValueError as e:
+            self.unfit.append(f"{shown(stem)}: {e}")
+            return
+        if twice := found.keys() & self.made.keys():
+            self.unfit.append(f"{shown(stem)}: {listed(twice)} has another value in the adapter already")
+        self.made |= found
 
     def _replace_rows(self, module: str, part: AdapterTensor, *, with_factors: bool) -> None:
         """Rows of some tokens, in place of the embedding's or head's."""

@@ -24,12 +24,19 @@ _BLOCK = 32_768  # elements to which the tensor itself is added at a time
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """A matrix [rank, length], stored as such (`by_rank`) or transposed. Without a `source`, all ones."""
+    """A matrix [rank, length], stored as such (`by_rank`) or transposed. Without a `source`, all ones.
+
+    It begins at element `offset`. If several are stored side by side (`side_by_side`), transposed, the ranks of this
+    one are every so many columns, from column `column` on.
+    """
 
     source: TensorSource | None
     rank: int
     length: int
     by_rank: bool
+    offset: int = 0
+    side_by_side: int = 1
+    column: int = 0
 
     def load(self, ranks: tuple[int, int], places: tuple[int, int]) -> Array:
         """A block of rows and columns, as float64."""
@@ -43,17 +50,18 @@ class Factor:
             for k in range(k0, k1):
                 decode(self._read(k * self.length + p0, p1 - p0), out[k - k0])
         else:
-            step = max(1, MOST // self.rank)
+            width = self.rank * self.side_by_side
+            step = max(1, MOST // width)
             for p in range(p0, p1, step):
                 q = min(p + step, p1)
-                rows = self._read(p * self.rank, (q - p) * self.rank).reshape(-1, self.rank)
+                rows = self._read(p * width, (q - p) * width).reshape(-1, width)[:, self.column :: self.side_by_side]
                 decode(np.ascontiguousarray(rows[:, k0:k1].T), out[:, p - p0 : q - p0])
         return out
 
     def _read(self, start: int, count: int) -> Array:
         assert self.source is not None
         values: Array = np.empty(count, NUMPY_DTYPES[self.source.info.dtype])
-        self.source.read_into(start, values)
+        self.source.read_into(self.offset + start, values)
         return values
 
     @property
@@ -62,7 +70,8 @@ class Factor:
         if self.source is None:
             return 0
         itemsize = NUMPY_DTYPES[self.source.info.dtype].itemsize
-        most = min(self.rank * self.length, max(MOST, self.rank))
+        width = self.rank * self.side_by_side
+        most = min(width * self.length, max(MOST, width))
         return itemsize * most * (1 if self.by_rank else 2)
 
 
