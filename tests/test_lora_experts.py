@@ -160,9 +160,8 @@ def test_the_budget_holds_with_experts(tmp_path: Path, is_fused: bool) -> None:
     adapter = tmp_path / "lora"
     adapter.mkdir()
     start = "base_model.model.model.layers.0.mlp.experts"
-    factors = {
-        f"{start}.lora_A.weight": normal(rank * experts, columns), f"{start}.lora_B.weight": normal(rows, rank * experts)
-    }  # fmt: skip
+    factors = {f"{start}.lora_A.weight": normal(rank * experts, columns)}
+    factors[f"{start}.lora_B.weight"] = normal(rows, rank * experts)
     save_file(factors, adapter / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_parameters": ["mlp.experts.down_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder, adapter_files, kind_beside
+from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
 from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, open_local, open_one_file
 from merge_tool.checkpoint.source import ByteSource
+from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, adapter_files, kind_beside
 from merge_tool.errors import CheckpointError, listed, reason, shown
 from merge_tool.models.heads import untied_config
 from merge_tool.models.lora_config import CONFIG, Settings, read_settings

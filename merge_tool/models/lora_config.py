@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder, adapter_files
+from merge_tool.checkpoint.elsewhere import find_elsewhere
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.reader import files_below
 from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, adapter_files
 from merge_tool.errors import CheckpointError, listed, shown
 
 CONFIG = "adapter_config.json"
@@ -141,6 +144,9 @@ def read_settings(folder: Folder) -> Settings:
 
 def _weights_files(folder: Folder) -> tuple[str, ...]:
     if not folder.has(CONFIG):
+        listing = folder.listing()
+        if what := find_elsewhere(folder.name, [*listing, *files_below(folder, listing)], has_safetensors=False):
+            raise CheckpointError(f"{folder.name}: {what}")
         raise CheckpointError(f"{folder.name}: has no {CONFIG}, so it is no adapter. Give a folder that peft saved.")
     names = adapter_files(folder.name, folder.listing())
     if not names:

@@ -181,8 +181,9 @@ class Matcher:
         ways = tuple(way for way in ways if way or not is_embedding)
         rank = self.settings.rank_of(module)
         if not ways or is_odd or a.shape[0] != rank:
+            hint = f"; {_ZERO_3}" if (0,) in (a.shape, b.shape) else ""
             what = f"A {list(a.shape)} {a.dtype} and B {list(b.shape)} {b.dtype}, of rank {rank} by {CONFIG}"
-            self.unfit.append(f"{shown(module)}: {what}, do not fit {shown(target)} {list(w.shape)} {w.dtype}")
+            self.unfit.append(f"{shown(module)}: {what}, do not fit {shown(target)} {list(w.shape)} {w.dtype}{hint}")
             return None
         magnitude = factors.get(MAGNITUDE)
         if magnitude is not None and not (magnitude.info.numel == b.shape[0] and magnitude.info.dtype in FLOAT_DTYPES):
