@@ -23,6 +23,7 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.cli import merge_tool
 from merge_tool.models.lora import local_parts, open_model, parts
 from merge_tool.models.low_rank import sum_products
+from merge_tool.models.rescaled import Factors
 from test_memory import linux_only, measured, write_model
 
 Array = Any
@@ -665,6 +666,27 @@ def test_the_budget_holds_with_adapters_of_any_rank(tmp_path: Path, rank: int, r
     peak, expected = measured("merge", base, adapter, tmp_path / "out", "--memory", "64MB")
     assert peak < 64_000_000
     assert abs(expected - peak) < 0.2 * peak
+
+
+def test_the_lengths_of_rows_are_found_once_for_each_time_a_tensor_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by --health and verify, which read in pieces: else each piece would take a pass over the tensor."""
+    base = save_model(tmp_path / "base", {"q.weight": normal(900, 500)})
+    found = {
+        "q.lora_A.weight": normal(4, 500),
+        "q.lora_B.weight": normal(900, 4),
+        "q.lora_magnitude_vector": normal(900),
+    }
+    adapter = save_adapter(tmp_path / "lora", found, use_dora=True)
+    passes: list[int] = []
+    compute = Factors._compute
+    monkeypatch.setattr(Factors, "_compute", lambda factors: passes.append(1) or compute(factors))
+    assert run("merge", base, adapter, tmp_path / "out").exit_code == 0
+    assert run("inspect", f"{base}+{adapter}", "--health").exit_code == 0
+    assert run("verify", tmp_path / "out", "--against", base, adapter, "--full").exit_code == 0
+    assert run("diff", base, adapter).exit_code == 0
+    assert len(passes) == 4
 
 
 @linux_only
