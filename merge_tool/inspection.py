@@ -10,6 +10,7 @@ from typing import Any
 
 from merge_tool.arrays import FLOAT_DTYPES, TILE
 from merge_tool.checkpoint.reader import Checkpoint
+from merge_tool.checkpoint.source import acquired
 from merge_tool.methods.inner import measure
 from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import open_model
@@ -108,7 +109,11 @@ def check_health(path: str | Path) -> list[TensorHealth]:
     """
     with open_model(path, mergeable=False) as checkpoint:
         names = sorted(n for n, info in checkpoint.tensors.items() if info.dtype in FLOAT_DTYPES)
-        return [_tensor_health(checkpoint, name) for name in names]
+        health = []
+        for name in names:
+            with acquired([checkpoint.source(name)]):
+                health.append(_tensor_health(checkpoint, name))
+        return health
 
 
 def _tensor_health(checkpoint: Checkpoint, name: str) -> TensorHealth:

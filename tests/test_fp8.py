@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import BF16, DTYPES, Array, contents, load_folder, save_file, save_model
-from merge_tool import CheckpointError, DataError, merge, open_checkpoint
+from merge_tool import CheckpointError, DataError, MismatchError, merge, open_checkpoint
 from merge_tool.checkpoint.quantised import _METHODS
 from merge_tool.diff import diff_checkpoints
 from merge_tool.models.side_files import without_quantization_config
@@ -377,6 +378,11 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
         {"quant_method": "modelopt"},
         "Take quantization_config out of config.json",
     ),
+    "MLX": (
+        {"a.weight": I8.view(np.uint32), "a.scales": F16, "a.biases": F16},
+        None,
+        "mlx_lm.convert --hf-path FOLDER --mlx-path OUT -d",
+    ),
     "quanto": (
         {"a.weight._data": I8, "a.weight._scale": F16},
         {"quant_method": "quanto"},
@@ -393,7 +399,7 @@ CASES = [(kind, True) for kind in REFUSED] + [(kind, False) for kind in REFUSED.
 def test_other_quantised_formats_are_refused_by_name(tmp_path: Path, kind: str, with_config: bool) -> None:
     """By the configuration and, without one, by the tensors' names: what it is, why not, what to do."""
     tensors, settings, todo = REFUSED[kind]
-    folder = save_model(tmp_path / "m", tensors, config={"quantization_config": settings} if with_config else {})
+    folder = save_model(tmp_path / "m", tensors, config=_config(settings) if with_config else {})
     with pytest.raises(CheckpointError) as caught:
         merge(folder, folder, tmp_path / "out")
     message = str(caught.value)
@@ -401,6 +407,61 @@ def test_other_quantised_formats_are_refused_by_name(tmp_path: Path, kind: str, 
     assert todo in message
     assert message.count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def _config(settings: Any) -> dict[str, Any]:
+    """MLX has a key of its own."""
+    return {"quantization_config": settings} if settings else {"quantization": {"group_size": 64, "bits": 4}}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("q.weight", "q.scale"), ("q.weight", "other"), ("q.codes", "q.scales"), ("q.codes", "q.codes_absmax"),
+        ("experts.up", "experts.up_scale_inv"), ("q.weight", "q.biases"), ("codes", "scales"), ("q.packed", "q.zeros"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32])
+def test_codes_of_a_format_without_a_name_are_refused_on_either_side(
+    tmp_path: Path, names: tuple[str, str], dtype: Any
+) -> None:
+    """Integers that are a weight or have scales beside them; --on-mismatch base does not allow them."""
+    codes, scales = np.random.default_rng(0).integers(0, 99, (4, 8)).astype(dtype), normal(4, 2, 1).astype(np.float32)
+    plain = save_model(tmp_path / "plain", {names[0]: normal(4, 8, 1).astype(np.float32), names[1]: scales}, config={})
+    packed = save_model(tmp_path / "packed", {names[0]: codes, names[1]: scales}, config={})
+    for pair in ((plain, packed), (packed, plain), (packed, packed)):
+        with pytest.raises(CheckpointError, match="packed: is quantised by"):
+            merge(*pair, tmp_path / "out", on_mismatch="base")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"bert.embeddings.position_ids": np.arange(8)[None], "bert.embeddings.norm.weight": np.ones(3)},
+        {"bn.num_batches_tracked": np.array(7), "bn.weight": np.ones(3), "bn.running_var": np.ones(3)},
+        {"attn.relative_position_index": np.arange(9).reshape(3, 3), "attn.relative_position_bias_table": np.ones(3)},
+        {"logit_scale": np.ones(1), "ids": np.arange(9).reshape(3, 3)},
+    ],
+)
+def test_integers_of_ordinary_models_are_no_codes(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    folder = save_model(tmp_path / "m", tensors, config={})
+    merge(folder, folder, tmp_path / "out")
+
+
+def test_integers_in_a_weights_place_are_not_kept_beside_the_layers_other_parts(tmp_path: Path) -> None:
+    """Without a name or scales to know them by: neither is --on-mismatch base suggested, nor does it allow them."""
+    floats, codes = (
+        normal(4, 8, 1).astype(np.float32),
+        np.random.default_rng(0).integers(0, 99, (4, 1)).astype(np.uint32),
+    )
+    base = save_model(tmp_path / "base", {"experts.up": floats, "norm": np.ones(3, np.float32)}, config={})
+    ft = save_model(tmp_path / "ft", {"experts.up": codes, "norm": np.ones(3, np.float32)}, config={})
+    for pair, on_mismatch in product(((base, ft), (ft, base)), ("error", "base")):
+        with pytest.raises(MismatchError, match=r"experts\.up: .*\n") as caught:
+            merge(*pair, tmp_path / "out", on_mismatch=on_mismatch)
+        assert "1 tensor holds integers in one model, perhaps the codes of a quantised layer" in str(caught.value)
+        assert "--on-mismatch base" not in str(caught.value)
+    merge(base, ft, tmp_path / "out", exclude=["experts"])
 
 
 def test_modelopts_fp8_is_read_once_nothing_calls_it_otherwise(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.cli import merge_tool
 from merge_tool.models.lora import local_parts, open_model, parts
 from merge_tool.models.low_rank import sum_products
+from merge_tool.models.rescaled import Factors
 from test_memory import linux_only, measured, write_model
 
 Array = Any
@@ -200,6 +201,48 @@ def test_an_element_has_the_same_bits_in_whatever_range_it_is_read(
         assert model.read_new("q.weight", place, place + 1)[0] == everything[place]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, BF16], ids=["F32", "BF16"])
+@pytest.mark.parametrize(("rows", "columns"), [(300, 500), (3, 70_000), (70_000, 2), (1, 30), (900, 1)])
+def test_rescaled_rows_have_the_same_bits_in_whatever_range_they_are_read(
+    tmp_path: Path, rows: int, columns: int, dtype: Any, transposed: bool
+) -> None:
+    """DoRA: each element once rounded, whether the tensor is acquired or not."""
+    n, m = (rows, columns) if transposed else (columns, rows)
+    base = save_model(tmp_path / "base", {"q.weight": normal(rows, columns, dtype=dtype)})
+    found = {"q.lora_A.weight": normal(4, n), "q.lora_B.weight": normal(m, 4), "q.lora_magnitude_vector": normal(m)}
+    adapter = save_adapter(tmp_path / "lora", found, fan_in_fan_out=transposed, use_dora=True)
+    model = open_model(f"{base}+{adapter}")
+    source, size = model.source("q.weight"), rows * columns
+    a, b, lengths = (array.astype(np.float64) for array in found.values())
+    exact = load_folder(base)["q.weight"].astype(np.float64) + 2 * ((b @ a).T if transposed else b @ a)
+    norms = np.linalg.norm(exact, axis=0 if transposed else 1, keepdims=True)
+    exact = lengths.reshape(norms.shape) / norms * exact
+    everything = model.read_new("q.weight", 0, size)
+    assert_rounded(everything, exact.reshape(-1))
+    source.acquire()
+    for cut in RNG.integers(0, size, 5):
+        pieces = [model.read_new("q.weight", 0, cut), model.read_new("q.weight", cut, size)]
+        assert np.concatenate(pieces).tobytes() == everything.tobytes()
+    source.release()
+    assert model.stored_dtype("q.weight") == ("F32" if dtype == np.float32 else "BF16")
+
+
+@pytest.mark.parametrize("types", [(np.float32, np.float32), (BF16, BF16), (BF16, np.float32), (np.float64, BF16)])
+def test_rows_of_tokens_are_replaced_in_whatever_range_they_are_read(tmp_path: Path, types: tuple[Any, Any]) -> None:
+    rows = {"e.token_adapter.trainable_tokens_delta": normal(4, 7, dtype=types[1])}
+    base = save_model(tmp_path / "base", {"e.weight": normal(50, 7, dtype=types[0])})
+    adapter = save_adapter(tmp_path / "lora", rows, trainable_token_indices={"e": [49, 0, 12, 13]})
+    model = open_model(f"{base}+{adapter}")
+    exact = load_folder(base)["e.weight"].astype(np.float64)
+    exact[[49, 0, 12, 13]] = rows["e.token_adapter.trainable_tokens_delta"]
+    for start in range(0, 350, 3):
+        for stop in (start, start + 1, start + 9, 350):
+            found = model.read_new("e.weight", start, min(stop, 350)).astype(np.float64)
+            assert (found == exact.reshape(-1)[start : min(stop, 350)]).all()
+    assert model.stored_dtype("e.weight") == {np.float32: "F32", BF16: "BF16", np.float64: "F64"}[types[0]]
+
+
 @pytest.mark.parametrize("rows", [2, 3, 17, 300])
 @pytest.mark.parametrize("columns", [2, 3, 64, 1001])
 def test_both_ways_to_sum_products_give_the_same_bits(rows: int, columns: int) -> None:
@@ -345,11 +388,14 @@ def test_a_path_that_exists_wins_over_its_plus(tmp_path: Path, monkeypatch: pyte
 
 
 def test_models_and_adapters_of_the_hub(adapted: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """On either side of the plus, and an adapter alone as FT; a pickled one, too, whatever lies beside it."""
+    """On either side of the plus, and an adapter alone as FT; a pickled one, too, with tensors beside it."""
     base, adapter, _ = adapted
     pickled(adapter).rename(tmp_path / "old")
-    (tmp_path / "old/non_lora_trainables.bin").write_bytes(b"x")
-    (tmp_path / "hub/models/org").mkdir(parents=True)
+    torch = pytest.importorskip("torch")
+    norm = as_torch(load_folder(base)["model.norm.weight"])
+    torch.save({"base_model.model.model.norm.weight": norm}, tmp_path / "old/non_lora_trainables.bin")
+    shutil.copytree(adapter, tmp_path / "hub/models/org/headed")
+    (tmp_path / "hub/models/org/headed/value_head.bin").write_bytes(b"x")
     base.rename(tmp_path / "hub/models/org/base")
     adapter.rename(tmp_path / "hub/models/org/lora")
     (tmp_path / "old").rename(tmp_path / "hub/models/org/old")
@@ -361,7 +407,14 @@ def test_models_and_adapters_of_the_hub(adapted: tuple[Path, Path, Path], tmp_pa
                 cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "org/old/non_lora_trainables.bin" not in hub.fetched()
+        done = subprocess.run(
+            [sys.executable, "-m", "merge_tool", "merge", "org/base", "org/headed", tmp_path / "none"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "org/headed: has value_head.bin beside the adapter" in done.stderr
+        assert "hf download org/headed --local-dir FOLDER, and move it out of FOLDER" in done.stderr
+    assert "org/old/non_lora_trainables.bin" in hub.fetched()
+    assert "org/headed/value_head.bin" not in hub.fetched()
     assert weights(tmp_path / "0") == weights(tmp_path / "1") == weights(tmp_path / "2")
     assert "\n- org/base\n- org/lora\n" in (tmp_path / "1/README.md").read_text()
 
@@ -396,12 +449,14 @@ def test_a_tied_heads_copy_is_left_out_and_one_trained_apart_is_a_head(tmp_path:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"use_dora": True}, "lora: uses DoRA, which rescales whole columns, which is not W"),
-        ({"use_qalora": True}, "lora: uses QA-LoRA"),
+        ({"use_qalora": True}, "lora: uses QA-LoRA, which is not read. Merge it with peft"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices has a token twice"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices is '[-1]', expected numbers of tokens"),
         ({"alora_invocation_tokens": [1]}, "lora: uses activated LoRA"),
-        ({"trainable_token_indices": [1, 2]}, "lora: uses trainable tokens"),
-        ({"target_parameters": ["experts.w1"]}, "lora: uses LoRA on parameters that are no layers"),
-        ({"layer_replication": [[0, 4]]}, "lora: uses layer replication"),
+        (
+            {"target_parameters": ["experts.w1"]},
+            "lora: target_parameters in adapter_config.json names experts.w1; only",
+        ),
         ({"init_lora_weights": "pissa"}, "was initialised by 'pissa', which changes BASE's weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "was initialised by 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "was initialised by 'olora'"),
@@ -451,19 +506,58 @@ def test_all_that_has_no_place_or_does_not_fit_is_listed_at_once(tmp_path: Path)
         "k.lora_A.weight": normal(4, 24),  # no B
         "v.lora_A.weight": normal(2, 24), "v.lora_B.weight": normal(40, 2),  # another rank than it says
         "o.lora_A.weight": normal(4, 24), "o.lora_B.weight": normal(40, 4), "o.lora_B.bias": normal(40),  # no bias
-        "x.lora_A.weight": normal(4, 24), "x.lora_B.weight": normal(40, 4), "o.lora_magnitude_vector": normal(40),
+        "x.lora_A.weight": normal(4, 24), "x.lora_B.weight": normal(40, 4), "y.lora_magnitude_vector": normal(40),
     }  # fmt: skip
     with pytest.raises(MismatchError) as refused:
         open_model(f"{base}+{save_adapter(tmp_path / 'lora', tensors)}")
     assert str(refused.value).splitlines() == [
         "lora is not an adapter of base, or not in a form that is read.",
-        "  no place there for 4 tensors: base_model.model.o.lora_magnitude_vector, base_model.model.x.lora_A.weight, "
-        "base_model.model.x.lora_B.weight, base_model.model.o.lora_B.bias",
+        "  no place there for 4 tensors: base_model.model.x.lora_A.weight, base_model.model.x.lora_B.weight, "
+        "base_model.model.y.lora_magnitude_vector, base_model.model.o.lora_B.bias",
         "  k: has no lora_B.weight",
         "  q: A [4, 23] F32 and B [40, 4] F32, of rank 4 by adapter_config.json, do not fit q.weight [40, 24] F32",
         "  v: A [2, 24] F32 and B [40, 2] F32, of rank 4 by adapter_config.json, do not fit v.weight [40, 24] F32",
         "Give the model that it was trained on, or merge it with peft (merge_and_unload, then save_pretrained).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "expected"),
+    [
+        ({"use_dora": True}, {}, "q: has no lora_magnitude_vector"),
+        ({}, {"q.lora_magnitude_vector": (40,)}, "q: has lora_magnitude_vector, but use_dora in .* is false"),
+        ({"use_dora": True}, {"q.lora_magnitude_vector": (24,)}, r"vector: is \[24\] F32, expected 40 numbers"),
+        ({"use_dora": True}, {"q.lora_magnitude_vector": (40,), "q.lora_B.bias": (40,)}, "which DoRA does not use"),
+        ({}, {"e.token_adapter.trainable_tokens_delta": (2, 24)}, "does not name the tokens of its rows"),
+        (
+            {"trainable_token_indices": [1, 2, 3]},
+            {"e.token_adapter.trainable_tokens_delta": (2, 24)},
+            r"\[2, 24\] F32, for 3 tokens, does not fit e\.weight",
+        ),
+        (
+            {"trainable_token_indices": [1, 9]},
+            {"e.token_adapter.trainable_tokens_delta": (2, 24)},
+            "token 9 is beyond the 9 rows there",
+        ),
+        (
+            {"trainable_token_indices": [1, 2]},
+            {"q.token_adapter.trainable_tokens_delta": (2, 24)},
+            "has both factors and rows of tokens",
+        ),
+        (
+            {"trainable_token_indices": [1, 2]},
+            {"f.token_adapter.trainable_tokens_delta": (2, 24)},
+            r"no place there for 1 tensor: base_model\.model\.f\.token_adapter",
+        ),
+    ],
+)
+def test_lengths_and_rows_that_do_not_fit_are_refused(
+    tmp_path: Path, settings: dict[str, Any], changed: dict[str, tuple[int, ...]], expected: str
+) -> None:
+    base = save_model(tmp_path / "base", {"q.weight": normal(40, 24), "e.weight": normal(9, 24)})
+    tensors = {name: normal(*shape) for name, shape in (LINEAR | changed).items()}
+    with pytest.raises(MismatchError, match=expected):
+        open_model(f"{base}+{save_adapter(tmp_path / 'lora', tensors, **settings)}")
 
 
 @pytest.mark.parametrize("said", [False, True])
@@ -569,6 +663,48 @@ def test_the_budget_holds_with_adapters_of_any_rank(tmp_path: Path, rank: int, r
         "up.lora_A.weight": normal(rank, 4_000), "up.lora_B.weight": normal(rows, rank),
     }  # fmt: skip
     adapter = save_adapter(tmp_path / "lora", factors, r=rank, rank_pattern={"embed": 8})
+    peak, expected = measured("merge", base, adapter, tmp_path / "out", "--memory", "64MB")
+    assert peak < 64_000_000
+    assert abs(expected - peak) < 0.2 * peak
+
+
+def test_the_lengths_of_rows_are_found_once_for_each_time_a_tensor_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by --health and verify, which read in pieces: else each piece would take a pass over the tensor."""
+    base = save_model(tmp_path / "base", {"q.weight": normal(900, 500)})
+    found = {
+        "q.lora_A.weight": normal(4, 500),
+        "q.lora_B.weight": normal(900, 4),
+        "q.lora_magnitude_vector": normal(900),
+    }
+    adapter = save_adapter(tmp_path / "lora", found, use_dora=True)
+    passes: list[int] = []
+    compute = Factors._compute
+    monkeypatch.setattr(Factors, "_compute", lambda factors: passes.append(1) or compute(factors))
+    assert run("merge", base, adapter, tmp_path / "out").exit_code == 0
+    assert run("inspect", f"{base}+{adapter}", "--health").exit_code == 0
+    assert run("verify", tmp_path / "out", "--against", base, adapter, "--full").exit_code == 0
+    assert run("diff", base, adapter).exit_code == 0
+    assert len(passes) == 4
+
+
+@linux_only
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_budget_holds_with_rescaled_rows(tmp_path: Path, transposed: bool) -> None:
+    """DoRA takes a pass for the lengths of rows, and keeps them."""
+    shapes = {"embed.weight": (10_000, 1_000), "norm": (512,), "up.weight": (100_000, 400), "last.weight": (100_000, 9)}
+    base = save_model(tmp_path / "base", {})
+    write_model(base / "model.safetensors", shapes, 1)
+    found = {
+        "embed.token_adapter.trainable_tokens_delta": normal(5, 1_000),
+    }  # fmt: skip
+    for name in ("up", "last"):
+        n, m = shapes[f"{name}.weight"] if transposed else shapes[f"{name}.weight"][::-1]
+        found |= {f"{name}.lora_A.weight": normal(8, n), f"{name}.lora_B.weight": normal(m, 8)}
+        found |= {f"{name}.lora_magnitude_vector": normal(m)}
+    tokens = {"trainable_token_indices": [9_999, 0, 5, 7, 8]}
+    adapter = save_adapter(tmp_path / "lora", found, r=8, fan_in_fan_out=transposed, use_dora=True, **tokens)
     peak, expected = measured("merge", base, adapter, tmp_path / "out", "--memory", "64MB")
     assert peak < 64_000_000
     assert abs(expected - peak) < 0.2 * peak

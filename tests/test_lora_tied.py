@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from checkpoints import load_folder, save_model
+from checkpoints import load_file, load_folder, save_file, save_model
 from merge_tool import MergeToolError, MismatchError, merge
 from oracle import float64_merge
 
@@ -112,6 +112,94 @@ def test_the_merge_at_t_1_is_the_live_model(tmp_path: Path, family: str, case: s
     assert same(logits(tmp_path / "out"), live)
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     assert sum("the result has a head of its own" in line for line in told) == 1
+
+
+@pytest.mark.parametrize("case", ["embedding by factors", "head by factors", "both by factors"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_with_dora_too(tmp_path: Path, family: str, case: str) -> None:
+    base, adapter, live = adapted(tmp_path, family, *TRAINED[case], use_dora=True, fan_in_fan_out=family == "gpt2")
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+
+
+def tokens_of(family: str, case: str) -> Any:
+    _, embedding, head, _ = FAMILIES[family]
+    head = _head_of_neox(neox) if family == "neox" else head
+    return {
+        "list": [2, 5, 47],
+        "embedding": {embedding: [5, 2]},
+        "head": {head: [7, 3, 4]},
+        "both": {embedding: [5, 2], head: [5, 2]},
+        "each its own": {embedding: [5, 2], head: [7, 3, 4]},
+    }[case]
+
+
+TOKENS = {"list": False, "embedding": False, "head": True, "both": False, "each its own": True}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainable_tokens_of_tied_models_are_those_of_the_live_model(tmp_path: Path, family: str, case: str) -> None:
+    """The head follows the embedding, but where it has rows of its own."""
+    base, adapter, live = adapted(tmp_path, family, "", "", trainable_token_indices=tokens_of(family, case))
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+    head = FAMILIES[family][2] if family != "neox" else _head_of_neox(neox)
+    assert any(head in name for name in load_folder(tmp_path / "out")) == TOKENS[case]
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_trainable_tokens_reach_a_stored_copy_of_the_head(tmp_path: Path, case: str) -> None:
+    base, adapter, live = adapted(tmp_path, "llama", "", "", trainable_token_indices=tokens_of("llama", case))
+    tensors = load_folder(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_model(base, tensors, config=json.loads((base / "config.json").read_text()))
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+
+
+@pytest.mark.parametrize("case", ["embedding saved", "head saved", "both saved", "embedding by factors"])
+def test_a_kept_tie_keeps_a_stored_copy_of_the_head_equal(tmp_path: Path, case: str) -> None:
+    base, adapter, live = adapted(tmp_path, "llama", *TRAINED[case], ensure_weight_tying=True)
+    tensors = load_folder(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_model(base, tensors, config=json.loads((base / "config.json").read_text()))
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+    out = load_folder(tmp_path / "out")
+    assert out["lm_head.weight"].tobytes() == out["model.embed_tokens.weight"].tobytes()
+
+
+@pytest.mark.parametrize("name", ["lm_head.modules_to_save.weight", "lm_head.lora_A.weight"])
+def test_tokens_of_the_embedding_beside_a_head_that_is_trained_otherwise_are_refused(tmp_path: Path, name: str) -> None:
+    """Of a tied model; peft itself refuses to make such adapters."""
+    base, adapter, _ = adapted(tmp_path, "llama", "", "", trainable_token_indices=[2, 5])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[f"base_model.model.{name}"] = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": ["lm_head"]}))
+    with pytest.raises(MergeToolError, match="What peft computes for both is not read"):
+        merge(base, adapter, tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_of_tokens_alone_is_the_live_model(tmp_path: Path, family: str) -> None:
+    """peft's TRAINABLE_TOKENS, which has no factors."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        FAMILIES[family][0]().save_pretrained(tmp_path / "base")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        live = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=[9, 4, 6]))
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        live.save_pretrained(tmp_path / "adapter")
+        expected = live(IDS).logits.detach()
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("case", TRAINED)

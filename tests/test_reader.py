@@ -182,6 +182,8 @@ def test_tensors_that_the_index_forgets_are_taken_and_told(tmp_path: Path) -> No
     [
         ({"quantization_config": {"quant_method": "gptq"}}, [], "quantization_config in config.json, method gptq"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, [], "method fp8"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, [], "is quantised by MLX (quantization in config.json)"),
+        ({"compression_config": {"format": "pack-quantized"}}, [], "compressed-tensors (compression_config in"),
         ({}, ["a.weight", "a.weight_scale_inv"], "scales in tensor 'a.weight_scale_inv'"),
         ({}, ["a.weight", "a.weight_scale"], "scales in tensor 'a.weight_scale'"),
         ({}, ["a.qweight", "a.scales"], "'a.qweight'"),

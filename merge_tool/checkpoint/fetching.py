@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.apart import answer
-from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, WEIGHT_SUFFIXES, find_weights, weight_map_files
+from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
+from merge_tool.checkpoint.weight_files import adapter_files, find_weights, weight_map_files
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
 # Never part of a merge, and often larger than the model: other formats, training checkpoints, original weights.
@@ -142,10 +143,9 @@ def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception
 
 def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> list[str]:
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
-    if _is_adapter(listing) and (adapter := [name for name in ADAPTER_WEIGHTS if name in listing]):
-        return adapter[:1]
-    single, index = find_weights(repo, listing)
-    files = [single] if single else []
+    if _is_adapter(listing) and (adapter := adapter_files(repo, listing)):
+        return adapter
+    files, index = find_weights(repo, listing)
     if index:
         files = _indexed_files(repo, folder, index, commit)
     if "modules.json" in listing:

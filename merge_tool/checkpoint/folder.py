@@ -1,4 +1,4 @@
-"""A folder of files from a stranger: which paths may be followed, and which files are weights.
+"""A folder of files from a stranger: which paths may be followed.
 
 A symlink is followed when it ends inside the folder, or, in a Hub cache, inside that model's blobs.
 Nothing else outside the folder is ever opened.
@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.lookalikes import known_start
-from merge_tool.errors import CheckpointError, listed, reason, shown
+from merge_tool.errors import CheckpointError, reason, shown
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     {".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel"}
     | {".nemo", ".distcp"}
 )
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
-PIPELINE = "model_index.json"  # the index of a diffusers pipeline: several models, each in its own folder
-_STATE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)[^/]*", re.IGNORECASE)  # of a training
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
 LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
@@ -90,6 +86,13 @@ class Folder:
     def has(self, relative: str) -> bool:
         return os.path.lexists(self.root / relative)
 
+    def listing(self) -> list[str]:
+        """The names of the files and folders in the folder, sorted."""
+        try:
+            return sorted(entry.name for entry in self.root.iterdir())
+        except OSError as e:
+            raise CheckpointError(f"{self.name}: cannot be listed ({reason(e)}).") from e
+
     def walk(self, skip: Callable[[str], bool]) -> Iterator[str]:
         """Every file below the folder as a relative path with '/', sorted; links to folders are followed.
 
@@ -140,85 +143,6 @@ def is_weight_file(relative: str) -> bool:
 
 def is_pickle(relative: str) -> bool:
     return PurePosixPath(relative).suffix.lower() in PICKLE_SUFFIXES
-
-
-def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | None]:
-    """The single weights file, or the index: safetensors before pickles, as transformers does; of either,
-    model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind.
-
-    `name` is the folder's name, for messages. Files in sub-folders of the listing count only as parts of a pipeline.
-    Raises CheckpointError when there is neither.
-    """
-    everything, listing = listing, [file for file in listing if "/" not in file]
-    safetensors = [file for file in listing if file.endswith((".safetensors", ".safetensors.index.json"))]
-    if safetensors:
-        return _choose(name, safetensors, "model.safetensors", ".safetensors")
-    states = [file for file in listing if is_pickle(file) and not _STATE_FILES.match(file)]
-    states += [file for file in listing if file.endswith(".bin.index.json")]
-    if states:
-        return _choose(name, states, "pytorch_model.bin", ".bin")
-    if others := [file for file in listing if is_weight_file(file)]:
-        raise CheckpointError(f"{name}: {unread_format(others)}")
-    if PIPELINE in listing:
-        raise CheckpointError(f"{name}: {_pipeline(name, everything)}")
-    inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else ""
-    raise CheckpointError(
-        f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
-    )
-
-
-def _pipeline(name: str, listing: Sequence[str]) -> str:
-    """The message for a diffusers pipeline: which of its folders to give."""
-    parts = sorted({file.partition("/")[0] for file in listing if file.count("/") == 1 and is_weight_file(file)})
-    what = f"is a pipeline of diffusers ({PIPELINE}), of several models. Give the folder of one of them"
-    if not parts:
-        return f"{what}; none is here yet: finish the download."
-    if "/" in name:  # a model of the Hub: its sub-folders have no ids
-        return (
-            f"{what}: hf download {name} --local-dir FOLDER, then {listed((f'FOLDER/{part}' for part in parts), 20)}."
-        )
-    return f"{what}: {listed((f'{name}/{part}' for part in parts), 20)}."
-
-
-def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[str | None, str | None]:
-    indexes = [file for file in files if file.endswith(".index.json")]
-    singles = [file for file in files if not file.endswith(".index.json")]
-    if usual in singles:
-        return usual, None
-    if f"{usual}.index.json" in indexes:
-        return None, f"{usual}.index.json"
-    if len(indexes) == 1:
-        return None, indexes[0]
-    if len(singles) == 1 and not indexes:
-        return singles[0], None
-    kind = f"{suffix} files" if suffix == ".safetensors" else "pickled files of weights"
-    raise CheckpointError(
-        f"{name}: has {len(singles)} {kind} but neither {usual} nor one index "
-        f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
-    )
-
-
-def unread_format(names: Sequence[str]) -> str:
-    """The message for a folder whose weights are only in formats that are not read: the reason and the next step."""
-    if any(name.lower().endswith((".gguf", ".ggml")) for name in names):
-        return (
-            f"GGUF weights ({listed(names)}) are not read: they are packed for inference, most of them in blocks of "
-            "few bits. Merge the original safetensors and convert the result (llama.cpp: convert_hf_to_gguf.py)."
-        )
-    if all(_STATE_FILES.match(name) for name in names):
-        return f"no weights found, only a training's state ({listed(names)}). Give the folder that holds the model."
-    return (
-        f"only weights in formats that are not read ({listed(names)}). Convert them first: load with transformers, "
-        "then save_pretrained(FOLDER) writes safetensors."
-    )
-
-
-def weight_map_files(index: Any) -> list[str]:
-    """The weights files that an index names, sorted; ValueError when it names none."""
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
-        raise ValueError("it has no weight_map from tensor names to file names")
-    return sorted(set(weight_map.values()))
 
 
 def folder_name(root: Path) -> str:

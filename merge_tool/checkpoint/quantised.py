@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +53,11 @@ _METHODS: Mapping[str, tuple[str, str, str]] = {
         "integer, packed or sparse codes; its float-quantized format is the one that is read",
         "Load it with transformers and CompressedTensorsConfig(run_compressed=False), then save_pretrained(FOLDER).",
     ),
+    "mlx": (
+        "MLX",
+        "codes of 2 to 8 bits packed into 32, with a scale and perhaps a bias for each group",
+        f"{_ORIGINAL} Or dequantise it first: mlx_lm.convert --hf-path FOLDER --mlx-path OUT -d.",
+    ),
     "fp8": (
         "FP8",
         "8-bit floats without the scales that belong to them, or with others than one for a tensor, row or block",
@@ -101,6 +107,11 @@ _SIGNS: tuple[tuple[str, Callable[[_Names], str | None]], ...] = (
     ("nvfp4", _nvfp4),
     ("compressed-tensors", _end(".weight_packed", ".weight_zero_point", ".bitmask")),
     ("int8", _both("", "_scale", "I8")),
+    ("mlx", _both(".weight", ".scales", "U32")),
+)
+_INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+_SCALE = re.compile(  # the name of scales, and what they scale: a tensor, or a module
+    r"(?:(.*?)[._]+)?(?:scales?(?:_inv)?|absmax|q?zeros|zero_points?|biases|codebooks?|quant_(?:map|state)|scb)", re.I
 )
 _WIDE_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale", ".k_scale", ".v_scale")
@@ -116,11 +127,34 @@ def why_quantised(config: Mapping[str, Any] | None, tensors: _Names) -> str | No
             if str(method).lower().startswith("modelopt"):
                 method = _of_modelopt(quantisation, tensors)
             return _sentence(str(method) if method else _method_by_names(tensors)[0], sign)
+        for key, method in (("quantization", "mlx"), ("compression_config", "compressed-tensors")):
+            if isinstance(settings.get(key), dict) and settings[key]:
+                return _sentence(method, f"{key} in config.json")
     method, tensor = _method_by_names(tensors)
     if tensor is not None:
         return _sentence(method, f"tensor '{shown(tensor)}'")
     if (scales := _lone_scales(tensors)) is not None:
         return _sentence("fp8", f"scales in tensor '{shown(scales)}'")
+    if (codes := _codes(tensors)) is not None:
+        return _sentence("a format without a known name", f"{tensors[codes].dtype} in tensor '{shown(codes)}'")
+    return None
+
+
+def is_integer_weight(info: TensorInfo) -> bool:
+    """Whether a tensor is a matrix of integers: in a weight's place these are codes, as no layer computes with them."""
+    return info.dtype in _INTEGERS and len(info.shape) > 1
+
+
+def _codes(tensors: _Names) -> str | None:
+    """Integers that are a weight or have scales beside them: no model counts or lists anything in these places."""
+    scales = (_SCALE.fullmatch(name[-500:]) for name, info in tensors.items() if info.dtype in _WIDE_FLOATS)
+    scaled = {found[1] or "" for found in scales if found}
+    for name, info in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        is_weight = leaf.endswith("weight") and is_integer_weight(info)
+        has_scales = info.dtype in _INTEGERS and info.numel > 1 and (name in scaled or module in scaled)
+        if is_weight or (has_scales and not _SCALE.fullmatch(leaf)):
+            return name
     return None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from merge_tool.arrays import NUMPY_DTYPES, STORED_DTYPES, Array, as_bytes
-from merge_tool.checkpoint.folder import PIPELINE, Folder, find_weights, is_pickle, unread_format
+from merge_tool.checkpoint.folder import Folder, is_pickle
 from merge_tool.checkpoint.fp8 import SCALES, Scaled, find_scaled, without_quantization
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
@@ -25,6 +25,7 @@ from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
+from merge_tool.checkpoint.weight_files import find_weights, unread_format
 from merge_tool.errors import CheckpointError, HeaderError, counted, listed, reason, shown
 
 
@@ -272,18 +273,19 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
     listing = sorted({*(entry.name for entry in folder.root.iterdir()), *coming})
     notices: list[str] = []
     weight_map: dict[str, str] = {}
-    below = [f"{p.parent.name}/{p.name}" for p in folder.root.glob("*/*")] if PIPELINE in listing else []
-    single, index = find_weights(folder.name, [*listing, *below])
+    names, index = find_weights(folder.name, [*listing, *files_below(folder, listing)])
     if index:
         weight_map = _load_weight_map(folder, index)
-    shards = [single] if single else sorted(set(weight_map.values()))
+    shards = names or sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if shard not in coming and not folder.has(shard)]:
         raise CheckpointError(
             f"{folder.name}/{index}: names {counted(len(missing), 'missing shard')}: {listed(missing)}. "
             "Finish the download, or save the model again."
         )
-    if single and f"{single}.index.json" in listing:
-        notices.append(f"{folder.name} has both {single} and an index: {single} is used, as transformers does.")
+    if names and f"{names[0]}.index.json" in listing:
+        notices.append(f"{folder.name} has both {names[0]} and an index: {names[0]} is used, as transformers does.")
+    if len(names) > 1:
+        notices.append(f"{folder.name} has {len(names):,} shards and no index: all their tensors are read.")
     made: dict[str, TensorSource] = {}
     sources = [coming.get(shard) or LocalFile(folder.path(shard), f"{folder.name}/{shard}") for shard in shards]
     parsed = _read_files(shards, sources, max_header_bytes, made, notices)
@@ -305,6 +307,13 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
         notices=tuple(notices),
         made=made,
     )
+
+
+def files_below(folder: Folder, listing: Sequence[str]) -> list[str]:
+    """The files in the folders of a folder without safetensors, which may say where its weights are."""
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in listing):
+        return []
+    return sorted(f"{path.parent.name}/{path.name}" for path in folder.root.glob("*/*"))
 
 
 def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:
@@ -389,8 +398,9 @@ def _collect(
             if listed_in is not None and listed_in != shard:
                 continue  # a second copy; the index names the one to use
             if info.name in tensors:
+                why = "the index names neither" if weight_map else "there is no index to choose"
                 raise CheckpointError(
-                    f"{folder.name}: tensor '{shown(info.name)}' is in two shards and the index names neither."
+                    f"{folder.name}: tensor '{shown(info.name)}' is in two shards and {why}. Save the model again."
                 )
             if listed_in is None:
                 unlisted.append(info.name)
@@ -440,6 +450,12 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for quantised checkpoints and for dtypes whose values cannot be merged."""
     if reason := why_quantised(checkpoint.config, checkpoint.tensors):
         raise CheckpointError(f"{checkpoint.name}: {reason}")
+    if empty := [name for name, info in checkpoint.tensors.items() if info.shape == (0,) and name.endswith("weight")]:
+        raise CheckpointError(
+            f"{checkpoint.name}: {counted(len(empty), 'weight is', 'weights are')} empty: {listed(empty)}. DeepSpeed "
+            "(ZeRO-3) or FSDP saved the model without gathering its pieces. Where the training's folder has "
+            "zero_to_fp32.py: python zero_to_fp32.py . OUT, and give OUT. Otherwise save the model again, gathered."
+        )
     if unreadable := [t for t in checkpoint.tensors.values() if t.dtype not in NUMPY_DTYPES]:
         first = unreadable[0]
         raise CheckpointError(

@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -84,6 +84,16 @@ class TensorSource(Protocol):
 
     def extra_bytes(self, count: int) -> int:
         """The memory that reading `count` elements takes in addition to the array that gets them."""
+
+
+@contextlib.contextmanager
+def acquired(sources: Iterable[TensorSource]) -> Iterator[None]:
+    """Hold the sources between `acquire` and `release`: some keep what takes a pass over the tensor to compute."""
+    with contextlib.ExitStack() as opened:
+        for source in sources:
+            source.acquire()
+            opened.callback(source.release)
+        yield
 
 
 class LocalFile:

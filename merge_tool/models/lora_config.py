@@ -1,5 +1,5 @@
-"""An adapter's configuration: adapter_config.json -> Settings. An adapter that is not W + scale * B A is refused by
-name: applied in part, it would be another model."""
+"""An adapter's configuration: adapter_config.json -> Settings. An adapter with another effect than those of LoRA, DoRA
+and trainable tokens is refused by name: applied in part, it would be another model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder
+from merge_tool.checkpoint.elsewhere import find_elsewhere
+from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.reader import files_below
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.errors import CheckpointError, shown
+from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, adapter_files
+from merge_tool.errors import CheckpointError, listed, shown
 
 CONFIG = "adapter_config.json"
 _PEFT_MERGES = "Merge it with peft (merge_and_unload, then save_pretrained) and give that folder."
@@ -22,7 +25,6 @@ _NOTHING_TO_MERGE = {  # trained inputs of the model, not changes of its weights
 }  # fmt: skip
 _BY_INPUT = {"XLORA", "POLY"}
 _REFUSED = {  # settings of LoRA with another effect than W + scale * B A
-    "use_dora": "DoRA, which rescales whole columns",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA, which acts on some tokens only",
@@ -30,14 +32,14 @@ _REFUSED = {  # settings of LoRA with another effect than W + scale * B A
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "LoRA on parameters that are no layers (target_parameters)",
-    "layer_replication": "layer replication",
     "enable_lora": "merged linear layers of peft before 0.3",
 }
+# Parameters of all experts of a layer, in the order in which modules define them, and peft wraps them.
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 _HARMLESS_INITS = {"True", "False", "true", "false", "None", "gaussian", "eva", "orthogonal"}
 _KNOWN = {
-    *_REFUSED, "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    *_REFUSED, "layer_replication", "target_parameters", "use_dora", "trainable_token_indices", "token_indices",
+    "init_weights", "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
     "lora_bias", "bias", "init_lora_weights", "base_model_name_or_path", "modules_to_save", "target_modules",
     "exclude_modules", "lora_dropout", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version",
     "layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -47,13 +49,13 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings in adapter_config.json that matter here, and the name of the file beside it that has the
-    `weights`."""
+    """The settings in adapter_config.json that matter here, and the names of the files beside it that have the
+    `weights`: the adapter's own, and perhaps whole tensors that were trained beside it."""
 
     file: LocalFile
     sha256: str
     where: str
-    weights: str
+    weights: tuple[str, ...]
     rank: int
     alpha: float
     root_scaled: bool
@@ -62,12 +64,23 @@ class Settings:
     ranks: Mapping[str, Any] = field(default_factory=dict)
     alphas: Mapping[str, Any] = field(default_factory=dict)
     saved_modules: tuple[str, ...] = ()
+    rescales: bool = False  # DoRA: every row has a length of its own
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module, or the end of its name
+    parameters: tuple[str, ...] = ()  # of modules that are no layers, experts
     keeps_tie: bool = False  # whether embedding and head stay one where they are one
     unknown: tuple[str, ...] = ()
 
     def saves(self, module: str) -> bool:
         """Whether a module is trained as a whole (modules_to_save)."""
         return any(module == saved or module.endswith(f".{saved}") for saved in self.saved_modules)
+
+    def targets(self, parameter: str) -> bool:
+        """Whether the adapter has factors for a parameter of a module's own (target_parameters)."""
+        return any(f".{parameter}".endswith(f".{target}") for target in self.parameters)
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The tokens whose rows are trained in a module; None if there are none."""
+        return next((rows for end, rows in self.tokens.items() if f".{module}".endswith(end)), None)
 
     def rank_of(self, module: str) -> int:
         return int(_number(self.where, "rank_pattern", _by_pattern(self.ranks, module, self.rank)))
@@ -94,10 +107,11 @@ def _number(where: str, key: str, value: Any) -> float:
 
 def read_settings(folder: Folder) -> Settings:
     where = f"{folder.name}/{CONFIG}"
-    weights = _weights_file(folder)
+    weights = _weights_files(folder)
     config = folder.load_json(CONFIG)
     _refuse(folder.name, config)
-    rank, alpha = (_number(where, key, config.get(key)) for key in ("r", "lora_alpha"))
+    has_factors = config.get("peft_type") != "TRAINABLE_TOKENS"
+    rank, alpha = (_number(where, key, config.get(key) if has_factors else 1) for key in ("r", "lora_alpha"))
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     for key, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         _check_patterns(where, key, patterns)
@@ -120,20 +134,39 @@ def read_settings(folder: Folder) -> Settings:
         ranks=ranks,
         alphas=alphas,
         saved_modules=saved,
+        rescales=bool(config.get("use_dora")),
+        tokens=_tokens(where, config),
+        parameters=tuple(map(str, config.get("target_parameters") or ())),
         keeps_tie=bool(config.get("ensure_weight_tying")),
         unknown=unknown,
     )
 
 
-def _weights_file(folder: Folder) -> str:
+def _weights_files(folder: Folder) -> tuple[str, ...]:
     if not folder.has(CONFIG):
+        listing = folder.listing()
+        if what := find_elsewhere(folder.name, [*listing, *files_below(folder, listing)], has_safetensors=False):
+            raise CheckpointError(f"{folder.name}: {what}")
         raise CheckpointError(f"{folder.name}: has no {CONFIG}, so it is no adapter. Give a folder that peft saved.")
-    name = next((name for name in ADAPTER_WEIGHTS if folder.has(name)), None)
-    if name is None:
+    names = adapter_files(folder.name, folder.listing())
+    if not names:
         raise CheckpointError(
             f"{folder.name}: has {CONFIG} but no {ADAPTER_WEIGHTS[0]}. Finish the download, or save it again."
         )
-    return name
+    return tuple(names)
+
+
+def _tokens(where: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tokens whose rows are trained, by the end of the modules' names; "" for whatever module has such rows."""
+    key = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
+    value = config.get(key) or {}
+    found = value if isinstance(value, dict) else {"": value}
+    for rows in found.values():
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+            raise CheckpointError(f"{where}: {key} is '{shown(value)}', expected numbers of tokens.")
+        if len({*rows}) < len(rows):
+            raise CheckpointError(f"{where}: {key} has a token twice; which row is right is not known.")
+    return {name: tuple(rows) for name, rows in found.items()}
 
 
 def _check_patterns(where: str, key: str, patterns: Any) -> None:
@@ -160,11 +193,19 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{name}: is a {kind} adapter: it has inputs of its own and no weights to merge.")
     if kind in _BY_INPUT:
         raise CheckpointError(f"{name}: is a {kind} adapter, which weighs its parts by the input: it has no merge.")
-    if kind != "LORA":
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise CheckpointError(f"{name}: peft_type in {CONFIG} is {shown(kind)}; only LORA is read. {_PEFT_MERGES}")
     for key, what in _REFUSED.items():
         if config.get(key):
-            raise CheckpointError(f"{name}: uses {what}, which is not W + scale * B A. {_PEFT_MERGES}")
+            raise CheckpointError(f"{name}: uses {what}, which is not read. {_PEFT_MERGES}")
+    odd = [str(target) for target in config.get("target_parameters") or () if not _is_read(str(target))]
+    if odd:
+        raise CheckpointError(
+            f"{name}: target_parameters in {CONFIG} names {listed(odd)}; only {' and '.join(EXPERT_PARAMETERS)} of "
+            f"experts and weights of layers are read. {_PEFT_MERGES}"
+        )
+    if ranges := config.get("layer_replication"):
+        raise CheckpointError(f"{name}: {_replication(ranges)}")
     init = str(config.get("init_lora_weights", True))
     if init not in _HARMLESS_INITS:
         raise CheckpointError(
@@ -172,3 +213,31 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
             "applied to BASE as it is, it would be another model. Convert it to plain LoRA when saving it "
             "(path_initial_model_for_weight_conversion), or merge it with peft onto the base that it was trained with."
         )
+
+
+def _is_read(parameter: str) -> bool:
+    return parameter.rpartition(".")[2] in ("weight", *EXPERT_PARAMETERS)
+
+
+def _replication(ranges: Any) -> str:
+    """The message for layer_replication: how to make the model that the adapter was trained on."""
+    what = f"repeats layers of its model (layer_replication in {CONFIG})"
+    pairs = [pair for pair in ranges if _is_range(pair)] if isinstance(ranges, list) else []
+    if not pairs or len(pairs) < len(ranges):
+        return f"{what}, and its value '{shown(ranges)}' is no list of ranges such as [[0, 16], [8, 24]]. Correct it."
+    lines = [f"  - sources: [{{model: MODEL, layer_range: [{start}, {stop}]}}]" for start, stop in pairs]
+    steps = "\n  ".join(
+        [
+            "1. Write stack.yaml, with the adapter's model as MODEL:",
+            *(f"     {line}" for line in ("merge_method: passthrough", "slices:", *lines)),
+            "2. merge-tool run stack.yaml STACK",
+            f"3. Copy the adapter's folder, and delete layer_replication from {CONFIG} in the copy.",
+            "4. Give STACK+COPY, or STACK as BASE and COPY as FT.",
+        ]
+    )
+    return f"{what}. A stack with the same layers, and the adapter on it, are the same model:\n  {steps}"
+
+
+def _is_range(pair: Any) -> bool:
+    is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+    return is_pair and 0 <= pair[0] < pair[1]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import shown
+from merge_tool.errors import MismatchError, shown
 from merge_tool.models.heads import Tie, check_untied, find_tie, named_head
 from merge_tool.models.lora_config import Settings
 from merge_tool.models.lora_names import AdapterTensor
@@ -43,8 +43,14 @@ def find_ends(base: Checkpoint, names: Names, settings: Settings, tensors: Itera
     head = [part for part in parts if is_head(f"{part.module}.weight")]
     if not embedding and not head:
         return Ends(tie)
-    is_trained = {id(side): any(p.is_factor or settings.saves(p.module) for p in side) for side in (embedding, head)}
-    repeats = settings.keeps_tie or not any(is_trained.values())
+    tokens = [any(part.is_tokens for part in side) for side in (embedding, head)]
+    if tokens[0] and not tokens[1] and any(part.is_factor or settings.saves(part.module) for part in head):
+        raise MismatchError(
+            f"{shown(head[0].module)} is trained, and so are rows of {shown(tie.embedding)}, to which {base.name} ties "
+            "it. What peft computes for both is not read; merge the adapter with peft."
+        )
+    trained = (p.is_tokens or p.is_factor or settings.saves(p.module) for p in (*embedding, *head))
+    repeats = settings.keeps_tie or not any(trained) or tokens == [True, False]
     if embedding and repeats:
         return Ends(tie, skipped=frozenset(part.module for part in head) if tie.copy is None else frozenset())
     name = tie.copy or (f"{head[0].module}.weight" if head else named_head(base, tie.embedding))

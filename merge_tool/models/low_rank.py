@@ -16,7 +16,7 @@ from merge_tool.arrays import NUMPY_DTYPES, Array, decode, encode
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 
-_MOST = 65_536  # elements computed at a time
+MOST = 65_536  # elements computed at a time
 _WIDEST = 32_768  # rows or columns at a time
 _RANKS = 16  # ranks that are summed before the sum is added to the total
 _BLOCK = 32_768  # elements to which the tensor itself is added at a time
@@ -24,12 +24,19 @@ _BLOCK = 32_768  # elements to which the tensor itself is added at a time
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """A matrix [rank, length], stored as such (`by_rank`) or transposed. Without a `source`, all ones."""
+    """A matrix [rank, length], stored as such (`by_rank`) or transposed. Without a `source`, all ones.
+
+    It begins at element `offset`. If several are stored side by side (`side_by_side`), transposed, the ranks of this
+    one are every so many columns, from column `column` on.
+    """
 
     source: TensorSource | None
     rank: int
     length: int
     by_rank: bool
+    offset: int = 0
+    side_by_side: int = 1
+    column: int = 0
 
     def load(self, ranks: tuple[int, int], places: tuple[int, int]) -> Array:
         """A block of rows and columns, as float64."""
@@ -43,17 +50,18 @@ class Factor:
             for k in range(k0, k1):
                 decode(self._read(k * self.length + p0, p1 - p0), out[k - k0])
         else:
-            step = max(1, _MOST // self.rank)
+            width = self.rank * self.side_by_side
+            step = max(1, MOST // width)
             for p in range(p0, p1, step):
                 q = min(p + step, p1)
-                rows = self._read(p * self.rank, (q - p) * self.rank).reshape(-1, self.rank)
+                rows = self._read(p * width, (q - p) * width).reshape(-1, width)[:, self.column :: self.side_by_side]
                 decode(np.ascontiguousarray(rows[:, k0:k1].T), out[:, p - p0 : q - p0])
         return out
 
     def _read(self, start: int, count: int) -> Array:
         assert self.source is not None
         values: Array = np.empty(count, NUMPY_DTYPES[self.source.info.dtype])
-        self.source.read_into(start, values)
+        self.source.read_into(self.offset + start, values)
         return values
 
     @property
@@ -62,7 +70,8 @@ class Factor:
         if self.source is None:
             return 0
         itemsize = NUMPY_DTYPES[self.source.info.dtype].itemsize
-        most = min(self.rank * self.length, max(_MOST, self.rank))
+        width = self.rank * self.side_by_side
+        most = min(width * self.length, max(MOST, width))
         return itemsize * most * (1 if self.by_rank else 2)
 
 
@@ -117,7 +126,7 @@ class LowRankTensor:
 
     def _fill(self, start: int, values: Array) -> None:
         done = 0
-        for rows, columns in _rectangles(start, start + len(values), self.right.length):
+        for rows, columns in rectangles(start, start + len(values), self.right.length):
             product = self._product(rows, columns)
             part = values[done : done + product.size]
             self._add_base(start + done, product.reshape(-1), part)
@@ -127,7 +136,7 @@ class LowRankTensor:
         """left^T right of these rows and columns, in float64."""
         n, m = rows[1] - rows[0], columns[1] - columns[0]
         total: Array = np.zeros((n, m))
-        step = _RANKS * max(1, _MOST // (_RANKS * max(n, m)))
+        step = _RANKS * max(1, MOST // (_RANKS * max(n, m)))
         for k in range(0, self.left.rank, step):
             ranks = k, min(k + step, self.left.rank)
             left, right = self.left.load(ranks, rows), self.right.load(ranks, columns)
@@ -150,24 +159,24 @@ class LowRankTensor:
             encode(part, values[begin : begin + _BLOCK])
 
     def extra_bytes(self, count: int) -> int:
-        elements = min(count, _MOST)
+        elements = min(count, MOST)
         n = min(self.left.length, elements // self.right.length + 1, _WIDEST)
         m = min(self.right.length, elements, _WIDEST)
-        factors = 8 * min(self.left.rank * (n + m), 2 * max(_MOST, _RANKS * max(n, m)))
+        factors = 8 * min(self.left.rank * (n + m), 2 * max(MOST, _RANKS * max(n, m)))
         loading = max(self.left.extra_bytes, self.right.extra_bytes)
         adding = (8 + 8) * _BLOCK + self.base.extra_bytes(_BLOCK)
         return 8 * elements + max(factors + loading + 8 * elements, adding)
 
 
-def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Elements [start, stop) of a matrix as (rows, columns): whole rows, or part of one; at most _MOST elements."""
+def rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Elements [start, stop) of a matrix as (rows, columns): whole rows, or part of one; at most MOST elements."""
     while start < stop:
         row, column = divmod(start, columns)
         if column or stop - start < columns or columns > _WIDEST:
             count = min(columns - column, stop - start, _WIDEST)
             yield (row, row + 1), (column, column + count)
         else:
-            rows = min(min(stop - start, _MOST) // columns, _WIDEST)
+            rows = min(min(stop - start, MOST) // columns, _WIDEST)
             count = rows * columns
             yield (row, row + rows), (0, columns)
         start += count

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, LARGEST_JSON, Folder, is_weight_file
+from merge_tool.checkpoint.folder import LARGEST_JSON, Folder, is_weight_file
 from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config
+from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS
 from merge_tool.errors import CheckpointError, reason, shown
 from merge_tool.models.layer_config import PREDICTED, restack
 

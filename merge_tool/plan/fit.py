@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from merge_tool.arrays import FLOAT_DTYPES
 from merge_tool.checkpoint.header import TensorInfo
+from merge_tool.checkpoint.quantised import is_integer_weight
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.models.layer_config import num_layers
@@ -41,11 +42,13 @@ class Fit:
 
 @dataclass(slots=True)
 class _Differences:
-    """`lacking`: the names that each model lacks. `shapes`, `dtypes`: by name, the two sides of a mismatch in words."""
+    """`lacking`: the names that each model lacks. `shapes`, `dtypes`, `codes`: by name, the two sides of a mismatch in
+    words; `codes` are integers in the place of a weight."""
 
     lacking: dict[int, list[str]] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
+    codes: dict[str, str] = field(default_factory=dict)
 
 
 def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> Fit:
@@ -93,6 +96,10 @@ def _reason(
     infos = [models[model].tensors[name] for model, name in sources]
     for (model, _), info in zip(sources[1:], infos[1:], strict=True):
         here, there = models[sources[0][0]].name, models[model].name
+        if {info.dtype, infos[0].dtype} & FLOAT_DTYPES and any(map(is_integer_weight, (info, infos[0]))):
+            sides = f"{infos[0].dtype} {list(infos[0].shape)} in {here}, {info.dtype} {list(info.shape)} in {there}"
+            unlike.codes[tensor.name] = sides
+            return UNLIKE
         if info.shape != infos[0].shape:
             sides = f"{list(infos[0].shape)} in {here}, {list(info.shape)} in {there}{_vocabulary(infos[0], info)}"
             unlike.shapes[tensor.name] = sides
@@ -122,12 +129,19 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
         )
         if recipe.first in differences.lacking:
             ways.append("--on-missing ft: the same, but tensors that BASE lacks are copied from a model that has them.")
+    if differences.codes:
+        lines = [f"{shown(name)}: {differences.codes[name]}" for name in _natural(differences.codes)]
+        problems.append(
+            f"{counted(len(lines), 'tensor holds', 'tensors hold')} integers in one model, perhaps the codes of a "
+            "quantised layer, which have no meaning without its other parts. Give models with their original weights.\n"
+            "    " + _first_lines(lines)
+        )
     if recipe.options.on_mismatch == "error":
         for unlike, what in ((differences.shapes, "shapes differ"), (differences.dtypes, "dtypes cannot be merged")):
             if unlike:
                 lines = [f"{shown(name)}: {unlike[name]}" for name in _natural(unlike)]
                 problems.append(f"{len(lines):,} {what}:\n    " + _first_lines(lines))
-        if differences.shapes or differences.dtypes:
+        if (differences.shapes or differences.dtypes) and not differences.codes:
             ways.append("--on-mismatch base: such tensors are copied from BASE.")
         if any("vocabulary mismatch" in sides for sides in differences.shapes.values()):
             ways.append(f"{recipe.rows_option}: rows are matched by token; the output has those tokens.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from merge_tool.arrays import STORED_DTYPES, TILE, Array, as_bytes, same_values
 from merge_tool.checkpoint.quantise import largest_of
-from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.source import LocalFile, acquired
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.models.side_files import REPORT
 from merge_tool.plan.plan import ShardPlan, TensorJob
@@ -48,7 +48,8 @@ class Sample:
             file = self.files[shard.number]
             check_bytes(self.checks, file, 0, memoryview(shard.header()), "its header")
             for job in shard.jobs:
-                self._check_tensor(file, job)
+                with acquired(job.sources):
+                    self._check_tensor(file, job)
 
     def _check_tensor(self, file: LocalFile, job: TensorJob) -> None:
         if (work := self._begun(job)) is None:

@@ -1,0 +1,119 @@
+"""Folders whose weights are elsewhere, or in pieces that another program must put together first: by the names of
+files, which folder to give or which command to run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from merge_tool.checkpoint.folder import is_weight_file
+from merge_tool.errors import listed
+
+PIPELINE = "model_index.json"  # the index of a diffusers pipeline: several models, each in its own folder
+_CONFIG = "adapter_config.json"
+_ZERO = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_.*|mp_rank_[0-9]+.*_model_states\.pt")
+_STEPS = re.compile(r"(?:checkpoint|step|epoch|global_step)[-_]?([0-9]+)")
+_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool) -> str | None:
+    """What a folder is that is no model itself, and the next step; None if nothing is known.
+
+    `listing` has the files of the folder and, with a /, of the folders in it. With `has_safetensors`, only what these
+    can be is looked at.
+    """
+    top = [file for file in listing if "/" not in file]
+    below: dict[str, list[str]] = {}
+    for file in listing:
+        folder, slash, rest = file.partition("/")
+        if slash:
+            below.setdefault(folder, []).append(rest)
+    if any(file.endswith(("adapters.safetensors", "adapters.npz")) for file in top):
+        return (
+            "is an adapter of MLX (adapters.safetensors), which is not read. Make a model of it: "
+            f"mlx_lm.fuse --model MODEL --adapter-path {_path(name)} --save-path FUSED (with --dequantize, if MODEL is "
+            "quantised), and give FUSED."
+        )
+    if has_safetensors:
+        return None
+    if any(file.endswith(".distcp") for file in top):
+        return _fsdp(_path(name))
+    if any(map(_ZERO.fullmatch, top)):
+        return (
+            "holds pieces of a model that DeepSpeed has spread over its processes. In the folder above it: "
+            "python zero_to_fp32.py . OUT, and give OUT."
+        )
+    if any(is_weight_file(file) and not _is_state(file) for file in top):
+        return None
+    if PIPELINE in top:
+        return _pipeline(name, below)
+    if "zero_to_fp32.py" in top or any(any(map(_ZERO.fullmatch, files)) for files in below.values()):
+        return (
+            "holds pieces of a model that DeepSpeed has spread over its processes. Put them together: "
+            f"python {_path(name)}/zero_to_fp32.py {_path(name)} OUT, and give OUT."
+        )
+    if pieces := sorted(folder for folder, files in below.items() if any(f.endswith(".distcp") for f in files)):
+        models = [folder for folder in pieces if "optim" not in folder]
+        return _fsdp(inside(name, (models or pieces)[0]))
+    return _in_folders(name, below)
+
+
+def _fsdp(folder: str) -> str:
+    return (
+        "holds pieces of a model that FSDP has spread over its processes (.distcp). Put them together: "
+        f"accelerate merge-weights {folder} OUT, and give OUT."
+    )
+
+
+def _in_folders(name: str, below: dict[str, list[str]]) -> str | None:
+    """Where the folders in a folder are models or adapters."""
+    if {*_MODEL} & {*below.get("final", ())}:
+        return f"no weights found. Its folder `final` is what mixce-train leaves: give {inside(name, 'final')}."
+    adapters = [folder for folder, files in below.items() if _CONFIG in files]
+    models = [folder for folder, files in below.items() if folder not in adapters and {*_MODEL} & {*files}]
+    steps = [folder for folder in (*models, *adapters) if _STEPS.fullmatch(folder)]
+    if steps:
+        steps.sort(key=lambda folder: int(_STEPS.fullmatch(folder)[1]))  # type: ignore[index]  # all match
+        what = "adapter" if steps[-1] in adapters else "model"
+        return (
+            f"no weights found: it is the folder of a training, with {what}s in {listed(steps)}. Give one of these, "
+            f"for example the last: {_of_base(inside(name, steps[-1]), is_adapter=what == 'adapter')}."
+        )
+    if adapters:
+        paths = [_of_base(inside(name, folder), is_adapter=True) for folder in sorted(adapters)]
+        return f"no weights found, but adapters in {listed(sorted(adapters))}. Give one of these: {paths[0]}."
+    if models:
+        return (
+            f"no weights found, but models in {listed(sorted(models))}. Give one of these: {inside(name, min(models))}."
+        )
+    return None
+
+
+def _of_base(path: str, *, is_adapter: bool) -> str:
+    return f"MODEL+{path}" if is_adapter and " " not in path else path
+
+
+def _pipeline(name: str, below: dict[str, list[str]]) -> str:
+    """The message for a diffusers pipeline: which of its folders to give."""
+    parts = sorted(folder for folder, files in below.items() if any(map(is_weight_file, files)))
+    what = f"is a pipeline of diffusers ({PIPELINE}), of several models. Give the folder of one of them"
+    if not parts:
+        return f"{what}; none is here yet: finish the download."
+    if "/" in name:  # a model of the Hub: its sub-folders have no ids
+        return (
+            f"{what}: hf download {name} --local-dir FOLDER, then {listed((f'FOLDER/{part}' for part in parts), 20)}."
+        )
+    return f"{what}: {listed((f'{name}/{part}' for part in parts), 20)}."
+
+
+def inside(name: str, folder: str) -> str:
+    """The path of a folder in the folder called `name`; folders in a model of the Hub have no ids."""
+    return f"hf download {name} --local-dir FOLDER, then FOLDER/{folder}" if "/" in name else f"{name}/{folder}"
+
+
+def _path(name: str) -> str:
+    return "FOLDER" if "/" in name else name
+
+
+def _is_state(file: str) -> bool:
+    return re.match(r"optimizer|scheduler|scaler|rng_state|random_state|training_args", file) is not None

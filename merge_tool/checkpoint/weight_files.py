@@ -1,0 +1,142 @@
+"""Which files of a folder are its weights, by their names: a model's, or an adapter's. Or why there are none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from merge_tool.checkpoint.elsewhere import find_elsewhere
+from merge_tool.checkpoint.folder import is_pickle, is_weight_file
+from merge_tool.errors import CheckpointError, listed
+
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
+TRAINED_BESIDE = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")  # whole tensors of LLaVA's adapters
+_STATE_FILES = re.compile(  # of a training
+    r"(optimizer|scheduler|scaler|rng_state|random_states?_|training_args|sampler|dl_state_dict)[^/]*", re.IGNORECASE
+)
+_KINDS_BESIDE = (  # what lies beside an adapter or a model and is neither
+    (re.compile(r"(value|v|reward|score)_head.*"), "a value head, which the language model does not use"),
+    (re.compile(r"new_embeddings.*"), "embeddings of tokens that were added to the vocabulary"),
+    (re.compile(r"non_lora_trainables.*|mm_projector.*"), "tensors that were trained beside an adapter"),
+)
+_WHOLE_MODEL = re.compile(r"(pytorch_model|model|consolidated|tf_model|flax_model)\b.*")
+_SHARD = re.compile(r"(.+)-0*([0-9]+)-of-0*([0-9]+)(\.[a-z]+)")  # model-00001-of-00003.safetensors
+
+
+def find_weights(name: str, listing: Sequence[str]) -> tuple[list[str], str | None]:
+    """The files of weights, or the index that names them: safetensors before pickles, as transformers does; of either,
+    model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind, else all shards
+    (model-00001-of-00003.safetensors and so on), if they are complete.
+
+    `name` is the folder's name, for messages. Files in sub-folders of the listing serve to say where weights are.
+    Raises CheckpointError when there is neither.
+    """
+    everything, listing = listing, [file for file in listing if "/" not in file]
+    safetensors = [file for file in listing if file.endswith((".safetensors", ".safetensors.index.json"))]
+    has_model = bool({"model.safetensors", "model.safetensors.index.json"} & {*safetensors})
+    if not has_model and (what := find_elsewhere(name, everything, has_safetensors=bool(safetensors))):
+        raise CheckpointError(f"{name}: {what}")
+    if safetensors:
+        return _choose(name, safetensors, "model.safetensors", ".safetensors")
+    states = [file for file in listing if is_pickle(file) and not _STATE_FILES.match(file)]
+    states += [file for file in listing if file.endswith(".bin.index.json")]
+    if states:
+        return _choose(name, states, "pytorch_model.bin", ".bin")
+    if others := [file for file in listing if is_weight_file(file)]:
+        raise CheckpointError(f"{name}: {unread_format(others)}")
+    raise CheckpointError(f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.")
+
+
+def adapter_files(name: str, listing: Sequence[str]) -> list[str]:
+    """The files of weights that an adapter's folder consists of, the adapter's own first.
+
+    Raises CheckpointError for other weights beside the adapter: without them it may be another model.
+    """
+    own = [file for file in ADAPTER_WEIGHTS if file in listing]
+    if not own and (what := find_elsewhere(name, listing, has_safetensors=False)):
+        raise CheckpointError(f"{name}: {what}")
+    beside = [file for file in TRAINED_BESIDE if file in listing]
+    known = {*ADAPTER_WEIGHTS, *beside[:1]}
+    others = [file for file in sorted(listing) if "/" not in file and is_weight_file(file) and file not in known]
+    if others := [file for file in others if not _STATE_FILES.match(file)]:
+        what = kind_beside(others[0])
+        is_model = what is None and _WHOLE_MODEL.match(others[0]) is not None
+        what = what or ("perhaps a whole model" if is_model else "weights that are not the adapter's own")
+        way = (
+            f"hf download {name} --local-dir FOLDER, and move it out of FOLDER" if "/" in name else "move it elsewhere"
+        )
+        raise CheckpointError(
+            f"{name}: has {listed(others)} beside the adapter: {what}. It is not read, and without it the adapter may "
+            "be another model. "
+            + ("If it is the adapter's base, give MODEL+ADAPTER, each in a folder of its own. " if is_model else "")
+            + f"To go on without it, {way}."
+        )
+    return own[:1] + beside[:1] if own else []
+
+
+def kind_beside(file: str) -> str | None:
+    """What a file of weights is that no model consists of, by its name; None for other files."""
+    if not is_weight_file(file):
+        return None
+    return next((what for pattern, what in _KINDS_BESIDE if pattern.fullmatch(file)), None)
+
+
+def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[list[str], str | None]:
+    indexes = [file for file in files if file.endswith(".index.json")]
+    singles = [file for file in files if not file.endswith(".index.json")]
+    if usual in singles:
+        return [usual], None
+    if f"{usual}.index.json" in indexes:
+        return [], f"{usual}.index.json"
+    if len(indexes) == 1:
+        return [], indexes[0]
+    if not indexes and (shards := _all_shards(name, singles)):
+        return shards, None
+    if len(singles) == 1 and not indexes:
+        return singles, None
+    kind = f"{suffix} files" if suffix == ".safetensors" else "pickled files of weights"
+    raise CheckpointError(
+        f"{name}: has {len(singles)} {kind} but neither {usual} nor one index "
+        f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
+    )
+
+
+def _all_shards(name: str, files: Sequence[str]) -> list[str]:
+    """The shards of one model, if the files are nothing else. Raises CheckpointError where some are missing."""
+    files = [file for file in files if kind_beside(file) is None]
+    found = [_SHARD.fullmatch(file) for file in files]
+    models = {(match[1], int(match[3]), match[4]) for match in found if match}
+    if None in found or len(models) != 1:
+        return []
+    ((_, count, _),) = models
+    numbers = [int(match[2]) for match in found if match]
+    if lacking := sorted({*range(1, count + 1)} - {*numbers}):
+        raise CheckpointError(
+            f"{name}: has {listed(files)}, but {'shards' if len(lacking) > 1 else 'shard'} {listed(lacking)} of "
+            f"{count:,} are missing, and so is an index. Finish the download, or save the model again."
+        )
+    return sorted(files) if len(numbers) == count else []
+
+
+def unread_format(names: Sequence[str]) -> str:
+    """The message for a folder whose weights are only in formats that are not read: the reason and the next step."""
+    if any(name.lower().endswith((".gguf", ".ggml")) for name in names):
+        return (
+            f"GGUF weights ({listed(names)}) are not read: they are packed for inference, most of them in blocks of "
+            "few bits. Merge the original safetensors and convert the result (llama.cpp: convert_hf_to_gguf.py)."
+        )
+    if all(_STATE_FILES.match(name) for name in names):
+        return f"no weights found, only a training's state ({listed(names)}). Give the folder that holds the model."
+    return (
+        f"only weights in formats that are not read ({listed(names)}). Convert them first: load with transformers, "
+        "then save_pretrained(FOLDER) writes safetensors."
+    )
+
+
+def weight_map_files(index: Any) -> list[str]:
+    """The weights files that an index names, sorted; ValueError when it names none."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
+        raise ValueError("it has no weight_map from tensor names to file names")
+    return sorted(set(weight_map.values()))
