@@ -49,35 +49,42 @@ class Factors:
         self.magnitude.release()
         self.direction.release()
 
-    def values(self) -> Array:
-        """Computed by the first reader while others wait; only between `acquire` and `release`."""
+    def values(self, first: int, last: int) -> Array:
+        """The numbers from `first` to `last`. Between `acquire` and `release` the first reader computes all, while
+        others wait; else, of rows, only those that are asked for take a pass (a plan looks at a few elements)."""
         with self._lock:
-            if self._values is None:
-                self._values = self._compute()
-            return self._values
+            if self._values is None and self._users:
+                self._values = self._compute(0, self.count)
+            if self._values is not None:
+                return self._values[first:last]
+        return self._compute(first, last) if self.of_rows else self._compute(0, self.count)[first:last]
 
-    def _compute(self) -> Array:
-        squares: Array = np.zeros(self.count)
-        size, piece = self.direction.info.numel, np.empty(min(MOST, self.direction.info.numel))
-        for rows, columns in rectangles(0, size, self.direction.right.length):
+    def _compute(self, first: int, last: int) -> Array:
+        squares: Array = np.zeros(last - first)
+        width, height = self.direction.right.length, self.direction.left.length
+        start, stop = (first * width, last * width) if self.of_rows else (0, height * width)
+        piece = np.empty(min(MOST, stop - start))
+        for rows, columns in rectangles(start, stop, width):
             part = piece[: (rows[1] - rows[0]) * (columns[1] - columns[0])]
-            self.direction.read_into(rows[0] * self.direction.right.length + columns[0], part)
+            self.direction.read_into(rows[0] * width + columns[0], part)
             np.multiply(part, part, out=part)
-            kept = slice(*rows) if self.of_rows else slice(*columns)
+            kept = slice(rows[0] - first, rows[1] - first) if self.of_rows else slice(*columns)
             squares[kept] += part.reshape(rows[1] - rows[0], -1).sum(axis=1 if self.of_rows else 0)
-        stored: Array = np.empty(self.count, NUMPY_DTYPES[self.magnitude.info.dtype])
-        self.magnitude.read_into(0, stored)
-        factors: Array = decode(stored, np.empty(self.count))
+        stored: Array = np.empty(last - first, NUMPY_DTYPES[self.magnitude.info.dtype])
+        self.magnitude.read_into(first, stored)
+        factors: Array = decode(stored, np.empty(last - first))
         with np.errstate(all="ignore"):  # the reader looks for values that are not finite
             return np.divide(factors, np.sqrt(squares, out=squares), out=factors)
 
     def multiply(self, start: int, values: Array) -> None:
         """Multiply the elements from `start` on with the numbers of their rows or columns."""
-        factors, done = self.values(), 0
-        for rows, columns in rectangles(start, start + len(values), self.direction.right.length):
+        width, done = self.direction.right.length, 0
+        first, last = (start // width, -(-(start + len(values)) // width)) if self.of_rows else (0, width)
+        factors = self.values(first, last)
+        for rows, columns in rectangles(start, start + len(values), width):
             shape = rows[1] - rows[0], columns[1] - columns[0]
             part = values[done : done + shape[0] * shape[1]].reshape(shape)
-            part *= factors[slice(*rows), None] if self.of_rows else factors[slice(*columns)]
+            part *= factors[rows[0] - first : rows[1] - first, None] if self.of_rows else factors[slice(*columns)]
             done += part.size
 
     @property
@@ -118,19 +125,12 @@ class RescaledTensor:
         self.factors.direction.forget(start, stop)
 
     def read_into(self, start: int, values: Array) -> None:
-        self.factors.acquire()
-        try:
-            with np.errstate(all="ignore"):  # the reader looks for values that are not finite
-                self._fill(start, values)
-        finally:
-            self.factors.release()
-
-    def _fill(self, start: int, values: Array) -> None:
         wide = np.empty(min(MOST, len(values)))
         for done in range(0, len(values), MOST):
             part = wide[: min(MOST, len(values) - done)]
             self.factors.direction.read_into(start + done, part)
-            self.factors.multiply(start + done, part)
+            with np.errstate(all="ignore"):  # the reader looks for values that are not finite
+                self.factors.multiply(start + done, part)
             encode(part, values[done : done + MOST])
 
     def extra_bytes(self, count: int) -> int:
