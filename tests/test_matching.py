@@ -645,3 +645,77 @@ def test_what_ft_lacks_is_bases_with_on_missing_ft_too(tmp_path: Path) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (base, ft)]}
     merge_models(recipe, tmp_path / "yaml", on_missing="ft")
     assert load_folder(tmp_path / "yaml").keys() == out.keys()
+
+
+# ------------------------------------------------------------------------------ names that the user gives
+
+OURS = {"encoder.conv.weight": (4, 3), "encoder.conv.bias": (4,), "head.w": (2, 4), "same": (3,)}
+THEIRS = {"reparam.kernel": (4, 3), "reparam.offset": (4,), "final": (2, 4), "same": (3,)}
+NAMES = {"reparam.kernel": "encoder.conv.weight", "reparam.offset": "encoder.conv.bias", "final": "head.w"}
+
+
+def named_pair(folder: Path) -> tuple[Path, Path, Path]:
+    rng = np.random.default_rng(0)
+    x, y = ({n: rng.standard_normal(s).astype(np.float32) for n, s in names.items()} for names in (OURS, THEIRS))
+    twin = {NAMES.get(name, name): array for name, array in y.items()}
+    named = (("base", x), ("ft", y), ("twin/ft", twin))
+    return tuple(save_model(folder / name, tensors) for name, tensors in named)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("form", ["json", "columns", "csv"])
+def test_names_from_a_file_pair_what_two_programs_named(tmp_path: Path, form: str) -> None:
+    base, ft, twin = named_pair(tmp_path)
+    lines = {"columns": "# theirs  ours\n" + "\n".join(f"{a}\t{b}" for a, b in NAMES.items()),
+             "csv": "\n".join(f"{a}, {b}" for a, b in NAMES.items()), "json": json.dumps(NAMES)}  # fmt: skip
+    (tmp_path / "names").write_text(lines[form])
+    result = run(base, ft, tmp_path / "out", "--t", "0.3", "--names-from", tmp_path / "names")
+    assert result.exit_code == 0, result.stderr
+    merge(base, twin, tmp_path / "expected", 0.3)
+    check_same_weights(tmp_path / "out", tmp_path / "expected")
+    assert "--names-from FILE" in (tmp_path / "out/README.md").read_text()
+    (tmp_path / "names").unlink()  # the report has them
+    found = CliRunner().invoke(all_commands, ["verify", str(tmp_path / "out"), "--against", str(base), str(ft)])
+    assert found.exit_code == 0, found.output
+
+
+def test_names_may_change_places(tmp_path: Path) -> None:
+    x = {"a": np.full(3, 1.0), "b": np.full(3, 2.0)}
+    base, ft = save_model(tmp_path / "base", x), save_model(tmp_path / "ft", {"a": x["b"], "b": x["a"]})
+    merge(base, ft, tmp_path / "out", 0.5, names_from='{"a": "b", "b": "a"}')
+    check_same_weights(tmp_path / "out", base)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"final": "head.w", "nope": "same"}', "not in ft: nope"),
+        ('{"final": "nope"}', "not in base: nope"),
+        ('{"final": "same"}', "ft has other tensors of these names, which need one of their own: same"),
+        ("final head.w\nreparam.kernel head.w", "head.w of BASE is named twice"),
+        ('{"final": "head.w", "final": "same"}', "final of FT is named twice"),
+        ("final", "line 1: has 1 words, expected JSON"),
+        ('{"final": 3}', "has a value that is no name"),
+        ('{"final": ', "is not JSON"),
+        ("", "names nothing"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused_whole(tmp_path: Path, text: str, problem: str) -> None:
+    base, ft, _ = named_pair(tmp_path)
+    (tmp_path / "names").write_text(text)
+    result = run(base, ft, tmp_path / "out", "--names-from", tmp_path / "names")
+    assert result.exit_code != 0
+    assert problem in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_only_shapes_suggest_are_in_the_error(tmp_path: Path) -> None:
+    """Where shapes allow one way only; never taken without being asked."""
+    base, ft, _ = named_pair(tmp_path)
+    error = run(base, ft, tmp_path / "out").stderr
+    lines = "\n    ".join(f"{a} {b}" for a, b in sorted(NAMES.items()))
+    assert f"--names-from FILE with these lines, if they are the same tensors:\n    {lines}" in error
+    other = save_model(tmp_path / "o", {"p": np.zeros(3), "q": np.zeros(3)})
+    assert (
+        "--names-from"
+        not in run(save_model(tmp_path / "b2", {"r": np.zeros(3), "s": np.zeros(3)}), other, "out").stderr
+    )

@@ -13,6 +13,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.quantised import is_integer_weight
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
+from merge_tool.models.given_names import suggested_names
 from merge_tool.models.layer_config import num_layers
 from merge_tool.models.naming import has_token_rows, is_derived
 from merge_tool.plan.expand import Expansion, OutputTensor
@@ -129,6 +130,7 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
         )
         if recipe.first in differences.lacking:
             ways.append("--on-missing ft: the same, but tensors that BASE lacks are copied from a model that has them.")
+        ways += _names_way(recipe, models, differences)
     if differences.codes:
         lines = [f"{shown(name)}: {differences.codes[name]}" for name in _natural(differences.codes)]
         problems.append(
@@ -158,6 +160,22 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
             + "\n  ".join([*ways, "--exclude PATTERN: matching tensors are copied from BASE."])
             + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")
         )
+
+
+def _names_way(recipe: Recipe, models: Sequence[Checkpoint], differences: _Differences) -> list[str]:
+    """The way out where both models of a pair have tensors of their own whose shapes fit each other in one way only."""
+    other = max(recipe.sources)
+    if not recipe.is_strict or not {recipe.first, other} <= differences.lacking.keys():
+        return []
+    ours, theirs = (
+        [models[k].tensors[name] for name in differences.lacking[lacking] if name in models[k].tensors]
+        for k, lacking in ((recipe.first, other), (other, recipe.first))
+    )
+    names = suggested_names(ours, theirs)
+    lines = [f"{shown(their)} {shown(our)}" for their, our in sorted(names.items())]
+    if not lines:
+        return []
+    return [f"--names-from FILE with these lines, if they are the same tensors:\n    {_first_lines(lines)}"]
 
 
 def _all(models: Sequence[Checkpoint]) -> str:

@@ -18,6 +18,7 @@ from merge_tool.errors import CheckpointError, MismatchError, listed, reason, sh
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.experts import in_layout_of
+from merge_tool.models.given_names import with_names
 from merge_tool.models.heads import untie
 from merge_tool.models.inputs import Download, Inputs
 from merge_tool.models.lora import open_models
@@ -103,6 +104,8 @@ def prepare(
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
         lead = opened[recipe.first]
+        for number, names in recipe.names_of.items():
+            opened[number] = with_names(opened[number], lead, names)
         opened = [model if model is lead else in_layout_of(lead, model) for model in opened]
         models, alignment = align(recipe, opened)
         plan = _plan(recipe, models, methods, target)

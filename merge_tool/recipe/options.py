@@ -141,7 +141,7 @@ def as_words(options: Any) -> list[str]:
     for f in fields(options):
         values = stored.get(f.name, [])
         for value in values if isinstance(values, list) else [values]:
-            value = "FILE" if f.name == "chat_template" and "{" in value else value
+            value = "FILE" if f.name in ("chat_template", "names_from") and "{" in value else value
             words += [f.metadata["flag"]] if f.metadata.get("is_flag") else [f.metadata["flag"], str(value)]
     return words
 

@@ -6,6 +6,7 @@ tokenizer's source, --files-from the donor. All later code sees only a recipe.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from typing import Any
 
 from merge_tool.errors import RecipeError, shown
 from merge_tool.recipe.model_ref import ModelRef
+from merge_tool.recipe.names import read_names
 from merge_tool.recipe.options import Options, as_json, check_choice, option
 from merge_tool.recipe.recipe import Module, Output, Recipe, Slice, Source, Tokenizer, label_of, label_t
 from merge_tool.recipe.settings import Choice, Rules, Setting, Settings, parse_rules
@@ -50,10 +52,17 @@ class PairOptions:
         None, "--pad-vocab-to-multiple-of", "With --vocab: add rows until their number is a multiple of N.",
         metavar="N", is_whole=True,
     )  # fmt: skip
+    names_from: str | None = option(
+        None, "--names-from",
+        "A file that says what FT calls BASE's tensors: JSON, or a line with FT's name and BASE's for each.",
+        metavar="FILE",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, _PARAMETERS)
         object.__setattr__(self, "t_for", parse_rules(self.t_for))
+        if self.names_from is not None:
+            object.__setattr__(self, "names_from", read_names(self.names_from))
         if self.vocab is not None:
             check_choice("vocab", self.vocab, VOCABULARIES)
         if (multiple := self.pad_vocab_to_multiple_of) is not None:
@@ -99,6 +108,7 @@ def pair(
         options=Options(**{name: value for name, value in options.items() if name not in own_names}),
         tokenizer=None if own.vocab is None else Tokenizer(VOCABULARIES[own.vocab], {}, own.pad_vocab_to_multiple_of),
         words=as_json(own),
+        names_of={1: json.loads(own.names_from)} if own.names_from is not None else {},
         is_strict=True,
         rows_option="--vocab base, ft or union",
     )

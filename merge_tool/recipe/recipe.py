@@ -118,6 +118,7 @@ class Recipe:
     where: str = "the recipe"
     words: Mapping[str, Any] = field(default_factory=dict)
     is_strict: bool = False
+    names_of: Mapping[int, Mapping[str, str]] = field(default_factory=dict)  # by model: its names -> the first's
     rows_option: str = "tokenizer_source: union (or base, or a model)"
     warnings: tuple[str, ...] = ()
 
