@@ -276,3 +276,16 @@ def test_a_file_that_changes_between_plan_and_read_is_noticed(tmp_path: Path) ->
     (tmp_path / "y.safetensors").replace(path)
     with pytest.raises(CheckpointError, match="the file changed while it was being merged"):
         checkpoint.read("a", 0, 4, np.empty(4, np.float32))
+
+
+@pytest.mark.parametrize("variants", [["fp16"], ["fp16", "non_ema"]])
+def test_of_variants_the_plain_file_is_the_model(tmp_path: Path, variants: list[str]) -> None:
+    """As diffusers loads a folder; a file that is no variant of it makes the folder unclear."""
+    for number, name in enumerate(["", *(f".{variant}" for variant in variants)]):
+        save_file({"w": np.full(3, float(number))}, tmp_path / f"diffusion_pytorch_model{name}.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert (checkpoint.read_new("w", 0, 3) == 0).all()
+        assert checkpoint.weight_files >= {"diffusion_pytorch_model.safetensors"}
+    save_file({"w": np.zeros(3)}, tmp_path / "another.safetensors")
+    with pytest.raises(CheckpointError, match="neither model.safetensors nor one index"):
+        open_checkpoint(tmp_path)

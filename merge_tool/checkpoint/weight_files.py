@@ -91,6 +91,8 @@ def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[list[
         return [], f"{usual}.index.json"
     if len(indexes) == 1:
         return [], indexes[0]
+    if not indexes and (plain := _without_variant(singles, suffix)):
+        return [plain], None
     if not indexes and (shards := _all_shards(name, singles)):
         return shards, None
     if len(singles) == 1 and not indexes:
@@ -100,6 +102,14 @@ def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[list[
         f"{name}: has {len(singles)} {kind} but neither {usual} nor one index "
         f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
     )
+
+
+def _without_variant(files: Sequence[str], suffix: str) -> str | None:
+    """The file whose name all the others have with a variant in it (x.safetensors beside x.fp16.safetensors): the one
+    that diffusers loads unless it is asked for a variant."""
+    plain = min(files, key=len, default="")
+    variant = re.compile(re.escape(plain.removesuffix(suffix)) + r"\.[A-Za-z0-9_-]+" + re.escape(suffix))
+    return plain if len(files) > 1 and all(file == plain or variant.fullmatch(file) for file in files) else None
 
 
 def _all_shards(name: str, files: Sequence[str]) -> list[str]:

@@ -55,7 +55,7 @@ def describe(plan: MergePlan, job: TensorJob, finding: Finding, output: int) -> 
     change = math.sqrt(sums.dd / sums.xx) if sums.xx else None
     weights = None
     if not finding.equal and plan.method.weights is not None:
-        weights = plan.method.weights(sums, job.given(plan.seed, output))
+        weights = plan.method.weights(sums, job.spec(plan.seed, output))
     return TensorReport(
         angle_degrees=degrees,
         norms=(n0, n1),

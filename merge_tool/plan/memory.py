@@ -154,7 +154,7 @@ def _state_bytes(plan: MergePlan) -> int:
         largest = max(largest, _scales_bytes(plan, job))
         if plan.has_steps(job):
             outputs = range(len(plan.labels)) if len(set(job.values)) > 1 else (0,)
-            state = max(state, sum(plan.method.state_bytes(job.given(0, output)) for output in outputs))
+            state = max(state, sum(plan.method.state_bytes(job.spec(0, output)) for output in outputs))
     return max(state, largest)
 
 

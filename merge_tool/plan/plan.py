@@ -77,7 +77,7 @@ class TensorJob:
     def input_nbytes(self) -> int:
         return sum(source.info.nbytes for source in self.sources)
 
-    def given(self, seed: int, output: int = 0) -> MergeSpec:
+    def spec(self, seed: int, output: int = 0) -> MergeSpec:
         """What the method gets of this tensor in an output."""
         values = self.values[output]
         return MergeSpec(
@@ -157,7 +157,7 @@ class MergePlan:
         """How many elements of this tensor form a tile."""
         if not self.has_steps(job):
             return TILE
-        spec = job.given(self.seed)
+        spec = job.spec(self.seed)
         return tile_elements(spec, self.method.granularity(spec))
 
     def jobs(self) -> Iterator[TensorJob]:

@@ -183,11 +183,11 @@ class _Jobs:
                 continue
             self._checked.add(key)
             try:
-                check_spec(self.method, spec := job.given(0, output))
+                check_spec(self.method, spec := job.spec(0, output))
             except ValueError as e:
                 where = self._where(str(e))
                 raise RecipeError(f"{where}: {e} (The first such tensor: {shown(job.out.name)}.)") from e
-            if self.method.granularity(spec) != self.method.granularity(job.given(0)):
+            if self.method.granularity(spec) != self.method.granularity(job.spec(0)):
                 raise RecipeError(
                     f"{shown(job.out.name)}: is merged by rows in one output and as a whole in another, which is not "
                     "one pass. Make them one after the other."

@@ -29,7 +29,7 @@ class Stepped:
         self.job = job
         distinct = list(dict.fromkeys(job.values))
         self.of_output = [distinct.index(values) for values in job.values]
-        specs = [job.given(plan.seed, job.values.index(values)) for values in distinct]
+        specs = [job.spec(plan.seed, job.values.index(values)) for values in distinct]
         self.granularity = plan.method.granularity(specs[0])
         self.tile = tile_elements(specs[0], self.granularity)
         num_tiles = -(-specs[0].numel // self.tile) or 1

@@ -26,7 +26,7 @@ class Weighted:
 
     def __init__(self, plan: MergePlan, job: TensorJob) -> None:
         self.job, self.method = job, plan.method
-        self.specs = [job.given(plan.seed, output) for output in range(len(job.values))]
+        self.specs = [job.spec(plan.seed, output) for output in range(len(job.values))]
         self.keeps_equal = [self.method.copies_equal(spec) for spec in self.specs]
         self.parts = np.zeros((-(-job.numel // TILE), 3))
         self.differs = threading.Event()  # set by any thread, and never taken back
