@@ -287,5 +287,5 @@ def test_of_variants_the_plain_file_is_the_model(tmp_path: Path, variants: list[
         assert (checkpoint.read_new("w", 0, 3) == 0).all()
         assert checkpoint.weight_files >= {"diffusion_pytorch_model.safetensors"}
     save_file({"w": np.zeros(3)}, tmp_path / "another.safetensors")
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor one index"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor one index"):
         open_checkpoint(tmp_path)
