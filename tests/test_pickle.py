@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -391,3 +392,15 @@ def test_a_merge_of_pickles_stays_in_its_budget_and_loads_no_torch(tmp_path: Pat
         theta = torch.acos(torch.dot(a, b) / a.norm() / b.norm())
         expected = torch.sin(theta / 2) / torch.sin(theta) * (a + b)
         assert np.allclose(merged[f"x{k}"].ravel(), expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".jit"])
+def test_a_torchscript_archive_says_how_to_save_its_weights(tmp_path: Path, suffix: str) -> None:
+    """And what it says works: the weights are read then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(torch.nn.Linear(3, 2)).save(tmp_path / f"m{suffix}")
+        with pytest.raises(CheckpointError, match="is a TorchScript archive, which holds code as well"):
+            open_checkpoint(tmp_path / f"m{suffix}")
+        torch.save(torch.jit.load(tmp_path / f"m{suffix}").state_dict(), tmp_path / "weights.pt")
+    assert open_checkpoint(tmp_path / "weights.pt").tensors.keys() == {"weight", "bias"}

@@ -16,7 +16,7 @@ from typing import Any
 from merge_tool.checkpoint.lookalikes import known_start
 from merge_tool.errors import CheckpointError, reason, shown
 
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".jit"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     {".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel"}
     | {".nemo", ".distcp"}

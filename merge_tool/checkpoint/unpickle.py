@@ -305,6 +305,12 @@ def _check_records(archive: zipfile.ZipFile) -> None:
     infos = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
     if "data.pkl" not in infos:
         raise _Refused(f"is a zip file, but not one of torch's: it holds {listed(sorted(infos))}.")
+    if "constants.pkl" in infos:
+        raise _Refused(
+            "is a TorchScript archive, which holds code as well. Save its weights alone: "
+            'torch.save(torch.jit.load(FILE).state_dict(), "weights.pt"). torch.jit.load runs that code: do it with files that you trust. If the names '
+            "differ from the other model's, give --names-from."
+        )
     if infos["data.pkl"].file_size > _LARGEST_PICKLE:
         raise _Refused(f"its pickle has {infos['data.pkl'].file_size:,} bytes, at most {_LARGEST_PICKLE:,} are read.")
     if packed := [name for name, info in infos.items() if info.compress_type != zipfile.ZIP_STORED]:
