@@ -22,6 +22,7 @@ from merge_tool.models.lora import parts
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
+from merge_tool.output.marks import check_apart_by_mark
 from merge_tool.output.older import check_conflicts
 from merge_tool.output.report import Summary, alarms, damaged, load_tensors, report_lines, summarise, sums_text
 from merge_tool.output.work_folder import WorkFolder
@@ -209,6 +210,7 @@ def merge_recipe(
             flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
             check_resumed=check_resumed,
             inputs=prepared.inputs,
+            names=final_names(prepared),
         ) as work:
             if _begin(prepared, work, overwrite=overwrite):
                 return _already_complete(prepared, report, started)
@@ -217,7 +219,7 @@ def merge_recipe(
             summary = summarise(prepared.plan, findings)
             _write_side_files(prepared, work, findings, summary)
             if report is not None:
-                _write_report(report, report_lines(prepared.plan, findings, 0, prepared.samples))
+                _write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
             strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     except OSError as e:  # one of the many reads of OUT that have no message of their own
         raise output_failed(Path(e.filename) if isinstance(e.filename, str) else target.path, e) from e
@@ -333,9 +335,10 @@ def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, 
         work.add(label, SUMS, [sums_text(sums)])
 
 
-def _write_report(path: Path, lines: Iterable[str]) -> None:
-    """Write the report for which the user gave a path; the file appears whole."""
+def _write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
+    """Write the report for which the user gave a path; the file appears whole, and never in an input."""
     try:
+        check_apart_by_mark(path.parent, prepared.inputs, above=False)
         write_whole(path, (line.encode() for line in lines))
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
@@ -346,7 +349,7 @@ def _already_complete(prepared: Prepared, report: Path | None, started: float) -
     stored = prepared.target.path / prepared.plan.labels[0] / REPORT
     summary = summarise(prepared.plan, _stored_findings(prepared, stored))
     if report is not None:
-        _write_report(report, [stored.read_text(encoding="utf-8")])
+        _write_report(prepared, report, [stored.read_text(encoding="utf-8")])
     return _report(prepared, summary, started, already_complete=True)
 
 

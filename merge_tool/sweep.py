@@ -22,7 +22,9 @@ from typing import Any
 from merge_tool.api import merge, plan_recipe
 from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
 from merge_tool.files import write_whole
+from merge_tool.models.lora import parts
 from merge_tool.output.lock import FolderLock
+from merge_tool.output.marks import check_apart_by_mark
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, check_target
 from merge_tool.recipe.pair import check_ts, pair
@@ -148,11 +150,12 @@ def _name(t: float) -> str:
 
 
 def _merge(
-    base: str | Path, ft: str | Path, folder: Path, ts: Sequence[float], journal: _Journal, options: dict[str, Any]
+    base: Path, ft: Path, folder: Path, ts: Sequence[float], journal: _Journal, options: dict[str, Any]
 ) -> list[Path]:
     """The folders of the merges, made in one pass over the inputs; a merge that an earlier run began is continued."""
     models = folder / MODELS
     if not journal.begin(ts) and models.exists():
+        check_apart_by_mark(models, [*parts(base), *parts(ft)])
         shutil.rmtree(models)
     folders = [models / _name(t) for t in ts]
     merge(base, ft, folders[0] if len(ts) == 1 else models, tuple(ts), **options)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from merge_tool.errors import OutputError, listed, reason, shown
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
+from merge_tool.output.marks import check_folders
 from merge_tool.output.older import check_conflicts, older_labels, read_sums
 from merge_tool.output.report import head_differences, read_head, read_identity, report_head
-from merge_tool.output.work_folder import check_folders
+from merge_tool.plan.overlap import find_look_alike
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder
 
@@ -54,15 +55,10 @@ def is_complete(prepared: Prepared) -> bool:
 
 
 def _way_on(prepared: Prepared, way: str) -> str:
-    """`way`, unless OUT seems to hold a file of an input, which must not be replaced: some drivers show one folder as
-    two."""
-    target = prepared.target
-    sources = (source for job in prepared.plan.jobs() for source in job.sources)
-    for file in {id(file): file for source in sources for file in source.files}.values():
-        there = target.path if target.is_file else target.path / PurePath(file.name).name
-        if there.is_file() and (there.stat().st_size, there.stat().st_mtime_ns) == (file.size, file.mtime_ns):
-            return f"It may be an input under another name: it has {shown(file.name)}. Choose another one."
-    return way
+    """`way`, unless OUT seems to hold a file of an input, which must not be replaced."""
+    if (found := find_look_alike(prepared.target.path, prepared.inputs)) is None:
+        return way
+    return f"It may be an input under another name: it has {shown(found.name)}. Choose another one."
 
 
 def _is_output(prepared: Prepared, folder: Path, output: int) -> bool:

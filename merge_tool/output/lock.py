@@ -48,7 +48,7 @@ class FolderLock:
 
     def mark(self) -> bytes:
         """Write unique bytes into the lock file and return them: a path that shows them is this file."""
-        mark = secrets.token_hex(16).encode()
+        mark = new_mark()
         try:
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
@@ -79,6 +79,11 @@ class FolderLock:
         self.path.unlink(missing_ok=True)
         self.release()
         folder.rmdir()
+
+
+def new_mark() -> bytes:
+    """Bytes that no file has yet."""
+    return secrets.token_hex(16).encode()
 
 
 def lock_file(fd: int) -> socket.socket | None:

@@ -20,43 +20,27 @@ from typing import Any
 
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.errors import OutputError, listed, output_failed, reason, shown
+from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.files import part_path, rename_synced, sync_folder
 from merge_tool.output.journal import Journal
 from merge_tool.output.lock import FolderLock
+from merge_tool.output.marks import MARK, check_marks
 from merge_tool.output.older import is_model_file, older_labels, outdated, strangers
-from merge_tool.plan.overlap import find_shared, find_showing
 from merge_tool.plan.plan import MergePlan, ShardPlan, differences
-from merge_tool.plan.target import Target, shared_with
+from merge_tool.plan.target import Target
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
 
-_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
+_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files", MARK})
 _LIBRARY_BYTES = 2_000  # bytes that the safetensors library holds for each tensor of an open file, at most
 
 
 # ------------------------------------------------------------------------------------------ the work
 
 
-def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]) -> None:
-    """Raise OutputError where a folder in OUT, by a link or a mount, is an input's, and the merge would write into it
-    or remove files from it. `labels` are the outputs, `names` their files."""
-    path, new = target.path, list(names)
-    try:
-        folders = {path: None}
-        for label in () if target.is_file else dict.fromkeys((*labels, *older_labels(path))):
-            folder = path / label
-            changed = (*new, *outdated(folder))
-            folders |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
-        shared = find_shared(folders, inputs)
-    except (OSError, RuntimeError, ValueError) as e:
-        raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
-    if shared is not None:
-        raise shared_with(*shared)
-
-
 class WorkFolder:
-    """The work folder of one merge, locked by this process from creation to `close`; it must not show up in `inputs`.
+    """The work folder of one merge, locked by this process from creation to `close`. It must not show up in `inputs`,
+    and the folders that the outputs' files, `names`, go into must be able to take them.
 
     The sink of `run_plan`: keeps the finished shards and the findings. `done_shards` are the shards that an earlier run
     finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
@@ -71,6 +55,7 @@ class WorkFolder:
         flush_bytes: int | None = None,
         check_resumed: bool = False,
         inputs: Iterable[Path] = (),
+        names: Iterable[str] = (),
     ) -> None:
         self.check_resumed = check_resumed
         self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
@@ -83,22 +68,21 @@ class WorkFolder:
         self._made = _make_folders(self.path)
         try:
             self._lock = FolderLock(self.path)
-            self._check_inputs(inputs)
+            self._check_inputs(inputs, names)
         except BaseException:
             _remove_folders(self._made)
             raise
 
-    def _check_inputs(self, inputs: Iterable[Path]) -> None:
-        """Raise OutputError if the lock that was just made shows up in an input: OUT is that input by another name."""
+    def _check_inputs(self, inputs: Iterable[Path], names: Iterable[str]) -> None:
+        """Raise OutputError if what was just made here shows up in an input: OUT is that input by another name."""
         try:
-            mark = self._lock.mark()
-            shared = find_showing(self.path, FolderLock.NAME, mark, inputs, is_file=self.target.is_file)
-            if shared is not None:
-                raise shared_with(self.target.path, shared)
+            check_marks(self._lock, self.target, self.plan.labels, names, inputs)
         except BaseException:
-            if self.path in self._made:
-                self._lock.remove_with(self.path)
-            self._lock.release()
+            try:
+                if self.path in self._made:
+                    self._lock.remove_with(self.path)
+            finally:
+                self._lock.release()
             raise
 
     def __enter__(self) -> WorkFolder:

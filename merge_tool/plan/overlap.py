@@ -49,23 +49,46 @@ def find_shared(paths: Iterable[Path], inputs: Iterable[Path]) -> tuple[Path, Pa
     return None
 
 
-def find_showing(work: Path, name: str, mark: bytes, inputs: Iterable[Path], *, is_file: bool) -> Path | None:
-    """The input in which the file `name` with the content `mark` appears, which was just made in an output's work
-    folder.
+def find_showing(mark: Path, content: bytes, inputs: Iterable[Path], *, above: bool = True) -> Path | None:
+    """The input in which the file `mark` with that content shows up. The file was just made two levels below an output
+    (`OUT/.slerp-merge/lock`) or one level (`OUT/t-0.3/.mark`): `mark.name` and perhaps its folder's name are ours.
 
-    The output (one file if `is_file`, else a folder) is then the input, or one of them is inside the other.
+    The output is then that input, or inside it, or, unless `above` is false, around it.
     """
-    real = work.resolve()
+    real = mark.parent.resolve() / mark.name
     for source in inputs:
-        input_path = source.resolve()
-        folders = [input_path / real.relative_to(parent) for parent in real.parents]
-        if is_file:
-            folders.append(input_path.with_name(f"{input_path.name}{real.suffix}"))
-        else:
-            folders += [parent / real.name for parent in input_path.parents]
-        if any(_holds(folder / name, mark) for folder in folders):
+        source_path = source.resolve()
+        places = [source_path / real.relative_to(parent) for parent in real.parents]
+        folders = [source_path, *_folders_in(source_path)] if source_path.is_dir() else []
+        folders += source_path.parents if above else ()
+        places += [folder / ending for folder in folders for ending in (real.name, f"{real.parent.name}/{real.name}")]
+        suffix = real.parent.suffix
+        places.append(source_path.with_name(f"{source_path.name}{suffix}") / real.name)  # beside a file: its work
+        if any(_holds(place, content) for place in places):
             return source
     return None
+
+
+def find_look_alike(out: Path, inputs: Iterable[Path]) -> Path | None:
+    """A file of an input, or an input, that OUT seems to hold: of the same name, size and time. Some drivers show one
+    folder as two."""
+    here = [out] if out.is_file() else [path for path in out.iterdir() if path.is_file()]
+    ours = {_look(path) for path in here}
+    for source in inputs:
+        path = source.resolve()
+        files = [path] if path.is_file() else [f for folder in (path, *_folders_in(path)) for f in folder.iterdir()]
+        if found := next((file for file in files if file.is_file() and _look(file) in ours), None):
+            return found
+        first = next((file for file in sorted(files) if file.is_file()), path)
+        for parent in path.parents if out.is_dir() else ():
+            if (there := out / first.relative_to(parent)).is_file() and _look(there) == _look(first):
+                return path
+    return None
+
+
+def _look(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return path.name.casefold(), status.st_size, status.st_mtime_ns
 
 
 def _folders_in(root: Path) -> Iterator[Path]:
