@@ -302,8 +302,14 @@ def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
         watch.on_start(progress_bytes(plan, skip))
     if len(skip) == len(plan.shards):
         return
+
+    def on_progress(nbytes: int, tensor: str) -> None:
+        work.beat()
+        if watch.on_progress is not None:
+            watch.on_progress(nbytes, tensor)
+
     try:
-        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=watch.on_progress):
+        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=on_progress):
             pass
     except DataError:
         work.discard()

@@ -7,10 +7,25 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from merge_tool.errors import OutputError, shown
+
+_PART_OF_RUN = re.compile(r"\.[0-9a-f]{16}\.part$")
+
+
+def leads_out(name: str, *, is_windows: bool = os.name == "nt") -> bool:
+    """Whether a relative name that a file gives leads out of the folder, as a path of this system or of Windows.
+
+    >>> leads_out("sub/x.json"), leads_out("../x"), leads_out("..\\\\x"), leads_out("C:\\\\x"), leads_out("/x")
+    (False, True, True, True, True)
+    """
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    has_drive = bool(windows.drive) and (is_windows or "\\" in name)  # elsewhere `a:b` is a name like any other
+    rooted = posix.is_absolute() or bool(windows.root) or has_drive
+    return rooted or ".." in {*posix.parts, *windows.parts} or "\0" in name or not posix.parts
 
 
 def write_whole(path: Path, pieces: Iterable[bytes], part: Path | None = None) -> None:
@@ -26,8 +41,13 @@ def write_whole(path: Path, pieces: Iterable[bytes], part: Path | None = None) -
     part.replace(path)
 
 
-def part_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
+def part_path(path: Path, run: str = "") -> Path:
+    """The unfinished file; of a `run`, if several may write the same one."""
+    return path.with_name(f"{path.name}.{run}.part" if run else f"{path.name}.part")
+
+
+def is_part_of_run(name: str) -> bool:
+    return _PART_OF_RUN.search(name) is not None
 
 
 def rename_synced(source: Path, target: Path) -> None:

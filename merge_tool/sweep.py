@@ -25,6 +25,7 @@ from merge_tool.files import write_whole
 from merge_tool.models.lora import parts
 from merge_tool.output.lock import FolderLock
 from merge_tool.output.marks import check_apart_by_mark
+from merge_tool.output.older import strangers
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, check_target
 from merge_tool.recipe.pair import check_ts, pair
@@ -326,7 +327,7 @@ class _Journal:
             lines = [] if overwrite else list(_read_lines(self._path))
             if lines:
                 _check_same(self._path, lines[0], facts)
-            elif not overwrite and (others := sorted(p.name for p in folder.iterdir() if p.name != hidden.name)):
+            elif not overwrite and (others := strangers(folder, [HIDDEN], ())):
                 raise OutputError(
                     f"{shown(folder)}: is not empty ({shown(others[0])}) and holds no sweep. Choose another folder."
                 )

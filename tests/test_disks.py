@@ -5,8 +5,13 @@ The disks are `fuse_disk.disk`: a driver of our own, with one oddity or several.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import shutil
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,18 @@ import pytest
 
 from checkpoints import contents, language_model, save_file, save_model
 from fuse_disk import disk
-from merge_tool import MergeToolError, OutputError, merge
+from merge_tool import CheckpointError, MergeToolError, OutputError, merge
+from merge_tool.checkpoint.writer import ShardWriter
+from merge_tool.files import leads_out
+from merge_tool.models.side_files import folded
+from merge_tool.models.side_names import check_names
+from merge_tool.output import lock, owner
+from merge_tool.output.journal import Journal
 from merge_tool.output.marks import MARK
+from merge_tool.output.older import read_sums
+from merge_tool.output.work_folder import WorkFolder
 from merge_tool.sweep import sweep
+from merge_tool.verify.verify import verify
 from test_overlap import REFUSED, mount
 
 __all__ = ["mount"]  # a fixture
@@ -111,3 +125,291 @@ def test_a_mark_that_a_kill_left_is_no_trouble(tmp_path: Path, pair: tuple[Path,
     merge(*pair, tmp_path / "out", [0.3, 0.6], overwrite=True)
     merge(*pair, tmp_path / "whole", [0.3, 0.6])
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# -------------------------------------------------------------------------------------- names of files
+
+
+def test_files_that_differ_by_case_alone_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    """Nor by the normalisation of their letters. A card is the card in any spelling; of the rest one is renamed, which
+    is said. So it is on every disk, with the same bytes."""
+    names = [
+        "readme.md",
+        "Vocab.txt",
+        "vocab.txt",
+        "Merge_Report.json",
+        "caf\u00e9.txt",
+        "cafe\u0301.txt",
+        "Sub",
+        "sub/x",
+    ]
+    side_files = {name: name for name in names}
+    base = save_model(tmp_path / "base", language_model(0), side_files=side_files)
+    ft = save_model(tmp_path / "ft", language_model(1))
+    told: list[str] = []
+    merge(base, ft, tmp_path / "out", on_warning=told.append)
+    found = contents(tmp_path / "out")
+    assert found["README.base.md"] == b"readme.md"
+    assert found["vocab.txt"] == b"vocab.txt"
+    assert found["Vocab.2.txt"] == b"Vocab.txt"
+    assert found["Sub.2"] == b"Sub"
+    assert {b"caf\xc3\xa9.txt", b"cafe\xcc\x81.txt"} <= set(found.values())
+    assert "Merge_Report.json" not in found
+    assert len({folded(name) for name in found}) == len(found)
+    assert any(
+        "Vocab.txt is copied as Vocab.2.txt: on disks that ignore case it would overwrite vocab.txt" in t for t in told
+    )
+    assert any("Not copied: Merge_Report.json" in line for line in told)
+    assert not verify(tmp_path / "out")[0].problems
+    with disk(tmp_path / "real", tmp_path / "disk", "ignores-case") as place:
+        merge(base, ft, place / "out")
+        assert contents(place / "out") == found
+        assert not verify(place / "out")[0].problems
+
+
+def test_a_card_in_small_letters_gives_the_output_its_licence(tmp_path: Path) -> None:
+    card = "---\nlicense: mit\n---\n# Mine\n"
+    base = save_model(tmp_path / "base", language_model(0), side_files={"Readme.md": card})
+    merge(base, save_model(tmp_path / "ft", language_model(1)), tmp_path / "out")
+    assert "license: mit" in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/README.base.md").read_text() == card
+
+
+def test_names_that_a_disk_cannot_hold_are_found_before_the_work(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", language_model(0), side_files={"what?.txt": "x"})
+    ft = save_model(tmp_path / "ft", language_model(1))
+    merge(base, ft, tmp_path / "out")
+    with disk(tmp_path / "real", tmp_path / "disk", "no-signs") as place:
+        with pytest.raises(OutputError, match=r"what\?\.txt: the disk of .* can hold no file of this name"):
+            merge(base, ft, place / "out")
+        assert not list(place.iterdir())
+        merge(base, ft, place / "out", files_from="ft")
+
+
+@pytest.mark.parametrize("name", ["a:b", "what?.txt", "x/nul.json", "COM1", "end.", "end ", "a\\b", "tab\t"])
+def test_names_that_windows_cannot_hold_are_found_when_planning(name: str) -> None:
+    with pytest.raises(CheckpointError, match="Windows has no file names"):
+        check_names(["config.json", name], is_windows=True)
+    check_names([name], is_windows=False)
+    check_names(["config.json", "sub/console.py", "a b.txt", ".gitattributes"], is_windows=True)
+
+
+def test_what_systems_leave_in_folders_is_never_published(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Neither from an input nor from the work folder, where a file browser leaves them while a merge runs."""
+    merge(*pair, tmp_path / "whole", [0.3, 0.5], **SMALL)
+    names = ["._config.json", ".DS_Store", "desktop.ini", "Thumbs.db", "sub/._x"]
+    for name in names:
+        (pair[0] / name).write_text("junk")
+    add = WorkFolder.add
+
+    def with_junk(self: WorkFolder, label: str, name: str, chunks: Any) -> str:
+        for folder in (self.path, self.path / "files", self.folder(label), self.folder(label) / "sub"):
+            for junk in (".DS_Store", "._journal.jsonl", "Thumbs.db"):
+                if folder.exists():
+                    (folder / junk).write_text("junk")
+        return add(self, label, name, chunks)
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.DS_Store").write_text("junk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "add", with_junk)
+        merge(*pair, tmp_path / "out", [0.3, 0.5], **SMALL)
+    (tmp_path / "out/.DS_Store").unlink()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    (tmp_path / "out/.DS_Store").write_text("junk")
+    assert merge(*pair, tmp_path / "out", [0.3, 0.5], **SMALL).already_complete
+    (tmp_path / "again/.slerp-merge").mkdir(parents=True)
+    (tmp_path / "again/.slerp-merge/._lock").write_text("junk")
+    told: list[str] = []
+    merge(*pair, tmp_path / "again", [0.3, 0.5], on_warning=told.append, **SMALL)
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    assert not any("DS_Store" in line or "Thumbs" in line for line in told)
+
+
+@pytest.mark.parametrize("name", [r"..\x", r"C:\x", r"\x", "C:/x", "../x", "/x", r"a\..\..\x", "", "a\0"])
+def test_no_name_in_a_file_leads_out_of_its_folder_on_any_system(name: str) -> None:
+    assert leads_out(name, is_windows=True)
+    assert leads_out(name) or name == "C:/x"
+    assert not any(
+        leads_out(good, is_windows=True) for good in ("a.json", "sub/a.json", "a..b", "..a/b", r"sub\a.json")
+    )
+
+
+def test_a_strangers_folder_names_nothing_outside_it(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """In SHA256SUMS, behind a link, in an index, in a journal: with --overwrite nothing there is touched."""
+    merge(*pair, tmp_path / "whole", **SMALL)
+    for name in ("victim.txt", "far/victim.txt", r"..\victim.txt", r"C:\victim.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    (out / "link").symlink_to(tmp_path / "far")
+    names = ["../victim.txt", r"..\\victim.txt", r"C:\\victim.txt", "link/victim.txt", str(tmp_path / "victim.txt")]
+    with (out / "SHA256SUMS").open("a") as sums:
+        sums.writelines(f"\\{'0' * 64}  {name}\n" for name in names)
+    assert not {name for name in read_sums(out) if "victim" in name} - {"link/victim.txt"}
+    merge(*pair, out, 0.7, overwrite=True)
+    index = pair[1] / "model.safetensors.index.json"
+    for outside in (r"..\model-00001-of-00003.safetensors", r"C:\x.safetensors"):
+        whole = index.read_text()
+        index.write_text(whole.replace("model-00001-of-00003.safetensors", outside.replace("\\", "\\\\")))
+        with pytest.raises(CheckpointError, match="is not a path inside the folder"):
+            merge(*pair, tmp_path / "new")
+        index.write_text(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "_move", lambda *words: (_ for _ in ()).throw(OutputError("stopped")))
+        with pytest.raises(OutputError, match="stopped"):
+            merge(*pair, tmp_path / "half", **SMALL)
+    journal = Journal(tmp_path / "half/.slerp-merge/journal.jsonl")
+    records = list(journal.records())
+    for name in ("../victim.txt", r"..\victim.txt", r"C:\victim.txt", str(tmp_path / "victim.txt")):
+        journal.path.unlink()
+        bad = [{**r, "remove": {"": [name]}} if r["record"] == "publish" else r for r in records]
+        journal.append(bad)
+        with pytest.raises(OutputError, match="which is not a path inside OUT"):
+            merge(*pair, tmp_path / "half", **SMALL)
+    assert sorted(p.name for p in tmp_path.rglob("*victim.txt")) == sorted(
+        ["victim.txt", "victim.txt", r"..\victim.txt", r"C:\victim.txt"]
+    )
+
+
+# ------------------------------------------------------------------------ two runs that no lock separates
+
+
+def no_lock(fd: int) -> None:
+    """Two machines on a mount with local locks."""
+
+
+def record(**changes: Any) -> bytes:
+    """What a run of another machine leaves."""
+    other = {"run": "0" * 16, "machine": "far-away 1", "process": 1, "started": "1", "beats": 0}
+    return json.dumps({**other, **changes}).encode()
+
+
+def interrupted(tmp_path: Path, pair: tuple[Path, Path]) -> Path:
+    """Work with some shards done."""
+    with pytest.MonkeyPatch.context() as patch:
+        publish, left = ShardWriter.publish, [2]
+
+        def stop(self: ShardWriter) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OutputError("stopped")
+            publish(self)
+
+        patch.setattr(ShardWriter, "publish", stop)
+        with pytest.raises(OutputError, match="stopped"):
+            merge(*pair, tmp_path / "out", jobs=1, **SMALL)
+    return tmp_path / "out/.slerp-merge"
+
+
+def test_a_run_that_another_machines_lock_does_not_hold_up_is_refused(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the other's record changes, or its process lives on this machine."""
+    monkeypatch.setattr(lock, "lock_file", no_lock)
+    monkeypatch.setattr(owner, "_PATIENCE_SECONDS", 5)
+    work = tmp_path / "out/.slerp-merge"
+    work.mkdir(parents=True)
+    (work / "owner").write_bytes(record())
+    timer = threading.Timer(0.5, lambda: (work / "owner").write_bytes(record(beats=1)))
+    timer.start()
+    with pytest.raises(OutputError, match=r"another merge is writing here .process 1 on far-away."):
+        merge(*pair, tmp_path / "out")
+    timer.join()
+    assert (work / "owner").read_bytes() == record(beats=1)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        here = record(machine=owner.machine(), process=process.pid, started=owner._started(process.pid))
+        (work / "owner").write_bytes(here)
+        with pytest.raises(OutputError, match=f"another merge is writing here .process {process.pid} on"):
+            merge(*pair, tmp_path / "out")
+        process.kill()
+    merge(*pair, tmp_path / "out")
+    assert not work.exists()
+
+
+def test_work_whose_run_may_not_have_ended_is_hashed_before_it_is_published(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that the other run finished, and one that it did not rename yet."""
+    monkeypatch.setattr(owner, "_PATIENCE_SECONDS", 0.1)
+    merge(*pair, tmp_path / "whole", **SMALL)
+    work = interrupted(tmp_path, pair)
+    done, part = next((work / "files").glob("*.safetensors")), next((work / "files").glob("*.part"))
+    for path in (done, part):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    (work / "owner").write_bytes(record())
+    merge(*pair, tmp_path / "out", **SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_part_is_renamed_only_if_its_own_run_had_finished_it(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Parts of other runs, of the right size, are never published."""
+    merge(*pair, tmp_path / "whole", **SMALL)
+    work = interrupted(tmp_path, pair)
+    (part,) = (work / "files").glob("*.part")
+    whole = part.read_bytes()
+    other = part.with_name(f"{part.name.removesuffix('.part').rpartition('.')[0]}.{'0' * 16}.part")
+    other.write_bytes(bytes(len(whole)))
+    part.write_bytes(bytes(len(whole)))
+    merge(*pair, tmp_path / "out", **SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_runs_at_once_without_a_lock_make_one_whole_output(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far the first is when the second comes: it takes the folder, and the first ends with a plain message."""
+    merge(*pair, tmp_path / "whole", **SMALL)
+    monkeypatch.setattr(lock, "lock_file", no_lock)
+    monkeypatch.setattr(owner, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(owner, "has_ended", lambda content: None if content else True)
+    moments = ((ShardWriter, "sync"), (ShardWriter, "publish"), (WorkFolder, "add"), (WorkFolder, "publish"),
+               (WorkFolder, "findings"), (WorkFolder, "_move"))  # fmt: skip
+    for kind, name in moments:
+        real, begun = getattr(kind, name), list[bool]()
+
+        def come_between(*words: Any, real: Any = real, begun: list[bool] = begun, **more: Any) -> Any:
+            if not begun:
+                begun.append(True)
+                with contextlib.suppress(OutputError):
+                    merge(*pair, tmp_path / "out", **SMALL)
+            return real(*words, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, name, come_between)
+            try:
+                merge(*pair, tmp_path / "out", **SMALL)
+            except MergeToolError as e:
+                assert str(e).startswith(str(tmp_path / "out")), str(e)  # noqa: PT017
+        merge(*pair, tmp_path / "out", **SMALL)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole"), name
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_the_record_of_a_run_changes_while_it_works_and_goes_with_it(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "_BEAT_SECONDS", 0.0)
+    seen = set()
+    path = tmp_path / "out/.slerp-merge/owner"
+    merge(*pair, tmp_path / "out", on_progress=lambda *_: seen.add(path.read_bytes()), **SMALL)
+    assert len(seen) > 3
+    assert not path.exists()
+
+
+def test_a_share_without_locks_is_used_on_every_system(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS has no names in the kernel to lock instead: the record alone keeps two runs apart."""
+    import fcntl
+
+    def refuse(*words: Any) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(lock.sys, "platform", "darwin")
+    merge(*pair, tmp_path / "out")

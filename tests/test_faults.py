@@ -517,7 +517,7 @@ SLOW_DISK = """
 import os, sys, time
 real = os.fsync
 def slow(fd):
-    if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors.part"):
+    if os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
         print("syncing", flush=True)
         time.sleep(60)
     real(fd)

@@ -573,7 +573,7 @@ def test_a_syscall_trace_shows_writes_then_sync_then_rename_then_sync_of_the_fol
 
     published = []
     for shard in shards:
-        part = f".slerp-merge/files/{shard}.part"
+        part = next(event[1] for event in events if re.fullmatch(rf".*/{shard}\.\w+\.part", event[1]))
         renamed, final = places("rename", part)[0], places("rename", shard, 2)[0]
         synced = places("sync", part)[-1]
         folder = min(n for n in places("sync", ".slerp-merge/files") if n > renamed)

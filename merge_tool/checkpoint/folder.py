@@ -16,6 +16,7 @@ from typing import Any
 
 from merge_tool.checkpoint.lookalikes import known_start
 from merge_tool.errors import CheckpointError, listed, reason, shown
+from merge_tool.files import leads_out
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
@@ -40,8 +41,9 @@ class Folder:
     def path(self, relative: str) -> Path:
         """The real path of an existing file of this folder; raises CheckpointError if it leads elsewhere."""
         where = f"{self.name}/{shown(relative)}"
-        parts = PurePosixPath(relative.replace("\\", "/") if os.name == "nt" else relative)
-        if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in relative:
+        posix = PurePosixPath(relative)  # on POSIX a name that was listed may have any other sign
+        outside = posix.is_absolute() or ".." in posix.parts or "\0" in relative or not posix.parts
+        if outside or (os.name == "nt" and leads_out(relative)):
             raise CheckpointError(f"{where}: is not a path inside the folder.")
         try:
             target = (self.root / relative).resolve(strict=True)
@@ -218,6 +220,8 @@ def weight_map_files(index: Any) -> list[str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise ValueError("it has no weight_map from tensor names to file names")
+    if outside := next((name for name in weight_map.values() if leads_out(name)), None):
+        raise ValueError(f"it names {shown(outside)}, which is not a path inside the folder")
     return sorted(set(weight_map.values()))
 
 

@@ -16,12 +16,12 @@ from merge_tool.files import part_path, rename_synced, write_failed
 
 
 class ShardWriter:
-    """Writes `path` through `path.part`. Several threads may call `write`; the caller orders the calls of
-    `hash_next`."""
+    """Writes `path` through `path.part`, with the `run` in that name. Several threads may call `write`; the caller
+    orders the calls of `hash_next`."""
 
-    def __init__(self, path: Path, header: bytes | bytearray, *, flush_bytes: int | None = None) -> None:
+    def __init__(self, path: Path, header: bytes | bytearray, *, run: str = "", flush_bytes: int | None = None) -> None:
         self.path = path
-        self.part = part_path(path)
+        self.part = part_path(path, run)
         self._flush_bytes = flush_bytes
         self._hash = hashlib.sha256()
         self._lock = threading.Lock()

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from merge_tool.errors import OutputError, listed, reason, shown
-from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
+from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.marks import check_folders
-from merge_tool.output.older import check_conflicts, older_labels, read_sums
+from merge_tool.output.older import check_conflicts, older_labels, read_sums, strangers
 from merge_tool.output.report import head_differences, read_head, read_identity, report_head
 from merge_tool.plan.overlap import find_look_alike
 from merge_tool.plan.prepare import Prepared
@@ -32,7 +32,7 @@ def is_complete(prepared: Prepared) -> bool:
                 way = _way_on(prepared, "Give --overwrite to replace it.")
                 raise OutputError(f"{shown(target.path)}: exists already. {way}")
             return False
-        if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
+        if not target.path.exists() or not strangers(target.path, (), ()):
             return False
         if not all(
             _is_output(prepared, target.path / label, number) for number, label in enumerate(prepared.plan.labels)

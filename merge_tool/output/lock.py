@@ -1,4 +1,7 @@
-"""One process at a time in a work folder. The system drops the lock with the process that holds it."""
+"""One process at a time in a work folder. The system drops the lock with the process that holds it.
+
+Where locks do not reach (see owner.py) a record does their work.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ import sys
 from pathlib import Path
 
 from merge_tool.errors import OutputError, output_failed, shown
+from merge_tool.output.owner import OWNER, Owner
 
+# What file systems without locks say
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY})
 _LOCKED_BYTE = 1 << 30  # byte to lock on Windows: behind the file's content
 
 
@@ -25,6 +31,7 @@ class FolderLock:
         self.path = folder / self.NAME
         self._fd = -1
         self._name: socket.socket | None = None  # holds the lock if the file system cannot
+        self._owner: Owner | None = None
         while self._fd < 0:
             try:
                 fd = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -45,6 +52,16 @@ class FolderLock:
             finally:
                 if self._fd != fd:
                     os.close(fd)
+        try:
+            self._owner = Owner(folder)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def owner(self) -> Owner:
+        assert self._owner is not None
+        return self._owner
 
     def mark(self) -> bytes:
         """Write unique bytes into the lock file and return them: a path that shows them is this file."""
@@ -58,22 +75,27 @@ class FolderLock:
         return mark
 
     def release(self) -> None:
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):  # closing drops the lock even if this fails
-                os.close(self._fd)
-            self._fd = -1
-        if self._name is not None:
-            self._name.close()
-            self._name = None
+        try:
+            if self._owner is not None:
+                self._owner.release()
+        finally:
+            if self._fd >= 0:
+                with contextlib.suppress(OSError):  # closing drops the lock even if this fails
+                    os.close(self._fd)
+                self._fd = -1
+            if self._name is not None:
+                self._name.close()
+                self._name = None
 
     def remove_with(self, folder: Path) -> None:
         """Remove the folder and all in it, the lock last."""
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry != self.path and entry.name != "journal.jsonl":
+            elif entry != self.path and entry.name not in ("journal.jsonl", OWNER):
                 entry.unlink()
         (folder / "journal.jsonl").unlink(missing_ok=True)
+        (folder / OWNER).unlink(missing_ok=True)
         if os.name == "nt":
             self.release()
         self.path.unlink(missing_ok=True)
@@ -88,8 +110,8 @@ def new_mark() -> bytes:
 
 def lock_file(fd: int) -> socket.socket | None:
     """Lock, or raise BlockingIOError. By flock; by record locks if the file system has no flock; by a name in the
-    kernel if it has neither (Linux only, and only against processes of this machine). The caller keeps the returned
-    socket."""
+    kernel if it has neither (Linux only, and only against processes of this machine; elsewhere only the record of the
+    owner is left). The caller keeps the returned socket."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -108,9 +130,10 @@ def lock_file(fd: int) -> socket.socket | None:
         except (BlockingIOError, PermissionError) as e:
             raise BlockingIOError(*e.args) from e
         except OSError as e:
-            refused = e
+            if e.errno not in _NO_LOCKS:
+                raise
     if sys.platform != "linux":
-        raise refused
+        return None
     return _claim_name(os.fstat(fd))
 
 

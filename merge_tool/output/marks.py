@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +19,7 @@ from merge_tool.plan.overlap import find_shared, find_showing
 from merge_tool.plan.target import Target, shared_with
 
 MARK = ".slerp-merge-mark"
+_NAME_ERRORS = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT})
 
 
 def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]) -> None:
@@ -63,6 +65,31 @@ def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, above: bool = T
         mark.unlink(missing_ok=True)
     if source is not None:
         raise shared_with(folder, source)
+
+
+def check_names(folder: Path, names: Iterable[str]) -> None:
+    """Raise OutputError unless this disk can hold files of these names, each beside the others. `folder` is made for
+    the trial, and removed."""
+    name = ""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).open("xb").close()
+    except FileExistsError as e:
+        raise OutputError(
+            f"{shown(name)}: the disk of {shown(folder.parent)} takes this name for that of another file of the model. "
+            "Rename one of them in the model's folder, or choose another disk."
+        ) from e
+    except OSError as e:
+        if e.errno not in _NAME_ERRORS:
+            raise output_failed(folder, e) from e
+        raise OutputError(
+            f"{shown(name)}: the disk of {shown(folder.parent)} can hold no file of this name ({reason(e)}). Rename it "
+            "in the model's folder, or choose another disk."
+        ) from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _inner_folders(out: Path, labels: Iterable[str], names: Iterable[str] | None = None) -> list[Path]:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -21,18 +21,20 @@ from typing import Any
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import OutputError, listed, output_failed, shown
-from merge_tool.files import part_path, rename_synced, sync_folder
-from merge_tool.output.journal import Journal
+from merge_tool.files import is_part_of_run, part_path, rename_synced, sync_folder
+from merge_tool.models.side_files import SYSTEM_FILES
+from merge_tool.output.audit import check_with_library
+from merge_tool.output.journal import Journal, inside
 from merge_tool.output.lock import FolderLock
-from merge_tool.output.marks import MARK, check_marks
+from merge_tool.output.marks import MARK, check_marks, check_names
 from merge_tool.output.older import is_model_file, older_labels, outdated, strangers
+from merge_tool.output.owner import OWNER
 from merge_tool.plan.plan import MergePlan, ShardPlan, differences
 from merge_tool.plan.target import Target
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
 
-_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files", MARK})
-_LIBRARY_BYTES = 2_000  # bytes that the safetensors library holds for each tensor of an open file, at most
+_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files", "names", MARK, OWNER})
 
 
 # ------------------------------------------------------------------------------------------ the work
@@ -55,7 +57,7 @@ class WorkFolder:
         flush_bytes: int | None = None,
         check_resumed: bool = False,
         inputs: Iterable[Path] = (),
-        names: Iterable[str] = (),
+        names: Sequence[str] = (),
     ) -> None:
         self.check_resumed = check_resumed
         self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
@@ -68,15 +70,19 @@ class WorkFolder:
         self._made = _make_folders(self.path)
         try:
             self._lock = FolderLock(self.path)
-            self._check_inputs(inputs, names)
+            self._owner = self._lock.owner
+            self.check_resumed |= self._owner.may_share
+            self._check_place(inputs, names)
         except BaseException:
             _remove_folders(self._made)
             raise
 
-    def _check_inputs(self, inputs: Iterable[Path], names: Iterable[str]) -> None:
-        """Raise OutputError if what was just made here shows up in an input: OUT is that input by another name."""
+    def _check_place(self, inputs: Iterable[Path], names: Sequence[str]) -> None:
+        """Raise OutputError if what was just made here shows up in an input (OUT is that input by another name), or if
+        the disk cannot hold the outputs' names."""
         try:
             check_marks(self._lock, self.target, self.plan.labels, names, inputs)
+            check_names(self.path / "names", () if self.target.is_file else names)
         except BaseException:
             try:
                 if self.path in self._made:
@@ -137,16 +143,16 @@ class WorkFolder:
             for folder in (self.path / "files", self.path, *(made.parent for made in self._made)):
                 sync_folder(folder)  # else a power cut could leave a journal without the folders that it names
             self.done_shards = frozenset(self._recover())
+            for part in [path for path in (self.path / "files").rglob("*.part") if is_part_of_run(path.name)]:
+                part.unlink(missing_ok=True)
         except OSError as e:
             raise output_failed(self.path, e) from e
         return same
 
     def _lost(self) -> str | None:
         """A file of a half published model that is neither here nor there any more: going on would publish the rest."""
-        moves: dict[str, list[str]] = next(
-            (r["files"] for r in self.journal.records() if r.get("record") == "publish"), {}
-        )
-        for label, names in moves.items():
+        moves = self.journal.publishing() or {"files": {}}
+        for label, names in moves["files"].items():
             for name in names:
                 if not (self.folder(label) / name).exists() and not (self._final(label) / name).exists():
                     return name
@@ -154,11 +160,8 @@ class WorkFolder:
 
     def _leftover(self, stored: Mapping[str, Any] | None) -> dict[str, list[str]]:
         """Files that a publishing which is now given up may have moved into OUT already."""
-        left: dict[str, list[str]] = dict((stored or {}).get("leftover", {}))
-        for record in self.journal.records():
-            if record.get("record") == "publish":
-                left |= record["files"]
-        return left
+        left: dict[str, list[str]] = inside(self.journal.path, (stored or {}).get("leftover", {}))
+        return left | (self.journal.publishing() or {"files": {}})["files"]
 
     def _plan_record(self, overwrite: bool) -> dict[str, Any]:
         changed = {
@@ -184,20 +187,24 @@ class WorkFolder:
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name != FolderLock.NAME:
+            elif entry.name not in (FolderLock.NAME, OWNER):
                 entry.unlink()
 
     def _recover(self) -> Iterator[int]:
         """Shards whose record and files are all there; a rename that a crash prevented is made up for."""
         recorded: dict[int, list[str]] = {}
+        runs: dict[int, str] = {}
         for record in self.journal.records():
             if record.get("record") == "shard":
-                recorded[record["number"]] = record["sha256"]
+                recorded[record["number"]], runs[record["number"]] = record["sha256"], record.get("run", "")
             self.is_publishing |= record.get("record") == "publish"
         for shard in self.plan.shards:
-            if shard.number not in recorded or not all(self._settle(shard, label) for label in self.plan.labels):
+            digests = recorded.get(shard.number, [""] * len(self.plan.labels))
+            places = zip(self.plan.labels, digests, strict=True)
+            run = runs.get(shard.number, "")
+            if not run or not all(self._settle(shard, label, run, digest) for label, digest in places):
                 continue
-            if self.check_resumed and not self._has_digests(shard, recorded[shard.number]):
+            if self.check_resumed and not self._has_digests(shard, digests):
                 if self.is_publishing:
                     raise OutputError(
                         f"{shown(self.target.path)}: was half published, and {shown(shard.file_name)} is damaged "
@@ -216,10 +223,12 @@ class WorkFolder:
         """The folder that an output's files are moved to."""
         return self.target.path.parent if self.target.is_file else self.target.path / label
 
-    def _settle(self, shard: ShardPlan, label: str) -> bool:
+    def _settle(self, shard: ShardPlan, label: str, run: str, digest: str) -> bool:
+        """Whether a recorded shard is there. If its run ended before it could give the file its name, that is made up
+        for, once the file is known to be whole: only that run wrote into its own part."""
         path = self.folder(label) / shard.file_name
-        part = part_path(path)
-        if not path.exists() and part.exists() and part.stat().st_size == shard.size:
+        part = part_path(path, run)
+        if not path.exists() and part.exists() and part.stat().st_size == shard.size and sha256_of(part) == digest:
             rename_synced(part, path)
         return self.is_publishing or (path.exists() and path.stat().st_size == shard.size)
 
@@ -227,14 +236,15 @@ class WorkFolder:
 
     def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
         return [
-            ShardWriter(self.folder(label) / shard.file_name, header, flush_bytes=self.flush_bytes)
+            ShardWriter(self.folder(label) / shard.file_name, header, run=self._owner.run, flush_bytes=self.flush_bytes)
             for label in self.plan.labels
         ]
 
     def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
         """Record a shard whose files are synced, then give them their names."""
         tensors = ({"record": "tensor", "number": n, **to_record(done.findings[n])} for n in sorted(done.findings))
-        last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256)}
+        last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256), "run": self._owner.run}
+        self._owner.confirm()
         with self._finishing:
             self.journal.append(chain(tensors, [last]))
         for writer in writers:
@@ -243,6 +253,7 @@ class WorkFolder:
     def findings(self) -> Findings:
         """The findings of this run and earlier ones, from the journal."""
         findings = Findings()
+        self.digests()  # all shards are there
         for record in self.journal.records():
             if record.get("record") == "tensor":
                 findings.add(record["number"], from_record(record))
@@ -250,7 +261,22 @@ class WorkFolder:
 
     def digests(self) -> dict[int, list[str]]:
         """The SHA-256 of every finished shard, one an output."""
-        return {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        found = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        if len(found) < len(self.plan.shards):
+            raise self._replaced()
+        return found
+
+    def _replaced(self) -> OutputError:
+        """The error for a journal that lacks what this run wrote into it."""
+        self._owner.confirm()
+        return OutputError(
+            f"{shown(self.journal.path)}: was replaced or removed while this run was working. Run the same command: it "
+            "continues where it stopped."
+        )
+
+    def beat(self) -> None:
+        """Show other machines that this run works. Raises OutputError once another run has taken the folder."""
+        self._owner.beat()
 
     # --------------------------------------------------------------------------------- side files
 
@@ -278,13 +304,16 @@ class WorkFolder:
         Returns what else lies in OUT: files that are neither the new model's nor an older one's.
         """
         try:
+            self._owner.confirm()
             if not self.is_publishing:
-                self._check_with_library(check_bytes // _LIBRARY_BYTES)
+                check_with_library([self.folder(label) for label in self.plan.labels], self.plan, check_bytes)
                 for label in self.plan.labels:
                     for folder in {self.folder(label), *(p for p in self.folder(label).rglob("*") if p.is_dir())}:
                         sync_folder(folder)
                 self.journal.append([{"record": "publish", **self._moves()}])
-            moves = next(r for r in self.journal.records() if r.get("record") == "publish")
+            moves = self.journal.publishing()
+            if moves is None:
+                raise self._replaced()
             for label, names in moves["remove"].items():
                 self._remove_outdated(label, names, frozenset(moves["files"].get(label, ())))
             for label in self.plan.labels:
@@ -296,34 +325,17 @@ class WorkFolder:
         except OSError as e:
             raise output_failed(Path(e.filename) if isinstance(e.filename, str) else self.path, e) from e
 
-    def _check_with_library(self, most_tensors: int) -> None:
-        """Open weight files with the safetensors library: an audit of names, shapes and types by other code."""
-        from safetensors import safe_open
-
-        for label in self.plan.labels:
-            for shard in self.plan.shards:
-                if len(shard.jobs) > most_tensors:
-                    continue
-                with safe_open(str(self.folder(label) / shard.file_name), framework="numpy") as weights:
-                    names = set(weights.keys())
-                    slices = ((job, weights.get_slice(job.out.name)) for job in shard.jobs if job.out.name in names)
-                    good = sum((tuple(s.get_shape()), s.get_dtype()) == (j.out.shape, j.out.dtype) for j, s in slices)
-                if good != len(shard.jobs) or len(names) != good:
-                    raise OutputError(
-                        f"{shown(shard.file_name)}: safetensors itself finds {good:,} of {len(shard.jobs):,} tensors "
-                        "as they were planned. This is a bug; please report it. Nothing was published."
-                    )
-
     def _moves(self) -> dict[str, dict[str, list[str]]]:
         """The files of older models to remove, and each output's new ones in the order of their moves."""
         files, remove = {}, {}
         last = self.plan.index_name if len(self.plan.shards) > 1 else self.plan.shards[0].file_name
         for label in self.plan.labels:
             folder = self.folder(label)
-            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
+            files_there = (p for p in folder.rglob("*") if not p.is_dir() and not _is_no_output(p.name))
+            names = [path.relative_to(folder).as_posix() for path in files_there]
             files[label] = sorted(names, key=lambda name: (name == last, not is_model_file(name), name))
         if not self.target.is_file:
-            leftover = next(self.journal.records()).get("leftover", {})
+            leftover = next(self.journal.records(), {}).get("leftover", {})
             for label in {*older_labels(self.target.path), *self.plan.labels, *leftover}:
                 remove[label] = [*outdated(self.target.path / label), *leftover.get(label, ())]
         return {"files": files, "remove": remove}
@@ -372,10 +384,19 @@ def _refuse_foreign(work: Path) -> None:
         what = "is a link"
     elif work.exists() and not work.is_dir():
         what = "is a file"
-    elif work.is_dir() and (others := {entry.name for entry in work.iterdir()} - _OWN_ENTRIES):
+    elif work.is_dir() and (others := [name for name in _names_in(work) if not SYSTEM_FILES.fullmatch(name)]):
         what = f"holds files that are not ours ({listed(sorted(others))})"
     if what:
         raise OutputError(f"{shown(work)}: {what}; the work of a merge goes there. Move it away.")
+
+
+def _is_no_output(name: str) -> bool:
+    """Whether a file in the work folder is a system's, or another run's unfinished one."""
+    return SYSTEM_FILES.fullmatch(name) is not None or is_part_of_run(name)
+
+
+def _names_in(work: Path) -> set[str]:
+    return {entry.name for entry in work.iterdir()} - _OWN_ENTRIES
 
 
 def _remove_empty(folder: Path, stop: Path) -> None:

@@ -22,7 +22,18 @@ from merge_tool.models.inputs import Download, Inputs
 from merge_tool.models.lora import open_models
 from merge_tool.models.naming import is_head
 from merge_tool.models.renaming import says_tied
-from merge_tool.models.side_files import BASE_CARD, CARD, FT_CARD, SideFiles, plan_side_files
+from merge_tool.models.side_files import (
+    BASE_CARD,
+    CARD,
+    FT_CARD,
+    RECIPE,
+    REPORT,
+    SUMS,
+    SideFiles,
+    card_name,
+    plan_side_files,
+)
+from merge_tool.models.side_names import check_names, named_apart
 from merge_tool.plan.config_fit import fit_config
 from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes, resident_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
@@ -106,11 +117,11 @@ def prepare(
         warnings = [*plan.warnings, *parent_warnings(recipe, models, has_own_rows=alignment is not None)]
         side_files, more = _side_files(recipe, plan, models, alignment, target)
         samples = tuple(_sample(model) for model in models) if read_samples else ()
+        first = models[recipe.first]
+        first_card = first.folder.regular(card) if first.folder and (card := card_name(first.folder)) else None
     except OSError as e:
         file = f"{PurePath(e.filename).name} of" if isinstance(e.filename, str) else "A file of"
         raise CheckpointError(f"{shown(file)} the inputs cannot be read ({reason(e)}).") from e
-    first = models[recipe.first]
-    first_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
     del opened, models, first  # for 10,000 tensors it takes 2 MB, which the plan does not need
     held = resident_bytes()
@@ -174,7 +185,10 @@ def _side_files(
     if plan.chat_template and side_files.folder is not None:
         side_files = with_template(side_files, plan.chat_template)
         warnings += template_warnings(plan.chat_template, side_files)
-    return side_files, warnings
+    ours = (CARD, REPORT, SUMS, RECIPE, plan.index_name, *(shard.file_name for shard in plan.shards))
+    copied, renamed = named_apart(side_files.copied, ours)
+    check_names(file.target for file in copied)
+    return replace(side_files, copied=copied), [*warnings, *renamed]
 
 
 def _file_warnings(side_files: SideFiles) -> Iterable[str]:
