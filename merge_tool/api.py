@@ -13,7 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, reason, shown
+from merge_tool.errors import (
+    DataError,
+    MergeToolError,
+    OutputError,
+    RecipeError,
+    input_failed,
+    listed,
+    output_failed,
+    reason,
+    shown,
+)
 from merge_tool.files import write_whole
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -36,6 +46,10 @@ from merge_tool.run.run import progress_bytes, run_plan
 from merge_tool.run.work import check_exact_tensors
 
 _FLUSH_BYTES = 8_000_000
+_NOT_DURABLE = (
+    "The file system of OUT cannot sync folders. The merge is safe from kills; after a power cut, verify it "
+    "(merge-tool verify OUT), and merge again if that finds anything."
+)
 
 
 @dataclass(frozen=True)
@@ -214,6 +228,8 @@ def merge_recipe(
         ) as work:
             if _begin(prepared, work, overwrite=overwrite):
                 return _already_complete(prepared, report, started)
+            if not work.is_durable:
+                watch.warn([_NOT_DURABLE])
             _run(prepared, work, watch)
             findings = work.findings()
             summary = summarise(prepared.plan, findings)
@@ -222,7 +238,7 @@ def merge_recipe(
                 _write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
             strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     except OSError as e:  # one of the many reads of OUT that have no message of their own
-        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else target.path, e) from e
+        raise _named(e, prepared) from e
     if strangers:
         watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
     watch.warn(alarms(summary))
@@ -319,6 +335,13 @@ def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
             f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
             "Give a smaller --memory or fewer --jobs, then run the same command: it continues."
         ) from e
+
+
+def _named(e: OSError, prepared: Prepared) -> MergeToolError:
+    """The error that names the file which the system refused: one of an input, or of OUT."""
+    path = Path(e.filename) if isinstance(e.filename, str) else prepared.target.path
+    source = next((source for source in prepared.inputs if path.is_relative_to(source)), None)
+    return output_failed(path, e) if source is None else input_failed(path, e)
 
 
 def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, summary: Summary) -> None:

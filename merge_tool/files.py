@@ -5,14 +5,25 @@ Errors of write and fsync are errors; the message names the file and the next st
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from merge_tool.errors import OutputError, shown
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
+from merge_tool.errors import OutputError, reason, shown
+
+# What file systems say whose folders cannot be synced
+_NO_FOLDER_SYNC = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EACCES, errno.ENOSYS}
+)
 _PART_OF_RUN = re.compile(r"\.[0-9a-f]{16}\.part$")
 
 
@@ -28,6 +39,25 @@ def leads_out(name: str, *, is_windows: bool = os.name == "nt") -> bool:
     return rooted or ".." in {*posix.parts, *windows.parts} or "\0" in name or not posix.parts
 
 
+def mounted_kinds(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> list[str]:
+    """The names of the file systems that Linux has mounted from a device: `ext4`, `fuse.sshfs`. Empty elsewhere."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+        number = f"{os.major(device)}:{os.minor(device)}"
+    except (OSError, AttributeError):
+        return []
+    return [line.partition(" - ")[2].split(" ")[0] for line in lines if line.split(" ")[2:3] == [number]]
+
+
+def free_bytes(folder: Path) -> int | None:
+    """The free space of a folder's disk; None if the file system does not say (ramfs, FUSE without sizes)."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
 def write_whole(path: Path, pieces: Iterable[bytes], part: Path | None = None) -> None:
     """Write a file by way of `part` (default: its name and .part): a kill leaves the old file, or the new one.
 
@@ -37,7 +67,7 @@ def write_whole(path: Path, pieces: Iterable[bytes], part: Path | None = None) -
     with part.open("wb") as file:
         file.writelines(pieces)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     part.replace(path)
 
 
@@ -59,19 +89,43 @@ def rename_synced(source: Path, target: Path) -> None:
         raise write_failed(target, e) from e
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that the names in it survive a power cut. Windows has no such call."""
+def sync_file(fd: int) -> None:
+    """Make a file's bytes durable. On macOS fsync leaves them in the drive's cache, which F_FULLFSYNC empties."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.fcntl(fd, full)
+            return
+    os.fsync(fd)
+
+
+def sync_folder(folder: Path) -> bool:
+    """fsync a folder, so that the names in it survive a power cut. False if the file system cannot (some FUSE drivers,
+    some shares). Windows has no such call. Raises OSError if the disk fails."""
     if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        return True
     try:
-        os.fsync(fd)
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except PermissionError:  # a folder that may be written, not read
+        return False
+    try:
+        sync_file(fd)
+    except OSError as e:
+        if e.errno not in _NO_FOLDER_SYNC:
+            raise
+        return False
     finally:
         os.close(fd)
+    return True
 
 
 def write_failed(path: Path, e: OSError) -> OutputError:
     next_step = "The same command continues from the last finished shard."
-    if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    if e.errno in {errno.ENOSPC, errno.EDQUOT}:
         next_step = "Free some space, then run the same command: it continues from the last finished shard."
-    return OutputError(f"{shown(path)}: writing failed ({e.strerror}). {next_step}")
+    if e.errno == errno.EFBIG:
+        next_step = (
+            "The disk, or a limit (ulimit -f), takes no file so large. Give a smaller --max-shard-size (4GB for FAT32) "
+            "or another disk."
+        )
+    return OutputError(f"{shown(path)}: writing failed ({reason(e)}). {next_step}")

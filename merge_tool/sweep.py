@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool.api import merge, plan_recipe
-from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
-from merge_tool.files import write_whole
+from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, reason, shown
+from merge_tool.files import sync_file, write_whole
 from merge_tool.models.lora import parts
 from merge_tool.output.lock import FolderLock
 from merge_tool.output.marks import check_apart_by_mark
@@ -197,7 +196,7 @@ def _evaluate(
             start = log.tell()
             done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False)
     except OSError as e:
-        raise EvaluationError(f"The evaluation command {shown(args[0])} cannot be run ({e.strerror}).") from e
+        raise EvaluationError(f"The evaluation command {shown(args[0])} cannot be run ({reason(e)}).") from e
     text = done.stdout.decode(errors="replace")
     if done.returncode:
         raise EvaluationError(
@@ -365,7 +364,7 @@ class _Journal:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
 
     def close(self) -> None:
         self._lock.remove_with(self._hidden)

@@ -32,6 +32,8 @@ from typing import ClassVar
 
 import pytest
 
+DRIVERS: dict[Path, subprocess.Popen[bytes]] = {}  # by the places where their disks are
+
 
 @contextmanager
 def disk(folder: Path, place: Path, *oddities: str) -> Iterator[Path]:
@@ -47,8 +49,10 @@ def disk(folder: Path, place: Path, *oddities: str) -> Iterator[Path]:
             time.sleep(0.01)
         if not place.is_mount():
             pytest.skip("this user may not mount a file system of its own")
+        DRIVERS[place] = driver
         yield place
     finally:
+        DRIVERS.pop(place, None)
         subprocess.run(["umount", "-l", place], capture_output=True)
         driver.kill()
         driver.communicate()

@@ -8,20 +8,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from checkpoints import contents, language_model, save_file, save_model
-from fuse_disk import disk
-from merge_tool import CheckpointError, MergeToolError, OutputError, merge
+from fuse_disk import DRIVERS, disk
+from merge_tool import CheckpointError, MergeToolError, OutputError, api, files, merge
+from merge_tool.api import plan_recipe
+from merge_tool.checkpoint.source import LocalFile, has_stable_inodes
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.files import leads_out
+from merge_tool.cli.show import plan_json, plan_lines
+from merge_tool.files import free_bytes, leads_out, mounted_kinds
+from merge_tool.models.inputs import Download
 from merge_tool.models.side_files import folded
 from merge_tool.models.side_names import check_names
 from merge_tool.output import lock, owner
@@ -29,11 +36,14 @@ from merge_tool.output.journal import Journal
 from merge_tool.output.marks import MARK
 from merge_tool.output.older import read_sums
 from merge_tool.output.work_folder import WorkFolder
+from merge_tool.plan import prepare
+from merge_tool.recipe.pair import pair as pair_recipe
 from merge_tool.sweep import sweep
 from merge_tool.verify.verify import verify
+from test_faults import small_disk
 from test_overlap import REFUSED, mount
 
-__all__ = ["mount"]  # a fixture
+__all__ = ["mount", "small_disk"]  # fixtures
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs FUSE")
 SMALL: dict[str, Any] = {"max_shard_bytes": 20_000}
@@ -413,3 +423,225 @@ def test_a_share_without_locks_is_used_on_every_system(
     monkeypatch.setattr(fcntl, "lockf", refuse)
     monkeypatch.setattr(lock.sys, "platform", "darwin")
     merge(*pair, tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------- refused without need
+
+
+@pytest.mark.parametrize("oddity", ["new-inodes", "no-sizes", "no-folder-sync"])
+def test_an_odd_disk_is_merged_from_and_into(tmp_path: Path, oddity: str) -> None:
+    """Inode numbers that change, sizes that are not known, folders that cannot be synced: of inputs and of OUT."""
+    base, ft = models(tmp_path / "plain")
+    merge(base, ft, tmp_path / "whole", **SMALL)
+    with disk(tmp_path / "real", tmp_path / "disk", oddity) as place:
+        models(place)
+        told: list[str] = []
+        merge(place / "base", place / "ft", place / "out", on_warning=told.append, **SMALL)
+        assert contents(place / "out") == contents(tmp_path / "whole")
+        merge(place / "base", place / "ft", place / "out", 0.7, overwrite=True)
+        merge(place / "base", place / "ft", place / "one.safetensors")
+        assert not verify(place / "out", (place / "base", place / "ft"), full=True)[0].problems
+        said = [line for line in told if "power cut" in line]
+        assert len(said) == (oddity == "no-folder-sync")
+
+
+def test_an_input_that_changes_on_such_a_disk_is_noticed(tmp_path: Path) -> None:
+    """By its size or time; the advice is the plain command."""
+    with disk(tmp_path / "real", tmp_path / "disk", "new-inodes") as place:
+        base, _ = models(place)
+        file = LocalFile(base / "model.safetensors", "model.safetensors")
+        file.read_into(0, memoryview(bytearray(8)))
+        os.utime(base / "model.safetensors", (1, 1))
+        with pytest.raises(CheckpointError, match=r"changed while it was being merged.*run the same command") as caught:
+            file.read_into(0, memoryview(bytearray(8)))
+        assert "--overwrite" not in str(caught.value)
+
+
+def test_inodes_count_where_they_are_a_files_own(tmp_path: Path) -> None:
+    """A file that was replaced by one of the same size and time is another, on Linux's own disks."""
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 0:50 / /m rw - fuse.sshfs host rw\n3 1 0:51 / /n rw - nfs4 host rw\n"
+    )
+    kinds = [mounted_kinds(os.makedev(*pair), mounts) for pair in ((8, 1), (0, 50), (0, 51), (0, 52))]
+    assert kinds == [["ext4"], ["fuse.sshfs"], ["nfs4"], []]
+    assert [has_stable_inodes(kind) for kind in kinds] == [True, False, True, False]
+    assert mounted_kinds(os.makedev(8, 1), tmp_path / "no-such-file") == []
+    path = tmp_path / "x"
+    path.write_bytes(b"12345678")
+    os.utime(path, (1, 1))
+    file = LocalFile(path, "x")
+    (tmp_path / "y").write_bytes(b"87654321")
+    os.utime(tmp_path / "y", (1, 1))
+    (tmp_path / "y").replace(path)
+    with pytest.raises(CheckpointError, match="changed"):
+        file.read_into(0, memoryview(bytearray(8)))
+
+
+def test_a_disk_that_says_no_sizes_is_told_as_unknown(tmp_path: Path) -> None:
+    """Zero bytes of zero are no full disk; some free bytes too few are."""
+    with disk(tmp_path / "real", tmp_path / "disk", "no-sizes") as place:
+        base, ft = models(place)
+        prepared = plan_recipe(pair_recipe(base, ft), place / "out")
+        assert prepared.free_disk_bytes is None
+        assert "  disk      free space unknown" in plan_lines(prepared, complete=False)
+        assert plan_json(prepared, complete=False)["free_disk_bytes"] is None
+        Download(nbytes=10**15, cache=place).check_room()
+    assert free_bytes(tmp_path / "missing") is None
+
+
+def test_a_small_model_fits_a_small_disk(tmp_path: Path, pair: tuple[Path, Path], small_disk: Path) -> None:
+    """The reserve for report and journal is in proportion; the message names it apart from the output."""
+    subprocess.run(["mount", "-o", "remount,size=100k", small_disk], check=True)
+    with pytest.raises(OutputError, match=r"the output takes .* bytes, its report and journal up to 2..,...; the disk"):
+        merge(*pair, small_disk / "out")
+    subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
+    merge(*pair, small_disk / "out")
+
+
+def test_shards_are_no_larger_than_the_disk_takes(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known beforehand, smaller ones are made, and that is said. The same command continues, and knows its output."""
+    monkeypatch.setattr(prepare, "largest_file", lambda folder: 30_000)
+    with disk(tmp_path / "real", tmp_path / "disk", "largest=30000") as place:
+        told: list[str] = []
+        merge(*pair, place / "out", on_warning=told.append)
+        assert any("files of at most 30,000 bytes, so the shards have at most 28,125" in line for line in told)
+        assert merge(*pair, place / "out").already_complete
+        merge(*pair, tmp_path / "whole", max_shard_bytes=28_125)
+        assert contents(place / "out") == contents(tmp_path / "whole")
+        assert not verify(place / "out", pair, full=True)[0].problems
+        with pytest.raises(OutputError, match=r"files of at most 30,000 bytes, this one has .*Choose a folder as OUT"):
+            merge(*pair, place / "out.safetensors")
+    monkeypatch.setattr(prepare, "largest_file", lambda folder: 1_000)
+    with pytest.raises(OutputError, match=r"files of at most 1,000 bytes, and .* alone needs a larger one"):
+        merge(*pair, tmp_path / "new")
+    monkeypatch.setattr(prepare, "largest_file", lambda folder: 10**9)
+    warned: list[str] = []
+    merge(*pair, tmp_path / "one", on_warning=warned.append)
+    assert not any("its disk holds" in line for line in warned)
+
+
+def test_a_limit_that_was_not_known_is_told_as_one(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Freeing space would not help; another shard size does, and is taken while no shard is finished."""
+    with disk(tmp_path / "real", tmp_path / "disk", "largest=30000") as place:
+        with pytest.raises(OutputError, match=r"File too large.*Give a smaller --max-shard-size"):
+            merge(*pair, place / "out")
+        merge(*pair, place / "out", **SMALL)
+        merge(*pair, tmp_path / "whole", **SMALL)
+        assert contents(place / "out") == contents(tmp_path / "whole")
+
+
+def test_a_drive_that_is_missing_is_said(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows the root of a drive is its own parent, and may not exist."""
+    real = Path.exists
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda path: path.is_relative_to(tmp_path) and real(path))
+        with pytest.raises(OutputError, match=r"there is no /\. Mount that disk, or choose another OUT"):
+            merge(*pair, "/no-such-drive/out")
+
+
+def test_hints_that_the_system_refuses_end_nothing(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """posix_fadvise and sched_getaffinity; and a truncation that changes nothing is not asked for."""
+    merge(*pair, tmp_path / "whole", **SMALL)
+
+    def refuse(*words: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    monkeypatch.setattr(os, "sched_getaffinity", refuse)
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    monkeypatch.setattr(api, "under_pressure", lambda budget: True)
+    merge(*pair, tmp_path / "out", **SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EPERM, errno.ENOSYS])
+def test_folders_that_cannot_be_synced_are_told_once(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A file that cannot be synced is an error still, and so is a disk that fails."""
+    fsync = os.fsync
+
+    def refuse(fd: int, of_folders: bool = True) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) == of_folders:
+            raise OSError(number, os.strerror(number))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    told: list[str] = []
+    merge(*pair, tmp_path / "out", on_warning=told.append, **SMALL)
+    assert sum("cannot sync folders" in line for line in told) == 1
+    monkeypatch.setattr(os, "fsync", lambda fd: refuse(fd, False))
+    with pytest.raises(OutputError, match=r"writing failed|Correct that"):
+        merge(*pair, tmp_path / "new", **SMALL)
+
+
+def test_a_sync_on_macos_empties_the_drives_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By F_FULLFSYNC; by fsync on a share that has no such call."""
+    asked: list[Any] = []
+
+    def fcntl(fd: int, call: int) -> None:
+        asked.append(call)
+        if len(asked) > 1:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(files, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=fcntl))
+    monkeypatch.setattr(os, "fsync", lambda fd: asked.append("fsync"))
+    files.write_whole(tmp_path / "a", [b"x"])
+    files.write_whole(tmp_path / "b", [b"x"])
+    assert asked == [51, 51, "fsync"]
+
+
+# ------------------------------------------------------------------------------------- inputs that are gone
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ECONNABORTED, errno.ENOTCONN, errno.EIO])
+@pytest.mark.parametrize("call", ["preadv", "open", "fstat"])
+def test_an_input_that_is_gone_is_named(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    """Wherever it fails: not OUT, nor "None"."""
+    real, begun = getattr(os, call), list[bool]()
+    victim = str(pair[1].resolve() / "model-00002-of-00003.safetensors")
+
+    def fail(first: Any, *words: Any, **more: Any) -> Any:
+        path = first if call == "open" else f"/proc/self/fd/{first}"
+        if begun and os.path.realpath(path) == victim:
+            raise OSError(number, os.strerror(number))
+        return real(first, *words, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(CheckpointError, match=r"ft/model-00002-of-00003\.safetensors: ") as caught:
+            merge(*pair, tmp_path / "out", on_start=lambda total: begun.append(True), **SMALL)
+    assert "None" not in str(caught.value)
+    assert ("mount it again" in str(caught.value)) == (number != errno.EIO)
+    merge(*pair, tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize("moment", ["before", "while it is planned", "while it is merged"])
+def test_a_disk_that_dies_is_named_by_its_input(tmp_path: Path, pair: tuple[Path, Path], moment: str) -> None:
+    with disk(tmp_path / "real", tmp_path / "disk") as place:
+        _, ft = models(place)
+
+        def die(*words: Any) -> None:
+            DRIVERS[place].kill()
+            DRIVERS[place].wait()
+
+        with pytest.MonkeyPatch.context() as patch:
+            if moment == "before":
+                die()
+            elif moment == "while it is planned":
+                patch.setattr(api, "check_apart", die)
+            on_start = die if moment == "while it is merged" else None
+            with pytest.raises(MergeToolError) as caught:
+                merge(pair[0], ft, tmp_path / "out", on_start=on_start, overwrite=True)
+        assert not str(caught.value).startswith(str(tmp_path / "out")), str(caught.value)
+        assert "None" not in str(caught.value)
+        assert "ft" in str(caught.value)

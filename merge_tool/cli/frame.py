@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from merge_tool.errors import MergeToolError, shown
+from merge_tool.errors import MergeToolError, reason, shown
 from merge_tool.streams import forgiving, write_error
 
 P = ParamSpec("P")
@@ -66,7 +66,7 @@ def _check_written() -> None:
     """Exit with 1 if what a command is there to print could not be written. A merge is there to write OUT."""
     if (e := write_error()) is not None:
         if e.errno != errno.EPIPE:  # else the reader (`head`) has seen enough
-            click.echo(f"Error: The output cannot be written ({e.strerror}). Give it another place.", err=True)
+            click.echo(f"Error: The output cannot be written ({reason(e)}). Give it another place.", err=True)
         sys.exit(1)
 
 

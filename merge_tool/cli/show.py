@@ -132,7 +132,8 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
         f" ({len(plan.labels)} outputs)" if many else ""
     )
-    yield f"  disk      {_size(prepared.free_disk_bytes)} free"
+    free = prepared.free_disk_bytes
+    yield f"  disk      {'free space unknown' if free is None else f'{_size(free)} free'}"
     if size := _download(prepared.download):
         yield f"  download  {size}"
     peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)

@@ -16,7 +16,7 @@ from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder
 
 _MOST = 5  # at most so many differences are named
-_SPARE_DISK_BYTES = 16_000_000  # bytes for journal, index, card and report of a usual model, and for the file system
+_SPARE_DISK_BYTES = 16_000_000  # bytes for journal, index, card and report, and for the file system, at most
 
 
 def is_complete(prepared: Prepared) -> bool:
@@ -129,15 +129,16 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
     prepared.download.check_room()
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
-    need = prepared.disk_bytes + _SPARE_DISK_BYTES - have
+    spare = min(_SPARE_DISK_BYTES, 100_000 + prepared.disk_bytes // 50 + 4_000 * prepared.plan.num_tensors)
+    need = max(0, prepared.disk_bytes - have)
     coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
     free = prepared.free_disk_bytes
-    if need + coming > free:
-        besides = f" and what is fetched into the Hub's cache {coming:,}" if coming else ""
+    if free is not None and need + spare + coming > free:
+        besides = f", what is fetched into the Hub's cache {coming:,}" if coming else ""
         beside = " The old output stays until the new one is complete." if overwrite else ""
         raise OutputError(
-            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, the disk has {free:,} free."
-            f"{beside} Free some space or choose another disk."
+            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, its report and journal up to "
+            f"{spare:,}; the disk has {free:,} free.{beside} Free some space or choose another disk."
         )
 
 

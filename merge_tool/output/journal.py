@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool.errors import OutputError, output_failed, shown
-from merge_tool.files import leads_out
+from merge_tool.files import leads_out, sync_file
 
 _SUM = b', "crc32": "'  # then eight digits and `"}`: the checksum of the text before it, as the line's last member
 
@@ -51,7 +51,8 @@ class Journal:
                 if _parsed(line) is None:
                     break
                 content += len(line)
-            file.truncate(content)
+            if content != file.seek(0, os.SEEK_END):  # some file systems refuse even a truncation that changes nothing
+                file.truncate(content)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records and make them durable."""
@@ -61,7 +62,7 @@ class Journal:
                     text = json.dumps(record, sort_keys=True).encode()[:-1]
                     file.write(text + _SUM + b'%08x"}\n' % zlib.crc32(text))
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         except OSError as e:
             raise output_failed(self.path, e) from e
 

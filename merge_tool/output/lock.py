@@ -39,7 +39,7 @@ class FolderLock:
                 raise output_failed(self.path, e) from e
             try:
                 self._name = lock_file(fd)
-                if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else the process that finished has removed it
+                if self._is_there(fd):  # else the process that finished has removed it
                     self._fd = fd
             except FileNotFoundError:
                 folder.mkdir(exist_ok=True)
@@ -58,6 +58,14 @@ class FolderLock:
             self.release()
             raise
 
+    def _is_there(self, fd: int) -> bool:
+        """Whether the open file is the one at the lock's path: by inode, or, since some drivers number a file anew
+        whenever they are asked, by what is written into it."""
+        if os.fstat(fd).st_ino == self.path.stat().st_ino:
+            return True
+        mark = _write_mark(fd)
+        return self.path.read_bytes() == mark
+
     @property
     def owner(self) -> Owner:
         assert self._owner is not None
@@ -65,14 +73,10 @@ class FolderLock:
 
     def mark(self) -> bytes:
         """Write unique bytes into the lock file and return them: a path that shows them is this file."""
-        mark = new_mark()
         try:
-            os.ftruncate(self._fd, 0)
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            os.write(self._fd, mark)
+            return _write_mark(self._fd)
         except OSError as e:
             raise output_failed(self.path, e) from e
-        return mark
 
     def release(self) -> None:
         try:
@@ -106,6 +110,15 @@ class FolderLock:
 def new_mark() -> bytes:
     """Bytes that no file has yet."""
     return secrets.token_hex(16).encode()
+
+
+def _write_mark(fd: int) -> bytes:
+    mark = new_mark()
+    if os.fstat(fd).st_size > len(mark):
+        os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, mark)
+    return mark
 
 
 def lock_file(fd: int) -> socket.socket | None:

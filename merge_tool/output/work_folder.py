@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import OutputError, listed, output_failed, shown
-from merge_tool.files import is_part_of_run, part_path, rename_synced, sync_folder
+from merge_tool.files import is_part_of_run, part_path, rename_synced, sync_file, sync_folder
 from merge_tool.models.side_files import SYSTEM_FILES
 from merge_tool.output.audit import check_with_library
 from merge_tool.output.journal import Journal, inside
@@ -30,7 +29,7 @@ from merge_tool.output.marks import MARK, check_marks, check_names
 from merge_tool.output.older import is_model_file, older_labels, outdated, strangers
 from merge_tool.output.owner import OWNER
 from merge_tool.plan.plan import MergePlan, ShardPlan, differences
-from merge_tool.plan.target import Target
+from merge_tool.plan.target import Target, existing_folder
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
 
@@ -65,6 +64,7 @@ class WorkFolder:
         self.journal = Journal(self.path / "journal.jsonl")
         self.done_shards: frozenset[int] = frozenset()
         self.is_publishing = False
+        self.is_durable = True  # whether the file system can make names durable
         self._finishing = threading.Lock()
         _refuse_foreign(self.path)
         self._made = _make_folders(self.path)
@@ -116,7 +116,7 @@ class WorkFolder:
             stored = None
         ours = self._plan_record(overwrite)
         same = stored is not None and all(stored.get(key) == ours[key] for key in ("facts", "modified", "samples"))
-        if stored is not None and not same and not overwrite:
+        if stored is not None and not same and not overwrite and self._has_finished():
             raise OutputError(
                 f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
                 f"{_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
@@ -140,14 +140,19 @@ class WorkFolder:
             self.journal.trim()
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
-            for folder in (self.path / "files", self.path, *(made.parent for made in self._made)):
-                sync_folder(folder)  # else a power cut could leave a journal without the folders that it names
+            # else a power cut could leave a journal without the folders that it names
+            folders = (self.path / "files", self.path, *(made.parent for made in self._made))
+            self.is_durable = False not in [sync_folder(folder) for folder in folders]
             self.done_shards = frozenset(self._recover())
             for part in [path for path in (self.path / "files").rglob("*.part") if is_part_of_run(path.name)]:
                 part.unlink(missing_ok=True)
         except OSError as e:
             raise output_failed(self.path, e) from e
         return same
+
+    def _has_finished(self) -> bool:
+        """Whether another merge's work has a finished shard: without one nothing is lost by starting anew."""
+        return any(record.get("record") != "plan" for record in self.journal.records())
 
     def _lost(self) -> str | None:
         """A file of a half published model that is neither here nor there any more: going on would publish the rest."""
@@ -290,7 +295,7 @@ class WorkFolder:
                     digest.update(chunk)
                     file.write(chunk)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         except OSError as e:
             raise output_failed(path, e) from e
         return digest.hexdigest()
@@ -417,8 +422,8 @@ def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 def _make_folders(path: Path) -> list[Path]:
     """Create `path` and what is missing above it; returns what was created, deepest first."""
-    missing = []
-    while not path.exists():
+    missing, there = [], existing_folder(path)
+    while path != there and not path.exists():
         missing.append(path)
         path = path.parent
     try:

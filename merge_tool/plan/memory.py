@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -74,7 +75,10 @@ def machine(memory_bytes: int | None = None, jobs: int | None = None) -> Machine
 
 def default_jobs() -> int:
     """The cores this process may use, at most MAX_JOBS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        with contextlib.suppress(OSError):  # a sandbox may refuse it
+            cores = len(os.sched_getaffinity(0))
     return max(1, min(MAX_JOBS, cores))
 
 

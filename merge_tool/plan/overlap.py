@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from merge_tool.errors import input_failed
 
 
 def identity(path: Path) -> tuple[int, int] | None:
@@ -57,16 +60,20 @@ def find_showing(mark: Path, content: bytes, inputs: Iterable[Path], *, above: b
     """
     real = mark.parent.resolve() / mark.name
     for source in inputs:
-        source_path = source.resolve()
-        places = [source_path / real.relative_to(parent) for parent in real.parents]
-        folders = [source_path, *_folders_in(source_path)] if source_path.is_dir() else []
-        folders += source_path.parents if above else ()
-        places += [folder / ending for folder in folders for ending in (real.name, f"{real.parent.name}/{real.name}")]
-        suffix = real.parent.suffix
-        places.append(source_path.with_name(f"{source_path.name}{suffix}") / real.name)  # beside a file: its work
-        if any(_holds(place, content) for place in places):
-            return source
+        with _reading(source):
+            if any(_holds(place, content) for place in _places(real, source.resolve(), above=above)):
+                return source
     return None
+
+
+def _places(real: Path, source: Path, *, above: bool) -> Iterator[Path]:
+    """Where a mark would be if the output were this input, or inside or around it."""
+    yield from (source / real.relative_to(parent) for parent in real.parents)
+    folders = [source, *_folders_in(source)] if source.is_dir() else []
+    for folder in (*folders, *(source.parents if above else ())):
+        yield folder / real.name
+        yield folder / real.parent.name / real.name
+    yield source.with_name(f"{source.name}{real.parent.suffix}") / real.name  # the work beside a single file
 
 
 def find_look_alike(out: Path, inputs: Iterable[Path]) -> Path | None:
@@ -75,15 +82,31 @@ def find_look_alike(out: Path, inputs: Iterable[Path]) -> Path | None:
     here = [out] if out.is_file() else [path for path in out.iterdir() if path.is_file()]
     ours = {_look(path) for path in here}
     for source in inputs:
-        path = source.resolve()
-        files = [path] if path.is_file() else [f for folder in (path, *_folders_in(path)) for f in folder.iterdir()]
-        if found := next((file for file in files if file.is_file() and _look(file) in ours), None):
-            return found
-        first = next((file for file in sorted(files) if file.is_file()), path)
-        for parent in path.parents if out.is_dir() else ():
-            if (there := out / first.relative_to(parent)).is_file() and _look(there) == _look(first):
-                return path
+        with _reading(source):
+            if (found := _looks_like(out, ours, source.resolve())) is not None:
+                return found
     return None
+
+
+def _looks_like(out: Path, ours: set[tuple[str, int, int]], source: Path) -> Path | None:
+    files = [source]
+    if source.is_dir():
+        files = sorted(f for folder in (source, *_folders_in(source)) for f in folder.iterdir() if f.is_file())
+    if found := next((file for file in files if _look(file) in ours), None):
+        return found
+    for parent in source.parents if files and out.is_dir() else ():
+        if (there := out / files[0].relative_to(parent)).is_file() and _look(there) == _look(files[0]):
+            return source
+    return None
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Errors are the input's, and name it."""
+    try:
+        yield
+    except OSError as e:
+        raise input_failed(source, e) from e
 
 
 def _look(path: Path) -> tuple[str, int, int]:

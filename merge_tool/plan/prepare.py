@@ -7,14 +7,14 @@ Reads headers, side files, and a few bytes of many tensors; writes nothing.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
+from merge_tool.errors import CheckpointError, MismatchError, OutputError, listed, reason, shown
+from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.heads import untie
@@ -35,6 +35,7 @@ from merge_tool.models.side_files import (
 )
 from merge_tool.models.side_names import check_names, named_apart
 from merge_tool.plan.config_fit import fit_config
+from merge_tool.plan.disk import largest_file, shard_limit
 from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes, resident_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
 from merge_tool.plan.plan import MergePlan
@@ -87,8 +88,9 @@ class Prepared:
         )
 
     @property
-    def free_disk_bytes(self) -> int:
-        return shutil.disk_usage(existing_folder(self.target.path)).free
+    def free_disk_bytes(self) -> int | None:
+        """None if the file system does not say."""
+        return free_bytes(existing_folder(self.target.path))
 
     @property
     def expected_peak_bytes(self) -> int:
@@ -113,7 +115,7 @@ def prepare(
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
         models, alignment = align(recipe, opened)
-        plan = _plan(recipe, models, methods, target)
+        plan = _plan_for_disk(recipe, models, methods, target)
         warnings = [*plan.warnings, *parent_warnings(recipe, models, has_own_rows=alignment is not None)]
         side_files, more = _side_files(recipe, plan, models, alignment, target)
         samples = tuple(_sample(model) for model in models) if read_samples else ()
@@ -141,6 +143,27 @@ def prepare(
         inputs=inputs.paths,
         download=inputs.download,
     )
+
+
+def _plan_for_disk(
+    recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target
+) -> MergePlan:
+    """The plan, with smaller shards if the disk of OUT holds no file so large. Raises OutputError if a single tensor is
+    too large for it."""
+    plan = _plan(recipe, models, methods, target)
+    largest = largest_file(existing_folder(target.path))
+    if largest is None or all(shard.size <= largest for shard in plan.shards):
+        return plan
+    where = f"{shown(target.path)}: its disk holds files of at most {largest:,} bytes"
+    if target.is_file:
+        raise OutputError(f"{where}, this one has {plan.shards[0].size:,}. Choose a folder as OUT, or another disk.")
+    limit = shard_limit(largest)
+    plan = _plan(replace(recipe, options=replace(recipe.options, max_shard_bytes=limit)), models, methods, target)
+    if too_large := [shard for shard in plan.shards if shard.size > largest]:
+        name = max(too_large[0].jobs, key=lambda job: job.out.nbytes).out.name
+        raise OutputError(f"{where}, and {shown(name)} alone needs a larger one. Choose another disk.")
+    smaller = f"{where}, so the shards have at most {limit:,} bytes, as with --max-shard-size {limit}."
+    return replace(plan, warnings=(*plan.warnings, smaller))
 
 
 def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target) -> MergePlan:
