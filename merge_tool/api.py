@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class MergeReport:
     peak_bytes: int
     already_complete: bool = False
     num_scheduled: int = 0
+    moved_bytes: int = 0  # read and written by this run: a resumed one moves less
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -242,7 +243,8 @@ def merge_recipe(
     if strangers:
         watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
     watch.warn(alarms(summary))
-    return _report(prepared, summary, started)
+    moved = progress_bytes(prepared.plan, work.done_shards)
+    return replace(_report(prepared, summary, started), moved_bytes=moved)
 
 
 def plan_recipe(

@@ -43,13 +43,19 @@ def is_complete(prepared: Prepared) -> bool:
                 f"{shown(target.path)}: is not empty, and not the result of this merge{why if parts else ''}. "
                 f"{_way_on(prepared, 'Choose another OUT, or --overwrite.')}"
             )
-        changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
+        changed, later = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
         raise OutputError(f"{shown(target.path)}: cannot be read ({reason(e)}).") from e
     if changed:
         raise OutputError(
             f"{shown(target.path)}: holds this merge, but {listed(changed)} changed since. "
             "Give --overwrite to merge again."
+        )
+    if later:
+        raise OutputError(
+            f"{shown(target.path)}: holds this merge, but {listed(later)} changed since, or the clocks differ: sizes "
+            "and samples are as they were, times are later than the merge's. merge-tool verify with the parents tells "
+            "which; --overwrite merges again."
         )
     return True
 
@@ -93,18 +99,19 @@ def _lost(prepared: Prepared, folder: Path) -> list[str]:
     return [n for n in names if not (folder / n).is_file() or sizes.get(n) not in (None, (folder / n).stat().st_size)]
 
 
-def _changed_since(prepared: Prepared, output: Path) -> list[str]:
-    """Input files modified after the report was written, and side files whose content differs from the output's."""
+def _changed_since(prepared: Prepared, output: Path) -> tuple[list[str], list[str]]:
+    """Side files whose content differs from the output's; and input files whose time is later than the report's: they
+    were changed, or written by another clock (a board without one, a share)."""
     written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
     files = {id(file): file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
-    changed = [file.name for file in files.values() if file.mtime_ns > written]
+    changed = []
     for file in prepared.side_files.copied:
         digest = hashlib.sha256()
         for chunk in prepared.side_files.read(file, prepared.plan.config_dtype):
             digest.update(chunk)
         if sums.get(file.target) != digest.hexdigest():
             changed.append(file.source)
-    return changed
+    return changed, [file.name for file in files.values() if file.mtime_ns > written]
 
 
 def check_apart(prepared: Prepared) -> None:

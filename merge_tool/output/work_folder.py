@@ -416,7 +416,10 @@ def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     parts = differences(stored.get("facts", {}), ours["facts"])
     if not parts:
         times = ours["modified"]
-        parts = [f"{listed(k for k in times if stored.get('modified', {}).get(k) != times[k])} changed since"]
+        changed = listed(k for k in times if stored.get("modified", {}).get(k) != times[k])
+        parts = [
+            f"{changed} changed since" + (", or the clocks differ" if stored["samples"] == ours["samples"] else "")
+        ]
     return shown("; ".join(parts), 600)
 
 
