@@ -36,8 +36,9 @@ from merge_tool.output.marks import check_apart_by_mark
 from merge_tool.output.older import check_conflicts
 from merge_tool.output.report import Summary, alarms, damaged, load_tensors, report_lines, summarise, sums_text
 from merge_tool.output.work_folder import WorkFolder
-from merge_tool.plan.memory import Machine, machine, peak_bytes, resident_bytes, under_pressure
+from merge_tool.plan.memory import Machine, machine
 from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.plan.system_memory import peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.target import Target, check_report_path, check_target
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe

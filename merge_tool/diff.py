@@ -27,8 +27,9 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import RecipeError
 from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
 from merge_tool.models.lora import open_models
-from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
+from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs
 from merge_tool.plan.stacks import natural_key
+from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.run.buffers import cannot_start
 from merge_tool.run.findings import median
 

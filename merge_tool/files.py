@@ -10,8 +10,10 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 try:
     import fcntl
@@ -20,6 +22,7 @@ except ImportError:  # Windows
 
 from merge_tool.errors import OutputError, reason, shown
 
+_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2) if os.name == "nt" else ()  # seconds
 # What file systems say whose folders cannot be synced
 _NO_FOLDER_SYNC = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EACCES, errno.ENOSYS}
@@ -68,7 +71,19 @@ def write_whole(path: Path, pieces: Iterable[bytes], part: Path | None = None) -
         file.writelines(pieces)
         file.flush()
         sync_file(file.fileno())
-    part.replace(path)
+    patiently(lambda: part.replace(path))
+
+
+def patiently(action: Callable[[], Any]) -> None:
+    """Rename or remove a file. On Windows a virus scanner, an indexer or a preview may hold a new file for a moment,
+    which refuses both: then the action is tried again for about ten seconds."""
+    for seconds in _WAITS:
+        try:
+            action()
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    action()
 
 
 def part_path(path: Path, run: str = "") -> Path:
@@ -83,7 +98,7 @@ def is_part_of_run(name: str) -> bool:
 def rename_synced(source: Path, target: Path) -> None:
     """Rename within one file system and make the new name durable."""
     try:
-        source.replace(target)
+        patiently(lambda: source.replace(target))
         sync_folder(target.parent)
     except OSError as e:
         raise write_failed(target, e) from e

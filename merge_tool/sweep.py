@@ -361,7 +361,7 @@ class _Journal:
         self._append({"t": t, "scores": scores})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             sync_file(file.fileno())

@@ -421,7 +421,7 @@ def test_a_share_without_locks_is_used_on_every_system(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(lock.sys, "platform", "darwin")
+    monkeypatch.setattr(lock, "sys", SimpleNamespace(platform="darwin"))
     merge(*pair, tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from merge_tool.errors import OutputError, output_failed, shown
+from merge_tool.files import patiently
 from merge_tool.output.owner import OWNER, Owner
 
 # What file systems without locks say
@@ -102,9 +103,9 @@ class FolderLock:
         (folder / OWNER).unlink(missing_ok=True)
         if os.name == "nt":
             self.release()
-        self.path.unlink(missing_ok=True)
+        patiently(lambda: self.path.unlink(missing_ok=True))
         self.release()
-        folder.rmdir()
+        patiently(folder.rmdir)
 
 
 def new_mark() -> bytes:

@@ -13,12 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from merge_tool.errors import OutputError, output_failed, reason, shown
+from merge_tool.files import patiently
 from merge_tool.output.lock import FolderLock, new_mark
 from merge_tool.output.older import older_labels, outdated
 from merge_tool.plan.overlap import find_shared, find_showing
 from merge_tool.plan.target import Target, shared_with
 
 MARK = ".slerp-merge-mark"
+_LONG_PATH = 240  # Windows ends at 259, unless long paths are enabled
 _NAME_ERRORS = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT})
 
 
@@ -67,15 +69,16 @@ def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, above: bool = T
         raise shared_with(folder, source)
 
 
-def check_names(folder: Path, names: Iterable[str]) -> None:
-    """Raise OutputError unless this disk can hold files of these names, each beside the others. `folder` is made for
-    the trial, and removed."""
-    name = ""
+def check_names(folder: Path, labels: Iterable[str], names: Iterable[str]) -> None:
+    """Raise OutputError unless this disk can hold files of these names in each output, each beside the others. `folder`
+    is made for the trial, and removed; its paths are as long as those of the unfinished files."""
+    name, chosen = "", list(names)
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).open("xb").close()
+        for label in labels:
+            for name in chosen:
+                (folder / label / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / label / name).open("xb").close()
     except FileExistsError as e:
         raise OutputError(
             f"{shown(name)}: the disk of {shown(folder.parent)} takes this name for that of another file of the model. "
@@ -84,9 +87,11 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
     except OSError as e:
         if e.errno not in _NAME_ERRORS:
             raise output_failed(folder, e) from e
+        length = len(str(folder.absolute() / label / name))
+        shorter = f" Its path has {length} characters: a shorter OUT may do." if length > _LONG_PATH else ""
         raise OutputError(
-            f"{shown(name)}: the disk of {shown(folder.parent)} can hold no file of this name ({reason(e)}). Rename it "
-            "in the model's folder, or choose another disk."
+            f"{shown(name)}: the disk of {shown(folder.parent)} can hold no file of this name ({reason(e)}).{shorter} "
+            "Rename it in the model's folder, or choose another disk."
         ) from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +116,7 @@ def _check_mark(folder: Path, made: Path, content: bytes, inputs: tuple[Path, ..
     try:
         try:
             made.write_bytes(content)
-            made.replace(mark)
+            patiently(lambda: made.replace(mark))
         except OSError as e:
             if e.errno == errno.EXDEV and is_written:
                 raise OutputError(

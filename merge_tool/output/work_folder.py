@@ -12,7 +12,8 @@ import hashlib
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -20,21 +21,19 @@ from typing import Any
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import OutputError, listed, output_failed, shown
-from merge_tool.files import is_part_of_run, part_path, rename_synced, sync_file, sync_folder
+from merge_tool.files import is_part_of_run, part_path, patiently, rename_synced, sync_file, sync_folder
 from merge_tool.models.side_files import SYSTEM_FILES
 from merge_tool.output.audit import check_with_library
+from merge_tool.output.folders import make_folders, refuse_foreign, remove_empty, remove_folders
 from merge_tool.output.journal import Journal, inside
 from merge_tool.output.lock import FolderLock
-from merge_tool.output.marks import MARK, check_marks, check_names
+from merge_tool.output.marks import check_marks, check_names
 from merge_tool.output.older import is_model_file, older_labels, outdated, strangers
 from merge_tool.output.owner import OWNER
 from merge_tool.plan.plan import MergePlan, ShardPlan, differences
-from merge_tool.plan.target import Target, existing_folder
+from merge_tool.plan.target import Target
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
-
-_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files", "names", MARK, OWNER})
-
 
 # ------------------------------------------------------------------------------------------ the work
 
@@ -66,15 +65,15 @@ class WorkFolder:
         self.is_publishing = False
         self.is_durable = True  # whether the file system can make names durable
         self._finishing = threading.Lock()
-        _refuse_foreign(self.path)
-        self._made = _make_folders(self.path)
+        refuse_foreign(self.path)
+        self._made = make_folders(self.path)
         try:
             self._lock = FolderLock(self.path)
             self._owner = self._lock.owner
             self.check_resumed |= self._owner.may_share
             self._check_place(inputs, names)
         except BaseException:
-            _remove_folders(self._made)
+            remove_folders(self._made)
             raise
 
     def _check_place(self, inputs: Iterable[Path], names: Sequence[str]) -> None:
@@ -82,7 +81,9 @@ class WorkFolder:
         the disk cannot hold the outputs' names."""
         try:
             check_marks(self._lock, self.target, self.plan.labels, names, inputs)
-            check_names(self.path / "names", () if self.target.is_file else names)
+            if not self.target.is_file:
+                parts = [part_path(Path(shard.file_name), self._owner.run).name for shard in self.plan.shards]
+                check_names(self.path / "names", self.plan.labels, [*names, *parts])
         except BaseException:
             try:
                 if self.path in self._made:
@@ -116,7 +117,7 @@ class WorkFolder:
             stored = None
         ours = self._plan_record(overwrite)
         same = stored is not None and all(stored.get(key) == ours[key] for key in ("facts", "modified", "samples"))
-        if stored is not None and not same and not overwrite and self._has_finished():
+        if stored is not None and not same and not overwrite and not self._is_same_but_for_shards(stored, ours):
             raise OutputError(
                 f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
                 f"{_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
@@ -150,9 +151,13 @@ class WorkFolder:
             raise output_failed(self.path, e) from e
         return same
 
-    def _has_finished(self) -> bool:
-        """Whether another merge's work has a finished shard: without one nothing is lost by starting anew."""
-        return any(record.get("record") != "plan" for record in self.journal.records())
+    def _is_same_but_for_shards(self, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+        """Whether only the size of shards differs, and none is finished: nothing is lost by starting anew, as a disk
+        that takes no file so large asks for."""
+        then, now = dict(stored.get("facts", {})), dict(ours["facts"])
+        alike = all(stored.get(key) == ours[key] for key in ("modified", "samples"))
+        alike = alike and {**then, "max_shard_bytes": 0} == {**now, "max_shard_bytes": 0}
+        return alike and not stored.get("overwrite") and next(islice(self.journal.records(), 1, None), None) is None
 
     def _lost(self) -> str | None:
         """A file of a half published model that is neither here nor there any more: going on would publish the rest."""
@@ -350,12 +355,12 @@ class WorkFolder:
         folder.mkdir(exist_ok=True)
         for name in names:
             if name not in new or (self.folder(label) / name).exists():  # else it is the new one already
-                (folder / name).unlink(missing_ok=True)
+                patiently(partial((folder / name).unlink, missing_ok=True))
                 if "/" in name:
-                    _remove_empty((folder / name).parent, folder)
+                    remove_empty((folder / name).parent, folder)
         sync_folder(folder)
         if label not in self.plan.labels and label:
-            _remove_empty(folder, self.target.path)
+            remove_empty(folder, self.target.path)
 
     def _move(self, label: str, names: list[str]) -> None:
         target = self._final(label)
@@ -365,7 +370,7 @@ class WorkFolder:
                     sync_folder(folder)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             if (self.folder(label) / name).exists():
-                (self.folder(label) / name).replace(target / name)
+                patiently(partial((self.folder(label) / name).replace, target / name))
         sync_folder(target)
 
     def _remove_work(self) -> None:
@@ -379,37 +384,12 @@ class WorkFolder:
         """Leave OUT as it was before this merge: after an error in the data, nothing here is worth keeping."""
         with contextlib.suppress(OSError):
             self._lock.remove_with(self.path)
-        _remove_folders(self._made)
-
-
-def _refuse_foreign(work: Path) -> None:
-    """Raise OutputError unless `work` is missing or looks like a work folder of ours: nothing else is wiped."""
-    what = None
-    if work.is_symlink():
-        what = "is a link"
-    elif work.exists() and not work.is_dir():
-        what = "is a file"
-    elif work.is_dir() and (others := [name for name in _names_in(work) if not SYSTEM_FILES.fullmatch(name)]):
-        what = f"holds files that are not ours ({listed(sorted(others))})"
-    if what:
-        raise OutputError(f"{shown(work)}: {what}; the work of a merge goes there. Move it away.")
+        remove_folders(self._made)
 
 
 def _is_no_output(name: str) -> bool:
     """Whether a file in the work folder is a system's, or another run's unfinished one."""
     return SYSTEM_FILES.fullmatch(name) is not None or is_part_of_run(name)
-
-
-def _names_in(work: Path) -> set[str]:
-    return {entry.name for entry in work.iterdir()} - _OWN_ENTRIES
-
-
-def _remove_empty(folder: Path, stop: Path) -> None:
-    """Remove a folder and those above it, below `stop`, as far as they are empty."""
-    with contextlib.suppress(OSError):
-        while folder != stop:
-            folder.rmdir()
-            folder = folder.parent
 
 
 def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
@@ -421,24 +401,3 @@ def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
             f"{changed} changed since" + (", or the clocks differ" if stored["samples"] == ours["samples"] else "")
         ]
     return shown("; ".join(parts), 600)
-
-
-def _make_folders(path: Path) -> list[Path]:
-    """Create `path` and what is missing above it; returns what was created, deepest first."""
-    missing, there = [], existing_folder(path)
-    while path != there and not path.exists():
-        missing.append(path)
-        path = path.parent
-    try:
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-    except OSError as e:
-        raise output_failed(missing[0] if missing else path, e) from e
-    return missing
-
-
-def _remove_folders(folders: Iterable[Path]) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            if folder.exists():
-                folder.rmdir()

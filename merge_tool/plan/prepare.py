@@ -36,10 +36,11 @@ from merge_tool.models.side_files import (
 from merge_tool.models.side_names import check_names, named_apart
 from merge_tool.plan.config_fit import fit_config
 from merge_tool.plan.disk import largest_file, shard_limit
-from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes, resident_bytes
+from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.plan_merge import plan_merge
+from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.plan.target import Target, existing_folder
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import Alignment, align, settings_warnings, side_files_of
