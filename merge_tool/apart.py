@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from typing import IO, Any
 
 from merge_tool.errors import MergeToolError, reason, shown
+from merge_tool.streams import forgiving, has_descriptor
 
 # With the same search path as ours: Python would put the current folder first, which may hold a stranger's modules.
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import main; main()"
@@ -43,7 +44,7 @@ def ask(
             [sys.executable, "-c", _START.format(module=module), json.dumps(sys.path)],
             input=json.dumps(question).encode(),
             stdout=into or subprocess.PIPE,
-            stderr=subprocess.PIPE if keep_errors else None,
+            stderr=subprocess.PIPE if keep_errors else None if has_descriptor(2) else subprocess.DEVNULL,
             timeout=timeout,
             check=False,
         )
@@ -76,7 +77,7 @@ def answer(reply: Callable[[Any], tuple[Any, Iterable[bytes]]]) -> None:
     that is printed goes to standard error."""
     pieces: Iterable[bytes] = ()
     try:
-        with redirect_stdout(sys.stderr):
+        with forgiving(), redirect_stdout(sys.stderr):
             value, pieces = reply(json.loads(sys.stdin.buffer.read()))
         code = 0
     except MergeToolError as e:

@@ -8,12 +8,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import DataError, OutputError, RecipeError, listed, output_failed, reason, shown
+from merge_tool.errors import (
+    DataError,
+    MergeToolError,
+    OutputError,
+    RecipeError,
+    input_failed,
+    listed,
+    output_failed,
+    reason,
+    shown,
+)
 from merge_tool.files import write_whole
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -22,11 +32,13 @@ from merge_tool.models.lora import parts
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
+from merge_tool.output.marks import check_apart_by_mark
 from merge_tool.output.older import check_conflicts
 from merge_tool.output.report import Summary, alarms, damaged, load_tensors, report_lines, summarise, sums_text
 from merge_tool.output.work_folder import WorkFolder
-from merge_tool.plan.memory import Machine, machine, peak_bytes, resident_bytes, under_pressure
+from merge_tool.plan.memory import Machine, machine
 from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.plan.system_memory import peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.target import Target, check_report_path, check_target
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
@@ -35,6 +47,10 @@ from merge_tool.run.run import progress_bytes, run_plan
 from merge_tool.run.work import check_exact_tensors
 
 _FLUSH_BYTES = 8_000_000
+_NOT_DURABLE = (
+    "The file system of OUT cannot sync folders. The merge is safe from kills; after a power cut, verify it "
+    "(merge-tool verify OUT), and merge again if that finds anything."
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class MergeReport:
     peak_bytes: int
     already_complete: bool = False
     num_scheduled: int = 0
+    moved_bytes: int = 0  # read and written by this run: a resumed one moves less
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -209,22 +226,26 @@ def merge_recipe(
             flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
             check_resumed=check_resumed,
             inputs=prepared.inputs,
+            names=final_names(prepared),
         ) as work:
             if _begin(prepared, work, overwrite=overwrite):
                 return _already_complete(prepared, report, started)
+            if not work.is_durable:
+                watch.warn([_NOT_DURABLE])
             _run(prepared, work, watch)
             findings = work.findings()
             summary = summarise(prepared.plan, findings)
             _write_side_files(prepared, work, findings, summary)
             if report is not None:
-                _write_report(report, report_lines(prepared.plan, findings, 0, prepared.samples))
+                _write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
             strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
     except OSError as e:  # one of the many reads of OUT that have no message of their own
-        raise output_failed(Path(e.filename) if isinstance(e.filename, str) else target.path, e) from e
+        raise _named(e, prepared) from e
     if strangers:
         watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
     watch.warn(alarms(summary))
-    return _report(prepared, summary, started)
+    moved = progress_bytes(prepared.plan, work.done_shards)
+    return replace(_report(prepared, summary, started), moved_bytes=moved)
 
 
 def plan_recipe(
@@ -300,8 +321,14 @@ def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
         watch.on_start(progress_bytes(plan, skip))
     if len(skip) == len(plan.shards):
         return
+
+    def on_progress(nbytes: int, tensor: str) -> None:
+        work.beat()
+        if watch.on_progress is not None:
+            watch.on_progress(nbytes, tensor)
+
     try:
-        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=watch.on_progress):
+        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=on_progress):
             pass
     except DataError:
         work.discard()
@@ -311,6 +338,13 @@ def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
             f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
             "Give a smaller --memory or fewer --jobs, then run the same command: it continues."
         ) from e
+
+
+def _named(e: OSError, prepared: Prepared) -> MergeToolError:
+    """The error that names the file which the system refused: one of an input, or of OUT."""
+    path = Path(e.filename) if isinstance(e.filename, str) else prepared.target.path
+    source = next((source for source in prepared.inputs if path.is_relative_to(source)), None)
+    return output_failed(path, e) if source is None else input_failed(path, e)
 
 
 def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, summary: Summary) -> None:
@@ -333,9 +367,10 @@ def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, 
         work.add(label, SUMS, [sums_text(sums)])
 
 
-def _write_report(path: Path, lines: Iterable[str]) -> None:
-    """Write the report for which the user gave a path; the file appears whole."""
+def _write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
+    """Write the report for which the user gave a path; the file appears whole, and never in an input."""
     try:
+        check_apart_by_mark(path.parent, prepared.inputs, above=False)
         write_whole(path, (line.encode() for line in lines))
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
@@ -346,7 +381,7 @@ def _already_complete(prepared: Prepared, report: Path | None, started: float) -
     stored = prepared.target.path / prepared.plan.labels[0] / REPORT
     summary = summarise(prepared.plan, _stored_findings(prepared, stored))
     if report is not None:
-        _write_report(report, [stored.read_text(encoding="utf-8")])
+        _write_report(prepared, report, [stored.read_text(encoding="utf-8")])
     return _report(prepared, summary, started, already_complete=True)
 
 

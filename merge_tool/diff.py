@@ -10,6 +10,7 @@ import math
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,8 +27,9 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import RecipeError
 from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
 from merge_tool.models.lora import open_models
-from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs, resident_bytes
+from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs
 from merge_tool.plan.stacks import natural_key
+from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.run.buffers import cannot_start
 from merge_tool.run.findings import median
 
@@ -138,6 +140,7 @@ def _workers(budget: int, jobs: int, each: int) -> int:
 
 # --------------------------------------------------------------------------------------------- tensors
 
+_TRIES, _PATIENCE = 10, 0.05  # to start the only thread; seconds between them
 _Compared: TypeAlias = "tuple[TensorDiff, PairSums | None]"
 Tiles: TypeAlias = Callable[[], Iterable[tuple[Array, Array]]]
 
@@ -163,20 +166,33 @@ def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: in
         finally:
             free.put(memory)
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool, compared = _started(workers, work, names)
+    with pool:
         try:
-            yield from _started(pool, work, names)
+            yield from compared
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _started(pool: ThreadPoolExecutor, work: Callable[[str], _Compared], names: Sequence[str]) -> Iterator[_Compared]:
-    try:
-        return pool.map(work, names)
-    except RuntimeError as e:
-        raise cannot_start(e) from e
+def _started(
+    workers: int, work: Callable[[str], _Compared], names: Sequence[str]
+) -> tuple[ThreadPoolExecutor, Iterator[_Compared]]:
+    """A pool that compares all, with fewer threads if the system starts no more. Raises WorkerError if it starts
+    none."""
+    tries = _TRIES
+    while True:
+        pool = ThreadPoolExecutor(workers)
+        try:
+            return pool, pool.map(work, names)
+        except RuntimeError as e:
+            pool.shutdown(cancel_futures=True)
+            tries -= workers == 1
+            if not tries:
+                raise cannot_start(e) from e
+            workers = max(1, workers // 2)
+            time.sleep(_PATIENCE)  # the system counts a thread for a moment after its end
 
 
 def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Compared:

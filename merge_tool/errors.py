@@ -17,8 +17,23 @@ bug of this package and may show a traceback.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
+
+# What a network, FUSE or unplugged disk says once it is gone
+_GONE_NAMES = [
+    "ESTALE",
+    "ENOTCONN",
+    "ECONNABORTED",
+    "ECONNRESET",
+    "ETIMEDOUT",
+    "EHOSTDOWN",
+    "ENODEV",
+    "ENXIO",
+    "EREMOTEIO",
+]
+_GONE = frozenset(getattr(errno, name) for name in _GONE_NAMES if hasattr(errno, name))
 
 
 class MergeToolError(Exception):
@@ -102,6 +117,18 @@ def reason(e: BaseException) -> str:
     if isinstance(e, UnicodeDecodeError):
         return f"it is not {e.encoding} text, at byte {e.start:,}"
     return shown(str(e) or type(e).__name__, 600)
+
+
+def next_step(e: OSError) -> str:
+    """What to do about an input whose disk or connection is gone; an empty text for other errors."""
+    if e.errno in _GONE:
+        return " Its disk or connection is gone: mount it again, then run the same command: it continues."
+    return ""
+
+
+def input_failed(name: object, e: OSError) -> CheckpointError:
+    """The error for an operation on an input that the system refused."""
+    return CheckpointError(f"{shown(name)}: cannot be read ({reason(e)}).{next_step(e)}")
 
 
 def output_failed(path: Path, e: OSError) -> OutputError:

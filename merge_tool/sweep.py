@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -20,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool.api import merge, plan_recipe
-from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, shown
-from merge_tool.files import write_whole
+from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, reason, shown
+from merge_tool.files import sync_file, write_whole
+from merge_tool.models.lora import parts
 from merge_tool.output.lock import FolderLock
+from merge_tool.output.marks import check_apart_by_mark
+from merge_tool.output.older import strangers
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, check_target
 from merge_tool.recipe.pair import check_ts, pair
@@ -148,11 +150,12 @@ def _name(t: float) -> str:
 
 
 def _merge(
-    base: str | Path, ft: str | Path, folder: Path, ts: Sequence[float], journal: _Journal, options: dict[str, Any]
+    base: Path, ft: Path, folder: Path, ts: Sequence[float], journal: _Journal, options: dict[str, Any]
 ) -> list[Path]:
     """The folders of the merges, made in one pass over the inputs; a merge that an earlier run began is continued."""
     models = folder / MODELS
     if not journal.begin(ts) and models.exists():
+        check_apart_by_mark(models, [*parts(base), *parts(ft)])
         shutil.rmtree(models)
     folders = [models / _name(t) for t in ts]
     merge(base, ft, folders[0] if len(ts) == 1 else models, tuple(ts), **options)
@@ -193,7 +196,7 @@ def _evaluate(
             start = log.tell()
             done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False)
     except OSError as e:
-        raise EvaluationError(f"The evaluation command {shown(args[0])} cannot be run ({e.strerror}).") from e
+        raise EvaluationError(f"The evaluation command {shown(args[0])} cannot be run ({reason(e)}).") from e
     text = done.stdout.decode(errors="replace")
     if done.returncode:
         raise EvaluationError(
@@ -323,7 +326,7 @@ class _Journal:
             lines = [] if overwrite else list(_read_lines(self._path))
             if lines:
                 _check_same(self._path, lines[0], facts)
-            elif not overwrite and (others := sorted(p.name for p in folder.iterdir() if p.name != hidden.name)):
+            elif not overwrite and (others := strangers(folder, [HIDDEN], ())):
                 raise OutputError(
                     f"{shown(folder)}: is not empty ({shown(others[0])}) and holds no sweep. Choose another folder."
                 )
@@ -358,10 +361,10 @@ class _Journal:
         self._append({"t": t, "scores": scores})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
 
     def close(self) -> None:
         self._lock.remove_with(self._hidden)

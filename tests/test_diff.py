@@ -159,7 +159,7 @@ def test_memory_is_bounded_for_tensors_larger_than_it(tmp_path: Path) -> None:
 
     pair = [write_model(tmp_path / f"{k}.safetensors", {"a.weight": (10_000, 10_000)}, k) for k in (1, 2)]
     code = (
-        "import sys; from merge_tool.cli import merge_tool; from merge_tool.plan.memory import peak_bytes\n"
+        "import sys; from merge_tool.cli import merge_tool; from merge_tool.plan.system_memory import peak_bytes\n"
         "merge_tool(['diff', *sys.argv[1:], '--memory', '64MB'], standalone_mode=False); print(peak_bytes())"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, pair)], capture_output=True, text=True, check=True)

@@ -23,7 +23,7 @@ from merge_tool import CheckpointError, MergeToolError, OutputError, merge
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.diff import diff_checkpoints
 from merge_tool.errors import WorkerError
-from merge_tool.plan.memory import resident_bytes
+from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.run.run import _Run
 from power import Tree, lay_out, watched
 
@@ -517,7 +517,7 @@ SLOW_DISK = """
 import os, sys, time
 real = os.fsync
 def slow(fd):
-    if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors.part"):
+    if os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
         print("syncing", flush=True)
         time.sleep(60)
     real(fd)

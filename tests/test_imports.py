@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [  # from the top; those in one set stand side by side
     {"__init__", "__main__"}, {"cli"}, {"verify", "sweep"}, {"api"}, {"output", "diff", "inspection"}, {"run"},
     {"plan"}, {"vocabulary"}, {"models"}, {"checkpoint", "recipe"}, {"methods"}, {"arrays"}, {"apart", "files"},
-    {"errors", "_version"},
+    {"streams"}, {"errors", "_version"},
 ]  # fmt: skip
 OUTSIDE = {  # who alone may import a package that is not Python's own
     "click": {"cli"}, "tqdm": {"cli"}, "matplotlib": {"cli.plot"}, "torch": {"checkpoint.unpickle"},

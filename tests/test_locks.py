@@ -20,7 +20,7 @@ import pytest
 from merge_tool.checkpoint import source, writer
 from merge_tool.checkpoint.grid import Grid
 from merge_tool.methods import passes
-from merge_tool.methods.steps import Given, OrderStatistics, Tile
+from merge_tool.methods.steps import MergeSpec, OrderStatistics, Tile
 from merge_tool.output.journal import Journal
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.run import weighted
@@ -135,7 +135,7 @@ def test_order_statistics_count_every_value_of_two_threads() -> None:
     """In both passes: over the upper halves of the bits, and over the lower halves."""
     values = 1 + np.arange(1000) * 2.0**-23  # of one upper half
     asked = OrderStatistics(lambda tile: [tile.inputs[0]], [[0, 999, 1000, 1999]])
-    running = passes.start_pass(asked, Given((2000,), 1, False), 2)
+    running = passes.start_pass(asked, MergeSpec((2000,), 1, False), 2)
     assert isinstance(running, passes._RunningOrder)
 
     def add() -> None:
@@ -152,7 +152,7 @@ def test_order_statistics_count_every_value_of_two_threads() -> None:
     add()
     running.lower[bucket] = lower.done()
     assert not running.settle()
-    assert running.found == [[values[0], values[499], values[500], values[999]]]
+    assert running.result == [[values[0], values[499], values[500], values[999]]]
 
 
 def test_a_file_is_opened_once_for_all_who_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +263,8 @@ def test_the_journal_has_each_shard_in_one_piece(tmp_path: Path) -> None:
     """Of more bytes than a file's buffer, so that a line would be torn where the other thread's begin."""
     folder = WorkFolder.__new__(WorkFolder)
     folder.journal, folder._finishing = Journal(tmp_path / "journal.jsonl"), Lock()  # type: ignore[assignment]
+
+    folder._owner = SimpleNamespace(run="", confirm=lambda: None)  # type: ignore[assignment]
 
     def finish(number: int, findings: Findings) -> None:
         for tensor in range(300):

@@ -20,7 +20,8 @@ from merge_tool.api import plan_recipe
 from merge_tool.arrays import TILE
 from merge_tool.checkpoint.header import TensorInfo, build_header
 from merge_tool.methods.registry import METHODS
-from merge_tool.plan.memory import available_bytes, default_budget, peak_bytes, plan_layout, resident_bytes
+from merge_tool.plan.memory import default_budget, plan_layout
+from merge_tool.plan.system_memory import available_bytes, peak_bytes, resident_bytes
 from merge_tool.recipe.mergekit import read_recipe
 from merge_tool.recipe.pair import pair
 

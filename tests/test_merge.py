@@ -22,7 +22,8 @@ from safetensors import safe_open
 from checkpoints import BF16, DTYPES, contents, language_model, load_file, load_folder, save_file, save_model
 from merge_tool import MergeToolError, merge, merge_models, open_checkpoint, plan_merge, run_plan
 from merge_tool.arrays import TILE
-from merge_tool.plan.memory import Layout, resident_bytes
+from merge_tool.plan.memory import Layout
+from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.recipe.pair import pair as pair_recipe
 from oracle import exact_angle, float64_merge, ulp
 

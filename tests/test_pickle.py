@@ -380,7 +380,7 @@ def test_a_merge_of_pickles_stays_in_its_budget_and_loads_no_torch(tmp_path: Pat
     torch.save({f"x{k}": whole[k] for k in range(20)}, tmp_path / "base.bin")
     torch.save({f"x{k}": whole[k].t() if k < 3 else whole[k] * 2 for k in range(20)}, tmp_path / "ft.bin")
     code = (
-        "import sys; from merge_tool import merge; from merge_tool.plan.memory import peak_bytes\n"
+        "import sys; from merge_tool import merge; from merge_tool.plan.system_memory import peak_bytes\n"
         "merge(*sys.argv[1:4], t=0.5, memory_bytes=64_000_000); assert 'torch' not in sys.modules; print(peak_bytes())"
     )
     words = [str(tmp_path / name) for name in ("base.bin", "ft.bin", "out")]

@@ -383,7 +383,8 @@ def test_verifying_is_done_in_bounded_memory_and_without_torch(tmp_path: Path) -
     base, ft = (write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in (1, 2))
     merge(base, ft, tmp_path / "out")
     code = (
-        "import sys; from merge_tool.verify.verify import verify; from merge_tool.plan.memory import peak_bytes; "
+        "import sys; from merge_tool.verify.verify import verify; "
+        "from merge_tool.plan.system_memory import peak_bytes; "
         "(one,) = verify(sys.argv[1], tuple(sys.argv[2:4]), full=True, memory_bytes=64_000_000); "
         "assert one.problems == () and one.num_compared == 100_000_512, one; "
         "assert not {'torch', 'transformers'} & sys.modules.keys(); print(peak_bytes())"

@@ -5,6 +5,8 @@ Exit code 1: an error that the user can repair (one message, no traceback). 2: a
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import sys
@@ -26,6 +28,9 @@ class UsageError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with 0, 1 (TrainError) or 2 (usage)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that the encoding lacks is no reason to end a run
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -104,7 +109,8 @@ def _yaml(key: str, value: str) -> Any:
 
 def _complain(message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # all processes fail alike; one prints
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
     return code
 
 

@@ -6,6 +6,7 @@ Each chapter is a paragraph here; what it calls lives elsewhere: a step in `step
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -205,4 +206,5 @@ def _is_due(every: int | None, step: int) -> bool:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # closed, full, or of another encoding: no reason to end a run
+        print(text, file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
 from merge_tool.checkpoint.weight_files import adapter_files, find_weights, weight_map_files
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
+from merge_tool.files import leads_out
 
 # Never part of a merge, and often larger than the model: other formats, training checkpoints, original weights.
 _UNWANTED = [
@@ -134,7 +135,8 @@ def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception
 
     try:
         # Not list_repo_files: it tries for half a minute if no server answers.
-        return sorted(file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings or []), None
+        names = (file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings or [])
+        return sorted(name for name in names if not leads_out(name)), None
     except Exception as e:
         if isinstance(e, HfHubHTTPError):
             raise

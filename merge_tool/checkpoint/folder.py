@@ -15,6 +15,7 @@ from typing import Any
 
 from merge_tool.checkpoint.lookalikes import known_start
 from merge_tool.errors import CheckpointError, reason, shown
+from merge_tool.files import leads_out
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".jit"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
@@ -36,8 +37,9 @@ class Folder:
     def path(self, relative: str) -> Path:
         """The real path of an existing file of this folder; raises CheckpointError if it leads elsewhere."""
         where = f"{self.name}/{shown(relative)}"
-        parts = PurePosixPath(relative.replace("\\", "/") if os.name == "nt" else relative)
-        if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in relative:
+        posix = PurePosixPath(relative)  # on POSIX a name that was listed may have any other sign
+        outside = posix.is_absolute() or ".." in posix.parts or "\0" in relative or not posix.parts
+        if outside or (os.name == "nt" and leads_out(relative)):
             raise CheckpointError(f"{where}: is not a path inside the folder.")
         try:
             target = (self.root / relative).resolve(strict=True)

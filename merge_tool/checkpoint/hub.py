@@ -18,7 +18,7 @@ from typing import IO, Any
 from merge_tool.apart import ask
 from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.checkpoint.source import ComingFile
-from merge_tool.errors import FetchError, shown
+from merge_tool.errors import FetchError, reason, shown
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
 
@@ -108,7 +108,7 @@ def _unnamed_file(repo: str) -> IO[bytes]:
     try:
         return tempfile.TemporaryFile()
     except OSError as e:
-        raise FetchError(f"{shown(repo)}: no temporary file can be made to fetch it ({e.strerror}).") from e
+        raise FetchError(f"{shown(repo)}: no temporary file can be made to fetch it ({reason(e)}).") from e
 
 
 def _ask_apart(held: IO[bytes], *request: str | None) -> Any:

@@ -27,6 +27,7 @@ from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
 from merge_tool.checkpoint.weight_files import find_weights, unread_format
 from merge_tool.errors import CheckpointError, HeaderError, counted, listed, reason, shown
+from merge_tool.files import leads_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +323,8 @@ def _load_weight_map(folder: Folder, index: str) -> dict[str, str]:
         raise CheckpointError(f"{folder.name}/{index}: has no weight_map from tensor names to file names.")
     if not weight_map:
         raise CheckpointError(f"{folder.name}/{index}: its weight_map is empty.")
+    if outside := next((name for name in weight_map.values() if leads_out(name)), None):
+        raise CheckpointError(f"{folder.name}/{index}: names {shown(outside)}, which is not a path inside the folder.")
     return weight_map
 
 

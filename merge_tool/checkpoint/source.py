@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from merge_tool.checkpoint.header import TensorInfo
-from merge_tool.errors import CheckpointError, shown
+from merge_tool.errors import CheckpointError, next_step, reason, shown
+from merge_tool.files import mounted_kinds
+
+_RENUMBERING = ("fuse", "cifs", "smb", "9p", "virtiofs", "vboxsf", "msdos", "vfat", "exfat")  # without numbers on disk
 
 
 class ByteSource(Protocol):
@@ -105,11 +108,12 @@ class LocalFile:
         try:
             status = path.stat()
         except OSError as e:
-            raise CheckpointError(f"{shown(name)}: cannot be read ({e.strerror}).") from e
+            raise CheckpointError(f"{shown(name)}: cannot be read ({reason(e)}).{next_step(e)}") from e
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{shown(name)}: is not a regular file.")
         self.size = status.st_size
         self.identity = _identity(status)
+        self._keeps_inode = True
         self._lock = threading.Lock()
         self._users = 0
         self._fd = -1
@@ -135,12 +139,24 @@ class LocalFile:
     def _open(self) -> int:
         try:
             fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+            status = os.fstat(fd)
         except OSError as e:
-            raise CheckpointError(f"{shown(self.name)}: cannot be opened ({e.strerror}).") from e
-        if _identity(os.fstat(fd)) != self.identity:
+            raise CheckpointError(f"{shown(self.name)}: cannot be opened ({reason(e)}).{next_step(e)}") from e
+        if self._is_another(status):
             os.close(fd)
             raise self._changed()
         return fd
+
+    def _is_another(self, status: os.stat_result) -> bool:
+        """Whether a file is not the one that was planned, by size and time; by inode only where that is a file's own:
+        some drivers number a file anew whenever they are asked (sshfs, mergerfs, exfat-fuse)."""
+        found = _identity(status)
+        if found[1:] != self.identity[1:]:
+            return True
+        if found[0] != self.identity[0] and self._keeps_inode:
+            self._keeps_inode = has_stable_inodes(mounted_kinds(status.st_dev))
+            return self._keeps_inode
+        return False
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self.acquire()
@@ -151,28 +167,29 @@ class LocalFile:
 
     def _fill(self, offset: int, buffer: memoryview) -> None:
         done = 0
-        while done < len(buffer):
-            try:
+        try:
+            while done < len(buffer):
                 count = self._read_some(offset + done, buffer[done:])
-            except OSError as e:
-                raise CheckpointError(
-                    f"{shown(self.name)}: reading failed at byte {offset + done:,} ({e.strerror})."
-                ) from e
-            if count == 0 and os.fstat(self._fd).st_size != self.size:
-                raise self._changed()
-            if count == 0:
-                raise CheckpointError(
-                    f"{shown(self.name)}: the file ends at byte {offset + done:,}, expected {self.size:,}; "
-                    "it was cut short while we read it."
-                )
-            done += count
-        if _identity(os.fstat(self._fd)) != self.identity:  # another program wrote into the file
+                if count == 0 and os.fstat(self._fd).st_size != self.size:
+                    raise self._changed()
+                if count == 0:
+                    raise CheckpointError(
+                        f"{shown(self.name)}: the file ends at byte {offset + done:,}, expected {self.size:,}; "
+                        "it was cut short while we read it."
+                    )
+                done += count
+            status = os.fstat(self._fd)
+        except OSError as e:
+            raise CheckpointError(
+                f"{shown(self.name)}: reading failed at byte {offset + done:,} ({reason(e)}).{next_step(e)}"
+            ) from e
+        if self._is_another(status):  # another program wrote into the file
             raise self._changed()
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(
             f"{shown(self.name)}: the file changed while it was being merged. "
-            "Wait until it is complete, then start again with --overwrite."
+            "Wait until it is complete, then run the same command: it continues, or says what differs."
         )
 
     def _read_some(self, offset: int, buffer: memoryview) -> int:
@@ -192,7 +209,8 @@ class LocalFile:
 
     def _advise(self, offset: int, length: int, advice: str) -> None:
         if hasattr(os, "posix_fadvise") and self._fd >= 0 and length > 0:
-            os.posix_fadvise(self._fd, offset, length, getattr(os, advice))
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, offset, length, getattr(os, advice))
 
 
 class ComingFile:
@@ -234,6 +252,15 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def has_stable_inodes(kinds: Sequence[str]) -> bool:
+    """Whether a file keeps its inode number on file systems of these names. True of Linux's own, not known of others.
+
+    >>> has_stable_inodes(["ext4"]), has_stable_inodes(["fuse.sshfs"]), has_stable_inodes([])
+    (True, False, False)
+    """
+    return bool(kinds) and not any(kind.startswith(_RENUMBERING) for kind in kinds)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

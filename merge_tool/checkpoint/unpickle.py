@@ -308,8 +308,8 @@ def _check_records(archive: zipfile.ZipFile) -> None:
     if "constants.pkl" in infos:
         raise _Refused(
             "is a TorchScript archive, which holds code as well. Save its weights alone: "
-            'torch.save(torch.jit.load(FILE).state_dict(), "weights.pt"). torch.jit.load runs that code: do it with files '
-            "that you trust. If the names "
+            'torch.save(torch.jit.load(FILE).state_dict(), "weights.pt"). torch.jit.load runs that code: do it with '
+            "files that you trust. If the names "
             "differ from the other model's, give --names-from."
         )
     if infos["data.pkl"].file_size > _LARGEST_PICKLE:

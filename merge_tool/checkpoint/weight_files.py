@@ -8,7 +8,8 @@ from typing import Any
 
 from merge_tool.checkpoint.elsewhere import find_elsewhere
 from merge_tool.checkpoint.folder import is_pickle, is_weight_file
-from merge_tool.errors import CheckpointError, listed
+from merge_tool.errors import CheckpointError, listed, shown
+from merge_tool.files import leads_out
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
 TRAINED_BESIDE = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")  # whole tensors of LLaVA's adapters
@@ -149,4 +150,6 @@ def weight_map_files(index: Any) -> list[str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise ValueError("it has no weight_map from tensor names to file names")
+    if outside := next((name for name in weight_map.values() if leads_out(name)), None):
+        raise ValueError(f"it names {shown(outside)}, which is not a path inside the folder")
     return sorted(set(weight_map.values()))

@@ -12,16 +12,16 @@ import os
 import threading
 from pathlib import Path
 
-from merge_tool.files import part_path, rename_synced, write_failed
+from merge_tool.files import part_path, rename_synced, sync_file, write_failed
 
 
 class ShardWriter:
-    """Writes `path` through `path.part`. Several threads may call `write`; the caller orders the calls of
-    `hash_next`."""
+    """Writes `path` through `path.part`, with the `run` in that name. Several threads may call `write`; the caller
+    orders the calls of `hash_next`."""
 
-    def __init__(self, path: Path, header: bytes | bytearray, *, flush_bytes: int | None = None) -> None:
+    def __init__(self, path: Path, header: bytes | bytearray, *, run: str = "", flush_bytes: int | None = None) -> None:
         self.path = path
-        self.part = part_path(path)
+        self.part = part_path(path, run)
         self._flush_bytes = flush_bytes
         self._hash = hashlib.sha256()
         self._lock = threading.Lock()
@@ -66,8 +66,12 @@ class ShardWriter:
                 return
             self._unflushed = 0
         getattr(os, "fdatasync", os.fsync)(self._fd)
+        self._drop_cache()
+
+    def _drop_cache(self) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # it is only a hint
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def hash_next(self, data: memoryview) -> None:
         """Hash the next bytes in file order."""
@@ -77,9 +81,8 @@ class ShardWriter:
     def sync(self) -> str:
         """Make the bytes durable and close the file; returns its SHA-256 in hex."""
         try:
-            os.fsync(self._fd)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            sync_file(self._fd)
+            self._drop_cache()
             fd, self._fd = self._fd, -1
             os.close(fd)
         except OSError as e:

@@ -9,21 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import click
 
 from merge_tool._version import __version__
 from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
+from merge_tool.cli.frame import CONTINUES, READS, Command, Group, print_errors
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
     OUTPUT_OPTIONS,
@@ -46,85 +42,19 @@ from merge_tool.cli.show import (
     verification_json,
     verification_lines,
 )
-from merge_tool.errors import MergeToolError, shown
+from merge_tool.errors import shown
 from merge_tool.methods.registry import METHODS
 from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """MergeToolError -> `Error: ...` and exit code 1; signals -> exit codes 130 and 143, and a line on how to go on."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                with _terminable():
-                    return function(*args, **kwargs)
-            except MergeToolError as e:
-                raise click.ClickException(str(e)) from e
-            except MemoryError as e:
-                raise click.ClickException(
-                    f"The system has too little memory left ({shown(e) or 'an allocation failed'}). Give it more, or a "
-                    "smaller --memory, then run the same command."
-                ) from e
-            except Exception as e:
-                if not _is_in_import(e):
-                    raise
-                raise click.ClickException(
-                    f"A library cannot be loaded ({type(e).__name__}: {shown(e)}). Either memory is short, or its "
-                    "installation is damaged: give it more memory, or install it again, then run the same command."
-                ) from e
-            except KeyboardInterrupt:
-                click.echo(f"\nInterrupted. {after_signal}", err=True)
-                sys.exit(130)
-            except _TerminatedError:
-                click.echo(f"\nTerminated. {after_signal}", err=True)
-                sys.exit(143)
-
-        return wrapped
-
-    return decorate
-
-
-def _is_in_import(error: Exception) -> bool:
-    """Whether an error was raised while a module was loaded: some are loaded when they are first needed."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, ImportError) or any(frame.f_code.co_name == "<module>" for frame in frames)
-
-
-_CONTINUES, _READS = "Run the same command to continue.", "Nothing was changed."
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM was received."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _TerminatedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # --------------------------------------------------------------------------------------- slerp-merge
 
 
-@click.command("slerp-merge", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(
+    "slerp-merge", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("ft", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -141,7 +71,7 @@ def _terminable() -> Iterator[None]:
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
-@_print_errors(_CONTINUES)
+@print_errors(CONTINUES)
 def slerp_merge(base: Path, ft: Path, out: Path, ts: tuple[float, ...], **options: Any) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
@@ -235,7 +165,7 @@ class _Bar:
 # ----------------------------------------------------------------------------------------- merge-tool
 
 
-@click.group("merge-tool", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("merge-tool", cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", prog_name="merge-tool")
 def merge_tool() -> None:
     """Merge model checkpoints, and inspect them."""
@@ -257,7 +187,7 @@ merge_tool.add_command(slerp_merge, "merge")
 @with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
-@_print_errors(_CONTINUES)
+@print_errors(CONTINUES)
 def run_command(recipe: Path, out: Path, **options: Any) -> None:
     """Merge the models that RECIPE, a YAML file as mergekit reads it, names into OUT.
 
@@ -274,7 +204,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--health", is_flag=True, help="Read the weights too: norms, and whether every value is finite.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@_print_errors(_READS)
+@print_errors(READS)
 def inspect_command(path: Path, health: bool, as_json: bool) -> None:
     """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH.
 
@@ -323,7 +253,7 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
 )
 @with_options(MACHINE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@_print_errors(_READS)
+@print_errors(READS)
 def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, **options: Any) -> None:
     """Check the output OUT of a merge: digests, names, shapes, dtypes, index and sizes.
 
@@ -358,7 +288,7 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
     help="Draw the angles into this picture: layers by modules.",
 )
 @with_options(MACHINE_OPTIONS)
-@_print_errors(_READS)
+@print_errors(READS)
 def diff_command(
     base: Path, ft: Path, every_tensor: bool, as_json: bool, picture: Path | None, **machine: int | None
 ) -> None:
@@ -401,7 +331,7 @@ def diff_command(
 @with_options(MACHINE_OPTIONS)
 @click.option("--overwrite", is_flag=True, help="Forget the scores that are in OUT and start anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-@_print_errors(_CONTINUES)
+@print_errors(CONTINUES)
 def sweep_command(
     base: Path, ft: Path, out: Path, ts: tuple[float, ...], command: str, as_json: bool, **options: Any
 ) -> None:

@@ -132,7 +132,8 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
         f" ({len(plan.labels)} outputs)" if many else ""
     )
-    yield f"  disk      {_size(prepared.free_disk_bytes)} free"
+    free = prepared.free_disk_bytes
+    yield f"  disk      {'free space unknown' if free is None else f'{_size(free)} free'}"
     if size := _download(prepared.download):
         yield f"  download  {size}"
     peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
@@ -192,7 +193,6 @@ def summary_lines(report: MergeReport) -> Iterator[str]:
     if report.already_complete:
         yield f"{where}: already complete, nothing to do."
         return
-    moved = report.input_bytes + report.output_bytes
     what = f"{report.method} of {len(report.models):,} models"
     if report.ts:
         what = f"{report.method} at t = {', '.join(map(label_t, report.ts))}"
@@ -200,7 +200,7 @@ def summary_lines(report: MergeReport) -> Iterator[str]:
         what += f" ({counted(report.num_scheduled, 'tensor')} with {'a t' if report.ts else 'parameters'} of their own)"
     yield f"{where}: {what}, {counted(summary.num_tensors, 'tensor')}, {_size(report.output_bytes)}"
     yield (
-        f"{report.seconds:.1f} s, {moved / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
+        f"{report.seconds:.1f} s, {report.moved_bytes / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
         f"peak memory {_size(report.peak_bytes)}"
     )
     if summary.median_degrees is not None and summary.largest_degrees is not None:

@@ -4,7 +4,6 @@ be fetched. A merge is planned and checked with the headers of those weights; on
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from types import TracebackType
 
 from merge_tool.checkpoint.hub import Snapshot, look
 from merge_tool.errors import FetchError, shown
+from merge_tool.files import free_bytes
 from merge_tool.models.lora import Coming, known_parts
 
 
@@ -39,8 +39,8 @@ class Download:
         """Raise FetchError unless the cache's disk has room for the download."""
         if self.cache is None:
             return
-        free = shutil.disk_usage(self.cache).free
-        if self.disk_bytes > free:
+        free = free_bytes(self.cache)
+        if free is not None and self.disk_bytes > free:
             raise FetchError(
                 f"{shown(self.cache)}: the weights to fetch take {self.disk_bytes:,} bytes, the disk of the Hub's "
                 f"cache has {free:,} free. Free some space, or set HF_HUB_CACHE to a folder on another disk."

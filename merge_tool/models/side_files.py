@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -29,8 +30,11 @@ _COPY_BYTES = 1 << 20
 _SKIPPED_FOLDERS = re.compile(r"original|checkpoint-[^/]*|\.git|\.cache|\.ipynb_checkpoints|__pycache__")
 _SKIPPED_FILES = re.compile(
     r"(optimizer|scheduler|scaler|rng_state)[^/]*\.[^/]+|training_args\.bin|trainer_state\.json"
-    r"|[^/]*\.(safetensors|bin)\.index\.json|\.DS_Store"
+    r"|[^/]*\.(safetensors|bin)\.index\.json",
+    re.IGNORECASE,
 )
+# What systems leave in folders that they show: macOS, Windows
+SYSTEM_FILES = re.compile(r"\._.*|\.DS_Store|desktop\.ini|Thumbs\.db|\.Trashes|\.Spotlight-V100", re.IGNORECASE)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -103,28 +107,44 @@ class SideFiles:
             ) from e
 
 
+def folded(name: str) -> str:
+    """One text for all names that a disk which ignores case or normalises Unicode takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def card_name(folder: Folder | None) -> str | None:
+    """The model card's file name, in whatever spelling the folder has it."""
+    names = sorted(entry.name for entry in folder.root.iterdir()) if folder is not None else []
+    cards = [name for name in names if folded(name) == folded(CARD)]
+    return CARD if CARD in cards else next(iter(cards), None)
+
+
 def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str = BASE_CARD) -> SideFiles:
-    """Decide about every file of `folder` except the `merged` ones; README.md is copied as `card`.
+    """Decide about every file of `folder` except the `merged` ones; README.md, in any spelling, is copied as
+    `card`.
 
     Raises CheckpointError for links that lead out of the folder and for files that may not be read.
     """
     if folder is None:
         return SideFiles(None, (), (), ())
-    modules = _module_folders(folder)
+    modules, own_card = _module_folders(folder), card_name(folder)
+    own = {folded(name) for name in (REPORT, SUMS, RECIPE, *([card] if own_card else []))}
     skipped: list[str] = []
 
     def skip(relative: str) -> bool:
         path = PurePosixPath(relative)
         is_folder = (folder.root / relative).is_dir()
         if is_folder:
-            unwanted = _SKIPPED_FOLDERS.fullmatch(path.name) is not None or relative == WORK
+            unwanted = _SKIPPED_FOLDERS.fullmatch(path.name) is not None or folded(relative) == WORK
         else:
             in_module = len(path.parts) > 1 and path.parts[0] in modules
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
             # beside a model's weights, this file would make loaders look for an adapter
             unwanted |= relative == "adapter_config.json" and not merged & {*ADAPTER_WEIGHTS}
-            unwanted |= relative in {REPORT, SUMS, RECIPE} or (relative == card and folder.has(CARD))
+            unwanted |= folded(relative) in own
+        if SYSTEM_FILES.fullmatch(path.name):
+            return True
         if unwanted and relative not in merged:
             skipped.append(f"{relative}/" if is_folder else relative)
         return unwanted or relative in merged
@@ -134,7 +154,7 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
         path = folder.path(relative)
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"{folder.name}/{shown(relative)}: may not be read (permission denied).")
-        copied.append(SideFile(relative, card if relative == CARD else relative, folder.size(relative)))
+        copied.append(SideFile(relative, card if relative == own_card else relative, folder.size(relative)))
     unmerged = tuple(file.source for file in copied if is_weight_file(file.source))
     return SideFiles(folder, tuple(copied), tuple(skipped), unmerged)
 

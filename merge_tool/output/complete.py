@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from merge_tool.errors import OutputError, listed, reason, shown
-from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
-from merge_tool.output.older import check_conflicts, older_labels, read_sums
+from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
+from merge_tool.output.marks import check_folders
+from merge_tool.output.older import check_conflicts, older_labels, read_sums, strangers
 from merge_tool.output.report import head_differences, read_head, read_identity, report_head
-from merge_tool.output.work_folder import check_folders
+from merge_tool.plan.overlap import find_look_alike
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder
 
 _MOST = 5  # at most so many differences are named
-_SPARE_DISK_BYTES = 16_000_000  # bytes for journal, index, card and report of a usual model, and for the file system
+_SPARE_DISK_BYTES = 16_000_000  # bytes for journal, index, card and report, and for the file system, at most
 
 
 def is_complete(prepared: Prepared) -> bool:
@@ -31,7 +32,7 @@ def is_complete(prepared: Prepared) -> bool:
                 way = _way_on(prepared, "Give --overwrite to replace it.")
                 raise OutputError(f"{shown(target.path)}: exists already. {way}")
             return False
-        if not target.path.exists() or not {entry.name for entry in target.path.iterdir()} - {WORK}:
+        if not target.path.exists() or not strangers(target.path, (), ()):
             return False
         if not all(
             _is_output(prepared, target.path / label, number) for number, label in enumerate(prepared.plan.labels)
@@ -42,7 +43,7 @@ def is_complete(prepared: Prepared) -> bool:
                 f"{shown(target.path)}: is not empty, and not the result of this merge{why if parts else ''}. "
                 f"{_way_on(prepared, 'Choose another OUT, or --overwrite.')}"
             )
-        changed = _changed_since(prepared, target.path / prepared.plan.labels[0])
+        changed, later = _changed_since(prepared, target.path / prepared.plan.labels[0])
     except OSError as e:
         raise OutputError(f"{shown(target.path)}: cannot be read ({reason(e)}).") from e
     if changed:
@@ -50,19 +51,20 @@ def is_complete(prepared: Prepared) -> bool:
             f"{shown(target.path)}: holds this merge, but {listed(changed)} changed since. "
             "Give --overwrite to merge again."
         )
+    if later:
+        raise OutputError(
+            f"{shown(target.path)}: holds this merge, but {listed(later)} changed since, or the clocks differ: sizes "
+            "and samples are as they were, times are later than the merge's. merge-tool verify with the parents tells "
+            "which; --overwrite merges again."
+        )
     return True
 
 
 def _way_on(prepared: Prepared, way: str) -> str:
-    """`way`, unless OUT seems to hold a file of an input, which must not be replaced: some drivers show one folder as
-    two."""
-    target = prepared.target
-    sources = (source for job in prepared.plan.jobs() for source in job.sources)
-    for file in {id(file): file for source in sources for file in source.files}.values():
-        there = target.path if target.is_file else target.path / PurePath(file.name).name
-        if there.is_file() and (there.stat().st_size, there.stat().st_mtime_ns) == (file.size, file.mtime_ns):
-            return f"It may be an input under another name: it has {shown(file.name)}. Choose another one."
-    return way
+    """`way`, unless OUT seems to hold a file of an input, which must not be replaced."""
+    if (found := find_look_alike(prepared.target.path, prepared.inputs)) is None:
+        return way
+    return f"It may be an input under another name: it has {shown(found.name)}. Choose another one."
 
 
 def _is_output(prepared: Prepared, folder: Path, output: int) -> bool:
@@ -97,18 +99,19 @@ def _lost(prepared: Prepared, folder: Path) -> list[str]:
     return [n for n in names if not (folder / n).is_file() or sizes.get(n) not in (None, (folder / n).stat().st_size)]
 
 
-def _changed_since(prepared: Prepared, output: Path) -> list[str]:
-    """Input files modified after the report was written, and side files whose content differs from the output's."""
+def _changed_since(prepared: Prepared, output: Path) -> tuple[list[str], list[str]]:
+    """Side files whose content differs from the output's; and input files whose time is later than the report's: they
+    were changed, or written by another clock (a board without one, a share)."""
     written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
     files = {id(file): file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
-    changed = [file.name for file in files.values() if file.mtime_ns > written]
+    changed = []
     for file in prepared.side_files.copied:
         digest = hashlib.sha256()
         for chunk in prepared.side_files.read(file, prepared.plan.config_dtype):
             digest.update(chunk)
         if sums.get(file.target) != digest.hexdigest():
             changed.append(file.source)
-    return changed
+    return changed, [file.name for file in files.values() if file.mtime_ns > written]
 
 
 def check_apart(prepared: Prepared) -> None:
@@ -133,15 +136,16 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
     prepared.download.check_room()
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
-    need = prepared.disk_bytes + _SPARE_DISK_BYTES - have
+    spare = min(_SPARE_DISK_BYTES, 100_000 + prepared.disk_bytes // 50 + 4_000 * prepared.plan.num_tensors)
+    need = max(0, prepared.disk_bytes - have)
     coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
     free = prepared.free_disk_bytes
-    if need + coming > free:
-        besides = f" and what is fetched into the Hub's cache {coming:,}" if coming else ""
+    if free is not None and need + spare + coming > free:
+        besides = f", what is fetched into the Hub's cache {coming:,}" if coming else ""
         beside = " The old output stays until the new one is complete." if overwrite else ""
         raise OutputError(
-            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, the disk has {free:,} free."
-            f"{beside} Free some space or choose another disk."
+            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, its report and journal up to "
+            f"{spare:,}; the disk has {free:,} free.{beside} Free some space or choose another disk."
         )
 
 

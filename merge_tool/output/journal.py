@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import output_failed
+from merge_tool.errors import OutputError, output_failed, shown
+from merge_tool.files import leads_out, sync_file
 
 _SUM = b', "crc32": "'  # then eight digits and `"}`: the checksum of the text before it, as the line's last member
 
@@ -34,6 +35,14 @@ class Journal:
         except OSError as e:
             raise output_failed(self.path, e) from e
 
+    def publishing(self) -> dict[str, dict[str, list[str]]] | None:
+        """The files that a publishing moves and removes, by output, once it has begun. Raises OutputError for names
+        that lead out of OUT."""
+        for record in self.records():
+            if record.get("record") == "publish":
+                return {key: inside(self.path, record[key]) for key in ("files", "remove")}
+        return None
+
     def trim(self) -> None:
         """Cut off a damaged end, so that records added later are read again."""
         with self.path.open("r+b") as file:
@@ -42,7 +51,8 @@ class Journal:
                 if _parsed(line) is None:
                     break
                 content += len(line)
-            file.truncate(content)
+            if content != file.seek(0, os.SEEK_END):  # some file systems refuse even a truncation that changes nothing
+                file.truncate(content)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records and make them durable."""
@@ -52,9 +62,22 @@ class Journal:
                     text = json.dumps(record, sort_keys=True).encode()[:-1]
                     file.write(text + _SUM + b'%08x"}\n' % zlib.crc32(text))
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         except OSError as e:
             raise output_failed(self.path, e) from e
+
+
+def inside(journal: Path, names: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Files by output, as a journal has them. A stranger may have made the journal: OutputError for names that lead
+    elsewhere."""
+    for label, files in names.items() if isinstance(names, dict) else [("", [str(names)])]:
+        for name in files:
+            if not isinstance(names, dict) or leads_out(name) or (label and leads_out(label)):
+                raise OutputError(
+                    f"{shown(journal)}: names {shown(f'{label}/{name}'.lstrip('/'))}, which is not a path inside OUT. "
+                    "No merge wrote that. Remove this folder, or choose another OUT."
+                )
+    return names
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -1,4 +1,7 @@
-"""One process at a time in a work folder. The system drops the lock with the process that holds it."""
+"""One process at a time in a work folder. The system drops the lock with the process that holds it.
+
+Where locks do not reach (see owner.py) a record does their work.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ import sys
 from pathlib import Path
 
 from merge_tool.errors import OutputError, output_failed, shown
+from merge_tool.files import patiently
+from merge_tool.output.owner import OWNER, Owner
 
+# What file systems without locks say
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY})
 _LOCKED_BYTE = 1 << 30  # byte to lock on Windows: behind the file's content
 
 
@@ -25,6 +32,7 @@ class FolderLock:
         self.path = folder / self.NAME
         self._fd = -1
         self._name: socket.socket | None = None  # holds the lock if the file system cannot
+        self._owner: Owner | None = None
         while self._fd < 0:
             try:
                 fd = os.open(self.path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -32,7 +40,7 @@ class FolderLock:
                 raise output_failed(self.path, e) from e
             try:
                 self._name = lock_file(fd)
-                if os.fstat(fd).st_ino == self.path.stat().st_ino:  # else the process that finished has removed it
+                if self._is_there(fd):  # else the process that finished has removed it
                     self._fd = fd
             except FileNotFoundError:
                 folder.mkdir(exist_ok=True)
@@ -45,46 +53,79 @@ class FolderLock:
             finally:
                 if self._fd != fd:
                     os.close(fd)
+        try:
+            self._owner = Owner(folder)
+        except BaseException:
+            self.release()
+            raise
+
+    def _is_there(self, fd: int) -> bool:
+        """Whether the open file is the one at the lock's path: by inode, or, since some drivers number a file anew
+        whenever they are asked, by what is written into it."""
+        if os.fstat(fd).st_ino == self.path.stat().st_ino:
+            return True
+        mark = _write_mark(fd)
+        return self.path.read_bytes() == mark
+
+    @property
+    def owner(self) -> Owner:
+        assert self._owner is not None
+        return self._owner
 
     def mark(self) -> bytes:
         """Write unique bytes into the lock file and return them: a path that shows them is this file."""
-        mark = secrets.token_hex(16).encode()
         try:
-            os.ftruncate(self._fd, 0)
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            os.write(self._fd, mark)
+            return _write_mark(self._fd)
         except OSError as e:
             raise output_failed(self.path, e) from e
-        return mark
 
     def release(self) -> None:
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):  # closing drops the lock even if this fails
-                os.close(self._fd)
-            self._fd = -1
-        if self._name is not None:
-            self._name.close()
-            self._name = None
+        try:
+            if self._owner is not None:
+                self._owner.release()
+        finally:
+            if self._fd >= 0:
+                with contextlib.suppress(OSError):  # closing drops the lock even if this fails
+                    os.close(self._fd)
+                self._fd = -1
+            if self._name is not None:
+                self._name.close()
+                self._name = None
 
     def remove_with(self, folder: Path) -> None:
         """Remove the folder and all in it, the lock last."""
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry != self.path and entry.name != "journal.jsonl":
+            elif entry != self.path and entry.name not in ("journal.jsonl", OWNER):
                 entry.unlink()
         (folder / "journal.jsonl").unlink(missing_ok=True)
+        (folder / OWNER).unlink(missing_ok=True)
         if os.name == "nt":
             self.release()
-        self.path.unlink(missing_ok=True)
+        patiently(lambda: self.path.unlink(missing_ok=True))
         self.release()
-        folder.rmdir()
+        patiently(folder.rmdir)
+
+
+def new_mark() -> bytes:
+    """Bytes that no file has yet."""
+    return secrets.token_hex(16).encode()
+
+
+def _write_mark(fd: int) -> bytes:
+    mark = new_mark()
+    if os.fstat(fd).st_size > len(mark):
+        os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, mark)
+    return mark
 
 
 def lock_file(fd: int) -> socket.socket | None:
     """Lock, or raise BlockingIOError. By flock; by record locks if the file system has no flock; by a name in the
-    kernel if it has neither (Linux only, and only against processes of this machine). The caller keeps the returned
-    socket."""
+    kernel if it has neither (Linux only, and only against processes of this machine; elsewhere only the record of the
+    owner is left). The caller keeps the returned socket."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -103,9 +144,10 @@ def lock_file(fd: int) -> socket.socket | None:
         except (BlockingIOError, PermissionError) as e:
             raise BlockingIOError(*e.args) from e
         except OSError as e:
-            refused = e
+            if e.errno not in _NO_LOCKS:
+                raise
     if sys.platform != "linux":
-        raise refused
+        return None
     return _claim_name(os.fstat(fd))
 
 

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.errors import OutputError, shown
-from merge_tool.models.side_files import REPORT, SUMS, WORK
+from merge_tool.files import leads_out
+from merge_tool.models.side_files import REPORT, SUMS, SYSTEM_FILES, WORK
 from merge_tool.recipe.recipe import label_of
 
 # Files that loaders read by name: an older model's files would mix with the new model's.
@@ -42,7 +43,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     for line in lines:
         if match := _SUMS_LINE.fullmatch(line):
             name = re.sub(r"\\[\\nr]", lambda m: _ESCAPES[m[0]], match[2]) if match[1] else match[2]
-            if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name:
+            if not leads_out(name):
                 sums[name] = line.removeprefix("\\")[:64]
     return sums
 
@@ -59,7 +60,13 @@ def outdated(folder: Path) -> list[str]:
     names = set(read_sums(folder)) if is_ours(folder) else set()
     names |= {e.name for e in folder.iterdir() if is_model_file(e.name) or _LOADED.fullmatch(e.name)}
     files = (name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir())
+    files = (name for name in files if "/" not in name or _stays_in(folder, name))
     return sorted(files, key=lambda name: (not name.endswith(".index.json"), not is_model_file(name), name))
+
+
+def _stays_in(folder: Path, name: str) -> bool:
+    """Whether no link on the way to a file leads out of the folder."""
+    return (folder / name).parent.resolve().is_relative_to(folder.resolve())
 
 
 def older_labels(out: Path) -> Iterator[str]:
@@ -97,6 +104,8 @@ def check_conflicts(out: Path, names: Iterable[str]) -> None:
 
 
 def strangers(out: Path, labels: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The files in OUT that are not the new model's; `labels` are its outputs, `names` their files."""
+    """The entries of OUT that are not the new model's, nor what a system leaves there (.DS_Store); `labels` are its
+    outputs, `names` their files."""
     ours = {PurePosixPath(name).parts[0] for name in names} | set(labels) | {WORK}
-    return sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
+    names = (entry.name for entry in out.iterdir())
+    return sorted(name for name in names if name not in ours and not SYSTEM_FILES.fullmatch(name))

@@ -9,54 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter
-from merge_tool.errors import OutputError, listed, output_failed, reason, shown
-from merge_tool.files import part_path, rename_synced, sync_folder
-from merge_tool.output.journal import Journal
+from merge_tool.errors import OutputError, listed, output_failed, shown
+from merge_tool.files import is_part_of_run, part_path, patiently, rename_synced, sync_file, sync_folder
+from merge_tool.models.side_files import SYSTEM_FILES
+from merge_tool.output.audit import check_with_library
+from merge_tool.output.folders import make_folders, refuse_foreign, remove_empty, remove_folders
+from merge_tool.output.journal import Journal, inside
 from merge_tool.output.lock import FolderLock
+from merge_tool.output.marks import check_marks, check_names
 from merge_tool.output.older import is_model_file, older_labels, outdated, strangers
-from merge_tool.plan.overlap import find_shared, find_showing
+from merge_tool.output.owner import OWNER
 from merge_tool.plan.plan import MergePlan, ShardPlan, differences
-from merge_tool.plan.target import Target, shared_with
+from merge_tool.plan.target import Target
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
-
-_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files"})
-_LIBRARY_BYTES = 2_000  # bytes that the safetensors library holds for each tensor of an open file, at most
-
 
 # ------------------------------------------------------------------------------------------ the work
 
 
-def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]) -> None:
-    """Raise OutputError where a folder in OUT, by a link or a mount, is an input's, and the merge would write into it
-    or remove files from it. `labels` are the outputs, `names` their files."""
-    path, new = target.path, list(names)
-    try:
-        folders = {path: None}
-        for label in () if target.is_file else dict.fromkeys((*labels, *older_labels(path))):
-            folder = path / label
-            changed = (*new, *outdated(folder))
-            folders |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
-        shared = find_shared(folders, inputs)
-    except (OSError, RuntimeError, ValueError) as e:
-        raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
-    if shared is not None:
-        raise shared_with(*shared)
-
-
 class WorkFolder:
-    """The work folder of one merge, locked by this process from creation to `close`; it must not show up in `inputs`.
+    """The work folder of one merge, locked by this process from creation to `close`. It must not show up in `inputs`,
+    and the folders that the outputs' files, `names`, go into must be able to take them.
 
     The sink of `run_plan`: keeps the finished shards and the findings. `done_shards` are the shards that an earlier run
     finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
@@ -71,6 +55,7 @@ class WorkFolder:
         flush_bytes: int | None = None,
         check_resumed: bool = False,
         inputs: Iterable[Path] = (),
+        names: Sequence[str] = (),
     ) -> None:
         self.check_resumed = check_resumed
         self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
@@ -78,27 +63,33 @@ class WorkFolder:
         self.journal = Journal(self.path / "journal.jsonl")
         self.done_shards: frozenset[int] = frozenset()
         self.is_publishing = False
+        self.is_durable = True  # whether the file system can make names durable
         self._finishing = threading.Lock()
-        _refuse_foreign(self.path)
-        self._made = _make_folders(self.path)
+        refuse_foreign(self.path)
+        self._made = make_folders(self.path)
         try:
             self._lock = FolderLock(self.path)
-            self._check_inputs(inputs)
+            self._owner = self._lock.owner
+            self.check_resumed |= self._owner.may_share
+            self._check_place(inputs, names)
         except BaseException:
-            _remove_folders(self._made)
+            remove_folders(self._made)
             raise
 
-    def _check_inputs(self, inputs: Iterable[Path]) -> None:
-        """Raise OutputError if the lock that was just made shows up in an input: OUT is that input by another name."""
+    def _check_place(self, inputs: Iterable[Path], names: Sequence[str]) -> None:
+        """Raise OutputError if what was just made here shows up in an input (OUT is that input by another name), or if
+        the disk cannot hold the outputs' names."""
         try:
-            mark = self._lock.mark()
-            shared = find_showing(self.path, FolderLock.NAME, mark, inputs, is_file=self.target.is_file)
-            if shared is not None:
-                raise shared_with(self.target.path, shared)
+            check_marks(self._lock, self.target, self.plan.labels, names, inputs)
+            if not self.target.is_file:
+                parts = [part_path(Path(shard.file_name), self._owner.run).name for shard in self.plan.shards]
+                check_names(self.path / "names", self.plan.labels, [*names, *parts])
         except BaseException:
-            if self.path in self._made:
-                self._lock.remove_with(self.path)
-            self._lock.release()
+            try:
+                if self.path in self._made:
+                    self._lock.remove_with(self.path)
+            finally:
+                self._lock.release()
             raise
 
     def __enter__(self) -> WorkFolder:
@@ -126,7 +117,7 @@ class WorkFolder:
             stored = None
         ours = self._plan_record(overwrite)
         same = stored is not None and all(stored.get(key) == ours[key] for key in ("facts", "modified", "samples"))
-        if stored is not None and not same and not overwrite:
+        if stored is not None and not same and not overwrite and not self._is_same_but_for_shards(stored, ours):
             raise OutputError(
                 f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
                 f"{_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
@@ -150,19 +141,28 @@ class WorkFolder:
             self.journal.trim()
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
-            for folder in (self.path / "files", self.path, *(made.parent for made in self._made)):
-                sync_folder(folder)  # else a power cut could leave a journal without the folders that it names
+            # else a power cut could leave a journal without the folders that it names
+            folders = (self.path / "files", self.path, *(made.parent for made in self._made))
+            self.is_durable = False not in [sync_folder(folder) for folder in folders]
             self.done_shards = frozenset(self._recover())
+            for part in [path for path in (self.path / "files").rglob("*.part") if is_part_of_run(path.name)]:
+                part.unlink(missing_ok=True)
         except OSError as e:
             raise output_failed(self.path, e) from e
         return same
 
+    def _is_same_but_for_shards(self, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+        """Whether only the size of shards differs, and none is finished: nothing is lost by starting anew, as a disk
+        that takes no file so large asks for."""
+        then, now = dict(stored.get("facts", {})), dict(ours["facts"])
+        alike = all(stored.get(key) == ours[key] for key in ("modified", "samples"))
+        alike = alike and {**then, "max_shard_bytes": 0} == {**now, "max_shard_bytes": 0}
+        return alike and not stored.get("overwrite") and next(islice(self.journal.records(), 1, None), None) is None
+
     def _lost(self) -> str | None:
         """A file of a half published model that is neither here nor there any more: going on would publish the rest."""
-        moves: dict[str, list[str]] = next(
-            (r["files"] for r in self.journal.records() if r.get("record") == "publish"), {}
-        )
-        for label, names in moves.items():
+        moves = self.journal.publishing() or {"files": {}}
+        for label, names in moves["files"].items():
             for name in names:
                 if not (self.folder(label) / name).exists() and not (self._final(label) / name).exists():
                     return name
@@ -170,11 +170,8 @@ class WorkFolder:
 
     def _leftover(self, stored: Mapping[str, Any] | None) -> dict[str, list[str]]:
         """Files that a publishing which is now given up may have moved into OUT already."""
-        left: dict[str, list[str]] = dict((stored or {}).get("leftover", {}))
-        for record in self.journal.records():
-            if record.get("record") == "publish":
-                left |= record["files"]
-        return left
+        left: dict[str, list[str]] = inside(self.journal.path, (stored or {}).get("leftover", {}))
+        return left | (self.journal.publishing() or {"files": {}})["files"]
 
     def _plan_record(self, overwrite: bool) -> dict[str, Any]:
         changed = {
@@ -200,20 +197,24 @@ class WorkFolder:
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name != FolderLock.NAME:
+            elif entry.name not in (FolderLock.NAME, OWNER):
                 entry.unlink()
 
     def _recover(self) -> Iterator[int]:
         """Shards whose record and files are all there; a rename that a crash prevented is made up for."""
         recorded: dict[int, list[str]] = {}
+        runs: dict[int, str] = {}
         for record in self.journal.records():
             if record.get("record") == "shard":
-                recorded[record["number"]] = record["sha256"]
+                recorded[record["number"]], runs[record["number"]] = record["sha256"], record.get("run", "")
             self.is_publishing |= record.get("record") == "publish"
         for shard in self.plan.shards:
-            if shard.number not in recorded or not all(self._settle(shard, label) for label in self.plan.labels):
+            digests = recorded.get(shard.number, [""] * len(self.plan.labels))
+            places = zip(self.plan.labels, digests, strict=True)
+            run = runs.get(shard.number, "")
+            if not run or not all(self._settle(shard, label, run, digest) for label, digest in places):
                 continue
-            if self.check_resumed and not self._has_digests(shard, recorded[shard.number]):
+            if self.check_resumed and not self._has_digests(shard, digests):
                 if self.is_publishing:
                     raise OutputError(
                         f"{shown(self.target.path)}: was half published, and {shown(shard.file_name)} is damaged "
@@ -232,10 +233,12 @@ class WorkFolder:
         """The folder that an output's files are moved to."""
         return self.target.path.parent if self.target.is_file else self.target.path / label
 
-    def _settle(self, shard: ShardPlan, label: str) -> bool:
+    def _settle(self, shard: ShardPlan, label: str, run: str, digest: str) -> bool:
+        """Whether a recorded shard is there. If its run ended before it could give the file its name, that is made up
+        for, once the file is known to be whole: only that run wrote into its own part."""
         path = self.folder(label) / shard.file_name
-        part = part_path(path)
-        if not path.exists() and part.exists() and part.stat().st_size == shard.size:
+        part = part_path(path, run)
+        if not path.exists() and part.exists() and part.stat().st_size == shard.size and sha256_of(part) == digest:
             rename_synced(part, path)
         return self.is_publishing or (path.exists() and path.stat().st_size == shard.size)
 
@@ -243,14 +246,15 @@ class WorkFolder:
 
     def open_shard(self, shard: ShardPlan, header: bytearray) -> list[ShardWriter]:
         return [
-            ShardWriter(self.folder(label) / shard.file_name, header, flush_bytes=self.flush_bytes)
+            ShardWriter(self.folder(label) / shard.file_name, header, run=self._owner.run, flush_bytes=self.flush_bytes)
             for label in self.plan.labels
         ]
 
     def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
         """Record a shard whose files are synced, then give them their names."""
         tensors = ({"record": "tensor", "number": n, **to_record(done.findings[n])} for n in sorted(done.findings))
-        last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256)}
+        last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256), "run": self._owner.run}
+        self._owner.confirm()
         with self._finishing:
             self.journal.append(chain(tensors, [last]))
         for writer in writers:
@@ -259,6 +263,7 @@ class WorkFolder:
     def findings(self) -> Findings:
         """The findings of this run and earlier ones, from the journal."""
         findings = Findings()
+        self.digests()  # all shards are there
         for record in self.journal.records():
             if record.get("record") == "tensor":
                 findings.add(record["number"], from_record(record))
@@ -266,7 +271,22 @@ class WorkFolder:
 
     def digests(self) -> dict[int, list[str]]:
         """The SHA-256 of every finished shard, one an output."""
-        return {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        found = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        if len(found) < len(self.plan.shards):
+            raise self._replaced()
+        return found
+
+    def _replaced(self) -> OutputError:
+        """The error for a journal that lacks what this run wrote into it."""
+        self._owner.confirm()
+        return OutputError(
+            f"{shown(self.journal.path)}: was replaced or removed while this run was working. Run the same command: it "
+            "continues where it stopped."
+        )
+
+    def beat(self) -> None:
+        """Show other machines that this run works. Raises OutputError once another run has taken the folder."""
+        self._owner.beat()
 
     # --------------------------------------------------------------------------------- side files
 
@@ -280,7 +300,7 @@ class WorkFolder:
                     digest.update(chunk)
                     file.write(chunk)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         except OSError as e:
             raise output_failed(path, e) from e
         return digest.hexdigest()
@@ -294,13 +314,16 @@ class WorkFolder:
         Returns what else lies in OUT: files that are neither the new model's nor an older one's.
         """
         try:
+            self._owner.confirm()
             if not self.is_publishing:
-                self._check_with_library(check_bytes // _LIBRARY_BYTES)
+                check_with_library([self.folder(label) for label in self.plan.labels], self.plan, check_bytes)
                 for label in self.plan.labels:
                     for folder in {self.folder(label), *(p for p in self.folder(label).rglob("*") if p.is_dir())}:
                         sync_folder(folder)
                 self.journal.append([{"record": "publish", **self._moves()}])
-            moves = next(r for r in self.journal.records() if r.get("record") == "publish")
+            moves = self.journal.publishing()
+            if moves is None:
+                raise self._replaced()
             for label, names in moves["remove"].items():
                 self._remove_outdated(label, names, frozenset(moves["files"].get(label, ())))
             for label in self.plan.labels:
@@ -312,34 +335,17 @@ class WorkFolder:
         except OSError as e:
             raise output_failed(Path(e.filename) if isinstance(e.filename, str) else self.path, e) from e
 
-    def _check_with_library(self, most_tensors: int) -> None:
-        """Open weight files with the safetensors library: an audit of names, shapes and types by other code."""
-        from safetensors import safe_open
-
-        for label in self.plan.labels:
-            for shard in self.plan.shards:
-                if len(shard.jobs) > most_tensors:
-                    continue
-                with safe_open(str(self.folder(label) / shard.file_name), framework="numpy") as weights:
-                    names = set(weights.keys())
-                    slices = ((job, weights.get_slice(job.out.name)) for job in shard.jobs if job.out.name in names)
-                    good = sum((tuple(s.get_shape()), s.get_dtype()) == (j.out.shape, j.out.dtype) for j, s in slices)
-                if good != len(shard.jobs) or len(names) != good:
-                    raise OutputError(
-                        f"{shown(shard.file_name)}: safetensors itself finds {good:,} of {len(shard.jobs):,} tensors "
-                        "as they were planned. This is a bug; please report it. Nothing was published."
-                    )
-
     def _moves(self) -> dict[str, dict[str, list[str]]]:
         """The files of older models to remove, and each output's new ones in the order of their moves."""
         files, remove = {}, {}
         last = self.plan.index_name if len(self.plan.shards) > 1 else self.plan.shards[0].file_name
         for label in self.plan.labels:
             folder = self.folder(label)
-            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
+            files_there = (p for p in folder.rglob("*") if not p.is_dir() and not _is_no_output(p.name))
+            names = [path.relative_to(folder).as_posix() for path in files_there]
             files[label] = sorted(names, key=lambda name: (name == last, not is_model_file(name), name))
         if not self.target.is_file:
-            leftover = next(self.journal.records()).get("leftover", {})
+            leftover = next(self.journal.records(), {}).get("leftover", {})
             for label in {*older_labels(self.target.path), *self.plan.labels, *leftover}:
                 remove[label] = [*outdated(self.target.path / label), *leftover.get(label, ())]
         return {"files": files, "remove": remove}
@@ -349,12 +355,12 @@ class WorkFolder:
         folder.mkdir(exist_ok=True)
         for name in names:
             if name not in new or (self.folder(label) / name).exists():  # else it is the new one already
-                (folder / name).unlink(missing_ok=True)
+                patiently(partial((folder / name).unlink, missing_ok=True))
                 if "/" in name:
-                    _remove_empty((folder / name).parent, folder)
+                    remove_empty((folder / name).parent, folder)
         sync_folder(folder)
         if label not in self.plan.labels and label:
-            _remove_empty(folder, self.target.path)
+            remove_empty(folder, self.target.path)
 
     def _move(self, label: str, names: list[str]) -> None:
         target = self._final(label)
@@ -364,7 +370,7 @@ class WorkFolder:
                     sync_folder(folder)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             if (self.folder(label) / name).exists():
-                (self.folder(label) / name).replace(target / name)
+                patiently(partial((self.folder(label) / name).replace, target / name))
         sync_folder(target)
 
     def _remove_work(self) -> None:
@@ -378,54 +384,20 @@ class WorkFolder:
         """Leave OUT as it was before this merge: after an error in the data, nothing here is worth keeping."""
         with contextlib.suppress(OSError):
             self._lock.remove_with(self.path)
-        _remove_folders(self._made)
+        remove_folders(self._made)
 
 
-def _refuse_foreign(work: Path) -> None:
-    """Raise OutputError unless `work` is missing or looks like a work folder of ours: nothing else is wiped."""
-    what = None
-    if work.is_symlink():
-        what = "is a link"
-    elif work.exists() and not work.is_dir():
-        what = "is a file"
-    elif work.is_dir() and (others := {entry.name for entry in work.iterdir()} - _OWN_ENTRIES):
-        what = f"holds files that are not ours ({listed(sorted(others))})"
-    if what:
-        raise OutputError(f"{shown(work)}: {what}; the work of a merge goes there. Move it away.")
-
-
-def _remove_empty(folder: Path, stop: Path) -> None:
-    """Remove a folder and those above it, below `stop`, as far as they are empty."""
-    with contextlib.suppress(OSError):
-        while folder != stop:
-            folder.rmdir()
-            folder = folder.parent
+def _is_no_output(name: str) -> bool:
+    """Whether a file in the work folder is a system's, or another run's unfinished one."""
+    return SYSTEM_FILES.fullmatch(name) is not None or is_part_of_run(name)
 
 
 def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     parts = differences(stored.get("facts", {}), ours["facts"])
     if not parts:
         times = ours["modified"]
-        parts = [f"{listed(k for k in times if stored.get('modified', {}).get(k) != times[k])} changed since"]
+        changed = listed(k for k in times if stored.get("modified", {}).get(k) != times[k])
+        parts = [
+            f"{changed} changed since" + (", or the clocks differ" if stored["samples"] == ours["samples"] else "")
+        ]
     return shown("; ".join(parts), 600)
-
-
-def _make_folders(path: Path) -> list[Path]:
-    """Create `path` and what is missing above it; returns what was created, deepest first."""
-    missing = []
-    while not path.exists():
-        missing.append(path)
-        path = path.parent
-    try:
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-    except OSError as e:
-        raise output_failed(missing[0] if missing else path, e) from e
-    return missing
-
-
-def _remove_folders(folders: Iterable[Path]) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            if folder.exists():
-                folder.rmdir()

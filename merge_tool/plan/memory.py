@@ -1,18 +1,17 @@
-"""The available memory, the memory that this process holds, and the division of the budget. All sizes in bytes."""
+"""The memory budget of a merge, and its division. All sizes in bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from merge_tool.arrays import STORED_DTYPES, TILE
 from merge_tool.checkpoint.quantise import extra_bytes
 from merge_tool.errors import RecipeError, counted
 from merge_tool.methods.inner import Scratch
 from merge_tool.plan.plan import MergePlan, TensorJob
+from merge_tool.plan.system_memory import available_bytes, resident_bytes
 
 LEAST_BYTES = 64_000_000
 DEFAULT_MOST_BYTES = 256_000_000
@@ -74,7 +73,10 @@ def machine(memory_bytes: int | None = None, jobs: int | None = None) -> Machine
 
 def default_jobs() -> int:
     """The cores this process may use, at most MAX_JOBS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        with contextlib.suppress(OSError):  # a sandbox may refuse it
+            cores = len(os.sched_getaffinity(0))
     return max(1, min(MAX_JOBS, cores))
 
 
@@ -199,94 +201,3 @@ def estimate_peak(plan: MergePlan, layout: Layout, held: int) -> int:
 
 def _megabytes(nbytes: int) -> str:
     return f"{-(-nbytes // 1_000_000)}MB"
-
-
-# ------------------------------------------------------------------------------------ what there is
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now; its peak so far on systems without that figure."""
-    return _status_field("VmRSS:") or peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process so far (VmHWM; elsewhere ru_maxrss; 0 if neither exists)."""
-    if peak := _status_field("VmHWM:"):
-        return peak
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _status_field(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
-
-
-def available_bytes() -> int | None:
-    """Memory that can be allocated without swapping: the machine's, or its cgroup's if that is less."""
-    available = [*_machine_available(), *_cgroup_available()]
-    return min(available, default=None)
-
-
-def _machine_available() -> Iterable[int]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return []
-    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-
-
-def _cgroup_available() -> Iterable[int]:
-    """Limit minus use of this process's cgroups, v1 and v2, and of their parents."""
-    for folder, limit_file, used_file in _cgroup_files():
-        limit, used = _read_int(folder / limit_file), _read_int(folder / used_file)
-        if limit is not None and used is not None and limit < 1 << 60:
-            yield max(0, limit - used + _read_stat(folder / "memory.stat"))
-
-
-def _cgroup_files() -> Iterable[tuple[Path, str, str]]:
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            mount, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            mount, files = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        folder = mount / name.lstrip("/")
-        while folder.is_relative_to(mount):
-            yield folder, *files
-            folder = folder.parent
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # "max": no limit
-        return None
-
-
-def _read_stat(path: Path) -> int:
-    """Page cache that the kernel may drop: clean and not mapped."""
-    try:
-        rows = (line.split() for line in path.read_text().splitlines())
-        return sum(int(value) for key, value in rows if key in {"inactive_file", "total_inactive_file"})
-    except (OSError, ValueError):
-        return 0
-
-
-def under_pressure(budget: int) -> bool:
-    """Whether dirty pages should be flushed early, because the budget leaves little memory for the page cache."""
-    available = available_bytes()
-    return available is not None and available < budget + 256_000_000

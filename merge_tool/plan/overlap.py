@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from merge_tool.errors import input_failed
 
 
 def identity(path: Path) -> tuple[int, int] | None:
@@ -49,23 +52,66 @@ def find_shared(paths: Iterable[Path], inputs: Iterable[Path]) -> tuple[Path, Pa
     return None
 
 
-def find_showing(work: Path, name: str, mark: bytes, inputs: Iterable[Path], *, is_file: bool) -> Path | None:
-    """The input in which the file `name` with the content `mark` appears, which was just made in an output's work
-    folder.
+def find_showing(mark: Path, content: bytes, inputs: Iterable[Path], *, above: bool = True) -> Path | None:
+    """The input in which the file `mark` with that content shows up. The file was just made two levels below an output
+    (`OUT/.slerp-merge/lock`) or one level (`OUT/t-0.3/.mark`): `mark.name` and perhaps its folder's name are ours.
 
-    The output (one file if `is_file`, else a folder) is then the input, or one of them is inside the other.
+    The output is then that input, or inside it, or, unless `above` is false, around it.
     """
-    real = work.resolve()
+    real = mark.parent.resolve() / mark.name
     for source in inputs:
-        input_path = source.resolve()
-        folders = [input_path / real.relative_to(parent) for parent in real.parents]
-        if is_file:
-            folders.append(input_path.with_name(f"{input_path.name}{real.suffix}"))
-        else:
-            folders += [parent / real.name for parent in input_path.parents]
-        if any(_holds(folder / name, mark) for folder in folders):
+        with _reading(source):
+            if any(_holds(place, content) for place in _places(real, source.resolve(), above=above)):
+                return source
+    return None
+
+
+def _places(real: Path, source: Path, *, above: bool) -> Iterator[Path]:
+    """Where a mark would be if the output were this input, or inside or around it."""
+    yield from (source / real.relative_to(parent) for parent in real.parents)
+    folders = [source, *_folders_in(source)] if source.is_dir() else []
+    for folder in (*folders, *(source.parents if above else ())):
+        yield folder / real.name
+        yield folder / real.parent.name / real.name
+    yield source.with_name(f"{source.name}{real.parent.suffix}") / real.name  # the work beside a single file
+
+
+def find_look_alike(out: Path, inputs: Iterable[Path]) -> Path | None:
+    """A file of an input, or an input, that OUT seems to hold: of the same name, size and time. Some drivers show one
+    folder as two."""
+    here = [out] if out.is_file() else [path for path in out.iterdir() if path.is_file()]
+    ours = {_look(path) for path in here}
+    for source in inputs:
+        with _reading(source):
+            if (found := _looks_like(out, ours, source.resolve())) is not None:
+                return found
+    return None
+
+
+def _looks_like(out: Path, ours: set[tuple[str, int, int]], source: Path) -> Path | None:
+    files = [source]
+    if source.is_dir():
+        files = sorted(f for folder in (source, *_folders_in(source)) for f in folder.iterdir() if f.is_file())
+    if found := next((file for file in files if _look(file) in ours), None):
+        return found
+    for parent in source.parents if files and out.is_dir() else ():
+        if (there := out / files[0].relative_to(parent)).is_file() and _look(there) == _look(files[0]):
             return source
     return None
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Errors are the input's, and name it."""
+    try:
+        yield
+    except OSError as e:
+        raise input_failed(source, e) from e
+
+
+def _look(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return path.name.casefold(), status.st_size, status.st_mtime_ns
 
 
 def _folders_in(root: Path) -> Iterator[Path]:

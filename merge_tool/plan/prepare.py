@@ -7,14 +7,14 @@ Reads headers, side files, and a few bytes of many tensors; writes nothing.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, listed, reason, shown
+from merge_tool.errors import CheckpointError, MismatchError, OutputError, listed, reason, shown
+from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.experts import in_layout_of
@@ -24,12 +24,25 @@ from merge_tool.models.inputs import Download, Inputs
 from merge_tool.models.lora import open_models
 from merge_tool.models.naming import is_head
 from merge_tool.models.renaming import says_tied
-from merge_tool.models.side_files import BASE_CARD, CARD, FT_CARD, SideFiles, plan_side_files
+from merge_tool.models.side_files import (
+    BASE_CARD,
+    CARD,
+    FT_CARD,
+    RECIPE,
+    REPORT,
+    SUMS,
+    SideFiles,
+    card_name,
+    plan_side_files,
+)
+from merge_tool.models.side_names import check_names, named_apart
 from merge_tool.plan.config_fit import fit_config
-from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes, resident_bytes
+from merge_tool.plan.disk import largest_file, shard_limit
+from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.plan_merge import plan_merge
+from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.plan.target import Target, existing_folder
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import Alignment, align, settings_warnings, side_files_of
@@ -78,8 +91,9 @@ class Prepared:
         )
 
     @property
-    def free_disk_bytes(self) -> int:
-        return shutil.disk_usage(existing_folder(self.target.path)).free
+    def free_disk_bytes(self) -> int | None:
+        """None if the file system does not say."""
+        return free_bytes(existing_folder(self.target.path))
 
     @property
     def expected_peak_bytes(self) -> int:
@@ -108,15 +122,15 @@ def prepare(
             opened[number] = with_names(opened[number], lead, names)
         opened = [model if model is lead else in_layout_of(lead, model) for model in opened]
         models, alignment = align(recipe, opened)
-        plan = _plan(recipe, models, methods, target)
+        plan = _plan_for_disk(recipe, models, methods, target)
         warnings = [*plan.warnings, *parent_warnings(recipe, models, alignment)]
         side_files, more = _side_files(recipe, plan, models, alignment, target)
         samples = tuple(_sample(model) for model in models) if read_samples else ()
+        first = models[recipe.first]
+        first_card = first.folder.regular(card) if first.folder and (card := card_name(first.folder)) else None
     except OSError as e:
         file = f"{PurePath(e.filename).name} of" if isinstance(e.filename, str) else "A file of"
         raise CheckpointError(f"{shown(file)} the inputs cannot be read ({reason(e)}).") from e
-    first = models[recipe.first]
-    first_card = first.folder.regular(CARD) if first.folder and first.folder.has(CARD) else None
     is_transformers = "architectures" in (first.config or {})
     del opened, models, first, lead  # for 10,000 tensors it takes 2 MB, which the plan does not need
     held = resident_bytes()
@@ -136,6 +150,27 @@ def prepare(
         inputs=inputs.paths,
         download=inputs.download,
     )
+
+
+def _plan_for_disk(
+    recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target
+) -> MergePlan:
+    """The plan, with smaller shards if the disk of OUT holds no file so large. Raises OutputError if a single tensor is
+    too large for it."""
+    plan = _plan(recipe, models, methods, target)
+    largest = largest_file(existing_folder(target.path))
+    if largest is None or all(shard.size <= largest for shard in plan.shards):
+        return plan
+    where = f"{shown(target.path)}: its disk holds files of at most {largest:,} bytes"
+    if target.is_file:
+        raise OutputError(f"{where}, this one has {plan.shards[0].size:,}. Choose a folder as OUT, or another disk.")
+    limit = shard_limit(largest)
+    plan = _plan(replace(recipe, options=replace(recipe.options, max_shard_bytes=limit)), models, methods, target)
+    if too_large := [shard for shard in plan.shards if shard.size > largest]:
+        name = max(too_large[0].jobs, key=lambda job: job.out.nbytes).out.name
+        raise OutputError(f"{where}, and {shown(name)} alone needs a larger one. Choose another disk.")
+    smaller = f"{where}, so the shards have at most {limit:,} bytes, as with --max-shard-size {limit}."
+    return replace(plan, warnings=(*plan.warnings, smaller))
 
 
 def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target) -> MergePlan:
@@ -180,7 +215,10 @@ def _side_files(
     if plan.chat_template and side_files.folder is not None:
         side_files = with_template(side_files, plan.chat_template)
         warnings += template_warnings(plan.chat_template, side_files)
-    return side_files, warnings
+    ours = (CARD, REPORT, SUMS, RECIPE, plan.index_name, *(shard.file_name for shard in plan.shards))
+    copied, renamed = named_apart(side_files.copied, ours)
+    check_names(file.target for file in copied)
+    return replace(side_files, copied=copied), [*warnings, *renamed]
 
 
 def _file_warnings(side_files: SideFiles) -> Iterable[str]:

@@ -44,6 +44,7 @@ def check_target(target: Target, inputs: Iterable[Path]) -> None:
         raise OutputError(f"{shown(path)}: is a folder, but a name ending in .safetensors asks for a file.")
     if not target.is_file and exists and not is_folder:
         raise OutputError(f"{shown(path)}: is a file, expected a folder, or a name ending in .safetensors.")
+    existing_folder(path)
     if is_link and not exists:
         raise OutputError(f"{shown(path)}: is a link that leads nowhere. Remove it, or choose another folder.")
 
@@ -73,8 +74,11 @@ def check_report_path(path: Path, num_outputs: int, target: Target, inputs: Iter
 
 
 def existing_folder(path: Path) -> Path:
-    """The path itself, or its nearest parent that exists."""
-    path = path.absolute()
+    """The path itself, or its nearest parent that exists. Raises OutputError if there is none: a drive that is missing
+    (`E:\\`) is its own parent."""
+    path = start = path.absolute()
     while not path.exists():
+        if path == path.parent:
+            raise OutputError(f"{shown(start)}: there is no {shown(path)}. Mount that disk, or choose another OUT.")
         path = path.parent
     return path

@@ -175,7 +175,9 @@ class _Run:
         try:
             for _ in range(layout.jobs):
                 self.workers.append(Worker(self._work))
-        except (MemoryError, WorkerError):
+        except (MemoryError, WorkerError) as e:
+            if self.workers and isinstance(e.__cause__, RuntimeError):
+                return  # the number of threads is limited: those that there are do it all
             self.close()
             raise
 

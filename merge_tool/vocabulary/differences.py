@@ -11,7 +11,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import text_configs
-from merge_tool.errors import CheckpointError, listed, shown
+from merge_tool.errors import CheckpointError, listed, reason, shown
 from merge_tool.vocabulary.align import TOKENIZER_FILES, explain
 from merge_tool.vocabulary.chat_template import template_of
 from merge_tool.vocabulary.join import Joined, compare_tokenizers
@@ -174,4 +174,4 @@ def same_bytes(here: Folder, there: Folder, name: str) -> bool:
                 if left != right or not left:
                     return left == right
     except OSError as e:
-        raise CheckpointError(f"{name} of {here.name} or {there.name}: cannot be read ({e.strerror}).") from e
+        raise CheckpointError(f"{name} of {here.name} or {there.name}: cannot be read ({reason(e)}).") from e

@@ -1,0 +1,135 @@
+"""Whether a folder in OUT is an input's, by a link, a mount or a spelling; and whether files can be moved into it.
+
+Before a merge by device and inode. Under its lock by marks: a mark that goes the way of the model's files, and then
+shows up in an input, is proof, whatever numbers the disk's driver gives its files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from merge_tool.errors import OutputError, output_failed, reason, shown
+from merge_tool.files import patiently
+from merge_tool.output.lock import FolderLock, new_mark
+from merge_tool.output.older import older_labels, outdated
+from merge_tool.plan.overlap import find_shared, find_showing
+from merge_tool.plan.target import Target, shared_with
+
+MARK = ".slerp-merge-mark"
+_LONG_PATH = 240  # Windows ends at 259, unless long paths are enabled
+_NAME_ERRORS = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT})
+
+
+def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]) -> None:
+    """Raise OutputError where a folder in OUT, by a link or a mount, is an input's, and the merge would write into it
+    or remove files from it. `labels` are the outputs, `names` their files."""
+    path, new = target.path, list(names)
+    try:
+        folders = {path: None}
+        for label in () if target.is_file else dict.fromkeys((*labels, *older_labels(path))):
+            folder = path / label
+            changed = (*new, *outdated(folder))
+            folders |= {folder / parent: None for name in changed for parent in PurePosixPath(name).parents}
+        shared = find_shared(folders, inputs)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise OutputError(f"{shown(path)}: cannot be used ({reason(e)}).") from e
+    if shared is not None:
+        raise shared_with(*shared)
+
+
+def check_marks(
+    lock: FolderLock, target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]
+) -> None:
+    """Raise OutputError if the lock, or a mark in a folder that is in OUT already, shows up in an input; and if no file
+    can be renamed from the work folder into such a folder, because it is another disk."""
+    inputs, new = tuple(inputs), list(names)
+    content = lock.mark()
+    if (source := find_showing(lock.path, content, inputs, above=not target.is_file)) is not None:
+        raise shared_with(target.path, source)
+    if target.is_file:
+        return
+    written = _inner_folders(target.path, labels, new)
+    for folder in dict.fromkeys((*written, *_inner_folders(target.path, older_labels(target.path)))):
+        _check_mark(folder, lock.path.with_name(MARK), content, inputs, is_written=folder in written)
+
+
+def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, above: bool = True) -> None:
+    """Raise OutputError if a mark in this folder shows up in an input. With `above`, also if inputs are below it."""
+    mark, content = folder / MARK, new_mark()
+    try:
+        mark.write_bytes(content)
+        source = find_showing(mark, content, inputs, above=above)
+    finally:
+        mark.unlink(missing_ok=True)
+    if source is not None:
+        raise shared_with(folder, source)
+
+
+def check_names(folder: Path, labels: Iterable[str], names: Iterable[str]) -> None:
+    """Raise OutputError unless this disk can hold files of these names in each output, each beside the others. `folder`
+    is made for the trial, and removed; its paths are as long as those of the unfinished files."""
+    name, chosen = "", list(names)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        for label in labels:
+            for name in chosen:
+                (folder / label / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / label / name).open("xb").close()
+    except FileExistsError as e:
+        raise OutputError(
+            f"{shown(name)}: the disk of {shown(folder.parent)} takes this name for that of another file of the model. "
+            "Rename one of them in the model's folder, or choose another disk."
+        ) from e
+    except OSError as e:
+        if e.errno not in _NAME_ERRORS:
+            raise output_failed(folder, e) from e
+        length = len(str(folder.absolute() / label / name))
+        shorter = f" Its path has {length} characters: a shorter OUT may do." if length > _LONG_PATH else ""
+        raise OutputError(
+            f"{shown(name)}: the disk of {shown(folder.parent)} can hold no file of this name ({reason(e)}).{shorter} "
+            "Rename it in the model's folder, or choose another disk."
+        ) from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _inner_folders(out: Path, labels: Iterable[str], names: Iterable[str] | None = None) -> list[Path]:
+    """The folders below OUT, there already, that hold files of the outputs: those with these names, or outdated
+    ones."""
+    chosen = None if names is None else list(names)
+    folders = [
+        out / label / parent
+        for label in labels
+        for name in (outdated(out / label) if chosen is None else chosen)
+        for parent in PurePosixPath(name).parents
+    ]
+    return [folder for folder in dict.fromkeys(folders) if folder != out and folder.is_dir()]
+
+
+def _check_mark(folder: Path, made: Path, content: bytes, inputs: tuple[Path, ...], *, is_written: bool) -> None:
+    """Move a mark into a folder as its files will be moved, and look for it in the inputs."""
+    mark = folder / MARK
+    try:
+        try:
+            made.write_bytes(content)
+            patiently(lambda: made.replace(mark))
+        except OSError as e:
+            if e.errno == errno.EXDEV and is_written:
+                raise OutputError(
+                    f"{shown(folder)}: is on another disk than {shown(made.parent)}, so finished files cannot be moved "
+                    "into it. Unmount it, or choose another OUT."
+                ) from e
+            if e.errno != errno.EXDEV:
+                raise output_failed(folder, e) from e
+            mark.write_bytes(content)
+        source = find_showing(mark, content, inputs)
+    finally:
+        for path in (made, mark):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    if source is not None:
+        raise shared_with(folder, source)

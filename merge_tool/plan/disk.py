@@ -1,0 +1,71 @@
+"""What the disk of OUT can take: its largest file. Asked before a byte is written; unknown is not zero."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from merge_tool.files import mounted_kinds
+
+_FAT_BYTES = 2**32 - 1
+_FAT = frozenset({"vfat", "msdos", "fat", "fat32"})
+
+
+def largest_file(folder: Path) -> int | None:
+    """The largest file, in bytes, that the disk of an existing folder can hold; None if that is not known, or more than
+    any model has."""
+    if sys.platform == "win32":
+        return largest_of(_windows_kind(folder))
+    if sys.platform == "linux":
+        return largest_of(_linux_kind(folder))
+    try:  # Linux's C library answers 32 bits for every file system that it does not know, macOS knows
+        bits = os.pathconf(folder, "PC_FILESIZEBITS")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return largest_of_bits(bits)
+
+
+def largest_of(kind: str) -> int | None:
+    """By the name of a file system.
+
+    >>> largest_of("vfat"), largest_of("FAT32"), largest_of("ext4")
+    (4294967295, 4294967295, None)
+    """
+    return _FAT_BYTES if kind.lower() in _FAT else None
+
+
+def largest_of_bits(bits: int) -> int | None:
+    """By the bits that a file's size has, one of them the sign: 33 for 4 GiB.
+
+    >>> largest_of_bits(33), largest_of_bits(64), largest_of_bits(-1)
+    (4294967295, None, None)
+    """
+    return 2 ** (bits - 1) - 1 if 16 <= bits < 48 else None
+
+
+def shard_limit(largest: int) -> int:
+    """The most data of a shard on a disk with such a largest file: room is left for the header.
+
+    >>> shard_limit(2**32 - 1), shard_limit(30_000)
+    (4000000000, 28125)
+    """
+    return largest // 10**9 * 10**9 if largest > 2 * 10**9 else largest * 15 // 16
+
+
+def _linux_kind(folder: Path) -> str:
+    try:
+        return next(reversed(mounted_kinds(folder.stat().st_dev)), "")
+    except OSError:
+        return ""
+
+
+def _windows_kind(folder: Path) -> str:
+    if sys.platform != "win32":
+        return ""
+    import ctypes
+
+    name = ctypes.create_unicode_buffer(64)
+    root = f"{folder.resolve().anchor}"
+    found = ctypes.windll.kernel32.GetVolumeInformationW(root, None, 0, None, None, None, name, len(name))
+    return name.value if found else ""
