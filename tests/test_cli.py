@@ -219,8 +219,8 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 OPTIONS = [
     "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from",
-    "--help", "--jobs", "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing", "--only",
-    "--overwrite", "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t", "--t-for", "--untie",
+    "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing",
+    "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t", "--t-for", "--untie",
     "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
@@ -241,7 +241,7 @@ def options_of(command: click.Command) -> list[str]:
 def test_the_options_are_frozen() -> None:
     """A new option is a decision: add it here, to docs/cli.md and to the changelog."""
     assert options_of(slerp_merge) == OPTIONS
-    assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set"} - {*OF_PAIRS})
+    assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
     assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "run", "sweep", "verify"]
 
 

@@ -144,7 +144,7 @@ def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> li
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
     if _is_adapter(listing) and (adapter := [name for name in ADAPTER_WEIGHTS if name in listing]):
         return adapter[:1]
-    single, index = find_weights(repo, listing)
+    single, index = find_weights(repo, listing, of_hub=True)
     files = [single] if single else []
     if index:
         files = _indexed_files(repo, folder, index, commit)

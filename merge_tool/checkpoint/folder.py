@@ -6,11 +6,12 @@ Nothing else outside the folder is ever opened.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,12 +31,18 @@ LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000
 
 
 class Folder:
-    """A folder whose files are opened only if their links stay inside. `name` is for messages and cards."""
+    """A folder whose files are opened only if their links stay inside. `name` is for messages and cards; by default it
+    is the folder's own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str = "") -> None:
         self.root = path.resolve()
-        self.name = folder_name(self.root)
+        self.name = name or folder_name(self.root)
         self._blobs = _hub_blobs(self.root)
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether the folder lies in the Hub's cache; its name is then an id."""
+        return self._blobs is not None
 
     def path(self, relative: str) -> Path:
         """The real path of an existing file of this folder; raises CheckpointError if it leads elsewhere."""
@@ -142,11 +149,12 @@ def is_pickle(relative: str) -> bool:
     return PurePosixPath(relative).suffix.lower() in PICKLE_SUFFIXES
 
 
-def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | None]:
+def find_weights(name: str, listing: Sequence[str], *, of_hub: bool = False) -> tuple[str | None, str | None]:
     """The single weights file, or the index: safetensors before pickles, as transformers does; of either,
     model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind.
 
-    `name` is the folder's name, for messages. Files in sub-folders of the listing count only as parts of a pipeline.
+    `name` is the folder's name, for messages, and `of_hub` says whether it is an id of the Hub. Files in sub-folders of
+    the listing count only as parts of a pipeline.
     Raises CheckpointError when there is neither.
     """
     everything, listing = listing, [file for file in listing if "/" not in file]
@@ -160,20 +168,20 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[str | None, str | N
     if others := [file for file in listing if is_weight_file(file)]:
         raise CheckpointError(f"{name}: {unread_format(others)}")
     if PIPELINE in listing:
-        raise CheckpointError(f"{name}: {_pipeline(name, everything)}")
+        raise CheckpointError(f"{name}: {_pipeline(name, everything, of_hub)}")
     inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else ""
     raise CheckpointError(
         f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
     )
 
 
-def _pipeline(name: str, listing: Sequence[str]) -> str:
+def _pipeline(name: str, listing: Sequence[str], of_hub: bool) -> str:
     """The message for a diffusers pipeline: which of its folders to give."""
     parts = sorted({file.partition("/")[0] for file in listing if file.count("/") == 1 and is_weight_file(file)})
     what = f"is a pipeline of diffusers ({PIPELINE}), of several models. Give the folder of one of them"
     if not parts:
         return f"{what}; none is here yet: finish the download."
-    if "/" in name:  # a model of the Hub: its sub-folders have no ids
+    if of_hub:  # sub-folders have no ids
         return (
             f"{what}: hf download {name} --local-dir FOLDER, then {listed((f'FOLDER/{part}' for part in parts), 20)}."
         )
@@ -225,7 +233,49 @@ def folder_name(root: Path) -> str:
     """A resolved folder's name for messages: its last part, or `org/name` in a Hub cache; never the whole path."""
     if _hub_blobs(root):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return root.name.encode("utf-8", "backslashreplace").decode() or "folder"
+    return _printable(root.name) or "folder"
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def meant_path(path: str | Path) -> str:
+    """For a path that is not there: ` Did you mean ...?`, with the nearest name in the deepest folder that is there."""
+    wanted = Path(path)
+    for place in (wanted, *wanted.parents):
+        try:
+            if place.exists() or not place.parent.is_dir():
+                continue
+            names = {entry.name.lower(): entry.name for entry in place.parent.iterdir()}
+        except (OSError, ValueError):
+            break
+        close = difflib.get_close_matches(place.name.lower(), names, 1)
+        near = place.with_name(names[close[0]]) / wanted.relative_to(place) if close else None
+        return f" Did you mean {shown(near)}?" if near is not None and near.exists() else " Check the spelling."
+    return " Check the spelling."
+
+
+def distinct_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """The name of each folder or file. Where several have one name, as many of their parents come before it as are
+    needed to tell them apart: `a/final` and `b/final`. Two commits of a model of the Hub are `org/name@commit`."""
+    roots = {path: path.resolve() for path in paths}
+    names = {root: _own_name(path, root) for path, root in roots.items()}
+    for name in {name for name in names.values() if list(names.values()).count(name) > 1}:
+        alike = [root for root in names if names[root] == name]
+        for root in alike:
+            names[root] = f"{name}@{root.name[:8]}" if _hub_blobs(root) else name
+        local = [root for root in alike if not _hub_blobs(root)]
+        depth = 2
+        while len({root.parts[-depth:] for root in local}) < len(local):
+            depth += 1
+        for root in local if len(local) > 1 else ():
+            names[root] = _printable(Path(*root.parts[-depth:]).as_posix())
+    return {path: names[root] for path, root in roots.items()}
+
+
+def _own_name(path: Path, root: Path) -> str:
+    return path.name if root.is_file() else folder_name(root)
 
 
 def _hub_blobs(root: Path) -> Path | None:

@@ -128,6 +128,14 @@ MACHINE_OPTIONS = [
 ]
 
 
+MODELS_DIR = click.option(
+    "--models-dir",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="Where the recipe's models are, by their names: for the mergekit_config.yml of an output.",
+)
+
+
 OUTPUT_OPTIONS = [
     click.option("--overwrite", is_flag=True, help="Replace what is in OUT, after the new model is complete."),
     click.option(

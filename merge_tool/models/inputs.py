@@ -56,14 +56,14 @@ class Inputs:
 
     def __init__(self, refs: Iterable[str | Path]) -> None:
         self._held = ExitStack()
-        self._snapshots: dict[Path, Snapshot] = {}
+        self._snapshots: dict[str, Snapshot] = {}
         with ExitStack() as held:  # closed if a model cannot be fetched
             parts = [[self._find(held, part) for part in known_parts(ref)] for ref in refs]
             self._held = held.pop_all()
         self.refs = tuple(Path("+".join(map(str, several))) for several in parts)
         self.paths = tuple(path for several in parts for path in several)
 
-    def _find(self, held: ExitStack, part: Path) -> Path:
+    def _find(self, held: ExitStack, part: str) -> Path:
         if part not in self._snapshots:
             self._snapshots[part] = look(part)
             held.callback(self._snapshots[part].close)

@@ -1,0 +1,422 @@
+"""What a new user meets in the first hour, and what a merge hands over to others: the published recipe, the card's
+licence and links, paths typed wrong, and names that tell models apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints import language_model, load_folder, save_file, save_model
+from merge_tool import CheckpointError, RecipeError, merge, merge_models
+from merge_tool.cli import merge_tool
+from merge_tool.methods.registry import METHODS
+from merge_tool.plan.published import published
+from merge_tool.recipe.mergekit import parse_recipe
+from merge_tool.recipe.recipe import Recipe
+from merge_tool.recipe.yaml_edit import OWN, with_own, without_own
+from merge_tool.verify.verify import verify
+
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA"}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with m/base, m/ft, m/other and the adapters m/lora and m/lora2 (of m/base)."""
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(("base", "ft", "other")):
+        save_model(Path("m") / name, language_model(k))
+    for k, name in enumerate(("lora", "lora2")):
+        save_adapter(Path("m") / name, k)
+    return tmp_path
+
+
+def save_adapter(folder: Path, seed: int) -> None:
+    q = language_model(0)["model.layers.0.self_attn.q_proj.weight"]
+    random = np.random.default_rng(seed)
+    factors = {"lora_A": (2, q.shape[1]), "lora_B": (q.shape[0], 2)}
+    start = "base_model.model.model.layers.0.self_attn.q_proj"
+    folder.mkdir(parents=True)
+    tensors = {f"{start}.{k}.weight": random.standard_normal(s).astype(np.float32) for k, s in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(LORA))
+
+
+def run(*words: Any) -> Result:
+    return CliRunner().invoke(merge_tool, [str(word) for word in words])
+
+
+def succeed(*words: Any) -> str:
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def error(*words: Any) -> str:
+    result = run(*words)
+    assert result.exit_code in (1, 2), result.output
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+# --------------------------------------------------------------------------------- the published recipe
+
+WITH_ADAPTERS = """# m/base and its adapters: do not touch m/lora in this comment
+merge_method: ties
+base_model: m/base     # m/base
+models:
+  - model: m/base+m/lora
+    parameters: {weight: 1, density: 0.5}
+  - model: {model: {path: m/base}, lora: {path: "m/lora2"}}   # a mapping
+    parameters: {weight: 0.5, density: 0.5}
+  - model: 'm/ft'
+    parameters: {weight: &w 0.3, density: 0.5}
+tokenizer_source: null
+"""
+
+
+def test_a_recipe_with_adapters_is_published_with_names_and_else_byte_for_byte(place: Path) -> None:
+    """In mergekit_config.yml, the card and the report: no path, no rewritten comment."""
+    Path("r.yaml").write_text(WITH_ADAPTERS)
+    succeed("run", "r.yaml", "out", "-q")
+    expected = (
+        WITH_ADAPTERS.replace("base_model: m/base  ", "base_model: base  ").replace("m/base+m/lora", "base+lora")
+        .replace("{path: m/base}", "{path: base}").replace('"m/lora2"', '"lora2"').replace("'m/ft'", "'ft'")
+    )  # fmt: skip
+    assert Path("out/mergekit_config.yml").read_text() == expected
+    assert json.loads(Path("out/merge_report.json").read_text())["recipe"] == expected
+    assert expected.strip() in Path("out/README.md").read_text()
+    assert "base_model:\n- base\n- lora\n- lora2\n- ft\n" in Path("out/README.md").read_text()
+
+
+def test_a_published_recipe_runs_again_with_seed_and_options_inside(place: Path) -> None:
+    """The same weights, in another current folder, with the models by their names; verify agrees."""
+    text = WITH_ADAPTERS.replace("ties", "dare_ties")
+    Path("r.yaml").write_text(text)
+    options = ("--seed", 7, "--exclude", "lm_head", "--set", "lambda=0.25,0.5", "--files-from", "m/ft")
+    succeed("run", "r.yaml", "out", *options, "--dtype", "float32", "-q")
+    again = Path("out/lambda-0.25/mergekit_config.yml")
+    own = yaml.safe_load(again.read_text())[OWN]
+    assert own == {
+        "exclude": ["lm_head"], "dtype": "float32", "files_from": "model-3", "seed": 7, "set": ["lambda=0.25"],
+    }  # fmt: skip
+    Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+    again = Path("..") / again
+    succeed("run", again, "out2", "--models-dir", "../m", "-q")
+    assert (Path("out2/model.safetensors")).read_bytes() == (again.parent / "model.safetensors").read_bytes()
+    assert (Path("out2/mergekit_config.yml")).read_text() == again.read_text()
+    checked = ("--recipe", again, "--models-dir", "../m", "--full")
+    assert "verified" in succeed("verify", "out2", *checked)
+    assert "verified" in succeed("verify", again.parent, *checked)
+    other = succeed("run", again, "out3", "--models-dir", "../m", "--seed", 0, "--set", "lambda=1")
+    assert "3 models" in other or "lambda" not in other
+    assert yaml.safe_load(Path("out3/mergekit_config.yml").read_text())[OWN]["set"] == ["lambda=1"]
+    assert "seed" not in yaml.safe_load(Path("out3/mergekit_config.yml").read_text())[OWN]
+    assert "verified" in succeed("verify", "out3", *checked)
+
+
+def test_extrapolation_is_published_too(place: Path) -> None:
+    recipe = "merge_method: slerp\nbase_model: m/base\nmodels: [{model: m/base}, {model: m/ft}]\nparameters: {t: 1.2}\n"
+    Path("r.yaml").write_text(recipe)
+    succeed("run", "r.yaml", "out", "--extrapolate", "-q")
+    succeed("run", "out/mergekit_config.yml", "out2", "--models-dir", "m", "-q")
+    assert Path("out/model.safetensors").read_bytes() == Path("out2/model.safetensors").read_bytes()
+
+
+def test_ids_of_the_hub_stay_ids(place: Path) -> None:
+    """Also under --models-dir, unless the folder has the model or a folder of that organisation."""
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: org/x@v1+m/lora}, {model: m/ft}]\n"
+    recipe = parse_recipe(text, "r", METHODS)
+    assert published(recipe) == text.replace("m/lora", "lora").replace("m/ft", "ft")
+    again = parse_recipe(published(recipe), "r", METHODS, models_dir="m")
+    assert [str(ref) for ref in again.models] == ["org/x@v1+m/lora", "m/ft"]
+    (place / "m/org").mkdir()
+    again = parse_recipe(text.replace("m/", ""), "r", METHODS, models_dir=place / "m")
+    assert again.models[0].path == f"{place}/m/org/x"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("merge_tool: {sed: 3}", "merge_tool has no key 'sed' (did you mean 'seed'?)"),
+        ("merge_tool: {seed: many}", "merge_tool: seed is many, which is no value for it."),
+        ("merge_tool: {only: a}", "merge_tool: only is no list of texts."),
+        ("merge_tool: {set: lambda}", "merge_tool: set is no list of NAME=VALUE."),
+        ("merge_tool: {chat_template: /etc/passwd}", "merge_tool: chat_template is /etc/passwd"),
+        ("merge_tool: {dtype: int4}", "merge_tool: dtype is 'int4'"),
+        ("merge_tool: 3", "merge_tool is '3', expected a mapping"),
+    ],
+)
+def test_options_of_a_recipe_are_checked(lines: str, expected: str) -> None:
+    text = f"merge_method: linear\nmodels: [{{model: A, parameters: {{weight: 1}}}}]\n{lines}\n"
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml", METHODS)
+    assert expected in str(caught.value)
+    assert "line 3" in str(caught.value)
+
+
+def test_a_regular_expression_of_a_stranger_cannot_hang_a_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merge_tool.plan.patterns._MATCH_SECONDS", 1)
+    tensors = {"a" * 40: np.ones(3, np.float32)}
+    save_model(Path("m/a"), tensors)
+    Path("r.yaml").write_text(
+        "merge_method: linear\nmodels: [{model: m/a, parameters: {weight: 1}}]\nmerge_tool: {exclude: ['re:(a+)+$x']}\n"
+    )
+    assert "take longer than 1 s" in error("run", "r.yaml", "out")
+
+
+NAMES = st.sampled_from(
+    ["base", "ft", "other", "base+x", "a@b", "no", "1e3", "it's", "ü b", "null", "c: d", "#e", "ft2"]
+)
+ADAPTERS = st.sampled_from(["", "lora", "lora2"])
+STYLES = st.sampled_from(["plain", "'", '"', "mapping", "folded"])
+
+
+def spelled(path: str, adapter: str, style: str) -> str:
+    """One model in YAML, in one of the ways that a user may write it."""
+    text = f"{path}+{adapter}" if adapter else path
+    if style == "mapping":
+        lora = f", lora: {{path: {json.dumps(adapter, ensure_ascii=False)}}}" if adapter else ""
+        return f"{{model: {{path: {json.dumps(path, ensure_ascii=False)}}}{lora}}}"
+    if style == "'":
+        return "'" + text.replace("'", "''") + "'"
+    if style == "folded":
+        return f">-\n      {text}"
+    is_plain = style == "plain" and not any(sign in text for sign in ": #',") and yaml.safe_load(text) == text
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    chosen=st.lists(st.tuples(NAMES, ADAPTERS, STYLES), min_size=2, max_size=4, unique_by=lambda one: one[:2]),
+    base=st.booleans(), anchor=st.booleans(), seed=st.integers(0, 9), lam=st.sampled_from([None, 1e-05, 0.5]),
+    end=st.sampled_from(["", "\n", "\n# m/ft\n", "\n...\n"]), indent=st.sampled_from(["", "  "]),
+)  # fmt: skip
+def test_what_is_published_parses_to_the_same_recipe(
+    tmp_path_factory: pytest.TempPathFactory, chosen: list[tuple[str, str, str]], base: bool, anchor: bool, seed: int,
+    lam: float | None, end: str, indent: str,
+) -> None:  # fmt: skip
+    """The models by names for paths, whatever their names, the way of writing them, anchors and comments; the rest and
+    the options are the same. Publishing it again changes nothing."""
+    folder = tmp_path_factory.mktemp("place") / "m n"
+    for name in {*(name for name, _, _ in chosen), "lora", "lora2"}:
+        (folder / name).mkdir(parents=True)
+    path = lambda name: f"{folder}/{name}"  # noqa: E731
+    lines = ["# a comment: m/ft", "merge_method: task_arithmetic", "models:"]
+    for k, (name, adapter, style) in enumerate(chosen):
+        model = spelled(path(name), path(adapter) if adapter else "", style)
+        mark = "&first " if anchor and k == 0 and style != "folded" else ""
+        lines += [f"  - model: {mark}{model}", f"    parameters: {{weight: 0.{k + 1}}} # m/base {name}"]
+    used = anchor and chosen[0][2] != "folded"
+    lines.append("base_model: " + ("*first" if used else spelled(path(chosen[0][0]), "", '"')))
+    text = textwrap.indent("\n".join(lines), indent) + end
+    words = {} if lam is None else {"lambda": [lam]}
+    options = {"seed": seed} if seed else {}
+    first = parse_recipe(text, "r", METHODS, values=words)
+    bare = published(first)
+    assert str(folder) not in bare
+    own = {**options, **({"set": [f"lambda={lam}"]} if lam is not None else {})}
+    whole = with_own(bare, own)
+    assert "".join(line for line in whole.splitlines(True) if not line.strip().startswith(OWN)) == bare
+    again = parse_recipe(whole, "r", METHODS, models_dir=folder)
+    assert meaning(again, folder) == meaning(first, folder)
+    assert again.options.seed == seed
+    assert published(again) == bare
+
+
+def meaning(recipe: Recipe, folder: Path) -> Any:
+    models = [(Path(ref.path), ref.lora and Path(ref.lora)) for ref in recipe.models]
+    return models, recipe.base, recipe.method, recipe.parameters, recipe.outputs, recipe.tokenizer, weights(recipe)
+
+
+def weights(recipe: Recipe) -> Any:
+    return [
+        [(source.model, [[c.values for c in s.choices] for s in source.parameters.values()]) for source in part.sources]
+        for module in recipe.modules for part in module.slices
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{merge_method: linear, models: [{model: A}]}",
+        "merge_method: linear\nmodels: [{model: A}]\nchat_template: |+\n  {{ x }}\n\n",
+        "merge_method: linear\nmodels: [{model: A}]\nchat_template: |\n  {{ x }}",
+        "? merge_method\n: linear\n? models\n: [{model: A}]",
+        "---\n# x\n  merge_method: linear\n  models: [{model: A}]\n...\n",
+        "&top\nmerge_method: linear\nmodels: [{model: A}]\n",
+        "merge_tool:\n  seed: 3\nmerge_method: linear\nmodels: [{model: A}]",
+        "merge_method: linear\nmodels: [{model: A}]\nmerge_tool: {seed: 3}   # mine",
+        "\ufeffmerge_method: linear\nmodels: [{model: A}]",
+    ],
+)
+def test_options_go_into_every_form_of_yaml(text: str) -> None:
+    own = {"seed": 5, "set": ["t=1e-05"], "only": ["re:a\\.b", "ü'\""]}
+    result = with_own(text, own)
+    assert yaml.safe_load(result) == {**yaml.safe_load(text), OWN: own}
+    assert with_own(result, own) == result
+    if OWN not in text:
+        assert without_own(result) == text
+
+
+# ------------------------------------------------------------------------------------ names and links
+
+
+def test_two_folders_of_one_name_are_told_apart_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mixce-train and Trainer write them: messages, card, report and recipe; and nothing looks like a Hub id."""
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(("x/a/final", "x/b/final")):
+        save_model(Path(name), language_model(k))
+    assert "t=0 is BASE (a/final), t=1 is FT (b/final)" in succeed(
+        "merge", "x/a/final", "x/b/final", "out", "--dry-run"
+    )
+    succeed("merge", "x/a/final", "x/b/final", "out", "-q")
+    card = Path("out/README.md").read_text()
+    assert "**a/final** (t = 0) and **b/final** (t = 1)" in card
+    assert "base_model:\n- a-final\n- b-final\n" in card
+    report = json.loads(Path("out/merge_report.json").read_text())
+    assert [report["inputs"][side]["name"] for side in ("base", "ft")] == ["a/final", "b/final"]
+    Path("r.yaml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: x/a/final}, {model: x/b/final}]\n"
+    )
+    succeed("run", "r.yaml", "out2", "-q")
+    published_text = Path("out2/mergekit_config.yml").read_text()
+    assert "[{model: ./a/final}, {model: ./b/final}]" in published_text
+    succeed("run", "out2/mergekit_config.yml", "out3", "--models-dir", "x", "-q")
+    assert Path("out2/model.safetensors").read_bytes() == Path("out3/model.safetensors").read_bytes()
+    assert "./a/final: no such file or folder." in error("run", "out2/mergekit_config.yml", "out4")
+    save_model(Path("x/c/final"), {"new": np.ones(2, np.float32)})
+    assert "a/final and c/final do not have the same tensors" in error("merge", "x/a/final", "x/c/final", "out5")
+
+
+def test_two_files_and_deeper_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(("p/one/run/final", "q/one/run/final")):
+        save_model(Path(name), language_model(k))
+    names = ("p/one/run/final", "q/one/run/final")
+    assert "BASE (p/one/run/final), t=1 is FT (q/one/run/final)" in succeed("merge", *names, "out", "--dry-run")
+    files = [f"{name}/model.safetensors" for name in names]
+    assert f"BASE ({files[0]}), t=1 is FT ({files[1]})" in succeed("merge", *files, "out", "--dry-run")
+    assert "t=0 is BASE (final), t=1 is FT (final)" in succeed("merge", names[0], names[0], "out", "--dry-run")
+
+
+def test_an_id_links_a_local_folder_on_the_card(place: Path) -> None:
+    options = ("--id", "base=org/b", "--id", "ft=org/f", "-q")
+    succeed("merge", "m/base", "m/ft", "out", *options)
+    assert "base_model:\n- org/b\n- org/f\n" in Path("out/README.md").read_text()
+    assert "verified" in succeed("verify", "out", "--against", "m/base", "m/ft")
+    Path("r.yaml").write_text(WITH_ADAPTERS)
+    succeed("run", "r.yaml", "out2", "--id", "lora=org/l", "--id", "model-1=org/b", "-q")
+    assert "base_model:\n- org/b\n- org/l\n- lora2\n- ft\n" in Path("out2/README.md").read_text()
+    assert "no model is called m/base. Known: base, ft" in error("merge", "m/base", "m/ft", "o", "--id", "m/base=o/b")
+    assert "expected NAME=ORG/NAME" in error("merge", "m/base", "m/ft", "o", "--id", "org/b")
+
+
+# ------------------------------------------------------------------------------------------ licences
+
+
+def card(folder: str, *lines: str) -> None:
+    Path(folder, "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n# x\n")
+
+
+def front(out: str) -> dict[str, Any]:
+    text = Path(out, "README.md").read_text()
+    content = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(content, dict)
+    return content
+
+
+def test_licences_that_differ_are_named_and_none_is_claimed(place: Path) -> None:
+    card("m/base", "license: llama3", "license_link: LICENSE", "language: en")
+    card("m/ft", "license: cc-by-nc-4.0")
+    result = run("merge", "m/base", "m/ft", "out", "-q")
+    sentence = "The licences differ (base: llama3; ft: cc-by-nc-4.0)."
+    assert sentence in result.stderr
+    assert sentence in Path("out/README.md").read_text()
+    found = front("out")
+    assert (found["license"], found["license_name"]) == ("other", "llama3-and-cc-by-nc-4.0")
+    assert "license_link" not in found
+    assert found["language"] == "en"
+    assert sentence in run("merge", "m/base", "m/ft", "out2", "--dry-run").stderr
+
+
+def test_adapters_and_all_models_of_a_recipe_count(place: Path) -> None:
+    for name in ("base", "ft", "lora"):
+        card(f"m/{name}", "license: apache-2.0")
+    card("m/lora2", "license: other", "license_name: mine")
+    Path("r.yaml").write_text(WITH_ADAPTERS)
+    result = run("run", "r.yaml", "out", "-q")
+    assert "(base: apache-2.0; lora: apache-2.0; lora2: mine; ft: apache-2.0)" in result.stderr
+    assert front("out")["license_name"] == "apache-2.0-and-mine"
+
+
+def test_one_licence_is_inherited_and_silence_is_named(place: Path) -> None:
+    card("m/ft", "license: cc-by-nc-4.0", "language: fr")
+    assert succeed("merge", "m/base", "m/ft", "out", "-q") == ""
+    assert front("out")["license"] == "cc-by-nc-4.0"
+    assert "language" not in front("out")
+    assert "base states no licence." in Path("out/README.md").read_text()
+    card("m/base", "license: cc-by-nc-4.0", "license_link: LICENSE")
+    assert succeed("merge", "m/base", "m/ft", "out", "-q", "--overwrite") == ""
+    assert front("out")["license_link"] == "LICENSE"
+    assert "icence" not in Path("out/README.md").read_text().split("---\n")[2]
+
+
+# -------------------------------------------------------------------------------- paths typed wrong
+
+
+@pytest.mark.parametrize("typed", ["m/bse", "./m/bse", "m/bse/", "./m/bse/", "m//bse"])
+def test_a_path_typed_wrong_never_goes_to_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    """Not by any command: its form, or its first folder, says that it is local. The nearest name is named."""
+    monkeypatch.setattr("merge_tool.checkpoint.hub._ask_apart", lambda *words: pytest.fail(f"asked the Hub: {words}"))
+    Path("r.yaml").write_text(f"merge_method: linear\nmodels: [{{model: {typed}, parameters: {{weight: 1}}}}]\n")
+    for words in (
+        ("merge", typed, "m/ft", "out"),
+        ("merge", "m/base", typed, "out"),
+        ("merge", f"m/base+{typed}", "m/ft", "out"),
+        ("run", "r.yaml", "out"),
+        ("diff", typed, "m/ft"),
+        ("inspect", typed),
+        ("sweep", typed, "m/ft", "out", "--eval", "true"),
+    ):
+        text = error(*words)
+        assert "no such file or folder" in text
+        assert "Did you mean m/base?" in text
+    with pytest.raises(CheckpointError, match="Did you mean m/base"):
+        merge(typed, "m/ft", "out")
+    with pytest.raises(CheckpointError, match="Did you mean m/base"):
+        merge_models({"merge_method": "passthrough", "models": [{"model": typed}]}, "out")
+
+
+def test_a_form_that_is_local_is_never_an_id_and_a_revision_says_that_the_hub_is_meant(place: Path) -> None:
+    from merge_tool.checkpoint.hub import hub_id
+
+    assert hub_id("n/bse") == ("n/bse", None)  # nothing here is called n
+    assert [hub_id(text) for text in ("./n/bse", "n/bse/", "m/bse", "m/base@main", "/n/bse", "~/bse")] == [None] * 6
+    assert hub_id("m/bse@main") == ("m/bse", "main")
+    assert "Did you mean" not in error("inspect", "m/quite-another")
+    assert "Check the spelling." in error("inspect", "m/quite-another")
+
+
+def test_the_nearest_name_may_be_of_a_folder_above(place: Path) -> None:
+    assert "Did you mean m/base/config.json?" not in error("inspect", "m/bse/none")
+    save_file(load_folder(Path("m/base")), Path("m/base/x.safetensors"))
+    assert "Did you mean m/base/x.safetensors?" in error("inspect", "m/bse/x.safetensors")
+
+
+def test_verify_of_an_api_output_takes_the_models_dir(place: Path) -> None:
+    merge_models({"merge_method": "linear", "models": [{"model": "m/ft", "parameters": {"weight": 1}}]}, "out")
+    (done,) = verify("out", recipe="out/mergekit_config.yml", models_dir="m", full=True)
+    assert not done.problems
+    with pytest.raises(RecipeError, match="--models-dir nowhere: is not a folder"):
+        merge_models("out/mergekit_config.yml", "out2", models_dir="nowhere")
