@@ -39,7 +39,7 @@ from merge_tool.models.side_files import (
     edit_vocab_size,
     without_quantization_config,
 )
-from merge_tool.output.card import _front_matter, _inherited
+from merge_tool.models.cards import front_matter, inherited
 from merge_tool.output.journal import Journal
 from merge_tool.output.older import read_sums
 from merge_tool.output.report import read_identity, stream_report
@@ -202,8 +202,8 @@ def read_report(folder: Folder) -> None:
 
 
 def read_card(folder: Folder) -> None:
-    str(_front_matter(folder.root / "README.md"))[:100]
-    _inherited(folder.root / "README.md")
+    str(front_matter(folder.root / "README.md"))[:100]
+    inherited(folder.root / "README.md")
 
 
 def read_adapter(folder: Folder) -> None:

@@ -218,10 +218,10 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 OPTIONS = [
-    "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from",
-    "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory", "--method", "--on-mismatch", "--on-missing",
-    "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t", "--t-for", "--untie",
-    "--version", "--vocab",
+    "--allow-different-architectures", "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude",
+    "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory", "--method",
+    "--on-mismatch", "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--quiet", "--report",
+    "--seed", "--t", "--t-for", "--untie", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",

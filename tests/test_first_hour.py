@@ -20,6 +20,7 @@ from checkpoints import language_model, load_folder, save_file, save_model
 from merge_tool import CheckpointError, RecipeError, merge, merge_models
 from merge_tool.cli import merge_tool
 from merge_tool.methods.registry import METHODS
+from merge_tool.plan.architectures import architectures
 from merge_tool.plan.published import published
 from merge_tool.recipe.mergekit import parse_recipe
 from merge_tool.recipe.recipe import Recipe
@@ -420,3 +421,77 @@ def test_verify_of_an_api_output_takes_the_models_dir(place: Path) -> None:
     assert not done.problems
     with pytest.raises(RecipeError, match="--models-dir nowhere: is not a folder"):
         merge_models("out/mergekit_config.yml", "out2", models_dir="nowhere")
+
+
+# ----------------------------------------------------------------------------------- architectures
+
+
+def configured(folder: str, seed: int, config: dict[str, Any], **more: Any) -> Path:
+    return save_model(Path(folder), language_model(seed, **more), config=config)
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
+@pytest.mark.parametrize("more", [{}, {"hidden": 48}])
+def test_architectures_that_differ_are_the_first_line(place: Path, more: dict[str, Any]) -> None:
+    """Whether or not the tensors fit; no advice leads to a merge of two architectures."""
+    configured("m/llama", 0, LLAMA)
+    configured("m/qwen", 1, QWEN, **more)
+    expected = "The architectures differ: llama is llama (LlamaForCausalLM), qwen is qwen2 (Qwen2ForCausalLM)."
+    models = "[{model: m/llama}, {model: m/qwen}]"
+    Path("r.yaml").write_text(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: {models}\n")
+    for words in (("merge", "m/llama", "m/qwen", "out"), ("run", "r.yaml", "out")):
+        text = error(*words)
+        assert text.startswith(f"Error: {expected}")
+        assert "--on-missing" not in text
+        assert "--on-mismatch" not in text
+        assert text.endswith("To merge them anyway: --allow-different-architectures.\n")
+    allowed = run("merge", "m/llama", "m/qwen", "out", "--allow-different-architectures")
+    assert allowed.exit_code == bool(more)
+    assert ("architectures differs" if not more else "do not have the same tensors") in allowed.stderr
+
+
+SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (LLAMA, {"architectures": ["LLaMAForCausalLM"], "model_type": "llama"}),
+    (LLAMA, {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}),
+    (LLAMA, {"architectures": ["LlamaModel"]}),
+    (LLAMA, {}),
+    ({"architectures": ["StableLMEpochForCausalLM"], "model_type": "stablelm_epoch"}, {"model_type": "stablelm"}),
+    ({"architectures": ["RWForCausalLM"], "model_type": "RefinedWebModel"}, {"architectures": ["FalconForCausalLM"]}),
+    ({"model_type": "xlm-roberta"}, {"model_type": "xlm_roberta"}),
+    ({"architectures": ["T5WithLMHeadModel"]}, {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}),
+    ({"model_type": "gemma3_text"}, {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}),
+    (LLAMA, {"model_type": "llava", "text_config": {"model_type": "llama"}}),
+    (QWEN, {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"}),
+    (QWEN, {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}}),
+]
+OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (LLAMA, QWEN),
+    (LLAMA, {"model_type": "mistral"}),
+    ({"model_type": "gemma"}, {"model_type": "gemma2"}),
+    (QWEN, {"model_type": "llava", "text_config": {"model_type": "llama"}}),
+    ({"architectures": ["MixtralForCausalLM"]}, {"architectures": ["MistralForCausalLM"]}),
+]
+
+
+def test_old_names_and_language_models_inside_others_are_one_architecture() -> None:
+    assert [pair for pair in SAME if not _are_one(*pair)] == []
+    assert [pair for pair in OTHERS if _are_one(*pair)] == []
+
+
+def _are_one(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    first, second = architectures(one), architectures(other)
+    return not first or not second or bool(first & second)
+
+
+def test_a_model_that_only_lends_its_tokenizer_may_be_another(place: Path) -> None:
+    configured("m/llama", 0, LLAMA)
+    configured("m/llama2", 1, LLAMA)
+    configured("m/qwen", 1, QWEN)
+    Path("r.yaml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: m/llama}, {model: m/llama2}]\n"
+        "tokenizer_source: m/qwen\n"
+    )
+    assert "architectures differ" not in run("run", "r.yaml", "out").stderr

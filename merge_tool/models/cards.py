@@ -85,7 +85,7 @@ _INHERITED = (*_LICENCE, "language", "pipeline_tag", "library_name")
 def inherited(first_card: Path | None) -> dict[str, Any]:
     """Licence, language, task and library from a model's card, if they are plain strings or lists of them."""
     found: dict[str, Any] = {}
-    for key, value in _front_matter(first_card).items():
+    for key, value in front_matter(first_card).items():
         is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
         is_text = isinstance(value, str) and value not in _NOTHING
         if key in _INHERITED and (is_text or is_list) and len(str(value)) < 4000:
@@ -93,7 +93,7 @@ def inherited(first_card: Path | None) -> dict[str, Any]:
     return found
 
 
-def _front_matter(card: Path | None) -> dict[str, Any]:
+def front_matter(card: Path | None) -> dict[str, Any]:
     import yaml
 
     if card is None:

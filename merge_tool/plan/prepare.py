@@ -24,6 +24,7 @@ from merge_tool.models.lora import open_models
 from merge_tool.models.naming import is_head
 from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import BASE_CARD, CARD, FT_CARD, SideFiles, plan_side_files
+from merge_tool.plan.architectures import check_architectures
 from merge_tool.plan.config_fit import fit_config
 from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes, resident_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
@@ -105,6 +106,7 @@ def prepare(
     try:
         check_lent_patterns(recipe, inputs, machine)
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
+        check_architectures(recipe, opened)
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
         models, alignment = align(recipe, opened)
         plan = _plan(recipe, models, methods, target)

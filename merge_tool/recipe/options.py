@@ -43,9 +43,9 @@ class Options:
     `on_mismatch` is about integer tensors that differ and tensors whose shape or type differs, `on_missing` about
     tensors that some model lacks. `files_from` names the model whose configuration and tokenizer files are copied:
     "base", "ft" for the second model of a pair, or a model as the recipe names it. `chat_template` is the name of a
-    model, a template's known name, or a template in Jinja. `untie` gives the output a head of its own if the base's
-    head is its embedding. `ids` name local models as the Hub has them. `seed` decides the random bits of methods that
-    have any.
+    model, a template's known name, or a template in Jinja. `allow_different_architectures` permits what is nearly
+    always a mistake. `untie` gives the output a head of its own if the base's head is its embedding. `ids` name local
+    models as the Hub has them. `seed` decides the random bits of methods that have any.
     """
 
     only: Sequence[str] = option(
@@ -86,6 +86,10 @@ class Options:
     on_missing: str = option(
         "error", "--on-missing", "If a model lacks a tensor: stop, or write exactly BASE's tensors.",
         choices=STOP_OR_BASE,
+    )  # fmt: skip
+    allow_different_architectures: bool = option(
+        False, "--allow-different-architectures", "Merge models whose config.json name different architectures.",
+        is_flag=True,
     )  # fmt: skip
     untie: bool = option(
         False, "--untie",
