@@ -61,6 +61,15 @@ class WorkerError(MergeToolError):
     """A worker thread could not be started, or ended unexpectedly; its cause, if one is known, is `__cause__`."""
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra. Not the package's name: it is on no registry.
+
+    >>> install("plot")
+    "pip install '.[plot]' in slerp-merge's folder (a checkout)"
+    """
+    return f"pip install '.[{extra}]' in slerp-merge's folder (a checkout)"
+
+
 def shown(name: object, limit: int = 200) -> str:
     """`name` as it may be printed: control characters escaped, at most `limit` characters.
 

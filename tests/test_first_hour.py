@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import train.errors
 from checkpoints import language_model, load_folder, save_file, save_model
-from merge_tool import CheckpointError, RecipeError, merge, merge_models
+from merge_tool import CheckpointError, RecipeError, errors, merge, merge_models
 from merge_tool.cli import merge_tool
 from merge_tool.methods.registry import METHODS
 from merge_tool.plan.architectures import architectures
@@ -26,7 +29,9 @@ from merge_tool.recipe.mergekit import parse_recipe
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.yaml_edit import OWN, with_own, without_own
 from merge_tool.verify.verify import verify
+from train import __main__ as train_main
 
+MIXCE_TRAIN = Path(sys.executable).with_name("mixce-train")
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA"}
 
 
@@ -495,3 +500,44 @@ def test_a_model_that_only_lends_its_tokenizer_may_be_another(place: Path) -> No
         "tokenizer_source: m/qwen\n"
     )
     assert "architectures differ" not in run("run", "r.yaml", "out").stderr
+
+
+# ------------------------------------------------------------------------------------- installing
+
+
+def test_every_install_line_is_the_readmes() -> None:
+    """The package is on no registry: nothing says `pip install slerp-merge`."""
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text()
+    assert "pip install .\n" in readme
+    for line in (errors.install("train,plot"), train.errors.install("train,plot")):
+        assert line.split(" in ")[0] in readme
+    kinds = ("*.py", "*.md", "*.sh", "*.yaml", "*.toml")
+    folders = ("merge_tool", "train", "docs", "examples", "bench")
+    files = [file for folder in folders for kind in kinds for file in (root / folder).rglob(kind)]
+    assert [file for file in [*files, root / "README.md"] if "slerp-merge[" in file.read_text()] == []
+
+
+def test_training_without_its_packages_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in an installation of the merger alone; --help works there."""
+    monkeypatch.setattr("train.__main__.find_spec", lambda name: None)
+    Path("c.yaml").write_text("model: m\nsources: [{path: d.jsonl}]\noutput: o\n")
+    assert train_main.run(["c.yaml"]) == 1
+    assert capsys.readouterr().err == (
+        "Error: Training needs torch, transformers, datasets, filelock, not installed here. "
+        "Install: pip install '.[train]' in slerp-merge's folder (a checkout).\n"
+    )
+    assert train_main.run(["--help"]) == 0
+
+
+@pytest.mark.skipif(not MIXCE_TRAIN.exists(), reason="the command is not installed here")
+@pytest.mark.parametrize("start", [[], ["torchrun", "--no-python", "--nproc-per-node", "1"]])
+def test_a_train_py_of_the_users_is_not_run(place: Path, start: list[str]) -> None:
+    """By the command as the docs give it, alone and under torchrun; `python -m train` would run it."""
+    Path("train.py").write_text("raise SystemExit('the wrong program')\n")
+    command = [str(MIXCE_TRAIN.with_name(word)) if word == "torchrun" else word for word in start]
+    done = subprocess.run([*command, MIXCE_TRAIN, "--help"], capture_output=True, text=True)
+    assert (done.returncode, "the wrong program" in done.stderr) == (0, False)
+    assert "usage: mixce-train CONFIG.yaml" in done.stdout
