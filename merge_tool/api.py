@@ -44,7 +44,8 @@ class MergeReport:
 
     `ts` has the t of each output, if outputs have one; `models` are the models' names. `already_complete` is true if
     OUT already held this merge and nothing was done. Sizes are bytes. `num_scheduled` counts the tensors that have
-    parameters of their own.
+    parameters of their own. `num_merged` models are merged, beside a base model that they
+    are compared with if it `has_base`.
     """
 
     outputs: tuple[Path, ...]
@@ -59,6 +60,8 @@ class MergeReport:
     peak_bytes: int
     already_complete: bool = False
     num_scheduled: int = 0
+    num_merged: int = 2
+    has_base: bool = False
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -368,6 +371,7 @@ def _stored_findings(prepared: Prepared, stored: Path) -> Findings:
 
 def _report(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:
     plan, target = prepared.plan, prepared.target.path
+    has_base = plan.recipe.base is not None and plan.method.base in ("required", "optional")
     return MergeReport(
         outputs=tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
         ts=tuple(output.words["t"] for output in plan.recipe.outputs if "t" in output.words),
@@ -381,4 +385,6 @@ def _report(prepared: Prepared, summary: Summary, started: float, *, already_com
         peak_bytes=peak_bytes(),
         already_complete=already_complete,
         num_scheduled=plan.num_scheduled,
+        num_merged=len(plan.recipe.sources - ({plan.recipe.base} if has_base else set())),
+        has_base=has_base,
     )

@@ -98,6 +98,18 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def sized(nbytes: int) -> str:
+    """A number of bytes for people.
+
+    >>> sized(1_234_567_890), sized(12)
+    ('1.23 GB', '12 bytes')
+    """
+    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= width:
+            return f"{nbytes / width:.3g} {unit}" if nbytes < 1000 * width else f"{nbytes / width:,.0f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def reason(e: BaseException) -> str:
     """An error's message without the user's path, which the system's errors contain.
 

@@ -541,3 +541,83 @@ def test_a_train_py_of_the_users_is_not_run(place: Path, start: list[str]) -> No
     done = subprocess.run([*command, MIXCE_TRAIN, "--help"], capture_output=True, text=True)
     assert (done.returncode, "the wrong program" in done.stderr) == (0, False)
     assert "usage: mixce-train CONFIG.yaml" in done.stdout
+
+
+# ---------------------------------------------------------------------------------- what is printed
+
+STACK = """merge_method: passthrough
+slices:
+  - sources: [{model: m/base, layer_range: [0, 1]}]
+  - sources: [{model: m/ft, layer_range: [1, 3]}]
+"""
+
+
+def test_a_stack_says_which_models_its_tensors_are_copied_from(place: Path) -> None:
+    """It has no base, so nothing is said to be the base's."""
+    Path("r.yaml").write_text(STACK)
+    text = succeed("run", "r.yaml", "out")
+    tensors = json.loads(Path("out/merge_report.json").read_text())["tensors"]
+    sources = [tensor["sources"][0]["model"] for tensor in tensors]
+    counts = [sources.count(f"model-{k}") for k in (1, 2)]
+    expected = f"{sum(counts)} tensors are copied, not merged: {counts[0]} of base, {counts[1]} of ft."
+    assert expected in text
+    assert expected in Path("out/README.md").read_text()
+    assert "the base's" not in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: m/ft}]", "linear of 1 model, "),
+        (
+            "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: m/ft}, {model: m/base}]",
+            "linear of 2 models",
+        ),
+        (
+            "merge_method: ties\nbase_model: m/base\nparameters: {weight: 1, density: 1}\nmodels: [{model: m/ft}]",
+            "ties of 1 model and a base, ",
+        ),
+        (
+            "merge_method: ties\nbase_model: m/base\nparameters: {weight: 1, density: 1}\n"
+            "models: [{model: m/ft}, {model: m/other}, {model: m/base}]",
+            "ties of 2 models and a base, ",
+        ),
+        (
+            "merge_method: slerp\nbase_model: m/base\nparameters: {t: 0.5}\nmodels: [{model: m/base}, {model: m/ft}]",
+            "slerp of 2 models, ",
+        ),
+    ],
+)
+def test_models_are_counted_in_words(place: Path, recipe: str, expected: str) -> None:
+    Path("r.yaml").write_text(recipe)
+    assert f"out: {expected}" in succeed("run", "r.yaml", "out")
+
+
+def test_one_of_a_thing_is_not_many_and_values_are_no_reprs(place: Path) -> None:
+    plan = succeed("merge", "m/base", "m/ft", "out", "--dry-run", "--jobs", 1)
+    assert "1 job\n" in plan
+    assert "1 other file\n" in plan
+    succeed("merge", "m/base", "m/ft", "out", "--t", "0.4", "--exclude", "embed_tokens", "-q")
+    assert "1 tensor is not merged: the base's is kept." in Path("out/README.md").read_text()
+    assert "t was 0.4, now 0.5" in error("merge", "m/base", "m/ft", "out", "--exclude", "embed_tokens")
+    one, two = ({"architectures": [name], "model_type": "m"} for name in ("A", "B"))
+    configured("m/a", 0, one)
+    configured("m/b", 1, two)
+    warned = run("merge", "m/a", "m/b", "out2").stderr
+    assert "architectures differs: A in a, B in b: are these related models?\n" in warned
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.bin", "out.pt", "out.ckpt", "deep/out.GGUF"])
+def test_an_out_with_the_name_of_other_weights_is_refused(place: Path, name: str) -> None:
+    for words in ((), ("--dry-run",)):
+        text = error("merge", "m/base", "m/ft", name, *words)
+        assert "only safetensors are written" in text
+        assert f"Give {name.rpartition('.')[0]}, then convert that" in text
+    assert not Path(name).exists()
+
+
+def test_a_full_disk_is_told_in_units_without_the_reserve(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merge_tool.plan.prepare.Prepared.free_disk_bytes", 15_000_000)
+    monkeypatch.setattr("merge_tool.plan.prepare.Prepared.disk_bytes", 1_234_567_890)
+    text = error("merge", "m/base", "m/ft", "out")
+    assert "out: the output takes 1.23 GB, and 16 MB must stay free; the disk has 15 MB free. Free some space" in text

@@ -443,5 +443,5 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
         first = unreadable[0]
         raise CheckpointError(
             f"{checkpoint.name}: tensor '{shown(first.name)}' has dtype {first.dtype}, which cannot be merged "
-            f"({len(unreadable)} such tensors). Supported: {', '.join(NUMPY_DTYPES)}."
+            f"({counted(len(unreadable), 'such tensor')}). Supported: {', '.join(NUMPY_DTYPES)}."
         )

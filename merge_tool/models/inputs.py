@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from merge_tool.checkpoint.hub import Snapshot, look
-from merge_tool.errors import FetchError, shown
+from merge_tool.errors import FetchError, shown, sized
 from merge_tool.models.lora import Coming, known_parts
 
 
@@ -42,8 +42,8 @@ class Download:
         free = shutil.disk_usage(self.cache).free
         if self.disk_bytes > free:
             raise FetchError(
-                f"{shown(self.cache)}: the weights to fetch take {self.disk_bytes:,} bytes, the disk of the Hub's "
-                f"cache has {free:,} free. Free some space, or set HF_HUB_CACHE to a folder on another disk."
+                f"{shown(self.cache)}: the weights to fetch take {sized(self.disk_bytes)}, the disk of the Hub's "
+                f"cache has {sized(free)} free. Free some space, or set HF_HUB_CACHE to a folder on another disk."
             )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path, PurePath
 
-from merge_tool.errors import OutputError, listed, reason, shown
+from merge_tool.errors import OutputError, listed, reason, shown, sized
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS, WORK
 from merge_tool.output.older import check_conflicts, older_labels, read_sums
 from merge_tool.output.report import head_differences, read_head, read_identity, report_head
@@ -133,15 +133,16 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
     prepared.download.check_room()
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
-    need = prepared.disk_bytes + _SPARE_DISK_BYTES - have
+    need = max(0, prepared.disk_bytes - have)
     coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
     free = prepared.free_disk_bytes
-    if need + coming > free:
-        besides = f" and what is fetched into the Hub's cache {coming:,}" if coming else ""
+    if need + _SPARE_DISK_BYTES + coming > free:
+        besides = f" and what is fetched into the Hub's cache {sized(coming)}" if coming else ""
         beside = " The old output stays until the new one is complete." if overwrite else ""
         raise OutputError(
-            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, the disk has {free:,} free."
-            f"{beside} Free some space or choose another disk."
+            f"{shown(prepared.target.path)}: the output takes {sized(need)}{besides}, and "
+            f"{sized(_SPARE_DISK_BYTES)} must stay free; the disk has {sized(free)} free.{beside} "
+            "Free some space or choose another disk."
         )
 
 
