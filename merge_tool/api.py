@@ -27,7 +27,7 @@ from merge_tool.output.report import Summary, alarms, damaged, load_tensors, rep
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine, peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.prepare import Prepared, prepare
-from merge_tool.plan.published import check_ids, recipe_file
+from merge_tool.plan.published import check_ids, check_places, recipe_file
 from merge_tool.plan.target import Target, check_report_path, check_target
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
@@ -273,6 +273,7 @@ def _check_request(
     if target.is_file and len(recipe.outputs) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.outputs)} outputs need a folder.")
     inputs = [Path(part) for ref in recipe.models for part in parts(str(ref))]
+    check_places(recipe)
     check_ids(recipe)
     check_target(target, inputs)
     if report is not None:

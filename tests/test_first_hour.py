@@ -621,3 +621,82 @@ def test_a_full_disk_is_told_in_units_without_the_reserve(place: Path, monkeypat
     monkeypatch.setattr("merge_tool.plan.prepare.Prepared.disk_bytes", 1_234_567_890)
     text = error("merge", "m/base", "m/ft", "out")
     assert "out: the output takes 1.23 GB, and 16 MB must stay free; the disk has 15 MB free. Free some space" in text
+
+
+# ----------------------------------------------------------------------- folders, files and the Hub's cache
+
+
+def test_a_recipes_path_is_relative_to_the_current_folder_and_the_message_says_so(place: Path) -> None:
+    """With the line and the folder; one that is beside the recipe is never looked up on the Hub."""
+    Path("sub/n/base").mkdir(parents=True)
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n  - model: m/ft\n  - model: %s\n"
+    Path("sub/r.yaml").write_text(text % "m/bse")
+    expected = f"r.yaml, line 5: m/bse: no such file or folder. Paths are relative to the current folder, {place}."
+    assert f"{expected} Did you mean m/base?" in error("run", "sub/r.yaml", "out")
+    Path("sub/r.yaml").write_text(text % "n/base")
+    assert "It is in the recipe's folder: run the command there, or give --models-dir sub." in error(
+        "run", "sub/r.yaml", "out"
+    )
+    Path("sub/r.yaml").write_text(text % "{model: {path: ./m/none}}")
+    assert "r.yaml, line 5: ./m/none: no such file or folder." in error("run", "sub/r.yaml", "out")
+
+
+def test_a_file_in_place_of_its_folder_says_which_folder_to_give(place: Path) -> None:
+    for file in ("m/base/config.json", "m/lora/adapter_config.json"):
+        assert f"is no file of weights. Give its folder: {Path(file).parent}." in error("merge", file, "m/ft", "out")
+    text = error("merge", "m/base", "m/lora/adapter_model.safetensors", "out")
+    assert "m/lora/adapter_model.safetensors: is the file of an adapter. Give its folder: m/lora." in text
+
+
+def test_a_folder_of_checkpoints_names_the_last(place: Path) -> None:
+    for number in (500, 1000, 90):
+        Path(f"m/run/checkpoint-{number}").mkdir(parents=True)
+    assert "Its folder checkpoint-1000 is a training's last: give that." in error("merge", "m/base", "m/run", "out")
+
+
+def test_a_models_folder_of_the_hubs_cache_is_its_snapshot(place: Path) -> None:
+    """That of `main`, or the only one; of several without `main`, the choice is the user's."""
+    cache = Path("hub/models--org--x")
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    for k, commit in enumerate(("aaa", "bbb")):
+        save_model(cache / "snapshots" / commit, language_model(k))
+    assert "give one of its snapshots: aaa, bbb." in error("merge", "m/base", cache, "out")
+    (cache / "refs/main").write_text("bbb")
+    succeed("merge", "m/base", cache, "out", "--t", 1, "-q")
+    assert "base_model:\n- base\n- org/x\n" in Path("out/README.md").read_text()
+    merged, model = load_folder(Path("out")), load_folder(cache / "snapshots/bbb")
+    assert all((merged[name] == model[name]).all() for name in model)
+
+
+# ------------------------------------------------------------------------------------------ mixce-train
+
+
+def test_a_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mixce-train, version ")
+
+
+def test_a_model_without_a_tokenizer_is_one_line(place: Path) -> None:
+    from train.model import load_tokenizer
+
+    with pytest.raises(train.errors.TrainError) as caught:
+        load_tokenizer("m/base", None, None)
+    assert str(caught.value) == (
+        "m/base: has no tokenizer. Copy tokenizer.json and tokenizer_config.json of its base there."
+    )
+
+
+def test_more_epochs_on_a_finished_run_say_how(place: Path) -> None:
+    from train.record import check_same_run
+
+    Path("o/final").mkdir(parents=True)
+    Path("o/final/config.json").write_text("{}")
+    Path("o/run.json").write_text(json.dumps({"epochs": 1, "lr": 1}))
+    with pytest.raises(train.errors.TrainError) as caught:
+        check_same_run(Path("o"), {"epochs": 2, "lr": 1})
+    assert "epochs: 1 -> 2" in str(caught.value)
+    assert "`model: o/final` and another `output`." in str(caught.value)
+    with pytest.raises(train.errors.TrainError) as caught:
+        check_same_run(Path("o"), {"epochs": 1, "lr": 2})
+    assert "final" not in str(caught.value)

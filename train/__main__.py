@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,6 +42,9 @@ def run(arguments: list[str]) -> int:
         except BrokenPipeError:  # the reader (`head`) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if "--version" in arguments:
+        print(f"mixce-train, version {_version()}")
+        return 0
     try:
         path, overrides = parse(arguments)
         _check_installed()
@@ -53,6 +57,13 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _complain("Interrupted. The same command goes on from the last checkpoint, if there is one.", 130)
     return 0
+
+
+def _version() -> str:
+    try:
+        return version("slerp-merge")
+    except PackageNotFoundError:
+        return "unknown: not installed, only on the path"
 
 
 def _check_installed() -> None:

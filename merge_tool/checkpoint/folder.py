@@ -169,7 +169,9 @@ def find_weights(name: str, listing: Sequence[str], *, of_hub: bool = False) -> 
         raise CheckpointError(f"{name}: {unread_format(others)}")
     if PIPELINE in listing:
         raise CheckpointError(f"{name}: {_pipeline(name, everything, of_hub)}")
-    inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else ""
+    numbers = [int(match[1]) for file in listing if (match := re.fullmatch(r"checkpoint-(\d{1,12})", file))]
+    inside = f" Its folder checkpoint-{max(numbers)} is a training's last: give that." if numbers else ""
+    inside = " Its folder `final` is what mixce-train leaves: give that." if "final" in listing else inside
     raise CheckpointError(
         f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
     )
@@ -256,10 +258,28 @@ def meant_path(path: str | Path) -> str:
     return " Check the spelling."
 
 
+def snapshot_of(path: Path) -> Path:
+    """Of a model's folder in the Hub's cache (`models--org--name`), the snapshot of `main`, or the only one; any other
+    path as it is."""
+    if not path.resolve().name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    snapshots = sorted((path / "snapshots").iterdir())
+    try:
+        named = path / "snapshots" / (path / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        named = path
+    if named in snapshots:
+        return named
+    if len(snapshots) != 1:
+        found = listed(p.name for p in snapshots) or "none"
+        raise CheckpointError(f"{shown(path)}: is a model in the Hub's cache; give one of its snapshots: {found}.")
+    return snapshots[0]
+
+
 def distinct_names(paths: Iterable[Path]) -> dict[Path, str]:
     """The name of each folder or file. Where several have one name, as many of their parents come before it as are
     needed to tell them apart: `a/final` and `b/final`. Two commits of a model of the Hub are `org/name@commit`."""
-    roots = {path: path.resolve() for path in paths}
+    roots = {path: snapshot_of(path).resolve() for path in paths}
     names = {root: _own_name(path, root) for path, root in roots.items()}
     for name in {name for name in names.values() if list(names.values()).count(name) > 1}:
         alike = [root for root in names if names[root] == name]

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from merge_tool.apart import ask
-from merge_tool.checkpoint.folder import is_weight_file, meant_path
+from merge_tool.checkpoint.folder import is_weight_file, meant_path, snapshot_of
 from merge_tool.checkpoint.source import ComingFile
 from merge_tool.errors import CheckpointError, FetchError, shown
 
@@ -56,7 +56,7 @@ def _there(ref: str | Path) -> Path:
     """A local path that is there. Raises CheckpointError: later a Path would not show that it was local by its form."""
     if not os.path.lexists(ref):
         raise CheckpointError(f"{shown(ref)}: no such file or folder.{meant_path(ref)}")
-    return Path(ref)
+    return snapshot_of(Path(ref))
 
 
 @dataclass(frozen=True)

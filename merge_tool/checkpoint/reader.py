@@ -243,6 +243,8 @@ def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX
 
 
 def _open_file(path: Path, name: str, max_header_bytes: int) -> Checkpoint:
+    if path.suffix.lower() == ".json":
+        raise CheckpointError(f"{name}: is no file of weights. Give its folder: {shown(path.parent)}.")
     if path.suffix.lower() in {".gguf", ".ggml"}:
         raise CheckpointError(f"{name}: {unread_format([path.name])}")
     return _alone(LocalFile(path.resolve(), name), path.name, max_header_bytes)

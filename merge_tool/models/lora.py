@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_tool.arrays import FLOAT_DTYPES
-from merge_tool.checkpoint.folder import Folder, distinct_names, meant_path
+from merge_tool.checkpoint.folder import ADAPTER_WEIGHTS, Folder, distinct_names, meant_path
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, FileTensor, open_local, open_one_file
@@ -122,6 +122,10 @@ def open_models(
     paths = [local_parts(ref) for ref in refs]
     names = distinct_names(path for several in paths for path in several)
     alone = [len(path) == 1 and is_adapter(path[0], coming) for path in paths]
+    files = [len(path) == 1 and path[0].is_file() and path[0].name in ADAPTER_WEIGHTS for path in paths]
+    if any(files) and not all(files):  # two files of adapters are merged like any two files
+        file = paths[files.index(True)][0]
+        raise CheckpointError(f"{shown(file)}: is the file of an adapter. Give its folder: {shown(file.parent)}.")
     if alone[0] and not all(alone):
         other = shown(names[paths[alone.index(False)][0]])
         raise CheckpointError(

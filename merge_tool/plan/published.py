@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_tool.checkpoint.folder import distinct_names
+from merge_tool.checkpoint.folder import Folder, distinct_names, meant_path, snapshot_of
 from merge_tool.checkpoint.hub import hub_id
-from merge_tool.errors import RecipeError, shown
+from merge_tool.errors import CheckpointError, RecipeError, shown
 from merge_tool.models.lora import parts
 from merge_tool.plan.plan import MergePlan
 from merge_tool.recipe.model_ref import ModelRef
@@ -40,7 +40,7 @@ def local_names(recipe: Recipe) -> dict[str, str]:
 
 
 def _local(name: str, path: Path) -> str:
-    is_of_hub = path.resolve().parent.name == "snapshots"
+    is_of_hub = Folder(snapshot_of(path)).is_of_hub
     return f"./{name}" if "/" in name and not is_of_hub else name
 
 
@@ -110,3 +110,23 @@ def _callable(recipe: Recipe) -> dict[str, str]:
 
 def _all_parts(recipe: Recipe) -> list[str]:
     return [path for ref in recipe.models for path in parts(str(ref))]
+
+
+def check_places(recipe: Recipe) -> None:
+    """Raise CheckpointError for a local model of a recipe that is not there, with its line: paths are relative to the
+    current folder. One that is beside the recipe is not looked up on the Hub, even if it has the form of an id."""
+    for path in _all_parts(recipe) if recipe.text else ():
+        beside = recipe.folder is not None and Path(recipe.folder, path).exists()
+        if os.path.lexists(path) or (hub_id(path) is not None and not beside):
+            continue
+        ends = [place.end for place in recipe.places if path.partition("@")[0] in str(place.ref)]
+        line = f", line {recipe.text[: ends[0]].rstrip().count(chr(10)) + 1}" if ends else ""
+        hint = (
+            f" It is in the recipe's folder: run the command there, or give --models-dir {shown(recipe.folder)}."
+            if beside
+            else meant_path(path)
+        )
+        raise CheckpointError(
+            f"{shown(recipe.where)}{line}: {shown(path)}: no such file or folder. Paths are relative to the current "
+            f"folder, {shown(Path.cwd())}.{hint}"
+        )

@@ -69,7 +69,7 @@ def read_recipe(
     """The recipe of a YAML file or an equal mapping. `options` are the fields of Options; they and `values` replace the
     recipe's. In `models_dir` its models are looked up by name, as in parse_recipe. Raises RecipeError."""
     text, where = recipe_text(recipe)
-    return parse_recipe(
+    parsed = parse_recipe(
         text,
         where,
         methods,
@@ -79,6 +79,7 @@ def read_recipe(
         given=frozenset(options),
         models_dir=models_dir,
     )
+    return parsed if isinstance(recipe, Mapping) else replace(parsed, folder=str(Path(recipe).parent))
 
 
 def parse_recipe(

@@ -98,11 +98,11 @@ class Recipe:
 
     `models` are all models that are named, in the order of the text; `names` are their names in the report. `base` is
     the number of base_model. `outputs` differ in parameters only, and are made in one pass. `text` is the recipe's
-    text, if it has one, `where` its file's name; otherwise `words` has in JSON what the recipe was made from. If it
-    `is_strict`, a pattern that matches no tensor is an error, and so are vocabularies that differ; published recipes
-    need leniency there. `places` are where the text names models; `lent_patterns` the patterns of --only and --exclude
-    that came with it, perhaps from a stranger. `rows_option` is this recipe's option for rows by token, for messages.
-    `warnings` name keys without effect, and why.
+    text, if it has one, `where` its file's name and `folder` that file's folder; otherwise `words` has in JSON what the
+    recipe was made from. If it `is_strict`, a pattern that matches no tensor is an error, and so are vocabularies that
+    differ; published recipes need leniency there. `places` are where the text names models; `lent_patterns` the
+    patterns of --only and --exclude that came with it, perhaps from a stranger. `rows_option` is this recipe's option
+    for rows by token, for messages. `warnings` name keys without effect, and why.
     """
 
     models: tuple[ModelRef, ...]
@@ -117,6 +117,7 @@ class Recipe:
     chat_template: str | None = None
     text: str = ""
     where: str = "the recipe"
+    folder: str | None = None
     words: Mapping[str, Any] = field(default_factory=dict)
     is_strict: bool = False
     places: tuple[Place, ...] = ()
