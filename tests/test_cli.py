@@ -250,7 +250,8 @@ def test_the_options_are_frozen() -> None:
     """A new option is a decision: add it here, to docs/cli.md and to the changelog."""
     assert options_of(slerp_merge) == OPTIONS
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
-    assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "run", "sweep", "verify"]
+    assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS})
+    assert sorted(merge_tool.commands) == ["diff", "fold", "inspect", "merge", "run", "sweep", "verify"]
 
 
 def test_merge_tool_merge_is_slerp_merge(tmp_path: Path, pair: tuple[Path, Path]) -> None:

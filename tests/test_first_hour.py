@@ -669,6 +669,17 @@ def test_a_models_folder_of_the_hubs_cache_is_its_snapshot(place: Path) -> None:
     assert all((merged[name] == model[name]).all() for name in model)
 
 
+def test_a_folded_adapter_is_the_merge_at_1_read_once(place: Path) -> None:
+    read = json.loads(succeed("fold", "m/base", "m/lora", "folded", "--json"))["input_bytes"]
+    merged = json.loads(succeed("merge", "m/base", "m/lora", "merged", "--t", 1, "--json"))["input_bytes"]
+    assert Path("folded/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
+    assert read < 0.6 * merged
+    assert "base_model:\n- base\n- lora\n" in Path("folded/README.md").read_text()
+    again = ("--recipe", "folded/mergekit_config.yml", "--models-dir", "m", "--full")
+    assert "verified" in succeed("verify", "folded", *again)
+    assert "Did you mean m/lora?" in error("fold", "m/base", "m/lra", "out")
+
+
 # ------------------------------------------------------------------------------------------ mixce-train
 
 

@@ -279,6 +279,27 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
     _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
 
 
+@merge_tool.command("fold", context_settings={"show_default": True})
+@click.argument("base", type=click.Path())
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path(path_type=Path))
+@with_options(recipe_options(Options))
+@with_options(MACHINE_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
+@_print_errors(_CONTINUES)
+def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
+    """Write the model BASE with the PEFT LoRA adapter ADAPTER folded into its weights to OUT.
+
+    The same weights as `slerp-merge BASE ADAPTER OUT --t 1`, but BASE is read once.
+    """
+    from merge_tool.recipe.mergekit import read_recipe
+
+    run, chosen = _parted(options)
+    model = {"model": {"path": base}, "lora": {"path": adapter}}
+    recipe = {"merge_method": "passthrough", "models": [{"model": model}]}
+    _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
+
+
 @merge_tool.command("inspect")
 @click.argument("path", type=click.Path())
 @click.option("--health", is_flag=True, help="Read the weights too: norms, and whether every value is finite.")

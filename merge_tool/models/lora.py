@@ -58,11 +58,15 @@ def known_parts(ref: str | Path) -> tuple[str, ...]:
     """As `parts`. Raises CheckpointError for a name with a + that is neither one existing path nor several."""
     paths = parts(ref)
     if len(paths) == 1 and "+" in str(ref) and not _may_exist(ref):
-        lacking = next((part for part in str(ref).split("+") if part and not _may_exist(part)), str(ref))
         raise CheckpointError(
-            f"{shown(ref)}: no such file or folder, and no MODEL+ADAPTER whose parts exist.{meant_path(lacking)}"
+            f"{shown(ref)}: no such file or folder, and no MODEL+ADAPTER whose parts exist.{meant_path(lacking(ref))}"
         )
     return paths
+
+
+def lacking(ref: str | Path) -> str:
+    """The first part of a MODEL+ADAPTER that is not there; the whole text if all are."""
+    return next((part for part in str(ref).split("+") if part and not _may_exist(part)), str(ref))
 
 
 def local_parts(ref: str | Path) -> tuple[Path, ...]:

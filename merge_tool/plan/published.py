@@ -15,7 +15,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder, distinct_names, meant_path, snapshot_of
 from merge_tool.checkpoint.hub import hub_id
 from merge_tool.errors import CheckpointError, RecipeError, shown
-from merge_tool.models.lora import parts
+from merge_tool.models.lora import lacking, parts
 from merge_tool.plan.plan import MergePlan
 from merge_tool.recipe.model_ref import ModelRef
 from merge_tool.recipe.options import as_json
@@ -124,7 +124,7 @@ def check_places(recipe: Recipe) -> None:
         hint = (
             f" It is in the recipe's folder: run the command there, or give --models-dir {shown(recipe.folder)}."
             if beside
-            else meant_path(path)
+            else meant_path(lacking(path))
         )
         raise CheckpointError(
             f"{shown(recipe.where)}{line}: {shown(path)}: no such file or folder. Paths are relative to the current "
