@@ -32,6 +32,7 @@ from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.reader import FileTensor, _load_weight_map
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import HeaderError, MergeToolError
+from merge_tool.models.cards import front_matter, inherited
 from merge_tool.models.lora_config import read_settings
 from merge_tool.models.side_files import (
     _module_folders,
@@ -39,7 +40,6 @@ from merge_tool.models.side_files import (
     edit_vocab_size,
     without_quantization_config,
 )
-from merge_tool.output.card import _front_matter, _inherited
 from merge_tool.output.journal import Journal
 from merge_tool.output.older import read_sums
 from merge_tool.output.report import read_identity, stream_report
@@ -202,8 +202,8 @@ def read_report(folder: Folder) -> None:
 
 
 def read_card(folder: Folder) -> None:
-    str(_front_matter(folder.root / "README.md"))[:100]
-    _inherited(folder.root / "README.md")
+    str(front_matter(folder.root / "README.md"))[:100]
+    inherited(folder.root / "README.md")
 
 
 def read_adapter(folder: Folder) -> None:

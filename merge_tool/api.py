@@ -38,6 +38,7 @@ from merge_tool.output.report import Summary, alarms, damaged, load_tensors, rep
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine
 from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.plan.published import check_ids, check_places, recipe_file
 from merge_tool.plan.system_memory import peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.target import Target, check_report_path, check_target
 from merge_tool.recipe.pair import DEFAULT_T, pair
@@ -59,7 +60,8 @@ class MergeReport:
 
     `ts` has the t of each output, if outputs have one; `models` are the models' names. `already_complete` is true if
     OUT already held this merge and nothing was done. Sizes are bytes. `num_scheduled` counts the tensors that have
-    parameters of their own.
+    parameters of their own. `num_merged` models are merged, beside a base model that they
+    are compared with if it `has_base`.
     """
 
     outputs: tuple[Path, ...]
@@ -75,6 +77,8 @@ class MergeReport:
     already_complete: bool = False
     num_scheduled: int = 0
     moved_bytes: int = 0  # read and written by this run: a resumed one moves less
+    num_merged: int = 2
+    has_base: bool = False
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -148,6 +152,7 @@ def merge_models(
     *,
     methods: Mapping[str, Method] | None = None,
     values: Sequence[str] | Mapping[str, Any] = (),
+    models_dir: str | Path | None = None,
     extrapolate: bool = False,
     memory_bytes: int | None = None,
     jobs: int | None = None,
@@ -163,7 +168,8 @@ def merge_models(
 
     `recipe` is a YAML file as mergekit reads it, or the same as a mapping. `methods` are further ones by name, beside
     the built-in ones (docs/adding_a_method.md). `values` stand in place of the recipe's parameters, several of one
-    make an output each: `values={"lambda": [0.5, 1.0]}`. `options` are the fields of
+    make an output each: `values={"lambda": [0.5, 1.0]}`. In `models_dir` the recipe's models are looked up by name, as
+    a published recipe (mergekit_config.yml) names them. `options` are the fields of
     `merge_tool.recipe.options.Options`. The rest is as in `merge`.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with the same
@@ -175,7 +181,7 @@ def merge_models(
 
     known = {**METHODS, **(methods or {})}
     return merge_recipe(
-        read_recipe(recipe, known, extrapolate=extrapolate, values=values, **options),
+        read_recipe(recipe, known, extrapolate=extrapolate, values=values, models_dir=models_dir, **options),
         out,
         methods=known,
         memory_bytes=memory_bytes,
@@ -287,7 +293,9 @@ def _check_request(
     target, report = Target(Path(out)), None if report_path is None else Path(report_path)
     if target.is_file and len(recipe.outputs) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.outputs)} outputs need a folder.")
-    inputs = [part for ref in recipe.models for part in parts(str(ref))]
+    inputs = [Path(part) for ref in recipe.models for part in parts(str(ref))]
+    check_places(recipe)
+    check_ids(recipe)
     check_target(target, inputs)
     if report is not None:
         check_report_path(report, len(recipe.outputs), target, inputs)
@@ -360,7 +368,7 @@ def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, 
         if (index := plan.index()) is not None:
             sums[plan.index_name] = work.add(label, plan.index_name, [index])
         if plan.text:
-            sums[RECIPE] = work.add(label, RECIPE, [plan.text.encode()])
+            sums[RECIPE] = work.add(label, RECIPE, [recipe_file(plan, number).encode()])
         report = report_lines(plan, findings, number, prepared.samples)
         sums[REPORT] = work.add(label, REPORT, (line.encode() for line in report))
         sums[CARD] = work.add(label, CARD, [card_of(prepared, summary, number).encode()])
@@ -399,6 +407,7 @@ def _stored_findings(prepared: Prepared, stored: Path) -> Findings:
 
 def _report(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:
     plan, target = prepared.plan, prepared.target.path
+    has_base = plan.recipe.base is not None and plan.method.base in ("required", "optional")
     return MergeReport(
         outputs=tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
         ts=tuple(output.words["t"] for output in plan.recipe.outputs if "t" in output.words),
@@ -412,4 +421,6 @@ def _report(prepared: Prepared, summary: Summary, started: float, *, already_com
         peak_bytes=peak_bytes(),
         already_complete=already_complete,
         num_scheduled=plan.num_scheduled,
+        num_merged=len(plan.recipe.sources - ({plan.recipe.base} if has_base else set())),
+        has_base=has_base,
     )

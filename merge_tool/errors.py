@@ -76,6 +76,15 @@ class WorkerError(MergeToolError):
     """A worker thread could not be started, or ended unexpectedly; its cause, if one is known, is `__cause__`."""
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra. Not the package's name: it is on no registry.
+
+    >>> install("plot")
+    "pip install '.[plot]' in slerp-merge's folder (a checkout)"
+    """
+    return f"pip install '.[{extra}]' in slerp-merge's folder (a checkout)"
+
+
 def shown(name: object, limit: int = 200) -> str:
     """`name` as it may be printed: control characters escaped, at most `limit` characters.
 
@@ -102,6 +111,18 @@ def counted(number: int, one: str, many: str = "") -> str:
     ('1 tensor is', '1,024 tensors')
     """
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def sized(nbytes: int) -> str:
+    """A number of bytes for people.
+
+    >>> sized(1_234_567_890), sized(12)
+    ('1.23 GB', '12 bytes')
+    """
+    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= width:
+            return f"{nbytes / width:.3g} {unit}" if nbytes < 1000 * width else f"{nbytes / width:,.0f} {unit}"
+    return f"{nbytes} bytes"
 
 
 def reason(e: BaseException) -> str:

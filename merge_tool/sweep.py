@@ -155,7 +155,7 @@ def _merge(
     """The folders of the merges, made in one pass over the inputs; a merge that an earlier run began is continued."""
     models = folder / MODELS
     if not journal.begin(ts) and models.exists():
-        check_apart_by_mark(models, [*parts(base), *parts(ft)])
+        check_apart_by_mark(models, list(map(Path, (*parts(base), *parts(ft)))))
         shutil.rmtree(models)
     folders = [models / _name(t) for t in ts]
     merge(base, ft, folders[0] if len(ts) == 1 else models, tuple(ts), **options)

@@ -16,6 +16,12 @@ settings.register_profile("same", derandomize=True)  # the same examples in ever
 settings.load_profile("same")  # --hypothesis-profile=default looks for new ones
 
 
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output files may be smaller than a user may make them; small_shards.py does it for processes."""
+    monkeypatch.setattr("merge_tool.cli.options.LEAST_SHARD_BYTES", 1)
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """A small base and finetune, sharded differently, with side files."""

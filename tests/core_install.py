@@ -27,6 +27,11 @@ def main() -> None:
             print("$", *(str(word).removeprefix(f"{folder}/").removeprefix(f"{bin_folder}/") for word in command))
             subprocess.run(command, check=True)
         assert (place / "out/model.safetensors").read_bytes() == (place / "python/model.safetensors").read_bytes()
+        config = place / "c.yaml"
+        config.write_text("model: m\nsources: [{path: d.jsonl}]\noutput: o\n")
+        done = subprocess.run([bin_folder / "mixce-train", config], capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done
+        assert done.stderr.startswith("Error: Training needs torch"), done.stderr
     print("core install: 4 commands passed, torch not needed")
 
 

@@ -22,6 +22,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from unittest.mock import patch
 
 from click.testing import CliRunner
 
@@ -50,15 +51,16 @@ def make(case: Case, folder: Path, *, more: Sequence[str] = (), apart: bool = Fa
 
 
 def _run_here(name: str, words: Sequence[str]) -> tuple[int, str]:
-    result = CliRunner().invoke(_entry_point(name).load(), list(words))
+    with patch("merge_tool.cli.options.LEAST_SHARD_BYTES", 1):
+        result = CliRunner().invoke(_entry_point(name).load(), list(words))
     return result.exit_code, f"{result.output}{result.exception or ''}"
 
 
 def _run_apart(name: str, words: Sequence[str]) -> tuple[int, str]:
     """In a process of its own, as the installed script does."""
     entry = _entry_point(name)
-    code = f"from {entry.module} import {entry.attr}; {entry.attr}()"
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    code = f"import small_shards; from {entry.module} import {entry.attr}; {entry.attr}()"
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     return done.returncode, done.stdout + done.stderr

@@ -28,7 +28,7 @@ from checkpoints import CONFIG, contents, language_model, save_model
 from test_lora import normal, save_adapter
 from test_vocab import tokenizer
 
-COMMAND = [sys.executable, "-m", "merge_tool"]
+COMMAND = [sys.executable, str(Path(__file__).with_name("small_shards.py"))]
 # Words in braces are inputs; a kind of merge whose inputs are not there is left out.
 VARIANTS = [
     "merge {base} {ft} {out} --t 0.5 --max-shard-size 400kB --jobs 2",

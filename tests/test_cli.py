@@ -142,7 +142,6 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         (["--t", "0,-0"], "t = 0 is given more than once."),
         (["--memory", "10MB"], "The memory budget is 10,000,000 bytes, expected at least 64MB."),
         (["--jobs", "0"], "jobs is 0, expected at least 1."),
-        (["--max-shard-size", "0"], "The largest shard is 0 bytes, expected at least 1."),
     ],
 )
 def test_requests_that_make_no_sense(tmp_path: Path, pair: tuple[Path, Path], words: list[str], expected: str) -> None:
@@ -163,12 +162,21 @@ def test_requests_that_make_no_sense(tmp_path: Path, pair: tuple[Path, Path], wo
         (["--t", "0:nan:0.1"], "'0:nan:0.1' is not a number."),
         (["--max-shard-size", "2XB"], "'2XB' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes."),
         (["--max-shard-size", "-5"], "'-5' is not a size."),
+        (["--max-shard-size", "5B"], "'5B': a B alone may mean bytes or billions of parameters; sizes are bytes here."),
+        (["--max-shard-size", "5b"], "Write 5GB, for example."),
+        (["--max-shard-size", "5"], "'5' is 5 bytes, expected at least 1MB. Write 5GB."),
+        (["--max-shard-size", "999kB"], "'999kB' is 999,000 bytes, expected at least 1MB."),
+        (["--max-shard-size", "0"], "'0' is 0 bytes, expected at least 1MB."),
+        (["--memory", "64000000B"], "a B alone"),
         (["--memry", "1GB"], "No such option '--memry'"),
         (["--memry", "1GB"], "--memory"),
         (["--method", "slrp"], "'slrp' is not one of 'slerp', 'linear'"),
     ],
 )
-def test_usage_errors_exit_2_and_help(tmp_path: Path, pair: tuple[Path, Path], words: list[str], expected: str) -> None:
+def test_usage_errors_exit_2_and_help(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+) -> None:
+    monkeypatch.undo()  # the fixture that allows small shards
     assert expected in message(run(*pair, tmp_path / "out", *words), 2)
 
 
@@ -219,10 +227,10 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 OPTIONS = [
-    "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude", "--extrapolate", "--files-from",
-    "--help", "--jobs", "--json", "--max-shard-size", "--memory", "--method", "--names-from", "--on-mismatch",
-    "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--t",
-    "--t-for", "--untie", "--version", "--vocab",
+    "--allow-different-architectures", "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude",
+    "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory", "--method",
+    "--names-from", "--on-mismatch", "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--quiet",
+    "--report", "--seed", "--t", "--t-for", "--untie", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
@@ -243,8 +251,9 @@ def options_of(command: click.Command) -> list[str]:
 def test_the_options_are_frozen() -> None:
     """A new option is a decision: add it here, to docs/cli.md and to the changelog."""
     assert options_of(slerp_merge) == OPTIONS
-    assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set"} - {*OF_PAIRS})
-    assert sorted(merge_tool.commands) == ["diff", "inspect", "merge", "run", "sweep", "verify"]
+    assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
+    assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS})
+    assert sorted(merge_tool.commands) == ["diff", "fold", "inspect", "merge", "run", "sweep", "verify"]
 
 
 def test_merge_tool_merge_is_slerp_merge(tmp_path: Path, pair: tuple[Path, Path]) -> None:

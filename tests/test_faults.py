@@ -29,7 +29,7 @@ from power import Tree, lay_out, watched
 
 resource = pytest.importorskip("resource", reason="needs POSIX limits")
 SMALL = {"max_shard_bytes": 20_000, "jobs": 2}
-COMMAND = [sys.executable, "-m", "merge_tool", "merge"]
+COMMAND = [sys.executable, str(Path(__file__).with_name("small_shards.py")), "merge"]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 

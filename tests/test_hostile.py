@@ -14,7 +14,7 @@ import pytest
 
 from checkpoints import contents, language_model, save_model
 from merge_tool import CheckpointError, MergeToolError, merge, open_checkpoint
-from merge_tool.output.card import _inherited
+from merge_tool.models.cards import inherited
 
 ROOT = Path(__file__).parents[1]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs links, pipes and /proc")
@@ -87,7 +87,7 @@ def test_cards_that_are_bombs_cost_nothing(tmp_path: Path, pair: tuple[Path, Pat
 
 def test_what_a_plain_card_says_is_inherited(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage:\n- no\n- en\npipeline_tag: null\nx: 1\n---\n")
-    assert _inherited(tmp_path / "README.md") == {"license": "mit", "language": ["no", "en"]}
+    assert inherited(tmp_path / "README.md") == {"license": "mit", "language": ["no", "en"]}
 
 
 # ---------------------------------------------------------------------------------------- side files

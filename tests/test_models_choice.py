@@ -65,7 +65,7 @@ def test_a_hostile_pattern_in_a_report_does_not_hang(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regular expressions of a stranger's report are tried in another process first."""
-    monkeypatch.setattr("merge_tool.verify.remerge._MATCH_SECONDS", 1)
+    monkeypatch.setattr("merge_tool.plan.patterns._MATCH_SECONDS", 1)
     path = write(tmp_path, recipe("linear", models))
     merge_models(path, tmp_path / "out")
     report = tmp_path / "out/merge_report.json"

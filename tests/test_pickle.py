@@ -347,7 +347,7 @@ def test_without_torch_the_message_has_the_pip_line(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "x.pt")
     code = "import sys; from merge_tool import open_checkpoint; open_checkpoint(sys.argv[1])"
     for content, message in (
-        ("raise ImportError('No module named torch')", "pip install 'slerp-merge[train]'"),
+        ("raise ImportError('No module named torch')", "pip install '.[train]'"),
         ("__version__ = '2.5.1+cpu'", "can be made to run code"),
     ):
         (tmp_path / "path").mkdir(exist_ok=True)

@@ -616,7 +616,7 @@ def test_a_pattern_that_never_ends_is_refused(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A report's regular expression is a stranger's: nothing hangs for it."""
-    monkeypatch.setattr("merge_tool.verify.remerge._MATCH_SECONDS", 2)
+    monkeypatch.setattr("merge_tool.plan.patterns._MATCH_SECONDS", 2)
     merge(*pair, tmp_path / "out", exclude=["lm_head"])
     edit_report(tmp_path / "out", lambda h, t: h["options"].update(exclude=[r"re:^(\w+\.?)+#$"]))
     with pytest.raises(MergeToolError, match="take longer than 2 s"):

@@ -1,4 +1,5 @@
-"""`mixce-train CONFIG.yaml [--key value ...]`, the same as `python -m train`: parse, call, exit code.
+"""`mixce-train CONFIG.yaml [--key value ...]`: parse, call, exit code. (`python -m train` is the same, but would run a
+`train.py` of the current folder.)
 
 Exit code 1: an error that the user can repair (one message, no traceback). 2: a wrong command line.
 """
@@ -12,14 +13,18 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import yaml
 
 from train.config import TrainConfig, load_config
-from train.errors import TrainError
+from train.errors import TrainError, install
 from train.help import USAGE, help_text
 from train.plain import unknown_key
+
+_PACKAGES = ("torch", "transformers", "datasets", "filelock")
 
 
 class UsageError(Exception):
@@ -42,8 +47,12 @@ def run(arguments: list[str]) -> int:
         except BrokenPipeError:  # the reader (`head`) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if "--version" in arguments:
+        print(f"mixce-train, version {_version()}")
+        return 0
     try:
         path, overrides = parse(arguments)
+        _check_installed()
         config = load_config(path, overrides)
         _finetune(config)
     except UsageError as e:
@@ -53,6 +62,19 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _complain("Interrupted. The same command goes on from the last checkpoint, if there is one.", 130)
     return 0
+
+
+def _version() -> str:
+    try:
+        return version("slerp-merge")
+    except PackageNotFoundError:
+        return "unknown: not installed, only on the path"
+
+
+def _check_installed() -> None:
+    """Raise TrainError if a package of the extra [train] is missing: the merger's installation has none of them."""
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise TrainError(f"Training needs {', '.join(missing)}, not installed here. Install: {install('train')}.")
 
 
 def _finetune(config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ from train.batches import Batch, Mixture
 from train.checkpoint import write_model
 from train.config import TrainConfig, check_batch
 from train.data import SourceReport, open_sources, prepare_sources, report_table
-from train.errors import TrainError
+from train.errors import TrainError, install
 from train.model import check_context, choose_dtype, load_model, load_model_config, load_tokenizer, notes, padding_id
 from train.optim import Optimizer, learning_rate
 from train.output import first_writes, hold_output, publish_folder
@@ -196,7 +196,7 @@ def _write_card(
     metrics = read_metrics(session.output / "metrics.jsonl")
     has_plot = plot_loss(metrics, folder / "loss.png")
     if not has_plot:
-        say("Note: no loss.png without matplotlib. Install it: pip install 'slerp-merge[plot]'")
+        say(f"Note: no loss.png without matplotlib. Install it: {install('plot')}.")
     card = build_card(session.config, reports, metrics, facts, has_plot)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -57,6 +58,10 @@ _OLD_NAMES = {
     "num_heads": "num_attention_heads",
     "num_layers": "num_hidden_layers",
 }
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "special_tokens_map.json",
+)  # fmt: skip
 _DROPPED = ("auto_map", "model_type", "architectures", "rotary_scaling_factor", "transformers_version")
 
 
@@ -97,6 +102,9 @@ def load_tokenizer(model: str, revision: str | None, model_config: Any) -> Any:
     """The model's tokenizer. Raises TrainError when there is none, or its ids exceed the vocabulary."""
     from transformers import AutoTokenizer
 
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
+        raise TrainError(f"{model}: has no tokenizer. Copy tokenizer.json and tokenizer_config.json of its base there.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model, revision=revision, config=model_config, trust_remote_code=False

@@ -64,8 +64,17 @@ def check_same_run(output: Path, record: dict[str, Any]) -> None:
             lines.append("  (data are digests: the rows of a source, the tokenizer or how rows are read changed)")
         raise TrainError(
             f"{output}: holds a run with other settings:\n" + "\n".join(lines) + "\n"
-            "Put them back to resume it, or set another `output`."
+            "Put them back to resume it, or set another `output`." + _more_steps(output, keys)
         )
+
+
+def _more_steps(output: Path, keys: Sequence[str]) -> str:
+    """How to train longer, if that is what changed: the learning rate ends with the run's last step."""
+    if not {"epochs", "max_steps"} & {*keys}:
+        return ""
+    final = output / "final"
+    start = final if (final / "config.json").exists() else output / "checkpoint-N"
+    return f" More steps are a run of their own, with a schedule of its own: `model: {start}` and another `output`."
 
 
 def _changes(key: str, before: Any, now: Any) -> list[str]:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Score StableLM, Memphis-CoT, the finetune and the merge by lm-evaluation-harness on the card's three tasks.
-# pip install 'slerp-merge[train,eval]'. Results go to runs/eval/NAME; then: python examples/scribe/compare.py runs/eval
+# pip install '.[train,eval]'. Results go to runs/eval/NAME; then: python examples/scribe/compare.py runs/eval
 #
 # TASKS and FLAGS may be set to something else (FLAGS='--limit 20 --device cpu' for a trial).
 set -eu

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.errors import listed
@@ -16,12 +17,29 @@ _STEPS = re.compile(r"(?:checkpoint|step|epoch|global_step)[-_]?([0-9]+)")
 _MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A folder by its name, or a model of the Hub by its id, whose folders have no ids: what to write in a command."""
+
+    name: str
+    of_hub: bool
+
+    @property
+    def path(self) -> str:
+        return "FOLDER" if self.of_hub else self.name
+
+    def inside(self, folder: str) -> str:
+        fetch = f"hf download {self.name} --local-dir FOLDER, then " if self.of_hub else ""
+        return f"{fetch}{self.path}/{folder}"
+
+
+def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool, of_hub: bool = False) -> str | None:
     """What a folder is that is no model itself, and the next step; None if nothing is known.
 
     `listing` has the files of the folder and, with a /, of the folders in it. With `has_safetensors`, only what these
     can be is looked at.
     """
+    where = Where(name, of_hub)
     top = [file for file in listing if "/" not in file]
     below: dict[str, list[str]] = {}
     for file in listing:
@@ -31,13 +49,13 @@ def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool) 
     if any(file.endswith(("adapters.safetensors", "adapters.npz")) for file in top):
         return (
             "is an adapter of MLX (adapters.safetensors), which is not read. Make a model of it: "
-            f"mlx_lm.fuse --model MODEL --adapter-path {_path(name)} --save-path FUSED (with --dequantize, if MODEL is "
+            f"mlx_lm.fuse --model MODEL --adapter-path {where.path} --save-path FUSED (with --dequantize, if MODEL is "
             "quantised), and give FUSED."
         )
     if has_safetensors:
         return None
     if any(file.endswith(".distcp") for file in top):
-        return _fsdp(_path(name))
+        return _fsdp(where.path)
     if any(map(_ZERO.fullmatch, top)):
         return (
             "holds pieces of a model that DeepSpeed has spread over its processes. In the folder above it: "
@@ -46,16 +64,16 @@ def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool) 
     if any(is_weight_file(file) and not _is_state(file) for file in top):
         return None
     if PIPELINE in top:
-        return _pipeline(name, below)
+        return _pipeline(where, below)
     if "zero_to_fp32.py" in top or any(any(map(_ZERO.fullmatch, files)) for files in below.values()):
         return (
             "holds pieces of a model that DeepSpeed has spread over its processes. Put them together: "
-            f"python {_path(name)}/zero_to_fp32.py {_path(name)} OUT, and give OUT."
+            f"python {where.path}/zero_to_fp32.py {where.path} OUT, and give OUT."
         )
     if pieces := sorted(folder for folder, files in below.items() if any(f.endswith(".distcp") for f in files)):
         models = [folder for folder in pieces if "optim" not in folder]
-        return _fsdp(inside(name, (models or pieces)[0]))
-    return _in_folders(name, below)
+        return _fsdp(where.inside((models or pieces)[0]))
+    return _in_folders(where, below)
 
 
 def _fsdp(folder: str) -> str:
@@ -65,10 +83,10 @@ def _fsdp(folder: str) -> str:
     )
 
 
-def _in_folders(name: str, below: dict[str, list[str]]) -> str | None:
+def _in_folders(where: Where, below: dict[str, list[str]]) -> str | None:
     """Where the folders in a folder are models or adapters."""
     if {*_MODEL} & {*below.get("final", ())}:
-        return f"no weights found. Its folder `final` is what mixce-train leaves: give {inside(name, 'final')}."
+        return f"no weights found. Its folder `final` is what mixce-train leaves: give {where.inside('final')}."
     adapters = [folder for folder, files in below.items() if _CONFIG in files]
     models = [folder for folder, files in below.items() if folder not in adapters and {*_MODEL} & {*files}]
     steps = [folder for folder in (*models, *adapters) if _STEPS.fullmatch(folder)]
@@ -77,14 +95,14 @@ def _in_folders(name: str, below: dict[str, list[str]]) -> str | None:
         what = "adapter" if steps[-1] in adapters else "model"
         return (
             f"no weights found: it is the folder of a training, with {what}s in {listed(steps)}. Give one of these, "
-            f"for example the last: {_of_base(inside(name, steps[-1]), is_adapter=what == 'adapter')}."
+            f"for example the last: {_of_base(where.inside(steps[-1]), is_adapter=what == 'adapter')}."
         )
     if adapters:
-        paths = [_of_base(inside(name, folder), is_adapter=True) for folder in sorted(adapters)]
+        paths = [_of_base(where.inside(folder), is_adapter=True) for folder in sorted(adapters)]
         return f"no weights found, but adapters in {listed(sorted(adapters))}. Give one of these: {paths[0]}."
     if models:
         return (
-            f"no weights found, but models in {listed(sorted(models))}. Give one of these: {inside(name, min(models))}."
+            f"no weights found, but models in {listed(sorted(models))}. Give one of these: {where.inside(min(models))}."
         )
     return None
 
@@ -93,26 +111,14 @@ def _of_base(path: str, *, is_adapter: bool) -> str:
     return f"MODEL+{path}" if is_adapter and " " not in path else path
 
 
-def _pipeline(name: str, below: dict[str, list[str]]) -> str:
+def _pipeline(where: Where, below: dict[str, list[str]]) -> str:
     """The message for a diffusers pipeline: which of its folders to give."""
     parts = sorted(folder for folder, files in below.items() if any(map(is_weight_file, files)))
     what = f"is a pipeline of diffusers ({PIPELINE}), of several models. Give the folder of one of them"
     if not parts:
         return f"{what}; none is here yet: finish the download."
-    if "/" in name:  # a model of the Hub: its sub-folders have no ids
-        return (
-            f"{what}: hf download {name} --local-dir FOLDER, then {listed((f'FOLDER/{part}' for part in parts), 20)}."
-        )
-    return f"{what}: {listed((f'{name}/{part}' for part in parts), 20)}."
-
-
-def inside(name: str, folder: str) -> str:
-    """The path of a folder in the folder called `name`; folders in a model of the Hub have no ids."""
-    return f"hf download {name} --local-dir FOLDER, then FOLDER/{folder}" if "/" in name else f"{name}/{folder}"
-
-
-def _path(name: str) -> str:
-    return "FOLDER" if "/" in name else name
+    fetch = f"hf download {where.name} --local-dir FOLDER, then " if where.of_hub else ""
+    return f"{what}: {fetch}{listed((f'{where.path}/{part}' for part in parts), 20)}."
 
 
 def _is_state(file: str) -> bool:

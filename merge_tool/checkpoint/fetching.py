@@ -145,9 +145,9 @@ def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception
 
 def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> list[str]:
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
-    if _is_adapter(listing) and (adapter := adapter_files(repo, listing)):
+    if _is_adapter(listing) and (adapter := adapter_files(repo, listing, of_hub=True)):
         return adapter
-    files, index = find_weights(repo, listing)
+    files, index = find_weights(repo, listing, of_hub=True)
     if index:
         files = _indexed_files(repo, folder, index, commit)
     if "modules.json" in listing:

@@ -6,15 +6,16 @@ Nothing else outside the folder is ever opened.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.lookalikes import known_start
-from merge_tool.errors import CheckpointError, reason, shown
+from merge_tool.errors import CheckpointError, listed, reason, shown
 from merge_tool.files import leads_out
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".jit"})
@@ -27,12 +28,18 @@ LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000
 
 
 class Folder:
-    """A folder whose files are opened only if their links stay inside. `name` is for messages and cards."""
+    """A folder whose files are opened only if their links stay inside. `name` is for messages and cards; by default it
+    is the folder's own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str = "") -> None:
         self.root = path.resolve()
-        self.name = folder_name(self.root)
+        self.name = name or folder_name(self.root)
         self._blobs = _hub_blobs(self.root)
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether the folder lies in the Hub's cache; its name is then an id."""
+        return self._blobs is not None
 
     def path(self, relative: str) -> Path:
         """The real path of an existing file of this folder; raises CheckpointError if it leads elsewhere."""
@@ -151,7 +158,67 @@ def folder_name(root: Path) -> str:
     """A resolved folder's name for messages: its last part, or `org/name` in a Hub cache; never the whole path."""
     if _hub_blobs(root):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return root.name.encode("utf-8", "backslashreplace").decode() or "folder"
+    return _printable(root.name) or "folder"
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def meant_path(path: str | Path) -> str:
+    """For a path that is not there: ` Did you mean ...?`, with the nearest name in the deepest folder that is there."""
+    wanted = Path(path)
+    for place in (wanted, *wanted.parents):
+        try:
+            if place.exists() or not place.parent.is_dir():
+                continue
+            names = {entry.name.lower(): entry.name for entry in place.parent.iterdir()}
+        except (OSError, ValueError):
+            break
+        close = difflib.get_close_matches(place.name.lower(), names, 1)
+        near = place.with_name(names[close[0]]) / wanted.relative_to(place) if close else None
+        return f" Did you mean {shown(near)}?" if near is not None and near.exists() else " Check the spelling."
+    return " Check the spelling."
+
+
+def snapshot_of(path: Path) -> Path:
+    """Of a model's folder in the Hub's cache (`models--org--name`), the snapshot of `main`, or the only one; any other
+    path as it is."""
+    if not path.resolve().name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    snapshots = sorted((path / "snapshots").iterdir())
+    try:
+        named = path / "snapshots" / (path / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        named = path
+    if named in snapshots:
+        return named
+    if len(snapshots) != 1:
+        found = listed(p.name for p in snapshots) or "none"
+        raise CheckpointError(f"{shown(path)}: is a model in the Hub's cache; give one of its snapshots: {found}.")
+    return snapshots[0]
+
+
+def distinct_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """The name of each folder or file. Where several have one name, as many of their parents come before it as are
+    needed to tell them apart: `a/final` and `b/final`. Two commits of a model of the Hub are `org/name@commit`."""
+    roots = {path: snapshot_of(path).resolve() for path in paths}
+    names = {root: _own_name(path, root) for path, root in roots.items()}
+    for name in {name for name in names.values() if list(names.values()).count(name) > 1}:
+        alike = [root for root in names if names[root] == name]
+        for root in alike:
+            names[root] = f"{name}@{root.name[:8]}" if _hub_blobs(root) else name
+        local = [root for root in alike if not _hub_blobs(root)]
+        depth = 2
+        while len({root.parts[-depth:] for root in local}) < len(local):
+            depth += 1
+        for root in local if len(local) > 1 else ():
+            names[root] = _printable(Path(*root.parts[-depth:]).as_posix())
+    return {path: names[root] for path, root in roots.items()}
+
+
+def _own_name(path: Path, root: Path) -> str:
+    return path.name if root.is_file() else folder_name(root)
 
 
 def _hub_blobs(root: Path) -> Path | None:

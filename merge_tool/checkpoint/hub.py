@@ -16,15 +16,18 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from merge_tool.apart import ask
-from merge_tool.checkpoint.folder import is_weight_file
+from merge_tool.checkpoint.folder import is_weight_file, meant_path, snapshot_of
 from merge_tool.checkpoint.source import ComingFile
-from merge_tool.errors import FetchError, reason, shown
+from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
 
 
 def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     """(`org/name`, revision or None) if `ref` is a hub id and no local path has that name, else None.
+
+    A path typed wrong is no id: not if its first folder is there (`runs/bse` beside `runs/`), unless a revision says
+    that the Hub is meant; and `./name` and `folder/name/` have another form.
 
     >>> hub_id("euclaise/Memphis-CoT-3B@main")
     ('euclaise/Memphis-CoT-3B', 'main')
@@ -33,17 +36,27 @@ def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     """
     text = ref.as_posix() if isinstance(ref, PurePath) else ref
     match = _HUB_ID.fullmatch(text)
-    if match is None or is_weight_file(match[1]) or os.path.lexists(text):
+    if match is None or is_weight_file(match[1]) or os.path.lexists(text) or os.path.lexists(match[1]):
+        return None
+    if match[2] is None and os.path.lexists(match[1].partition("/")[0]):
         return None
     return match[1], match[2]
 
 
 def local_path(ref: str | Path) -> Path:
     """`ref` as a path. A hub id becomes its folder in the Hub's cache; a model that is not in the cache is fetched
-    first. Raises FetchError for models that cannot be fetched: gated, missing, offline, no such revision.
+    first. Raises CheckpointError for a local path that is not there; FetchError for models that cannot be
+    fetched: gated, missing, offline, no such revision.
     """
     repo = hub_id(ref)
-    return Path(ref) if repo is None else _fetch_whole(*repo)
+    return _there(ref) if repo is None else _fetch_whole(*repo)
+
+
+def _there(ref: str | Path) -> Path:
+    """A local path that is there. Raises CheckpointError: later a Path would not show that it was local by its form."""
+    if not os.path.lexists(ref):
+        raise CheckpointError(f"{shown(ref)}: no such file or folder.{meant_path(ref)}")
+    return snapshot_of(Path(ref))
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def look(ref: str | Path) -> Snapshot:
     are fetched whole. The caller closes the Snapshot."""
     repo = hub_id(ref)
     if repo is None:
-        return Snapshot(Path(ref))
+        return Snapshot(_there(ref))
     held = _unnamed_file(repo[0])
     try:
         answer = _ask_apart(held, "look", *repo)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from merge_tool.arrays import NUMPY_DTYPES, STORED_DTYPES, Array, as_bytes
-from merge_tool.checkpoint.folder import Folder, is_pickle
+from merge_tool.checkpoint.folder import Folder, is_pickle, meant_path
 from merge_tool.checkpoint.fp8 import SCALES, Scaled, find_scaled, without_quantization
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from merge_tool.checkpoint.hub import local_path
@@ -214,21 +214,22 @@ def open_local(
     path: Path,
     coming: Mapping[str, ByteSource],
     *,
+    name: str = "",
     max_header_bytes: int = MAX_HEADER_BYTES,
     mergeable: bool = True,
     as_stored: bool = False,
 ) -> Checkpoint:
     """As open_checkpoint, for a local path; `coming` has by name the weights that are still to be fetched into the
-    folder."""
+    folder, `name` is for messages."""
     try:
         if path.is_dir():
-            checkpoint = _open_folder(Folder(path), coming, max_header_bytes)
+            checkpoint = _open_folder(Folder(path, name), coming, max_header_bytes)
         elif path.is_file():
-            checkpoint = _open_file(path, max_header_bytes)
+            checkpoint = _open_file(path, name or path.name, max_header_bytes)
         elif path.exists():
             raise CheckpointError(f"{shown(path)}: is neither a folder nor a regular file.")
         else:
-            raise CheckpointError(f"{shown(path)}: no such file or folder. Check the spelling.")
+            raise CheckpointError(f"{shown(path)}: no such file or folder.{meant_path(path)}")
     except (OSError, RuntimeError) as e:
         raise CheckpointError(f"{shown(path)}: cannot be read ({reason(e)}).") from e
     if not checkpoint.tensors:
@@ -245,10 +246,12 @@ def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX
     return _alone(LocalFile(folder.path(file_name), f"{folder.name}/{file_name}"), file_name, max_header_bytes)
 
 
-def _open_file(path: Path, max_header_bytes: int) -> Checkpoint:
+def _open_file(path: Path, name: str, max_header_bytes: int) -> Checkpoint:
+    if path.suffix.lower() == ".json":
+        raise CheckpointError(f"{name}: is no file of weights. Give its folder: {shown(path.parent)}.")
     if path.suffix.lower() in {".gguf", ".ggml"}:
-        raise CheckpointError(f"{path.name}: {unread_format([path.name])}")
-    return _alone(LocalFile(path.resolve(), path.name), path.name, max_header_bytes)
+        raise CheckpointError(f"{name}: {unread_format([path.name])}")
+    return _alone(LocalFile(path.resolve(), name), path.name, max_header_bytes)
 
 
 def _alone(source: LocalFile, file_name: str, max_header_bytes: int) -> Checkpoint:
@@ -274,7 +277,7 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
     listing = sorted({*(entry.name for entry in folder.root.iterdir()), *coming})
     notices: list[str] = []
     weight_map: dict[str, str] = {}
-    names, index = find_weights(folder.name, [*listing, *files_below(folder, listing)])
+    names, index = find_weights(folder.name, [*listing, *files_below(folder, listing)], of_hub=folder.is_of_hub)
     if index:
         weight_map = _load_weight_map(folder, index)
     shards = names or sorted(set(weight_map.values()))
@@ -463,5 +466,5 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
         first = unreadable[0]
         raise CheckpointError(
             f"{checkpoint.name}: tensor '{shown(first.name)}' has dtype {first.dtype}, which cannot be merged "
-            f"({len(unreadable)} such tensors). Supported: {', '.join(NUMPY_DTYPES)}."
+            f"({counted(len(unreadable), 'such tensor')}). Supported: {', '.join(NUMPY_DTYPES)}."
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from merge_tool.apart import answer
-from merge_tool.errors import CheckpointError, counted, listed, reason, shown
+from merge_tool.errors import CheckpointError, counted, install, listed, reason, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
 _OLDEST_TORCH = (2, 6)  # before, weights_only could be made to run code (CVE-2025-32434)
@@ -91,7 +91,7 @@ def _import_torch() -> Any:
     except ImportError as e:
         raise _Refused(
             f"is pickled, and reading it takes PyTorch, which cannot be imported ({shown(e)}). "
-            "Install it: pip install 'slerp-merge[train]', or pip install torch."
+            f"Install it: {install('train')}, or pip install torch."
         ) from e
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _OLDEST_TORCH:

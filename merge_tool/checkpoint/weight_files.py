@@ -25,7 +25,7 @@ _WHOLE_MODEL = re.compile(r"(pytorch_model|model|consolidated|tf_model|flax_mode
 _SHARD = re.compile(r"(.+)-0*([0-9]+)-of-0*([0-9]+)(\.[a-z]+)")  # model-00001-of-00003.safetensors
 
 
-def find_weights(name: str, listing: Sequence[str]) -> tuple[list[str], str | None]:
+def find_weights(name: str, listing: Sequence[str], *, of_hub: bool = False) -> tuple[list[str], str | None]:
     """The files of weights, or the index that names them: safetensors before pickles, as transformers does; of either,
     model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind, else all shards
     (model-00001-of-00003.safetensors and so on), if they are complete.
@@ -36,7 +36,7 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[list[str], str | No
     everything, listing = listing, [file for file in listing if "/" not in file]
     safetensors = [file for file in listing if file.endswith((".safetensors", ".safetensors.index.json"))]
     has_model = bool({"model.safetensors", "model.safetensors.index.json"} & {*safetensors})
-    if not has_model and (what := find_elsewhere(name, everything, has_safetensors=bool(safetensors))):
+    if not has_model and (what := find_elsewhere(name, everything, has_safetensors=bool(safetensors), of_hub=of_hub)):
         raise CheckpointError(f"{name}: {what}")
     if safetensors:
         return _choose(name, safetensors, "model.safetensors", ".safetensors")
@@ -49,13 +49,13 @@ def find_weights(name: str, listing: Sequence[str]) -> tuple[list[str], str | No
     raise CheckpointError(f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.")
 
 
-def adapter_files(name: str, listing: Sequence[str]) -> list[str]:
+def adapter_files(name: str, listing: Sequence[str], *, of_hub: bool = False) -> list[str]:
     """The files of weights that an adapter's folder consists of, the adapter's own first.
 
     Raises CheckpointError for other weights beside the adapter: without them it may be another model.
     """
     own = [file for file in ADAPTER_WEIGHTS if file in listing]
-    if not own and (what := find_elsewhere(name, listing, has_safetensors=False)):
+    if not own and (what := find_elsewhere(name, listing, has_safetensors=False, of_hub=of_hub)):
         raise CheckpointError(f"{name}: {what}")
     beside = [file for file in TRAINED_BESIDE if file in listing]
     known = {*ADAPTER_WEIGHTS, *beside[:1]}
@@ -64,9 +64,7 @@ def adapter_files(name: str, listing: Sequence[str]) -> list[str]:
         what = kind_beside(others[0])
         is_model = what is None and _WHOLE_MODEL.match(others[0]) is not None
         what = what or ("perhaps a whole model" if is_model else "weights that are not the adapter's own")
-        way = (
-            f"hf download {name} --local-dir FOLDER, and move it out of FOLDER" if "/" in name else "move it elsewhere"
-        )
+        way = f"hf download {name} --local-dir FOLDER, and move it out of FOLDER" if of_hub else "move it elsewhere"
         raise CheckpointError(
             f"{name}: has {listed(others)} beside the adapter: {what}. It is not read, and without it the adapter may "
             "be another model. "

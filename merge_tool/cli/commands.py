@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from merge_tool._version import __version__
 from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
 from merge_tool.cli.frame import CONTINUES, READS, Command, Group, print_errors
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
+    MODELS_DIR,
     OUTPUT_OPTIONS,
     parse_share,
     parse_ts,
@@ -55,8 +57,8 @@ from merge_tool.recipe.recipe import Recipe, label_t
 @click.command(
     "slerp-merge", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("ft", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path())
+@click.argument("ft", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--t",
@@ -72,7 +74,7 @@ from merge_tool.recipe.recipe import Recipe, label_t
 @with_options(OUTPUT_OPTIONS)
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
 @print_errors(CONTINUES)
-def slerp_merge(base: Path, ft: Path, out: Path, ts: tuple[float, ...], **options: Any) -> None:
+def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], **options: Any) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
     BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
@@ -87,7 +89,13 @@ def slerp_merge(base: Path, ft: Path, out: Path, ts: tuple[float, ...], **option
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What says how a merge is made, and what says which."""
     names = [option.name for option in _params((*MACHINE_OPTIONS, *OUTPUT_OPTIONS))]
-    return {n: options.pop(n) for n in names}, {n: value for n, value in options.items() if value not in (None, ())}
+    return {n: options.pop(n) for n in names}, _given(options)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the command line without their defaults: what a recipe says counts before a default."""
+    source = click.get_current_context().get_parameter_source
+    return {n: value for n, value in options.items() if source(n) is not ParameterSource.DEFAULT}
 
 
 def _params(options: Iterable[Callable[[Any], Any]]) -> list[click.Parameter]:
@@ -184,6 +192,7 @@ merge_tool.add_command(slerp_merge, "merge")
     metavar="NAME=VALUE[,VALUE...]",
     help="A parameter for all tensors, in place of the recipe's; several values make an output each, in one pass.",
 )
+@with_options([MODELS_DIR])
 @with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
@@ -200,12 +209,33 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
     _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
 
 
+@merge_tool.command("fold", context_settings={"show_default": True})
+@click.argument("base", type=click.Path())
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path(path_type=Path))
+@with_options(recipe_options(Options))
+@with_options(MACHINE_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
+@print_errors(CONTINUES)
+def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
+    """Write the model BASE with the PEFT LoRA adapter ADAPTER folded into its weights to OUT.
+
+    The same weights as `slerp-merge BASE ADAPTER OUT --t 1`, but BASE is read once.
+    """
+    from merge_tool.recipe.mergekit import read_recipe
+
+    run, chosen = _parted(options)
+    model = {"model": {"path": base}, "lora": {"path": adapter}}
+    recipe = {"merge_method": "passthrough", "models": [{"model": model}]}
+    _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
+
+
 @merge_tool.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path())
 @click.option("--health", is_flag=True, help="Read the weights too: norms, and whether every value is finite.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @print_errors(READS)
-def inspect_command(path: Path, health: bool, as_json: bool) -> None:
+def inspect_command(path: str, health: bool, as_json: bool) -> None:
     """Show the shards, tensors, parameters and dtypes of the checkpoint at PATH.
 
     With --health the exit code is 1 if a value is NaN or infinite.
@@ -227,7 +257,7 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
 @click.option(
     "--against",
     nargs=2,
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="BASE FT",
     help="Also merge elements of these parents again, and compare them bit for bit.",
 )
@@ -237,6 +267,7 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
     metavar="RECIPE",
     help="Of an output of `run`: also merge elements by this recipe again, and compare them bit for bit.",
 )
+@with_options([MODELS_DIR])
 @click.option(
     "--sample",
     default="1%",
@@ -254,7 +285,7 @@ def inspect_command(path: Path, health: bool, as_json: bool) -> None:
 @with_options(MACHINE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @print_errors(READS)
-def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, **options: Any) -> None:
+def verify_command(out: Path, against: tuple[str, str] | None, as_json: bool, **options: Any) -> None:
     """Check the output OUT of a merge: digests, names, shapes, dtypes, index and sizes.
 
     The exit code is 1 if anything is wrong. Nothing is written.
@@ -277,8 +308,8 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
 
 
 @merge_tool.command("diff", context_settings={"show_default": True})
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("ft", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path())
+@click.argument("ft", type=click.Path())
 @click.option("--tensors", "every_tensor", is_flag=True, help="List every tensor, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
@@ -290,7 +321,7 @@ def verify_command(out: Path, against: tuple[Path, Path] | None, as_json: bool, 
 @with_options(MACHINE_OPTIONS)
 @print_errors(READS)
 def diff_command(
-    base: Path, ft: Path, every_tensor: bool, as_json: bool, picture: Path | None, **machine: int | None
+    base: str, ft: str, every_tensor: bool, as_json: bool, picture: Path | None, **machine: int | None
 ) -> None:
     """Show how far apart two checkpoints are: angles, norm ratios and relative change, by layer and module.
 
@@ -311,8 +342,8 @@ def diff_command(
 
 
 @merge_tool.command("sweep", context_settings={"show_default": True})
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("ft", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path())
+@click.argument("ft", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--t", "ts", multiple=True, default=["0:1:0.1"], callback=parse_ts, metavar="RANGE", help="Every t to try."
@@ -333,7 +364,7 @@ def diff_command(
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 @print_errors(CONTINUES)
 def sweep_command(
-    base: Path, ft: Path, out: Path, ts: tuple[float, ...], command: str, as_json: bool, **options: Any
+    base: str, ft: str, out: Path, ts: tuple[float, ...], command: str, as_json: bool, **options: Any
 ) -> None:
     """Merge BASE and FT at many t, score each merge with a command, and mark the Pareto-optimal t.
 
@@ -348,8 +379,7 @@ def sweep_command(
     except ValueError as e:
         raise click.BadParameter(f"'{shown(command)}' cannot be split into words ({e}).", param_hint="--eval") from e
     on_scores = lambda point: click.echo(f"  {scores_line(point)}", err=True)  # noqa: E731
-    chosen = {name: value for name, value in options.items() if value not in (None, ())}
-    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **chosen)
+    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **_given(options))
     if can_plot():
         plot_sweep(report, out / "sweep.png")
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(sweep_lines(report)))

@@ -17,10 +17,10 @@ from merge_tool.plan.memory import LEAST_BYTES, MAX_JOBS
 
 _UNITS = {
     "": 1,
-    "b": 1,
     **{f"{u}b": 1000**n for n, u in enumerate("kmgt", 1)},
     **{f"{u}ib": 1024**n for n, u in enumerate("kmgt", 1)},
 }
+LEAST_SHARD_BYTES = 1_000_000  # a smaller number is a number of gigabytes, or of parameters, that lacks its unit
 _MOST_TS = 10_000  # of a range
 
 
@@ -32,12 +32,27 @@ def parse_size(ctx: click.Context | None, param: click.Parameter | None, value: 
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", value.strip().lower(), re.ASCII)
+    if match is not None and match[2] == "b":
+        raise click.BadParameter(
+            f"'{shown(value)}': a B alone may mean bytes or billions of parameters; sizes are bytes here. Write "
+            f"{match[1]}GB, for example.",
+            ctx,
+            param,
+        )
     if match is None or match[2] not in _UNITS or ("." in match[1] and not match[2]):
         raise click.BadParameter(
             f"'{shown(value)}' is not a size. Write 500MB, 1.5GB, 2GiB or a number of bytes.", ctx, param
         )
     whole, _, part = match[1].partition(".")
     nbytes: int = int(whole + part) * _UNITS[match[2]] // 10 ** len(part)
+    return nbytes
+
+
+def parse_shard_size(ctx: click.Context | None, param: click.Parameter | None, value: str | None) -> int | None:
+    """As parse_size; nothing below a megabyte, which would make thousands of files."""
+    nbytes = parse_size(ctx, param, value)
+    if nbytes is not None and nbytes < LEAST_SHARD_BYTES:
+        raise click.BadParameter(f"'{shown(value)}' is {nbytes:,} bytes, expected at least 1MB. Write 5GB.", ctx, param)
     return nbytes
 
 
@@ -106,7 +121,7 @@ def _option_of(field: Field[Any]) -> Callable[[Any], Any]:
     if about.get("choices"):
         settings["type"] = click.Choice(about["choices"])
     if about.get("is_size"):
-        settings["callback"] = parse_size
+        settings["callback"] = parse_shard_size
     if about.get("is_whole"):
         settings["type"] = int
     if about.get("is_flag"):
@@ -126,6 +141,14 @@ MACHINE_OPTIONS = [
     ),
     click.option("--jobs", "-j", type=int, help=f"Number of threads.  [default: one a core, at most {MAX_JOBS}]"),
 ]
+
+
+MODELS_DIR = click.option(
+    "--models-dir",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="Where the recipe's models are, by their names: for the mergekit_config.yml of an output.",
+)
 
 
 OUTPUT_OPTIONS = [

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_tool.errors import RecipeError, output_failed, shown
+from merge_tool.errors import RecipeError, install, output_failed, shown
 from merge_tool.recipe.recipe import label_t
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def can_plot() -> bool:
 def check_plot_path(path: Path) -> None:
     """Raise RecipeError unless a picture can be drawn there. Called before the work begins."""
     if not can_plot():
-        raise RecipeError("A picture needs matplotlib: pip install 'slerp-merge[plot]'")
+        raise RecipeError(f"A picture needs matplotlib: {install('plot')}.")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise RecipeError(f"{shown(path)}: a picture is .png, .svg or .pdf.")
     if not os.path.isdir(path.absolute().parent):  # noqa: PTH112 - which raises where a name is too long

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from merge_tool.cli.show_plan import effective_lines, first_line, recipe_json, table_lines
-from merge_tool.errors import counted, listed, shown
+from merge_tool.errors import counted, listed, shown, sized
 from merge_tool.output.report import remarks
 from merge_tool.plan.stacks import Stacks
 from merge_tool.recipe.recipe import label_t
@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
 
 def inspection_lines(inspection: Inspection) -> Iterator[str]:
     counts = f"{counted(inspection.num_tensors, 'tensor')}, {counted(inspection.num_parameters, 'parameter')}"
-    yield f"{shown(inspection.name)}: {counts}, {_size(inspection.nbytes)}"
+    yield f"{shown(inspection.name)}: {counts}, {sized(inspection.nbytes)}"
     for shard in inspection.shards:
-        yield f"  {shown(shard.name)}: {counted(shard.num_tensors, 'tensor')}, {_size(shard.nbytes)}"
+        yield f"  {shown(shard.name)}: {counted(shard.num_tensors, 'tensor')}, {sized(shard.nbytes)}"
     for dtype, (tensors, parameters) in inspection.dtypes.items():
         yield f"  {dtype}: {counted(tensors, 'tensor')}, {counted(parameters, 'parameter')}"
     for key, value in inspection.metadata.items():
@@ -85,7 +85,7 @@ def verification_lines(result: Verification) -> Iterator[str]:
     sums = " and all sums" if result.full else ""
     again = f"; {result.num_compared:,} of {result.num_elements:,} elements{sums} merged again, bit for bit the same"
     yield (
-        f"{path}: verified: {counted(result.num_files, 'file')}, {_size(result.nbytes)}, "
+        f"{path}: verified: {counted(result.num_files, 'file')}, {sized(result.nbytes)}, "
         f"{counted(result.num_tensors, 'tensor')}{again if result.num_compared else ''}"
     )
 
@@ -126,41 +126,41 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
         yield f"  merged    {plan.num_tensors - plan.num_kept:,}; {plan.num_kept:,} copied from one model, unchanged"
     if plan.num_quantised:
         base = shown(plan.names[plan.recipe.first])
-        yield f"  8 bits    {plan.num_quantised:,} weights, quantised again as in {base}"
+        yield f"  8 bits    {counted(plan.num_quantised, 'weight')}, quantised again as in {base}"
     again = " (what does not fit the memory more than once)" if prepared.read_bytes > plan.input_bytes else ""
-    yield f"  read      {_size(prepared.read_bytes)}{again}"
-    yield f"  write     {_size(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
+    yield f"  read      {sized(prepared.read_bytes)}{again}"
+    yield f"  write     {sized(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
         f" ({len(plan.labels)} outputs)" if many else ""
     )
     free = prepared.free_disk_bytes
-    yield f"  disk      {'free space unknown' if free is None else f'{_size(free)} free'}"
+    yield f"  disk      {'free space unknown' if free is None else f'{sized(free)} free'}"
     if size := _download(prepared.download):
         yield f"  download  {size}"
-    peak, allowed = _size(prepared.expected_peak_bytes), _size(prepared.budget)
-    yield f"  memory    about {peak} at the peak, {allowed} allowed, {layout.jobs} jobs"
+    peak, allowed = sized(prepared.expected_peak_bytes), sized(prepared.budget)
+    yield f"  memory    about {peak} at the peak, {allowed} allowed, {counted(layout.jobs, 'job')}"
     yield f"  shards    {len(plan.shards):,}"
     for shard in plan.shards[:10]:
-        yield f"            {shown(shard.file_name)}: {counted(len(shard.jobs), 'tensor')}, {_size(shard.size)}"
+        yield f"            {shown(shard.file_name)}: {counted(len(shard.jobs), 'tensor')}, {sized(shard.size)}"
     if len(plan.shards) > 10:
         yield f"            and {len(plan.shards) - 10:,} more"
-    yield f"  copied    {len(prepared.side_files.copied):,} other files"
+    yield f"  copied    {counted(len(prepared.side_files.copied), 'other file')}"
     yield from effective_lines(plan)
     yield "Already complete; nothing would be done." if complete else _what_was_read(prepared.download.fetched_bytes)
 
 
 def _download(download: Download) -> str:
     """What is to be fetched from the Hub, and what is in its cache; an empty text without models of the Hub."""
-    cached = f"{_size(download.cached_bytes)} {'more ' * (download.nbytes > 0)}are in its cache"
+    cached = f"{sized(download.cached_bytes)} {'more ' * (download.nbytes > 0)}are in its cache"
     if not download.nbytes:
         return f"nothing from the Hub ({cached})" if download.cached_bytes else ""
-    return f"{_size(download.nbytes)} from the Hub" + (f" ({cached})" if download.cached_bytes else "")
+    return f"{sized(download.nbytes)} from the Hub" + (f" ({cached})" if download.cached_bytes else "")
 
 
 def _what_was_read(fetched_bytes: int) -> str:
     if not fetched_bytes:
         return "Nothing was read but headers; nothing was written."
     return (
-        f"Fetched into the Hub's cache: {_size(fetched_bytes)} of pickles, adapters or weights in sub-folders. Nothing "
+        f"Fetched into the Hub's cache: {sized(fetched_bytes)} of pickles, adapters or weights in sub-folders. Nothing "
         "else was read but headers; nothing was written to OUT."
     )
 
@@ -193,15 +193,15 @@ def summary_lines(report: MergeReport) -> Iterator[str]:
     if report.already_complete:
         yield f"{where}: already complete, nothing to do."
         return
-    what = f"{report.method} of {len(report.models):,} models"
+    what = f"{report.method} of {counted(report.num_merged, 'model')}{' and a base' if report.has_base else ''}"
     if report.ts:
         what = f"{report.method} at t = {', '.join(map(label_t, report.ts))}"
     if report.num_scheduled:
         what += f" ({counted(report.num_scheduled, 'tensor')} with {'a t' if report.ts else 'parameters'} of their own)"
-    yield f"{where}: {what}, {counted(summary.num_tensors, 'tensor')}, {_size(report.output_bytes)}"
+    yield f"{where}: {what}, {counted(summary.num_tensors, 'tensor')}, {sized(report.output_bytes)}"
     yield (
         f"{report.seconds:.1f} s, {report.moved_bytes / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
-        f"peak memory {_size(report.peak_bytes)}"
+        f"peak memory {sized(report.peak_bytes)}"
     )
     if summary.median_degrees is not None and summary.largest_degrees is not None:
         yield (
@@ -280,10 +280,3 @@ def sweep_lines(report: SweepReport) -> Iterator[str]:
     wanted = f"Less is better for {', '.join(less)}" if less else ""
     yield f"Pareto-optimal (*): t = {best}. {wanted}{rest}."
     yield f"{shown(report.folder)}: sweep.csv has the table."
-
-
-def _size(nbytes: int) -> str:
-    for unit, width in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= width:
-            return f"{nbytes / width:.3g} {unit}" if nbytes < 1000 * width else f"{nbytes / width:,.0f} {unit}"
-    return f"{nbytes} bytes"

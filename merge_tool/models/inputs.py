@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from merge_tool.checkpoint.hub import Snapshot, look
-from merge_tool.errors import FetchError, shown
+from merge_tool.errors import FetchError, shown, sized
 from merge_tool.files import free_bytes
 from merge_tool.models.lora import Coming, known_parts
 
@@ -42,8 +42,8 @@ class Download:
         free = free_bytes(self.cache)
         if free is not None and self.disk_bytes > free:
             raise FetchError(
-                f"{shown(self.cache)}: the weights to fetch take {self.disk_bytes:,} bytes, the disk of the Hub's "
-                f"cache has {free:,} free. Free some space, or set HF_HUB_CACHE to a folder on another disk."
+                f"{shown(self.cache)}: the weights to fetch take {sized(self.disk_bytes)}, the disk of the Hub's "
+                f"cache has {sized(free)} free. Free some space, or set HF_HUB_CACHE to a folder on another disk."
             )
 
 
@@ -56,14 +56,14 @@ class Inputs:
 
     def __init__(self, refs: Iterable[str | Path]) -> None:
         self._held = ExitStack()
-        self._snapshots: dict[Path, Snapshot] = {}
+        self._snapshots: dict[str, Snapshot] = {}
         with ExitStack() as held:  # closed if a model cannot be fetched
             parts = [[self._find(held, part) for part in known_parts(ref)] for ref in refs]
             self._held = held.pop_all()
         self.refs = tuple(Path("+".join(map(str, several))) for several in parts)
         self.paths = tuple(path for several in parts for path in several)
 
-    def _find(self, held: ExitStack, part: Path) -> Path:
+    def _find(self, held: ExitStack, part: str) -> Path:
         if part not in self._snapshots:
             self._snapshots[part] = look(part)
             held.callback(self._snapshots[part].close)

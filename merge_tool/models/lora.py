@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_tool.checkpoint.folder import Folder
+from merge_tool.checkpoint.folder import Folder, distinct_names, meant_path
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
 from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, open_local, open_one_file
@@ -30,31 +30,36 @@ NOTHING: Coming = {}
 # ---------------------------------------------------------------------------------------------- names
 
 
-def parts(ref: str | Path) -> tuple[Path, ...]:
+def parts(ref: str | Path) -> tuple[str, ...]:
     """A model and the adapters that follow it: `MODEL+ADAPTER` is two parts. A path that exists is one part, even with
-    a + in its name."""
+    a + in its name. Texts, because their form says whether they are local: a Path has no `./` and no last `/`."""
     text = str(ref)
     if os.path.lexists(text):
-        return (Path(text),)
+        return (text,)
     for plus in reversed([match.start() for match in re.finditer(r"\+", text)]):
         model, adapter = text[:plus], text[plus + 1 :]
         if _may_exist(adapter) and _may_exist((before := parts(model))[0]) and _may_exist(before[-1]):
-            return (*before, Path(adapter))
-    return (Path(text),)
+            return (*before, adapter)
+    return (text,)
 
 
 def _may_exist(ref: str | Path) -> bool:
     return str(ref) != "" and (os.path.lexists(ref) or hub_id(ref) is not None)
 
 
-def known_parts(ref: str | Path) -> tuple[Path, ...]:
+def known_parts(ref: str | Path) -> tuple[str, ...]:
     """As `parts`. Raises CheckpointError for a name with a + that is neither one existing path nor several."""
     paths = parts(ref)
     if len(paths) == 1 and "+" in str(ref) and not _may_exist(ref):
         raise CheckpointError(
-            f"{shown(ref)}: no such file or folder, and no MODEL+ADAPTER whose parts exist. Check the spelling."
+            f"{shown(ref)}: no such file or folder, and no MODEL+ADAPTER whose parts exist.{meant_path(lacking(ref))}"
         )
     return paths
+
+
+def lacking(ref: str | Path) -> str:
+    """The first part of a MODEL+ADAPTER that is not there; the whole text if all are."""
+    return next((part for part in str(ref).split("+") if part and not _may_exist(part)), str(ref))
 
 
 def local_parts(ref: str | Path) -> tuple[Path, ...]:
@@ -80,26 +85,35 @@ def open_model(
     max_header_bytes: int = MAX_HEADER_BYTES,
     mergeable: bool = True,
     as_stored: bool = False,
+    names: Mapping[Path, str] | None = None,
 ) -> Checkpoint:
-    """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has by name the weights that are still to be fetched."""
+    """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has by name the weights that are still to be fetched;
+    `names` how models and adapters are called in messages, where that is not by their folder's name."""
     model, *adapters = local_parts(ref)
     if adapters and is_adapter(model, coming):
         raise CheckpointError(f"{shown(model.name)}: is an adapter, expected a model before the +: MODEL+ADAPTER.")
     as_stored = as_stored and not adapters
-    have = coming.get(model, {})
+    have, names = coming.get(model, {}), names or distinct_names((model, *adapters))
     if mergeable and is_adapter(model, coming):
         _refuse_trained_beside(Folder(model))
-    checkpoint = open_local(model, have, max_header_bytes=max_header_bytes, mergeable=mergeable, as_stored=as_stored)
+    checkpoint = open_local(
+        model,
+        have,
+        name=names.get(model, ""),
+        max_header_bytes=max_header_bytes,
+        mergeable=mergeable,
+        as_stored=as_stored,
+    )
     if mergeable and checkpoint.folder is not None and not is_adapter(model, coming):
         checkpoint = checkpoint.with_notices((*checkpoint.notices, *_unused(checkpoint.folder, checkpoint)))
     for adapter in adapters:
-        checkpoint = apply_adapter(checkpoint, adapter, max_header_bytes=max_header_bytes)
+        checkpoint = apply_adapter(checkpoint, adapter, name=names.get(adapter, ""), max_header_bytes=max_header_bytes)
     return checkpoint
 
 
 def _refuse_trained_beside(folder: Folder) -> None:
     """An adapter that is merged factor by factor, without a model: nothing may belong to it but its factors."""
-    if beside := adapter_files(folder.name, folder.listing())[1:]:
+    if beside := adapter_files(folder.name, folder.listing(), of_hub=folder.is_of_hub)[1:]:
         raise CheckpointError(
             f"{folder.name}: has {listed(beside)} beside the adapter, whole tensors that take the place of a model's. "
             "Give MODEL+ADAPTER."
@@ -129,18 +143,25 @@ def open_models(
     """BASE and the others; an adapter folder alone is applied to BASE. If all are adapter folders, they are opened as
     adapters."""
     paths = [local_parts(ref) for ref in refs]
+    names = distinct_names(path for several in paths for path in several)
     alone = [len(path) == 1 and is_adapter(path[0], coming) for path in paths]
+    files = [len(path) == 1 and path[0].is_file() and path[0].name in ADAPTER_WEIGHTS for path in paths]
+    if any(files) and not all(files):  # two files of adapters are merged like any two files
+        file = paths[files.index(True)][0]
+        raise CheckpointError(f"{shown(file)}: is the file of an adapter. Give its folder: {shown(file.parent)}.")
     if alone[0] and not all(alone):
-        other = shown(paths[alone.index(False)][0].name)
+        other = shown(names[paths[alone.index(False)][0]])
         raise CheckpointError(
-            f"{shown(paths[0][0].name)}: BASE is an adapter, but {other} is a model. Give MODEL+ADAPTER for BASE."
+            f"{shown(names[paths[0][0]])}: BASE is an adapter, but {other} is a model. Give MODEL+ADAPTER for BASE."
         )
     models: list[Checkpoint] = []
     for ref, path, is_alone in zip(refs, paths, alone, strict=True):
         if is_alone and not alone[0]:
-            models.append(apply_adapter(models[0], path[0], max_header_bytes=max_header_bytes))
+            models.append(apply_adapter(models[0], path[0], name=names[path[0]], max_header_bytes=max_header_bytes))
         else:
-            models.append(open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable))
+            models.append(
+                open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable, names=names)
+            )
     if alone[0]:
         notice = (
             f"{' and '.join(model.name for model in models)} are adapters: their factors are merged one by one, which "
@@ -160,14 +181,16 @@ def _drop_repeated(models: list[Checkpoint]) -> None:
         seen.update(model.notices)
 
 
-def apply_adapter(base: Checkpoint, path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Checkpoint:
+def apply_adapter(
+    base: Checkpoint, path: Path, *, name: str = "", max_header_bytes: int = MAX_HEADER_BYTES
+) -> Checkpoint:
     """`base` with the adapter of the folder at `path`.
 
     Raises CheckpointError for a folder that is no LoRA adapter or cannot be merged, MismatchError with every tensor of
     the adapter that does not fit `base`.
     """
     try:
-        folder = Folder(path)
+        folder = Folder(path, name)
         settings = read_settings(folder)
         weights = [open_one_file(folder, name, max_header_bytes=max_header_bytes) for name in settings.weights]
     except OSError as e:

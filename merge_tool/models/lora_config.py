@@ -145,10 +145,12 @@ def read_settings(folder: Folder) -> Settings:
 def _weights_files(folder: Folder) -> tuple[str, ...]:
     if not folder.has(CONFIG):
         listing = folder.listing()
-        if what := find_elsewhere(folder.name, [*listing, *files_below(folder, listing)], has_safetensors=False):
+        if what := find_elsewhere(
+            folder.name, [*listing, *files_below(folder, listing)], has_safetensors=False, of_hub=folder.is_of_hub
+        ):
             raise CheckpointError(f"{folder.name}: {what}")
         raise CheckpointError(f"{folder.name}: has no {CONFIG}, so it is no adapter. Give a folder that peft saved.")
-    names = adapter_files(folder.name, folder.listing())
+    names = adapter_files(folder.name, folder.listing(), of_hub=folder.is_of_hub)
     if not names:
         raise CheckpointError(
             f"{folder.name}: has {CONFIG} but no {ADAPTER_WEIGHTS[0]}. Finish the download, or save it again."

@@ -1,21 +1,21 @@
 """The model card of an output: the Hub's metadata, what was merged, how far apart the parents are.
 
-No template engine, none of the user's paths; only plain strings are inherited from the base's card.
+No template engine, none of the user's paths; only plain strings are inherited from the parents' cards.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.errors import CheckpointError, counted, reason, shown
+from merge_tool.errors import counted, shown
+from merge_tool.models.cards import Cards, inherited, licences
 from merge_tool.output.report import Summary, remarks
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
+from merge_tool.plan.published import hub_names, is_extrapolated
 from merge_tool.recipe.options import as_words
 from merge_tool.recipe.pair import PairOptions, is_pair
 from merge_tool.recipe.recipe import label_t
@@ -29,6 +29,7 @@ def card_of(prepared: Prepared, summary: Summary, output: int) -> str:
         summary,
         output,
         first_card=prepared.first_card,
+        cards=prepared.cards,
         is_transformers=prepared.is_transformers,
         has_own_rows=prepared.has_own_rows,
         has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
@@ -44,16 +45,9 @@ def _command(plan: MergePlan, output: int) -> str:
         command = ["merge-tool", "run", "RECIPE.yaml", "OUT"]
         for key, value in words.items():
             command += ["--set", f"{key}={label_t(value)}"]
-    own = PairOptions(**recipe.words) if is_pair(recipe) else None
-    options = [*(as_words(own) if own else ()), *as_words(recipe.options)]
+    options = [*(as_words(PairOptions(**recipe.words)) if is_pair(recipe) else ()), *as_words(recipe.options)]
     command += [word if word.startswith("--") else _quoted(word, 10_000) for word in options]
-    if own is not None:
-        ts = [words["t"], *(value for rule in own.rules for value in rule.values)]
-    else:
-        own_recipe = replace(recipe, outputs=(recipe.outputs[output],))
-        settings = [scope["t"] for scope in own_recipe.scopes() if "t" in scope and "t" in plan.method.fractions]
-        ts = [value for setting in settings for choice in setting.choices for value in choice.values]
-    return " ".join(command + ["--extrapolate"] * any(not 0 <= t <= 1 for t in ts))
+    return " ".join(command + ["--extrapolate"] * is_extrapolated(plan, output))
 
 
 def _quoted(name: str, limit: int = 200) -> str:
@@ -67,6 +61,7 @@ def card_text(
     output: int,
     *,
     first_card: Path | None,
+    cards: Cards,
     is_transformers: bool,
     has_own_rows: bool,
     has_code: bool,
@@ -74,17 +69,19 @@ def card_text(
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
     from huggingface_hub import ModelCardData  # 2 MB; ModelCard, which only joins the two parts, 13 MB more
 
-    inherited = _inherited(first_card)
+    terms = licences(cards)
+    fields = {key: value for key, value in inherited(first_card).items() if not key.startswith("license")}
     if is_transformers:
-        inherited.setdefault("library_name", "transformers")
-    names = (part for name in plan.names for part in name.split("+"))  # MODEL+ADAPTER are two
-    parents, tags = list(dict.fromkeys(names)), ["merge", "slerp-merge"]
-    data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **inherited)
-    body = "\n\n".join(_card_sections(plan, summary, output, has_own_rows, has_code))
+        fields.setdefault("library_name", "transformers")
+    parents, tags = hub_names(plan.recipe), ["merge", "slerp-merge"]
+    data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **terms.fields, **fields)
+    body = "\n\n".join(_card_sections(plan, summary, output, terms.sentence, has_own_rows, has_code))
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def _card_sections(plan: MergePlan, summary: Summary, output: int, has_own_rows: bool, has_code: bool) -> Iterator[str]:
+def _card_sections(
+    plan: MergePlan, summary: Summary, output: int, terms: str, has_own_rows: bool, has_code: bool
+) -> Iterator[str]:
     names = [_plain(name) for name in plan.names]
     yield f"# {' + '.join(names)}"
     yield from _how(plan, output, names)
@@ -94,6 +91,8 @@ def _card_sections(plan: MergePlan, summary: Summary, output: int, has_own_rows:
         "(configuration, "
         f"tokenizer) are those of {names[plan.recipe.donor]}.{_tokenizer(plan, names) if has_own_rows else ''}"
     )
+    if terms:
+        yield _plain(terms, 2000)
     if plan.num_quantised:
         yield (
             f"{counted(plan.num_quantised, 'weight is', 'weights are')} 8-bit floats with scales, as in "
@@ -156,46 +155,6 @@ def _tokenizer(plan: MergePlan, names: Sequence[str]) -> str:
     return f" Rows were matched by token; the tokens are those of {lead}{more}."
 
 
-def _plain(name: str) -> str:
+def _plain(name: str, limit: int = 200) -> str:
     """A name that cannot end a code span, a cell or a line of Markdown."""
-    return shown(name).replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")
-
-
-_NOTHING = ("", "~", "null", "Null", "NULL")
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-
-
-def _inherited(first_card: Path | None) -> dict[str, Any]:
-    """Licence, language, task and library from the base's card, if they are plain strings or lists of them."""
-    inherited: dict[str, Any] = {}
-    for key, value in _front_matter(first_card).items():
-        is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
-        is_text = isinstance(value, str) and value not in _NOTHING
-        if key in _INHERITED and (is_text or is_list) and len(str(value)) < 4000:
-            inherited[key] = value
-    return inherited
-
-
-def _front_matter(card: Path | None) -> dict[str, Any]:
-    import yaml
-
-    if card is None:
-        return {}
-    try:
-        with card.open("rb") as file:
-            head = file.read(65_536).decode("utf-8", "replace")
-    except OSError as e:
-        raise CheckpointError(
-            f"{shown(card.name)}, the model card of the first model: cannot be read ({reason(e)}). Correct that, then "
-            "run the same command: it continues where it stopped."
-        ) from e
-    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
-    if not match:
-        return {}
-    try:
-        # Text, lists and mappings only: no merge keys that multiply, no numbers or dates to overflow, and the
-        # language `no` stays Norwegian.
-        content = yaml.load(match[1], Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return shown(name, limit).replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")

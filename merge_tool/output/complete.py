@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from merge_tool.errors import OutputError, listed, reason, shown
+from merge_tool.errors import OutputError, listed, reason, shown, sized
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.marks import check_folders
 from merge_tool.output.older import check_conflicts, older_labels, read_sums, strangers
@@ -141,11 +141,11 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
     free = prepared.free_disk_bytes
     if free is not None and need + spare + coming > free:
-        besides = f", what is fetched into the Hub's cache {coming:,}" if coming else ""
+        besides = f", what is fetched into the Hub's cache {sized(coming)}" if coming else ""
         beside = " The old output stays until the new one is complete." if overwrite else ""
         raise OutputError(
-            f"{shown(prepared.target.path)}: the output takes {need:,} bytes{besides}, its report and journal up to "
-            f"{spare:,}; the disk has {free:,} free.{beside} Free some space or choose another disk."
+            f"{shown(prepared.target.path)}: the output takes {sized(need)}{besides}, its report and journal up to "
+            f"{sized(spare)}; the disk has {sized(free)} free.{beside} Free some space or choose another disk."
         )
 
 

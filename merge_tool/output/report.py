@@ -9,6 +9,7 @@ import json
 import math
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -122,7 +123,8 @@ class Summary:
     median_degrees: float | None
     largest_degrees: float | None
     largest_name: str | None
-    num_copied: int = 0  # the base's, not merged
+    num_copied: int = 0  # not merged
+    copied_from: Mapping[str, int] = field(default_factory=dict)  # of these, each model's; empty if all are the base's
     antiparallel: tuple[str, ...] = ()
     groups: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
@@ -130,9 +132,12 @@ class Summary:
 def summarise(plan: MergePlan, findings: Findings) -> Summary:
     """Median and largest angle, and how many tensors are equal or close."""
     groups: dict[str, array[float]] = {}
+    copied: Counter[int] = Counter()
     largest: tuple[float, str] | None = None
     antiparallel = []
     for job in plan.jobs():
+        if job.is_copied:
+            copied[job.sides[0]] += 1
         report = describe(plan, job, findings[job.number], 0)
         if report.note.startswith("antiparallel"):
             antiparallel.append(job.out.name)
@@ -155,9 +160,17 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
         largest_degrees=largest[0] if largest else None,
         largest_name=largest[1] if largest else None,
         num_copied=plan.num_kept,
+        copied_from={} if {*copied} <= {plan.recipe.base} else _by_name(plan, copied),
         antiparallel=tuple(antiparallel),
         groups=groups,
     )
+
+
+def _by_name(plan: MergePlan, numbers: Counter[int]) -> Mapping[str, int]:
+    found: Counter[str] = Counter()
+    for model in sorted(numbers):
+        found[plan.names[model]] += numbers[model]
+    return found
 
 
 def _is_across_layers(job: TensorJob) -> bool:
@@ -181,7 +194,10 @@ def remarks(summary: Summary) -> list[str]:
             "linear interpolation agree there to less than half a bfloat16 step."
         )
     if summary.num_copied:
-        lines.append(f"{counted(summary.num_copied, 'tensor is', 'tensors are')} not merged: the base's are kept.")
+        what = counted(summary.num_copied, "tensor is", "tensors are")
+        each = ", ".join(f"{number:,} of {shown(name)}" for name, number in summary.copied_from.items())
+        own = "the base's is kept" if summary.num_copied == 1 else "the base's are kept"
+        lines.append(f"{what} copied, not merged: {each}." if each else f"{what} not merged: {own}.")
     if summary.num_kept_base:
         lines.append(f"{counted(summary.num_kept_base, 'integer tensor')} not alike: the base's are kept.")
     return lines
@@ -192,7 +208,7 @@ def alarms(summary: Summary) -> list[str]:
     lines = []
     if summary.num_equal and summary.num_equal == summary.num_tensors - summary.num_copied:
         which = (
-            "every tensor that is merged: the output is the base"
+            "every tensor that is merged" + ("" if summary.copied_from else ": the output is the base")
             if summary.num_copied
             else "every tensor: the output equals them"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, sub_configs
-from merge_tool.errors import CheckpointError, MismatchError, shown
+from merge_tool.errors import CheckpointError, MismatchError, listed, shown
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import Alignment, explain
 from merge_tool.vocabulary.differences import Ways, end_warnings, same_bytes, tokenizer_warnings
@@ -126,8 +126,13 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
         is_one_sided = key not in a or key not in b
         if (nested and last == "model_type") or (is_one_sided and (last not in _ONE_SIDED or (nested and key != last))):
             continue
-        here, there = (shown(side.get(key, "nothing")) for side in (a, b))
-        yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}: {_SETTINGS[last]}."
+        here, there = (_in_words(side.get(key, "nothing")) for side in (a, b))
+        why = _SETTINGS[last] if _SETTINGS[last].endswith("?") else f"{_SETTINGS[last]}."
+        yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}: {why}"
+
+
+def _in_words(value: Any) -> str:
+    return listed(value) if isinstance(value, list) else shown(value)
 
 
 def _language(config: Mapping[str, Any]) -> list[KeyPath]:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
@@ -25,6 +24,7 @@ from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.fit import Fit, fit, no_match
 from merge_tool.plan.layout import lay_out, output_dtype, output_stem
 from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
+from merge_tool.plan.published import published
 from merge_tool.plan.scaled import ScaledPlan, Scaling, plan_scaled
 from merge_tool.plan.stack_fit import check_stack
 from merge_tool.plan.stacks import natural_key
@@ -85,7 +85,7 @@ def plan_merge(
         for stack, layers in stacked.items()
         if stack != language
     ]
-    text = _published(recipe, models)
+    text = published(recipe)
     plan = MergePlan(
         recipe=recipe,
         method=method,
@@ -285,12 +285,3 @@ def input_facts(model: Checkpoint) -> dict[str, Any]:
     """The facts that identify an input, as far as headers show it."""
     files = {f.file_name: {"size": f.source.size, "header_sha256": f.header_sha256} for f in model.files}
     return {"name": model.name, "files": files}
-
-
-def _published(recipe: Recipe, models: Sequence[Checkpoint]) -> str:
-    """The recipe's text as written to the output: local models by their names, not by the user's paths."""
-    text: str = recipe.text
-    names = {ref.path: model.name for ref, model in zip(recipe.models, models, strict=True) if Path(ref.path).exists()}
-    for path in sorted(names, key=len, reverse=True) if text else ():
-        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])", names[path].replace("\\", "/"), text)
-    return text

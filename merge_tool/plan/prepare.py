@@ -17,6 +17,7 @@ from merge_tool.errors import CheckpointError, MismatchError, OutputError, liste
 from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
+from merge_tool.models.cards import Cards, cards_of, licences
 from merge_tool.models.experts import in_layout_of
 from merge_tool.models.given_names import with_names
 from merge_tool.models.heads import untie
@@ -36,10 +37,12 @@ from merge_tool.models.side_files import (
     plan_side_files,
 )
 from merge_tool.models.side_names import check_names, named_apart
+from merge_tool.plan.architectures import check_architectures
 from merge_tool.plan.config_fit import fit_config
 from merge_tool.plan.disk import largest_file, shard_limit
 from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
+from merge_tool.plan.patterns import check_lent_patterns
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.plan_merge import plan_merge
 from merge_tool.plan.system_memory import resident_bytes
@@ -57,12 +60,14 @@ class Prepared:
     `samples` are digests of a few bytes of many tensors of each input, which distinguish two finetunes of one layout; a
     dry run, which reads no weights, has none. `refs` are the models by local paths, `inputs` all of these paths,
     including adapters; `download` is what is still to be fetched, after a dry run. `first_card` is the card of the
-    model whose licence and language the output inherits. `has_own_rows`: rows were matched by token.
+    model whose language the output inherits; `cards` are those of all models, for their licences. `has_own_rows`: rows
+    were matched by token.
     """
 
     plan: MergePlan
     side_files: SideFiles
     first_card: Path | None
+    cards: Cards
     is_transformers: bool
     has_own_rows: bool
     layout: Layout
@@ -115,7 +120,9 @@ def prepare(
     to recognise the inputs later. Raises a MergeToolError.
     """
     try:
+        check_lent_patterns(recipe, inputs, machine)
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
+        check_architectures(recipe, opened)
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
         lead = opened[recipe.first]
         for number, names in recipe.names_of.items():
@@ -125,6 +132,9 @@ def prepare(
         plan = _plan_for_disk(recipe, models, methods, target)
         warnings = [*plan.warnings, *parent_warnings(recipe, models, alignment)]
         side_files, more = _side_files(recipe, plan, models, alignment, target)
+        cards = cards_of(inputs.paths)
+        if sum(card is not None for card in cards.values()) > 1 and (terms := licences(cards)).differ:
+            warnings.append(terms.sentence)
         samples = tuple(_sample(model) for model in models) if read_samples else ()
         first = models[recipe.first]
         first_card = first.folder.regular(card) if first.folder and (card := card_name(first.folder)) else None
@@ -138,6 +148,7 @@ def prepare(
         plan=plan,
         side_files=side_files,
         first_card=first_card,
+        cards=cards,
         is_transformers=is_transformers,
         has_own_rows=alignment is not None,
         layout=plan_layout(plan, machine.budget, machine.jobs, held=held),

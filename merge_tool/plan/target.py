@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.errors import OutputError, RecipeError, reason, shown
 from merge_tool.models.side_files import WORK
 from merge_tool.plan.overlap import lies_in
@@ -33,6 +34,12 @@ class Target:
 def check_target(target: Target, inputs: Iterable[Path]) -> None:
     """Raise OutputError if writing to `target` could touch an input, or if it is of the wrong kind."""
     path = target.path
+    if not target.is_file and is_weight_file(path.name):
+        gguf = " (llama.cpp: convert_hf_to_gguf.py)" if path.suffix.lower() in (".gguf", ".ggml") else ""
+        raise OutputError(
+            f"{shown(path)}: only safetensors are written: into a folder, or into one file if OUT ends in "
+            f".safetensors. Give {shown(path.with_suffix(''))}, then convert that{gguf}."
+        )
     try:
         shared = next((source for source in inputs if lies_in(path, source) or lies_in(source, path)), None)
         is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()

@@ -6,7 +6,8 @@ error, and a known key without effect a warning. Opens no checkpoint; `expand` i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +19,17 @@ from merge_tool.recipe.mergekit_models import NamedModels
 from merge_tool.recipe.mergekit_parameters import INERT, Parameters, parse_values
 from merge_tool.recipe.mergekit_tokenizer import parse_tokenizer
 from merge_tool.recipe.model_ref import ModelRef
-from merge_tool.recipe.options import Options
+from merge_tool.recipe.options import Options, as_json
 from merge_tool.recipe.recipe import Module, Recipe, Slice, Source
 from merge_tool.recipe.settings import Settings
 from merge_tool.recipe.templates import TEMPLATES
-from merge_tool.recipe.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml
+from merge_tool.recipe.yaml_edit import OWN
+from merge_tool.recipe.yaml_text import Fields, Text, Value, kind, nearest, parse_yaml, plain_value
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TOP = (
     "merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters", "tokenizer_source",
-    "tokenizer", "chat_template",
+    "tokenizer", "chat_template", OWN,
 )  # fmt: skip
 _UNUSED = {
     **INERT,
@@ -49,6 +51,7 @@ _OTHERS = {
     "stages": "a list of merges (mergekit-multi); run them one after another",
     "genome": "a search of mergekit-evolve; run its best recipe instead",
 }
+_MODEL = re.compile(r"base|model-\d+")
 _LARGEST_RECIPE = 1_000_000  # bytes
 _KINDS = ("models", "slices", "modules")
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64", "half": "float16"}
@@ -60,12 +63,23 @@ def read_recipe(
     *,
     extrapolate: bool = False,
     values: Sequence[str] | Mapping[str, Any] = (),
+    models_dir: str | Path | None = None,
     **options: Any,
 ) -> Recipe:
-    """The recipe of a YAML file or an equal mapping. `options` are the fields of Options; `values` replace the
-    recipe's, as in parse_recipe. Raises RecipeError."""
+    """The recipe of a YAML file or an equal mapping. `options` are the fields of Options; they and `values` replace the
+    recipe's. In `models_dir` its models are looked up by name, as in parse_recipe. Raises RecipeError."""
     text, where = recipe_text(recipe)
-    return parse_recipe(text, where, methods, extrapolate=extrapolate, values=values, options=make_options(**options))
+    parsed = parse_recipe(
+        text,
+        where,
+        methods,
+        extrapolate=extrapolate,
+        values=values,
+        options=make_options(**options),
+        given=frozenset(options),
+        models_dir=models_dir,
+    )
+    return parsed if isinstance(recipe, Mapping) else replace(parsed, folder=str(Path(recipe).parent))
 
 
 def parse_recipe(
@@ -76,8 +90,13 @@ def parse_recipe(
     extrapolate: bool = False,
     values: Sequence[str] | Mapping[str, Any] = (),
     options: Options | None = None,
+    given: Collection[str] | None = None,
+    models_dir: str | Path | None = None,
 ) -> Recipe:
     """The recipe in `text` (of the file `where`); `methods` are the known methods.
+
+    Under the key `merge_tool` a published recipe has options; those of `options` that are `given` (by default, those
+    that are not the default) count before them. With `models_dir` the models are paths in that folder.
 
     `values` are parameters for all tensors that replace the recipe's: NAME=VALUE[,VALUE...], or a mapping. Each of
     several values makes an output.
@@ -85,7 +104,18 @@ def parse_recipe(
     Raises RecipeError for unknown keys, wrong types, values out of range, too few or too many models, missing
     parameters: with the file, the line, and what would be right.
     """
-    parser = _Parser(where=where, methods=methods, extrapolate=extrapolate, values=values, options=options or Options())
+    options = options or Options()
+    if models_dir is not None and not Path(models_dir).is_dir():
+        raise RecipeError(f"--models-dir {shown(models_dir)}: is not a folder.")
+    parser = _Parser(
+        where=where,
+        methods=methods,
+        extrapolate=extrapolate,
+        values=values,
+        options=options,
+        given=as_json(options).keys() if given is None else given,
+        models_dir="" if models_dir is None else str(models_dir),
+    )
     return parser.recipe(text)
 
 
@@ -97,12 +127,16 @@ class _Parser:
         extrapolate: bool,
         values: Sequence[str] | Mapping[str, Any],
         options: Options,
+        given: Collection[str],
+        models_dir: str,
     ) -> None:
         self._methods, self._options, self._values = methods, options, parse_values(values)
+        self._given = given
         parameters = {key for method in self._methods.values() for key in (*method.shared, *method.each)}
         self._text = Text(where, _UNUSED, {**dict.fromkeys(parameters, "it belongs under `parameters:`"), **_PLACES})
-        self._models = NamedModels(self._text)
+        self._models = NamedModels(self._text, models_dir)
         self._extrapolate = extrapolate
+        self._lent_patterns: tuple[str, ...] = ()
 
     def recipe(self, text: str) -> Recipe:
         """Raises RecipeError with all errors of the text at once, as far as one does not hide another."""
@@ -110,6 +144,7 @@ class _Parser:
         self._check_program(self._text.mapping(top, "the recipe"))
         fields = self._text.fields(top, "the recipe", TOP)
         name = self._method_name(top, fields)
+        attempt(self._read_own, fields, instead=None)
         base = attempt(self._models.optional_ref, fields, "base_model", instead=None)
         if base is not None and self._is_alone(fields, base) and self._methods[name].base in ("required", "optional"):
             self._text.warnings.setdefault(
@@ -130,7 +165,7 @@ class _Parser:
         chat_template = attempt(self._chat_template, fields, instead=None)
         self._text.check()
         models = self._models.refs  # the warnings are complete only now
-        return Recipe(
+        recipe = Recipe(
             models=models,
             names=tuple(f"model-{number}" for number in range(1, len(models) + 1)),
             base=base_number,
@@ -143,8 +178,38 @@ class _Parser:
             chat_template=chat_template,
             text=text,
             where=self._text.where,
+            places=self._models.places,
+            lent_patterns=self._lent_patterns,
             warnings=tuple(self._text.warnings),
         )
+        return replace(recipe, options=recipe.plain_options())
+
+    def _read_own(self, fields: Fields) -> None:
+        """Options and values of a published recipe: what the command line gives comes before them."""
+        if (value := fields.get(OWN)) is None or value.plain is None:
+            return
+        known = [*(f.name for f in fields_of(Options)), "set", "extrapolate"]
+        own = {key: plain_value(item) for key, item in self._text.fields(value, OWN, known).items()}
+        try:
+            lent = {key: own[key] for key in own if key not in {*self._given, "set", "extrapolate"}}
+            for key in ("only", "exclude", "ids"):
+                if not isinstance(lent.get(key, []), list) or not all(isinstance(x, str) for x in lent.get(key, [])):
+                    raise RecipeError(f"{key} is no list of texts.")
+            defaults = as_json(Options(), all_of_them=True)
+            wrong = [k for k, v in lent.items() if not _is_like(v, defaults[k])]
+            if not _is_no_file(lent.get("chat_template")):
+                wrong.append("chat_template")
+            if wrong:
+                raise RecipeError(f"{wrong[0]} is {shown(lent[wrong[0]])}, which is no value for it.")
+            self._lent_patterns = (*lent.get("only", ()), *lent.get("exclude", ()))
+            self._options = replace(self._options, **lent)
+            texts = own.get("set", [])
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise RecipeError("set is no list of NAME=VALUE.")
+            self._values = {**parse_values(texts), **self._values}
+            self._extrapolate = self._extrapolate or own.get("extrapolate") is True
+        except RecipeError as e:
+            raise self._text.error(value.line, f"{OWN}: {e}") from e
 
     def _is_alone(self, fields: Fields, base: ModelRef) -> bool:
         """Whether base_model is the only model that is listed."""
@@ -372,6 +437,17 @@ def make_options(**options: Any) -> Options:
     if unknown := sorted(options.keys() - set(known)):
         raise RecipeError(f"Unknown option {shown(unknown[0])}. The options are: {', '.join(sorted(known))}.")
     return Options(**options)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value of YAML may be an option's, by the default of that option."""
+    return isinstance(value, str) if default is None else type(value) is type(default)
+
+
+def _is_no_file(template: Any) -> bool:
+    """Whether a chat template of a published recipe names no file here: it is a text, a known name or a model."""
+    text = template or "auto"
+    return "{" in text or text in ("auto", *TEMPLATES) or _MODEL.fullmatch(text) is not None
 
 
 def _list_text(value: Value) -> Any:

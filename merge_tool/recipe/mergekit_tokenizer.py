@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from merge_tool.errors import shown
 from merge_tool.recipe.mergekit_models import NamedModels
@@ -42,9 +41,7 @@ class _Parser:
             raise self._text.error(value.line, "the tokenizer is the base's, but there is no base_model.")
         if value.plain in ("union", "base"):
             return str(value.plain)
-        if isinstance(value.plain, str) and value.plain.startswith("model:"):  # as mergekit wrote it once
-            value = replace(value, plain=value.plain.removeprefix("model:").strip())
-        return self._models.number(self._models.ref(value))
+        return self._models.number(self._models.ref_of_tokenizer(value))
 
     def _token(self, token: str, value: Value) -> TokenRow:
         what = f"the token '{shown(token)}'"

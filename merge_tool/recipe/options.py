@@ -6,6 +6,7 @@ and `verify` reads them back; a new option is a field here, and the code that us
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -43,8 +44,9 @@ class Options:
     `on_mismatch` is about integer tensors that differ and tensors whose shape or type differs, `on_missing` about
     tensors that some model lacks. `files_from` names the model whose configuration and tokenizer files are copied:
     "base", "ft" for the second model of a pair, or a model as the recipe names it. `chat_template` is the name of a
-    model, a template's known name, or a template in Jinja. `untie` gives the output a head of its own if the base's
-    head is its embedding. `seed` decides the random bits of methods that have any.
+    model, a template's known name, or a template in Jinja. `allow_different_architectures` permits what is nearly
+    always a mistake. `untie` gives the output a head of its own if the base's head is its embedding. `ids` name local
+    models as the Hub has them. `seed` decides the random bits of methods that have any.
     """
 
     only: Sequence[str] = option(
@@ -88,10 +90,20 @@ class Options:
         "that has it.",
         choices=STOP_BASE_OR_FT,
     )  # fmt: skip
+    allow_different_architectures: bool = option(
+        False, "--allow-different-architectures", "Merge models whose config.json name different architectures.",
+        is_flag=True,
+    )  # fmt: skip
     untie: bool = option(
         False, "--untie",
         "Give the output a head of its own where BASE's head is its embedding, and say so in config.json.",
         is_flag=True,
+    )  # fmt: skip
+    ids: Sequence[str] = option(
+        (), "--id",
+        "What a local model or adapter is called on the Hub, for the links of the model card. NAME is base, ft, "
+        "model-1 ..., or its folder's name. May be given several times.",
+        metavar="NAME=ORG/NAME", is_many=True,
     )  # fmt: skip
     seed: int = option(0, "--seed", "Random seed of dare and della.", is_whole=True)
 
@@ -106,11 +118,17 @@ class Options:
         check_choice("on_missing", self.on_missing, STOP_BASE_OR_FT)
         if self.max_shard_bytes < 1:
             raise RecipeError(f"The largest shard is {self.max_shard_bytes} bytes, expected at least 1.")
-        for name in ("only", "exclude"):
+        for name in ("only", "exclude", "ids"):
             texts = getattr(self, name)
             object.__setattr__(self, name, (texts,) if isinstance(texts, str) else tuple(texts))
-            for text in getattr(self, name):
-                Pattern(text)
+        for text in (*self.only, *self.exclude):
+            Pattern(text)
+        for text in self.ids:
+            if not _ID.fullmatch(text):
+                raise RecipeError(f"--id is '{shown(text)}', expected NAME=ORG/NAME, as in base=org/model.")
+
+
+_ID = re.compile(r"[^=\n]+=[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def read_template(asked: str) -> str:

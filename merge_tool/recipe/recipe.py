@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_tool.errors import RecipeError, shown
-from merge_tool.recipe.model_ref import ModelRef
+from merge_tool.recipe.model_ref import ModelRef, Place
 from merge_tool.recipe.options import OUTPUT_DTYPES, Options
 from merge_tool.recipe.settings import Setting, Settings
 
@@ -98,10 +98,11 @@ class Recipe:
 
     `models` are all models that are named, in the order of the text; `names` are their names in the report. `base` is
     the number of base_model. `outputs` differ in parameters only, and are made in one pass. `text` is the recipe's
-    text, if it has one, `where` its file's name; otherwise `words` has in JSON what the recipe was made from. If it
-    `is_strict`, a pattern that matches no tensor is an error, and so are vocabularies that differ; published recipes
-    need leniency there. `rows_option` is this recipe's option for rows by token, for messages. `warnings` name keys
-    without effect, and why.
+    text, if it has one, `where` its file's name and `folder` that file's folder; otherwise `words` has in JSON what the
+    recipe was made from. If it `is_strict`, a pattern that matches no tensor is an error, and so are vocabularies that
+    differ; published recipes need leniency there. `places` are where the text names models; `lent_patterns` the
+    patterns of --only and --exclude that came with it, perhaps from a stranger. `rows_option` is this recipe's option
+    for rows by token, for messages. `warnings` name keys without effect, and why.
     """
 
     models: tuple[ModelRef, ...]
@@ -116,9 +117,12 @@ class Recipe:
     chat_template: str | None = None
     text: str = ""
     where: str = "the recipe"
+    folder: str | None = None
     words: Mapping[str, Any] = field(default_factory=dict)
     is_strict: bool = False
     names_of: Mapping[int, Mapping[str, str]] = field(default_factory=dict)  # by model: its names -> the first's
+    places: tuple[Place, ...] = ()
+    lent_patterns: tuple[str, ...] = ()
     rows_option: str = "tokenizer_source: union (or base, or a model)"
     warnings: tuple[str, ...] = ()
 
@@ -141,6 +145,15 @@ class Recipe:
             return self.first
         named = [k for k, ref in enumerate(self.models) if text in (str(ref), self.names[k])]
         return named[0] if len(named) == 1 else None
+
+    def plain_options(self) -> Options:
+        """The options with models by their names in the report, not by the user's paths."""
+        changed: dict[str, Any] = {}
+        for key in ("files_from", "chat_template"):
+            text = getattr(self.options, key)
+            if text is not None and text not in ("base", *self.names) and (number := self.number_of(text)) is not None:
+                changed[key] = self.names[number]
+        return replace(self.options, **changed)
 
     @property
     def known_models(self) -> list[str]:

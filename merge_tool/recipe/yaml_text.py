@@ -24,14 +24,16 @@ _PLAIN = {"mapping": "tag:yaml.org,2002:map", "sequence": "tag:yaml.org,2002:seq
 @dataclass(frozen=True, slots=True)
 class Value:
     """One value of the text: `plain` is a scalar, a tuple of Values or a mapping of text to Values. `line` counts from
-    1. `key_line` is the line of its key, if it has one; `text` is a scalar as it was written. `is_lent`: it stands
-    under a key of the whole text, and others take parts of it by aliases."""
+    1. `key_line` is the line of its key, if it has one; `text` is a scalar as it was written, and `end` the position
+    where it ends in the whole text. `is_lent`: it stands under a key of the whole text, and others take parts of it by
+    aliases."""
 
     line: int
     plain: Any
     text: str = ""
     key_line: int = 0
     is_lent: bool = False
+    end: int = 0
 
 
 T = TypeVar("T")
@@ -124,7 +126,8 @@ class _Reader:
         elif node.id == "sequence":
             plain = tuple(self.value(item, depth + 1) for item in node.value)
         else:
-            return Value(node.start_mark.line + 1, self._scalar(node), node.value, key_line)
+            scalar = self._scalar(node)
+            return Value(node.start_mark.line + 1, scalar, node.value, key_line, end=node.end_mark.index)
         return Value(node.start_mark.line + 1, plain, "", key_line)
 
     def _mapping(self, node: Any, depth: int) -> Fields:
@@ -179,6 +182,13 @@ def _plain(value: Value) -> Any:
     if isinstance(value.plain, tuple):
         return [_plain(item) for item in value.plain]
     return type(value.plain), value.plain
+
+
+def plain_value(value: Value) -> Any:
+    """A value as Python has it."""
+    if isinstance(value.plain, Mapping):
+        return {key: plain_value(item) for key, item in value.plain.items()}
+    return [plain_value(item) for item in value.plain] if isinstance(value.plain, tuple) else value.plain
 
 
 class _AllErrors(RecipeError):

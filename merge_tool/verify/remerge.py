@@ -7,7 +7,6 @@ or everything, by a whole merge whose writers compare with the existing files in
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
-from merge_tool.apart import ask
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import CheckpointError, OutputError, listed, reason, shown
@@ -26,11 +24,13 @@ from merge_tool.models.side_files import CARD, RECIPE, REPORT
 from merge_tool.output.card import card_of
 from merge_tool.output.report import report_lines, stream_report, summarise, tensor_text
 from merge_tool.plan.memory import machine
+from merge_tool.plan.patterns import check_patterns
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared, prepare
+from merge_tool.plan.published import recipe_file
 from merge_tool.plan.target import Target, check_target
 from merge_tool.recipe.mergekit import read_recipe
-from merge_tool.recipe.options import DEFAULT_MAX_SHARD_BYTES
+from merge_tool.recipe.options import DEFAULT_MAX_SHARD_BYTES, Options, as_json
 from merge_tool.recipe.pair import is_pair, pair_again
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.settings import Pattern
@@ -38,8 +38,6 @@ from merge_tool.run.findings import Finding, Findings, from_record
 from merge_tool.run.run import run_plan
 from merge_tool.verify.bits import Comparison, Sample
 from merge_tool.verify.checks import Checks
-
-_MATCH_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -64,24 +62,28 @@ def plan_again(
     report: StoredReport,
     against: tuple[str | Path, str | Path] | None,
     recipe_path: str | Path | None,
+    models_dir: str | Path | None,
     memory_bytes: int | None,
     jobs: int | None,
 ) -> Prepared:
     """The merge's plan: from its parents or the recipe, their headers, and the options in the report."""
-    recipe, target = _recipe_again(report.head, against, recipe_path), Target(out)
+    recipe, target = _recipe_again(report.head, against, recipe_path, models_dir), Target(out)
     limits = machine(memory_bytes, jobs)
     with Inputs(map(str, recipe.models)) as inputs:
         check_target(target, inputs.paths)
         inputs.fetch()
         if patterns := _regular_expressions(recipe):
             models = open_models(inputs.refs, max_header_bytes=limits.header_bytes)
-            _check_patterns(patterns, {name for model in models for name in model.tensors})
+            check_patterns(patterns, (name for model in models for name in model.tensors), REPORT)
             del models
         return prepare(recipe, inputs, target, limits, read_samples=True)
 
 
 def _recipe_again(
-    head: Mapping[str, Any], against: tuple[str | Path, str | Path] | None, recipe_path: str | Path | None
+    head: Mapping[str, Any],
+    against: tuple[str | Path, str | Path] | None,
+    recipe_path: str | Path | None,
+    models_dir: str | Path | None,
 ) -> Recipe:
     if ("recipe" in head) != (recipe_path is not None):
         of_recipe, of_pair = "a recipe's output. Give --recipe RECIPE.yaml", "a pair. Give --against BASE FT"
@@ -89,7 +91,12 @@ def _recipe_again(
     try:
         if recipe_path is not None:
             return read_recipe(
-                recipe_path, METHODS, extrapolate=True, values=head["parameters"], **_options(head["options"])
+                recipe_path,
+                METHODS,
+                extrapolate=True,
+                values=head["parameters"],
+                models_dir=models_dir,
+                **{**as_json(Options(), all_of_them=True), **_options(head["options"])},
             )
         assert against is not None
         return pair_again(*against, {**head, "options": _options(head["options"])})
@@ -107,26 +114,6 @@ def _regular_expressions(recipe: Recipe) -> list[str]:
     for setting in (setting for output in recipe.outputs for setting in output.all_settings()):
         patterns += [choice.pattern for choice in setting.choices if choice.pattern is not None]
     return [pattern.text.removeprefix("re:") for pattern in dict.fromkeys(patterns) if pattern.is_regex]
-
-
-def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
-    """Raise OutputError for a stranger's regular expression that takes too long on the parents' names. Nothing can
-    interrupt a match, so another process tries the expressions first."""
-    try:
-        ask(
-            "merge_tool.recipe.settings",
-            [patterns, sorted(names)],
-            what=REPORT,
-            error=OutputError,
-            hint="Its patterns cannot be tried.",
-            keep_errors=True,
-            timeout=_MATCH_SECONDS,
-        )
-    except subprocess.TimeoutExpired as e:
-        raise OutputError(
-            f"{REPORT}: its patterns ({listed(patterns)}) take longer than {_MATCH_SECONDS} s to match the parents' "
-            "names. A merge does not write such patterns; nothing was compared."
-        ) from e
 
 
 def check_parents(
@@ -266,7 +253,7 @@ def _check_side_files(checks: Checks, folder: Folder, prepared: Prepared) -> Non
     if (index := plan.index()) is not None:
         contents.append((plan.index_name, [index]))
     if plan.text:
-        contents.append((RECIPE, [plan.text.encode()]))
+        contents.append((RECIPE, [recipe_file(plan, 0).encode()]))
     for name, pieces in contents:
         try:
             with folder.regular(name).open("rb") as file:

@@ -58,15 +58,16 @@ def verify(
     full: bool = False,
     report_path: str | Path | None = None,
     recipe: str | Path | None = None,
+    models_dir: str | Path | None = None,
     memory_bytes: int | None = None,
     jobs: int | None = None,
 ) -> tuple[Verification, ...]:
     """Check the output at `out` (if it holds several `t-...`, each of them) and list the problems.
 
-    `against` are BASE and FT; for an output of a recipe give `recipe` instead. A `sample` of the elements (0 to 1,
-    whole tiles, at least one of every tensor, chosen anew in every run) is merged again with the report's pass results
-    and compared bit for bit. With `full` all elements, the passes, and every line of the report are compared. A
-    one-file output needs its `report_path`.
+    `against` are BASE and FT; for an output of a recipe give `recipe` instead, and perhaps its `models_dir`. A `sample`
+    of the elements (0 to 1, whole tiles, at least one of every tensor, chosen anew in every run) is merged again with
+    the report's pass results and compared bit for bit. With `full` all elements, the passes, and every line of the
+    report are compared. A one-file output needs its `report_path`.
 
     Raises MergeToolError if `out` is no output, or a parent cannot be read.
     """
@@ -74,7 +75,14 @@ def verify(
     if not 0 < sample <= 1:
         raise OutputError(f"The sample is {sample:g}, expected a share above 0 and at most 1 (or 100%).")
     check = partial(
-        _verify, against=against, recipe=recipe, sample=sample, full=full, memory_bytes=memory_bytes, jobs=jobs
+        _verify,
+        against=against,
+        recipe=recipe,
+        models_dir=models_dir,
+        sample=sample,
+        full=full,
+        memory_bytes=memory_bytes,
+        jobs=jobs,
     )
     try:
         if path.suffix == ".safetensors":
@@ -105,6 +113,7 @@ def _verify(
     *,
     against: tuple[str | Path, str | Path] | None,
     recipe: str | Path | None,
+    models_dir: str | Path | None,
     sample: float,
     full: bool,
     memory_bytes: int | None,
@@ -129,7 +138,7 @@ def _verify(
         )
     if (against or recipe) and report is not None:
         out = root if file_name is None else root / file_name
-        prepared = plan_again(out, report, against, recipe, memory_bytes, jobs)
+        prepared = plan_again(out, report, against, recipe, models_dir, memory_bytes, jobs)
         check_parents(checks, folder, report, prepared, sample=sample, full=full)
     if checks.more:
         checks.problems.append(f"and {checks.more:,} more")
