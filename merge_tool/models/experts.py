@@ -123,11 +123,11 @@ def _layers(model: Checkpoint) -> dict[str, _Layer]:
     """The layers with experts, by the name of what the experts' module belongs to."""
     layers: dict[str, _Layer] = {}
     for name in model.tensors:
-        if found := _SINGLE.fullmatch(name):
-            layer = layers.setdefault(_key(found["module"]), _Layer(found["module"]))
-            layer.single[int(found["expert"]), _PARTS[found["part"]]] = name
-        elif found := _FUSED.fullmatch(name):
-            layers.setdefault(_key(found["module"]), _Layer(found["module"])).fused[found["part"]] = name
+        if match := _SINGLE.fullmatch(name):
+            layer = layers.setdefault(_key(match["module"]), _Layer(match["module"]))
+            layer.single[int(match["expert"]), _PARTS[match["part"]]] = name
+        elif match := _FUSED.fullmatch(name):
+            layers.setdefault(_key(match["module"]), _Layer(match["module"])).fused[match["part"]] = name
     return layers
 
 

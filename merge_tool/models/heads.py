@@ -34,8 +34,8 @@ def find_tie(model: Checkpoint) -> Tie | None:
     names = [name for name in model.tensors if is_embedding(name) and len(model.tensors[name].shape) == 2]
     heads = [name for name in model.tensors if is_head(name)]
     if not heads:
-        found = {tied_embedding(model, model.tensors[name].shape) for name in names} - {None}
-        return Tie(found.pop(), None) if len(found) == 1 else None  # type: ignore[arg-type]  # None is left out
+        embeddings = {tied_embedding(model, model.tensors[name].shape) for name in names} - {None}
+        return Tie(embeddings.pop(), None) if len(embeddings) == 1 else None  # type: ignore[arg-type]  # None is left out
     names = [n for n in names if model.tensors[n].shape == model.tensors[heads[0]].shape and own_name(n) not in COPIES]
     if says_tied(model.config or {}) and len(heads) == len(names) == 1:
         return Tie(names[0], heads[0])
@@ -92,39 +92,39 @@ def untied_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _with_ties(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    found = dict(config)
+    changed = dict(config)
     for key, value in config.items():
         if is_sub_config(key, value):
-            found[key] = _with_ties(value, (*keys, key))
+            changed[key] = _with_ties(value, (*keys, key))
         elif key == "tie_word_embeddings" and is_of_text(keys):
-            found[key] = False
-    return found
+            changed[key] = False
+    return changed
 
 
 def with_own_head(model: Checkpoint, tie: Tie, head: str, notices: Sequence[str] = ()) -> Checkpoint:
     """A tied model with its embedding as the head, too."""
     made = {} if tie.copy else {head: renamed(model.source(tie.embedding), head)}
-    told = (*model.notices, *notices)
-    return model.with_made(model.name, (), made, told, config=untied_config(model.config))
+    all_notices = (*model.notices, *notices)
+    return model.with_made(model.name, (), made, all_notices, config=untied_config(model.config))
 
 
-def untie(models: Sequence[Checkpoint], first: int, merged: frozenset[int], *, is_asked: bool) -> list[Checkpoint]:
-    """The models, the first with a head of its own if that is asked, or if one of those to be merged has one.
+def untie(models: Sequence[Checkpoint], first: int, merged: frozenset[int], *, is_requested: bool) -> list[Checkpoint]:
+    """The models, the first with a head of its own if that is requested, or if one of those to be merged has one.
 
-    Raises RecipeError where it is asked of a model that ties no head; MismatchError as `named_head`.
+    Raises RecipeError where it is requested of a model that ties no head; MismatchError as `named_head`.
     """
-    found, tie = list(models), find_tie(models[first])
+    untied, tie = list(models), find_tie(models[first])
     if tie is None:
-        if is_asked and not any(map(is_head, models[first].tensors)):
+        if is_requested and not any(map(is_head, models[first].tensors)):
             raise RecipeError(
                 f"--untie: {models[first].name} has no input embedding that is its head, too, as far as names and "
                 "config.json tell. Leave --untie out."
             )
-        return found
+        return untied
     base, others = models[first], [models[k] for k in sorted(merged - {first})]
     own = {name: model for model in others for name in own_heads(model) if _fits(model, name, base, tie)}
-    if not own and not is_asked:
-        return found
+    if not own and not is_requested:
+        return untied
     head = tie.copy
     if head is None and own:
         check_untied(base, tie.embedding)
@@ -133,12 +133,12 @@ def untie(models: Sequence[Checkpoint], first: int, merged: frozenset[int], *, i
         head = named_head(base, tie.embedding)
     if head is None:
         raise RecipeError(f"--untie: {architecture(base)} has no output head. Leave --untie out.")
-    told = () if tie.copy or not own or is_asked else (
+    notices = () if tie.copy or not own or is_requested else (
         f"{base.name} ties its head to {shown(tie.embedding)}, {next(iter(own.values())).name} has a head of its own: "
         f"the output has one, too, merged from these two ({shown(head)}).",
     )  # fmt: skip
-    found[first] = with_own_head(base, tie, head, told)
-    return found
+    untied[first] = with_own_head(base, tie, head, notices)
+    return untied
 
 
 def own_heads(model: Checkpoint) -> list[str]:

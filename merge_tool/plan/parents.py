@@ -136,7 +136,7 @@ def _in_words(value: Any) -> str:
 
 
 def _language(config: Mapping[str, Any]) -> list[KeyPath]:
-    return [place for place, _ in sub_configs(config) if is_of_text(place)]
+    return [keys for keys, _ in sub_configs(config) if is_of_text(keys)]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,27 +144,27 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     None where a setting is off: without scaling of positions, or null.
     """
-    found: dict[str, Any] = {"rope_scaling": None}
-    for place, part in sub_configs(config):
-        prefix = "" if is_of_text(place) else ".".join((*place, ""))
+    settings: dict[str, Any] = {"rope_scaling": None}
+    for keys, part in sub_configs(config):
+        prefix = "" if is_of_text(keys) else ".".join((*keys, ""))
         for key, value in _with_rope(part).items():
             if key in _SETTINGS and not (
-                prefix == "" and key in ("architectures", "model_type") and place and key in found
+                prefix == "" and key in ("architectures", "model_type") and keys and key in settings
             ):
-                found[prefix + key] = value
-    return found
+                settings[prefix + key] = value
+    return settings
 
 
 def _with_rope(part: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with its rotary positions as `rope_theta` and `rope_scaling`, whatever version wrote it."""
-    found = dict(part)
+    settings = dict(part)
     rope = part.get("rope_parameters") or part.get("rope_scaling")
     if not isinstance(rope, dict):
-        return found
+        return settings
     if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layers
-        return {**found, "rope_scaling": rope}
+        return {**settings, "rope_scaling": rope}
     if "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
+        settings["rope_theta"] = rope["rope_theta"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     rest = {
         key: value
@@ -172,6 +172,6 @@ def _with_rope(part: Mapping[str, Any]) -> dict[str, Any]:
         if key not in ("rope_theta", "rope_type", "type") and value is not None
     }
     if "partial_rotary_factor" in rest:
-        found["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
-    found["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **dict(sorted(rest.items()))}
-    return found
+        settings["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
+    settings["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **dict(sorted(rest.items()))}
+    return settings

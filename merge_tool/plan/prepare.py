@@ -123,7 +123,7 @@ def prepare(
         check_lent_patterns(recipe, inputs, machine)
         opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
         check_architectures(recipe, opened)
-        opened = untie(opened, recipe.first, frozenset(recipe.sources), is_asked=recipe.options.untie)
+        opened = untie(opened, recipe.first, frozenset(recipe.sources), is_requested=recipe.options.untie)
         lead = opened[recipe.first]
         for number, names in recipe.names_of.items():
             opened[number] = with_names(opened[number], lead, names)

@@ -131,17 +131,17 @@ class Options:
 _ID = re.compile(r"[^=\n]+=[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def read_template(asked: str) -> str:
-    """A chat template's text, if a file that holds it is asked for. Raises RecipeError for a file that is not there, or
-    holds no text."""
-    if "{" in asked or not (asked.endswith((".jinja", ".jinja2", ".j2")) or Path(asked).is_file()):
-        return asked
+def read_template(choice: str) -> str:
+    """The text of a chat template that is a file; any other choice as it is. Raises RecipeError for a file that cannot be
+    read, or that holds no template."""
+    if "{" in choice or not (choice.endswith((".jinja", ".jinja2", ".j2")) or Path(choice).is_file()):
+        return choice
     try:
-        text = Path(asked).read_text(encoding="utf-8")
+        text = Path(choice).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
-        raise RecipeError(f"--chat-template {shown(asked)}: cannot be read ({reason(e)}).") from e
+        raise RecipeError(f"--chat-template {shown(choice)}: cannot be read ({reason(e)}).") from e
     if "{" not in text:
-        raise RecipeError(f"--chat-template {shown(asked)}: holds no template in Jinja: nothing in braces is in it.")
+        raise RecipeError(f"--chat-template {shown(choice)}: holds no template in Jinja: nothing in braces is in it.")
     return text
 
 

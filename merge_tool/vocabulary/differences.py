@@ -50,17 +50,17 @@ def tokenizer_warnings(donor: Checkpoint, other: Checkpoint, ways: Ways) -> Iter
         return
     yield from _tokens(donor, other, here, there, ways)
     yield from _template(donor, other, here, there, ways)
-    told = []
+    differing = []
     for key in _SPECIAL:
         own, theirs = _special(here, key), _special(there, key)
         if theirs is not None and own != theirs:
-            told.append(_differs(key, own, theirs, donor, other))
+            differing.append(_differs(key, own, theirs, donor, other))
     for key in _ADDED:
         own, theirs = (_config(folder).get(key) for folder in (here, there))
         if None not in (own, theirs) and own != theirs:
-            told.append(_differs(key, own, theirs, donor, other))
-    if told:
-        yield f"{'; '.join(told)}. The output has {donor.name}'s; {ways.files} takes {other.name}'s files."
+            differing.append(_differs(key, own, theirs, donor, other))
+    if differing:
+        yield f"{'; '.join(differing)}. The output has {donor.name}'s; {ways.files} takes {other.name}'s files."
 
 
 # ----------------------------------------------------------------------------------------------- tokens
@@ -76,29 +76,29 @@ def _tokens(donor: Checkpoint, other: Checkpoint, here: Folder, there: Folder, w
     if same_bytes(here, there, TOKENIZER):
         return
     try:
-        found = compare_tokenizers(here, there)
+        comparison = compare_tokenizers(here, there)
     except CheckpointError as e:
         yield (
             f"{TOKENIZER} differs between {donor.name} and {other.name}: tokens may not mean the same in both. The "
             f"vocabularies cannot be compared: {str(e).rstrip('.')}."
         )
         return
-    if ways.rows and (found.num_moved or any(found.num_alone)):
+    if ways.rows and (comparison.num_moved or any(comparison.num_alone)):
         yield (
             f"{TOKENIZER} differs between {donor.name} and {other.name}: tokens do not mean the same in both. "
             f"{explain(donor, other)}. With {ways.rows} rows are matched by token."
         )
-    if parts := _unlike_parts(found):
+    if parts := _unlike_parts(comparison):
         yield (
             f"{TOKENIZER} of {other.name} splits texts in another way: {listed(parts, 10)} differ from {donor.name}'s, "
             f"which the output has. {ways.files} takes {other.name}'s files."
         )
 
 
-def _unlike_parts(found: Joined) -> list[str]:
+def _unlike_parts(comparison: Joined) -> list[str]:
     """Parts that differ although the vocabularies do not: merges of other tokens are others, of course."""
-    follows = {"merges", "scores"} if any(found.num_alone) or found.num_moved else set()
-    return [words for part, words in _PARTS.items() if part in found.unlike and part not in follows]
+    follows = {"merges", "scores"} if any(comparison.num_alone) or comparison.num_moved else set()
+    return [words for part, words in _PARTS.items() if part in comparison.unlike and part not in follows]
 
 
 # --------------------------------------------------------------------------------- template, end of texts
@@ -118,13 +118,13 @@ def _template(donor: Checkpoint, other: Checkpoint, here: Folder, there: Folder,
 def end_warnings(donor: Checkpoint, other: Checkpoint, ways: Ways) -> Iterator[str]:
     """The ids by which generation begins and ends, where `other` has other ones than `donor`, whose config.json and
     generation_config.json the output has."""
-    told = []
+    differing = []
     for key in ("bos_token_id", "eos_token_id"):
         ids, others = (_ids(model, key) for model in (donor, other))
         if others and ids != others:
-            told.append(_differs(key, ids, others, donor, other))
-    if told:
-        yield f"{'; '.join(told)}. The output has {donor.name}'s; {ways.files} takes {other.name}'s files."
+            differing.append(_differs(key, ids, others, donor, other))
+    if differing:
+        yield f"{'; '.join(differing)}. The output has {donor.name}'s; {ways.files} takes {other.name}'s files."
 
 
 def _differs(key: str, own: Any, theirs: Any, donor: Checkpoint, other: Checkpoint) -> str:
@@ -133,10 +133,10 @@ def _differs(key: str, own: Any, theirs: Any, donor: Checkpoint, other: Checkpoi
 
 def _special(folder: Folder, key: str) -> str | None:
     for name in (_CONFIG, _MAP):
-        found = folder.load_json(name).get(key) if folder.has(name) else None
-        found = found.get("content") if isinstance(found, dict) else found
-        if isinstance(found, str):
-            return found
+        token = folder.load_json(name).get(key) if folder.has(name) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
     return None
 
 
@@ -149,9 +149,9 @@ def _ids(model: Checkpoint, key: str) -> tuple[int, ...]:
     folder = model.folder
     settings = folder.load_json("generation_config.json") if folder and folder.has("generation_config.json") else {}
     for part in (settings, *text_configs(model.config)):
-        found = part.get(key)
-        found = found if isinstance(found, list) else [found]
-        if numbers := sorted({number for number in found if type(number) is int}):
+        ids = part.get(key)
+        ids = ids if isinstance(ids, list) else [ids]
+        if numbers := sorted({number for number in ids if type(number) is int}):
             return tuple(numbers)
     return ()
 
