@@ -132,8 +132,8 @@ _ID = re.compile(r"[^=\n]+=[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def read_template(choice: str) -> str:
-    """The text of a chat template that is a file; any other choice as it is. Raises RecipeError for a file that cannot be
-    read, or that holds no template."""
+    """The text of a chat template that is a file; any other choice as it is. Raises RecipeError for a file that cannot
+    be read, or that holds no template."""
     if "{" in choice or not (choice.endswith((".jinja", ".jinja2", ".j2")) or Path(choice).is_file()):
         return choice
     try:
