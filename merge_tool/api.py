@@ -370,7 +370,7 @@ def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, 
 def _write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
     """Write the report for which the user gave a path; the file appears whole, and never in an input."""
     try:
-        check_apart_by_mark(path.parent, prepared.inputs, above=False)
+        check_apart_by_mark(path.parent, prepared.inputs, name=path.name)
         write_whole(path, (line.encode() for line in lines))
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
