@@ -356,7 +356,9 @@ def test_work_whose_run_may_not_have_ended_is_hashed_before_it_is_published(
         content[-1] ^= 1
         path.write_bytes(content)
     (work / "owner").write_bytes(record())
-    merge(*pair, tmp_path / "out", **SMALL)
+    told: list[str] = []
+    merge(*pair, tmp_path / "out", on_warning=told.append, **SMALL)
+    assert any("was begun on another machine" in line for line in told)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -117,6 +117,8 @@ def has_ended(content: bytes) -> bool | None:
         os.kill(process, 0)
     except ProcessLookupError:
         return True
+    except PermissionError:
+        pass  # another user's, so it is there
     except OSError:
         return None
     started = _started(process)

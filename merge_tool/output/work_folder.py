@@ -70,7 +70,8 @@ class WorkFolder:
         try:
             self._lock = FolderLock(self.path)
             self._owner = self._lock.owner
-            self.check_resumed |= self._owner.may_share
+            self.may_share = self._owner.may_share
+            self.check_resumed |= self.may_share
             self._check_place(inputs, names)
         except BaseException:
             remove_folders(self._made)
