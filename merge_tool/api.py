@@ -48,6 +48,10 @@ from merge_tool.run.run import progress_bytes, run_plan
 from merge_tool.run.work import check_exact_tensors
 
 _FLUSH_BYTES = 8_000_000
+_MAY_SHARE = (
+    "The unfinished merge in OUT was begun on another machine, or in another container, which has not written here for "
+    "a while. It is continued; the SHA-256 of its finished shards is checked first."
+)
 _NOT_DURABLE = (
     "The file system of OUT cannot sync folders. The merge is safe from kills; after a power cut, verify it "
     "(merge-tool verify OUT), and merge again if that finds anything."
@@ -234,6 +238,8 @@ def merge_recipe(
             inputs=prepared.inputs,
             names=final_names(prepared),
         ) as work:
+            if work.may_share:
+                watch.warn([_MAY_SHARE])
             if _begin(prepared, work, overwrite=overwrite):
                 return _already_complete(prepared, report, started)
             if not work.is_durable:
@@ -378,7 +384,7 @@ def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, 
 def _write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
     """Write the report for which the user gave a path; the file appears whole, and never in an input."""
     try:
-        check_apart_by_mark(path.parent, prepared.inputs, above=False)
+        check_apart_by_mark(path.parent, prepared.inputs, name=path.name)
         write_whole(path, (line.encode() for line in lines))
     except OSError as e:
         raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from merge_tool.api import merge, plan_recipe
 from merge_tool.errors import EvaluationError, OutputError, RecipeError, output_failed, reason, shown
@@ -35,6 +35,7 @@ HIDDEN = ".sweep"  # the lock and unfinished files; exists while a sweep runs
 MODELS = "models"  # the merges that are scored now, below the sweep's folder
 LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # parts of names of scores to minimise by default
 _LAST_LINES = 10
+_BEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def sweep(
         rest = [t for t in chosen_ts if t not in done]
         for chosen in (rest[start : start + batch] for start in range(0, len(rest), batch)):
             folders = _merge(base, ft, folder, chosen, journal, {**settings, **options})
-            results = _evaluate(command, folders, folder, journal.names)
+            results = _evaluate(command, folders, folder, journal)
             _less_is_better(tuple(results[0]), minimize)
             for t, scores in zip(chosen, results, strict=True):
                 journal.add(t, scores)
@@ -158,7 +159,8 @@ def _merge(
         check_apart_by_mark(models, list(map(Path, (*parts(base), *parts(ft)))))
         shutil.rmtree(models)
     folders = [models / _name(t) for t in ts]
-    merge(base, ft, folders[0] if len(ts) == 1 else models, tuple(ts), **options)
+    beat = lambda nbytes, tensor: journal.beat()  # noqa: E731
+    merge(base, ft, folders[0] if len(ts) == 1 else models, tuple(ts), on_progress=beat, **options)
     return folders
 
 
@@ -185,7 +187,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _evaluate(
-    command: Sequence[str], folders: Sequence[Path], folder: Path, names: tuple[str, ...] | None
+    command: Sequence[str], folders: Sequence[Path], folder: Path, journal: _Journal
 ) -> list[dict[str, float]]:
     """The command's scores for each folder. Its stderr goes into the log."""
     paths = [str(path) for path in folders]
@@ -194,22 +196,36 @@ def _evaluate(
     try:
         with (folder / LOG).open("ab") as log:
             start = log.tell()
-            done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=False)
+            code, output = _run(args, log, journal.beat)
     except OSError as e:
         raise EvaluationError(f"The evaluation command {shown(args[0])} cannot be run ({reason(e)}).") from e
-    text = done.stdout.decode(errors="replace")
-    if done.returncode:
+    text = output.decode(errors="replace")
+    if code:
         raise EvaluationError(
-            f"The evaluation command ended with {_ending(done.returncode)}. Its last lines:\n"
+            f"The evaluation command ended with {_ending(code)}. Its last lines:\n"
             f"{_tail(folder / LOG, start, text)}\nCorrect it, then run the same sweep: it continues with these models."
         )
     try:
-        return parse_scores(text, len(folders), names)
+        return parse_scores(text, len(folders), journal.names)
     except ValueError as e:
         raise EvaluationError(
             f"The evaluation command's output cannot be read: {e}. It printed:\n{_indented(text)}\n"
             "Expected `name value` lines, or JSON, for each folder in order."
         ) from e
+
+
+def _run(args: Sequence[str], log: IO[bytes], beat: Callable[[], None]) -> tuple[int, bytes]:
+    """The exit code and output of a command. While it runs, others see that this sweep works."""
+    with subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
+        while True:
+            try:
+                output, _ = process.communicate(timeout=_BEAT_SECONDS)
+                return process.returncode, output
+            except subprocess.TimeoutExpired:
+                beat()
+            except BaseException:
+                process.kill()
+                raise
 
 
 def _ending(code: int) -> str:
@@ -359,6 +375,10 @@ class _Journal:
     def add(self, t: float, scores: dict[str, float]) -> None:
         self.scores[t] = scores
         self._append({"t": t, "scores": scores})
+
+    def beat(self) -> None:
+        """Show other machines that this sweep works."""
+        self._lock.owner.beat()
 
     def _append(self, line: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8", newline="\n") as file:

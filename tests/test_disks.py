@@ -90,10 +90,15 @@ def test_no_report_and_no_sweep_replaces_an_input(tmp_path: Path, oddities: tupl
         before = contents(place)
         with pytest.raises(MergeToolError, match="input"):
             merge(base, ft, tmp_path / "out", report_path=place / "models/Base/config.json")
+        save_file(language_model(1), place / "single.safetensors")
+        before = contents(place)
+        with pytest.raises(MergeToolError, match="input"):
+            merge(base, place / "single.safetensors", tmp_path / "out2", report_path=place / "SINGLE.safetensors")
+        merge(base, place / "single.safetensors", tmp_path / "out3", report_path=place / "single.json")
+        (place / "single.json").unlink()
         (place / "sweep.jsonl").write_text("")
         with pytest.raises(OutputError, match=REFUSED):
             sweep(place / "Models/base", place / "Models/ft", place, [0.5], ["true"], overwrite=True)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         after = contents(place)
         assert {name: after.get(name) for name in before} == before
 
@@ -351,7 +356,9 @@ def test_work_whose_run_may_not_have_ended_is_hashed_before_it_is_published(
         content[-1] ^= 1
         path.write_bytes(content)
     (work / "owner").write_bytes(record())
-    merge(*pair, tmp_path / "out", **SMALL)
+    told: list[str] = []
+    merge(*pair, tmp_path / "out", on_warning=told.append, **SMALL)
+    assert any("was begun on another machine" in line for line in told)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -645,3 +652,24 @@ def test_a_disk_that_dies_is_named_by_its_input(tmp_path: Path, pair: tuple[Path
         assert not str(caught.value).startswith(str(tmp_path / "out")), str(caught.value)
         assert "None" not in str(caught.value)
         assert "ft" in str(caught.value)
+
+
+def test_a_sweep_shows_other_machines_that_it_works(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it merges, and while its command runs, which may take hours."""
+    monkeypatch.setattr(owner, "_BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("merge_tool.sweep._BEAT_SECONDS", 0.05)
+    path, beats = tmp_path / "lab/.sweep/owner", list[bool]()
+    beat = owner.Owner.beat
+    monkeypatch.setattr(owner.Owner, "beat", lambda self: (beats.append(".sweep" in self.path.parts), beat(self))[1])
+    watch = tmp_path / "watch.py"
+    watch.write_text(
+        "import json, sys, time\nbeats = set()\n"
+        "for _ in range(40):\n    time.sleep(0.02)\n    text = open(sys.argv[1]).read()\n"
+        "    beats.add(json.loads(text)['beats'] if text else 0)\nprint('beats', len(beats))\n"
+    )
+    command = [sys.executable, str(watch), str(path)]
+    report = sweep(*pair, tmp_path / "lab", [0.3, 0.6], command)
+    assert all(point.scores["beats"] > 2 for point in report.points)
+    assert sum(beats) > 60  # of the sweep's own folder, at each piece of a merge

@@ -117,3 +117,12 @@ def test_the_commands_can_be_run_as_modules() -> None:
     for module in ("merge_tool", "merge_tool.cli"):
         done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
         assert done.stdout.startswith("merge-tool, version"), done
+
+
+@posix_only
+@pytest.mark.parametrize("redirection", [*CLOSED, "2>/dev/full", ">/dev/full 2>&1"])
+def test_training_is_a_command_like_the_others(tmp_path: Path, redirection: str) -> None:
+    """An error of its config ends it, not the terminal; and its help needs none."""
+    (tmp_path / "c.yaml").write_text("no_such_key: 1\n")
+    assert shell([sys.executable, "-m", "train", str(tmp_path / "c.yaml")], redirection).returncode == 1
+    assert shell([sys.executable, "-m", "train", "--help"], redirection).returncode == 0

@@ -6,8 +6,6 @@ Exit code 1: an error that the user can repair (one message, no traceback). 2: a
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 import sys
@@ -19,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from merge_tool.streams import forgiving
 from train.config import TrainConfig, load_config
 from train.errors import TrainError, install
 from train.help import USAGE, help_text
@@ -33,10 +32,8 @@ class UsageError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with 0, 1 (TrainError) or 2 (usage)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a sign that the encoding lacks is no reason to end a run
-            stream.reconfigure(errors="backslashreplace")
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    with forgiving():  # a terminal that is closed, full or of another encoding is no reason to end a run
+        sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(arguments: list[str]) -> int:
@@ -131,8 +128,7 @@ def _yaml(key: str, value: str) -> Any:
 
 def _complain(message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # all processes fail alike; one prints
-        with contextlib.suppress(OSError):
-            print(message, file=sys.stderr)
+        print(message, file=sys.stderr)
     return code
 
 

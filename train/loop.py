@@ -6,7 +6,6 @@ Each chapter is a paragraph here; what it calls lives elsewhere: a step in `step
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -206,5 +205,4 @@ def _is_due(every: int | None, step: int) -> bool:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # closed, full, or of another encoding: no reason to end a run
-        print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)

@@ -136,7 +136,10 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
     prepared.download.check_room()
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
-    spare = min(_SPARE_DISK_BYTES, 100_000 + prepared.disk_bytes // 50 + 4_000 * prepared.plan.num_tensors)
+    spare = min(
+        _SPARE_DISK_BYTES,
+        100_000 + prepared.disk_bytes // 50 + 4_000 * prepared.plan.num_tensors * len(prepared.plan.labels),
+    )
     need = max(0, prepared.disk_bytes - have)
     coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
     free = prepared.free_disk_bytes

@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from merge_tool.errors import OutputError, output_failed, reason, shown
 from merge_tool.files import patiently
+from merge_tool.models.side_files import folded
 from merge_tool.output.lock import FolderLock, new_mark
 from merge_tool.output.older import older_labels, outdated
-from merge_tool.plan.overlap import find_shared, find_showing
+from merge_tool.plan.overlap import find_shared, find_showing, holds
 from merge_tool.plan.target import Target, shared_with
 
 MARK = ".slerp-merge-mark"
@@ -57,16 +58,18 @@ def check_marks(
         _check_mark(folder, lock.path.with_name(MARK), content, inputs, is_written=folder in written)
 
 
-def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, above: bool = True) -> None:
-    """Raise OutputError if a mark in this folder shows up in an input. With `above`, also if inputs are below it."""
-    mark, content = folder / MARK, new_mark()
+def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, name: str = "") -> None:
+    """Raise OutputError if a mark in this folder shows up in an input. Without a `name` also if inputs are below the
+    folder, whose content is removed; with it only if the file of that name there is an input."""
+    mark, content, inputs = folder / MARK, new_mark(), tuple(inputs)
     try:
         mark.write_bytes(content)
-        source = find_showing(mark, content, inputs, above=above)
+        source = find_showing(mark, content, inputs, above=not name)
+        beside = [path for path in inputs if folded(path.name) == folded(name) and holds(path.parent / MARK, content)]
     finally:
         mark.unlink(missing_ok=True)
-    if source is not None:
-        raise shared_with(folder, source)
+    if source is not None or beside:
+        raise shared_with(folder / name, source or beside[0])
 
 
 def check_names(folder: Path, labels: Iterable[str], names: Iterable[str]) -> None:

@@ -81,7 +81,8 @@ class Owner:
 
     def confirm(self) -> None:
         """Raise OutputError unless the folder is this run's still."""
-        if (content := _content(self.path)) and _parsed(content).get("run") != self.run:
+        content = _content(self.path)
+        if _parsed(content).get("run") not in (None, self.run):  # None: another thread is writing it
             raise OutputError(
                 f"{shown(self.path.parent.parent)}: another merge has begun here meanwhile ({_who(content)}); the "
                 "disk's locks do not reach from one to the other. This run has ended, and that one goes on."
@@ -116,6 +117,8 @@ def has_ended(content: bytes) -> bool | None:
         os.kill(process, 0)
     except ProcessLookupError:
         return True
+    except PermissionError:
+        pass  # another user's, so it is there
     except OSError:
         return None
     started = _started(process)

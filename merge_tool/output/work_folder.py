@@ -70,7 +70,8 @@ class WorkFolder:
         try:
             self._lock = FolderLock(self.path)
             self._owner = self._lock.owner
-            self.check_resumed |= self._owner.may_share
+            self.may_share = self._owner.may_share
+            self.check_resumed |= self.may_share
             self._check_place(inputs, names)
         except BaseException:
             remove_folders(self._made)
@@ -209,10 +210,10 @@ class WorkFolder:
                 recorded[record["number"]], runs[record["number"]] = record["sha256"], record.get("run", "")
             self.is_publishing |= record.get("record") == "publish"
         for shard in self.plan.shards:
-            digests = recorded.get(shard.number, [""] * len(self.plan.labels))
+            if (digests := recorded.get(shard.number)) is None:
+                continue
             places = zip(self.plan.labels, digests, strict=True)
-            run = runs.get(shard.number, "")
-            if not run or not all(self._settle(shard, label, run, digest) for label, digest in places):
+            if not all(self._settle(shard, label, runs[shard.number], digest) for label, digest in places):
                 continue
             if self.check_resumed and not self._has_digests(shard, digests):
                 if self.is_publishing:

@@ -61,7 +61,7 @@ def find_showing(mark: Path, content: bytes, inputs: Iterable[Path], *, above: b
     real = mark.parent.resolve() / mark.name
     for source in inputs:
         with _reading(source):
-            if any(_holds(place, content) for place in _places(real, source.resolve(), above=above)):
+            if any(holds(place, content) for place in _places(real, source.resolve(), above=above)):
                 return source
     return None
 
@@ -121,7 +121,8 @@ def _folders_in(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def _holds(path: Path, content: bytes) -> bool:
+def holds(path: Path, content: bytes) -> bool:
+    """Whether a file with this content is there."""
     try:
         status = path.stat()
         return stat.S_ISREG(status.st_mode) and status.st_size == len(content) and path.read_bytes() == content
