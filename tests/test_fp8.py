@@ -25,7 +25,7 @@ from oracle import float64_merge
 
 F8 = DTYPES["F8_E4M3"]
 DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-CONFIG = {"architectures": ["X"], "torch_dtype": "bfloat16", "hidden_size": 8}
+CONFIG = {"architectures": ["StableLmForCausalLM"], "torch_dtype": "bfloat16", "hidden_size": 8}
 
 
 def quantise(values: Array, block: tuple[int, int]) -> tuple[Array, Array]:

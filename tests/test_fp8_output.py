@@ -21,8 +21,8 @@ from merge_tool.api import plan_recipe
 from merge_tool.checkpoint.header import TensorInfo, build_header
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.diff import diff_checkpoints
-from merge_tool.inspection import inspect_checkpoint
 from merge_tool.recipe.pair import pair as pair_recipe
+from merge_tool.verify.inspection import inspect_checkpoint
 from merge_tool.verify.verify import verify
 from oracle import float64_merge
 from test_vocab import tokenizer
@@ -110,7 +110,12 @@ def half_steps(codes: Array, scales: Array, block: Block) -> Array:
 
 def config_of(block: Block, **more: Any) -> dict[str, Any]:
     quantisation = {**DEEPSEEK, "weight_block_size": list(block)}
-    return {"architectures": ["X"], "torch_dtype": "bfloat16", "quantization_config": quantisation, **more}
+    return {
+        "architectures": ["StableLmForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "quantization_config": quantisation,
+        **more,
+    }
 
 
 def packed(
@@ -138,7 +143,7 @@ def fp8_model(folder: Path, seed: int, block: Block = (16, 16), **options: Any) 
 
 def plain_model(folder: Path, seed: int) -> Path:
     tensors = {name: array.astype(BF16) for name, array in matrices(seed).items()}
-    return save_model(folder, tensors, config={"architectures": ["X"], "torch_dtype": "bfloat16"})
+    return save_model(folder, tensors, config={"architectures": ["StableLmForCausalLM"], "torch_dtype": "bfloat16"})
 
 
 @pytest.fixture

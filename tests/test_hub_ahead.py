@@ -23,6 +23,7 @@ from hub_replica import TOKEN, Replica, refusal, run, serve
 from merge_tool import FetchError, OutputError, merge
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
 from merge_tool.checkpoint.hub import look
+from merge_tool.errors import sized
 from test_lora import normal, save_adapter
 
 SIDE = {"tokenizer.json": "{}", "README.md": "# card\n"}
@@ -35,7 +36,7 @@ COMMAND = ("merge", "org/base", "org/ft", "merged", "--t", "0.4")
 def hub(tmp_path: Path) -> Iterator[Replica]:
     """`org/base` in two shards, `org/ft` in one file; nothing of them is in the cache."""
     models = tmp_path / "hub/models/org"
-    config = {"architectures": ["X"], "model_type": "x", "num_hidden_layers": 3}
+    config = {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "num_hidden_layers": 3}
     save_model(models / "base", language_model(0), shards=2, side_files=SIDE, config=config)
     save_model(models / "ft", language_model(1), side_files=SIDE, config=config)
     with serve(tmp_path / "hub") as replica:
@@ -269,7 +270,7 @@ def test_no_room_in_the_cache_is_said_before_the_download(
     here: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_space(monkeypatch, home=1000)
-    with pytest.raises(FetchError, match=rf"take {size_of(here, *FILES):,} bytes, .* has 1,000 free.* HF_HUB_CACHE"):
+    with pytest.raises(FetchError, match=rf"take {sized(size_of(here, *FILES))}, .* has 1 kB free.* HF_HUB_CACHE"):
         merge("org/base", "org/ft", "merged", 0.4)
     assert_only_headers(here, tmp_path)
     assert not Path("merged").exists()

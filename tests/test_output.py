@@ -29,7 +29,7 @@ from merge_tool.recipe.pair import pair as pair_recipe
 from merge_tool.run.findings import Finding, from_record, to_record
 
 SMALL = {"max_shard_bytes": 10_000}
-COMMAND = [sys.executable, "-m", "merge_tool", "merge"]
+COMMAND = [sys.executable, str(Path(__file__).with_name("small_shards.py")), "merge"]
 
 
 def refusal(*args: Any, **options: Any) -> str:
@@ -161,7 +161,7 @@ def test_too_little_disk_is_said_before_starting(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "the disk has 1,000 free" in refusal(*pair, tmp_path / "out")
+    assert "the disk has 1 kB free" in refusal(*pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

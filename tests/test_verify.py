@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from checkpoints import contents, language_model, save_file, save_model
 from merge_tool import MergeToolError, merge
 from merge_tool.cli import merge_tool
-from merge_tool.inspection import check_health
+from merge_tool.verify.inspection import check_health
 from merge_tool.verify.verify import verify
 from oracle import float64_merge
 

@@ -184,7 +184,7 @@ def meant_path(path: str | Path) -> str:
 def snapshot_of(path: Path) -> Path:
     """Of a model's folder in the Hub's cache (`models--org--name`), the snapshot of `main`, or the only one; any other
     path as it is."""
-    if not path.resolve().name.startswith("models--") or not (path / "snapshots").is_dir():
+    if not _resolved(path).name.startswith("models--") or not (path / "snapshots").is_dir():
         return path
     snapshots = sorted((path / "snapshots").iterdir())
     try:
@@ -202,7 +202,7 @@ def snapshot_of(path: Path) -> Path:
 def distinct_names(paths: Iterable[Path]) -> dict[Path, str]:
     """The name of each folder or file. Where several have one name, as many of their parents come before it as are
     needed to tell them apart: `a/final` and `b/final`. Two commits of a model of the Hub are `org/name@commit`."""
-    roots = {path: snapshot_of(path).resolve() for path in paths}
+    roots = {path: _resolved(snapshot_of(path)) for path in paths}
     names = {root: _own_name(path, root) for path, root in roots.items()}
     for name in {name for name in names.values() if list(names.values()).count(name) > 1}:
         alike = [root for root in names if names[root] == name]
@@ -215,6 +215,14 @@ def distinct_names(paths: Iterable[Path]) -> dict[Path, str]:
         for root in local if len(local) > 1 else ():
             names[root] = _printable(Path(*root.parts[-depth:]).as_posix())
     return {path: names[root] for path, root in roots.items()}
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links; as it is if they lead in a circle, which opening it will say."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path.absolute()
 
 
 def _own_name(path: Path, root: Path) -> str:

@@ -240,7 +240,7 @@ def inspect_command(path: str, health: bool, as_json: bool) -> None:
 
     With --health the exit code is 1 if a value is NaN or infinite.
     """
-    from merge_tool.inspection import check_health, inspect_checkpoint
+    from merge_tool.verify.inspection import check_health, inspect_checkpoint
 
     inspection = inspect_checkpoint(path)
     tensors = check_health(path) if health else []

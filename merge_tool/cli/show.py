@@ -16,10 +16,10 @@ from merge_tool.recipe.recipe import label_t
 if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
     from merge_tool.api import MergeReport
     from merge_tool.diff import Diff, GroupDiff, TensorDiff
-    from merge_tool.inspection import Inspection, TensorHealth
     from merge_tool.models.inputs import Download
     from merge_tool.plan.prepare import Prepared
     from merge_tool.sweep import SweepPoint, SweepReport
+    from merge_tool.verify.inspection import Inspection, TensorHealth
     from merge_tool.verify.verify import Verification
 
 

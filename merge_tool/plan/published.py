@@ -40,8 +40,7 @@ def local_names(recipe: Recipe) -> dict[str, str]:
 
 
 def _local(name: str, path: Path) -> str:
-    is_of_hub = Folder(snapshot_of(path)).is_of_hub
-    return f"./{name}" if "/" in name and not is_of_hub else name
+    return name if "/" not in name or Folder(snapshot_of(path)).is_of_hub else f"./{name}"
 
 
 def _named(ref: ModelRef, names: dict[str, str]) -> ModelRef:
