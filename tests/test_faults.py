@@ -292,7 +292,8 @@ def test_a_disk_that_fills_up_is_an_error_and_room_continues(
 # The command, which says on a pipe that all its imports are done: what fails before that fails in the interpreter.
 BEGIN = """
 import os, sys
-from merge_tool.cli import merge_tool
+from merge_tool.cli import merge_tool, options
+options.LEAST_SHARD_BYTES = 1
 os.write(int(sys.argv.pop(1)), b"begun")
 merge_tool(prog_name="merge-tool")
 """
@@ -523,7 +524,8 @@ def slow(fd):
     real(fd)
 os.fsync = slow
 sys.argv[0] = "slerp-merge"
-from merge_tool.cli import slerp_merge
+from merge_tool.cli import options, slerp_merge
+options.LEAST_SHARD_BYTES = 1
 slerp_merge()
 """
 
