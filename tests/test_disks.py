@@ -500,7 +500,7 @@ def test_a_disk_that_says_no_sizes_is_told_as_unknown(tmp_path: Path) -> None:
 def test_a_small_model_fits_a_small_disk(tmp_path: Path, pair: tuple[Path, Path], small_disk: Path) -> None:
     """The reserve for report and journal is in proportion; the message names it apart from the output."""
     subprocess.run(["mount", "-o", "remount,size=100k", small_disk], check=True)
-    with pytest.raises(OutputError, match=r"the output takes .* bytes, its report and journal up to 2..,...; the disk"):
+    with pytest.raises(OutputError, match=r"the output takes .* kB, its report and journal up to 2.. kB; the disk"):
         merge(*pair, small_disk / "out")
     subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
     merge(*pair, small_disk / "out")

@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(base: Path, tmp_path: Path) 
     finally:
         loop.publish_folder = real
     assert reached
-    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert not list(output.glob(".partial*"))
     for folder in list_checkpoints(output):
         AutoModelForCausalLM.from_pretrained(folder)
@@ -278,8 +278,9 @@ def test_a_saved_checkpoint_is_ordinary(base: Path, tmp_path: Path) -> None:
 def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 2 and 4 that has not ended."""
     output = tmp_path_factory.mktemp("stopped") / "o"
-    finetune(build_config(values(base, output, save_every=2, max_steps=6)))
-    shutil.rmtree(output / "final")
+    finetune(build_config(values(base, output, save_every=2, max_steps=6, keep_last=3)))
+    for folder in ("final", "checkpoints/step-00000006"):
+        shutil.rmtree(output / folder)
     return output
 
 

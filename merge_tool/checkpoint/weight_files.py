@@ -46,7 +46,11 @@ def find_weights(name: str, listing: Sequence[str], *, of_hub: bool = False) -> 
         return _choose(name, states, "pytorch_model.bin", ".bin")
     if others := [file for file in listing if is_weight_file(file)]:
         raise CheckpointError(f"{name}: {unread_format(others)}")
-    raise CheckpointError(f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.")
+    numbers = [int(match[1]) for file in listing if (match := re.fullmatch(r"checkpoint-([0-9]{1,12})", file))]
+    inside = f" Its folder checkpoint-{max(numbers)} is a training's last: give that." if numbers else ""
+    raise CheckpointError(
+        f"{name}: no weights found, expected model.safetensors or model.safetensors.index.json.{inside}"
+    )
 
 
 def adapter_files(name: str, listing: Sequence[str], *, of_hub: bool = False) -> list[str]:

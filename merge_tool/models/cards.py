@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_tool.checkpoint.folder import Folder, distinct_names
 from merge_tool.errors import CheckpointError, listed, reason, shown
-from merge_tool.models.side_files import CARD
+from merge_tool.models.side_files import card_name
 
 Cards = Mapping[str, Path | None]  # by the name of a model or adapter; None for one without a card
 
@@ -28,7 +28,8 @@ def _card(path: Path, name: str) -> Path | None:
         return None
     folder = Folder(path, name)
     try:
-        return folder.regular(CARD) if folder.has(CARD) else None
+        file = card_name(folder)
+        return folder.regular(file) if file is not None else None
     except CheckpointError:  # a link that leads out of the folder
         return None
 
