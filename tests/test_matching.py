@@ -720,3 +720,14 @@ def test_names_that_only_shapes_suggest_are_in_the_error(tmp_path: Path) -> None
         "--names-from"
         not in run(save_model(tmp_path / "b2", {"r": np.zeros(3), "s": np.zeros(3)}), other, "out").stderr
     )
+
+
+@pytest.mark.parametrize("ft_tied", [None, False])
+def test_an_embedding_that_ft_lacks_is_not_its_head(tmp_path: Path, ft_tied: bool | None) -> None:
+    """BASE's embedding and head are two tensors; an incomplete FT has one of them, and does not say that it is both."""
+    x, y = language_model(0), language_model(1)
+    del y["model.embed_tokens.weight"]
+    base = save_model(tmp_path / "base", x, config=config_of(False))
+    result = run(base, save_model(tmp_path / "ft", y, config=config_of(ft_tied)), tmp_path / "out")
+    assert result.exit_code == 1
+    assert "1 tensor only in base: model.embed_tokens.weight" in result.stderr

@@ -1009,3 +1009,18 @@ def test_a_base_with_its_adapter_alone_is_that_model(tmp_path: Path, method: str
     assert any("of base_model alone is base_model" in w and "with the adapter in it" in w for w in report.warnings)
     expected = load_folder(base)["model.q.weight"].astype(np.float64) + b.astype(np.float64) @ a
     assert np.allclose(load_folder(tmp_path / "out")["model.q.weight"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"merge_method: linear\n{TWO}parameters: {{normalise: false}}",
+        f"merge_method: linear\n{TWO}parameters: {{smooth: 0}}",
+        "merge_method: ties\nbase_model: A\nmodels: [{model: B, parameters: {wieght: 0}}]",
+        f"dtyp: &d bfloat16\nout_dtype: *d\nmerge_method: linear\n{TWO}",
+    ],
+)
+def test_leniency_ends_where_a_typo_would_be_another_merge(text: str) -> None:
+    """Switches that are on by default, numbers, and keys that only seem to hold an anchor."""
+    with pytest.raises(RecipeError, match=r"has no (parameter|key) '"):
+        parsed(text)

@@ -62,6 +62,8 @@ def _lone_copies(base: Checkpoint, ft: Checkpoint, name: str) -> list[str]:
         return copies
     if says_tied(ft.config or {}) is False or any(is_embedding(n) and own_name(n) not in COPIES for n in ft.tensors):
         return copies
+    if says_tied(ft.config or {}) is None and any(map(is_head, base.tensors)) and not says_tied(base.config or {}):
+        return copies  # BASE's two ends are two tensors: FT lacks one of them
     heads = [n for n in ft.tensors if is_head(n)]
     alike = [n for n in base.tensors if is_embedding(n) and own_name(n) not in COPIES]
     fit = len(heads) == 1 and alike == [name] and ft.tensors[heads[0]].shape[1:] == info.shape[1:]

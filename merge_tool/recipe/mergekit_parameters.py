@@ -79,7 +79,7 @@ class Parameters:
             self._text.warn(value.key_line, key, INERT[key])
         elif key in self._elsewhere:
             self._text.warn(value.key_line, key, f"{self._name} has no such parameter")
-        elif value.plain in (False, None):
+        elif (value.plain is False or value.plain is None) and not nearest(key, self._defaults.keys()):
             self._text.warn(value.key_line, key, f"{self._name} has no such switch, and it is off")
         else:
             known = ", ".join(sorted(self._defaults)) or "none"

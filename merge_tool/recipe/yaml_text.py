@@ -247,7 +247,11 @@ class Text:
     def fields(self, value: Value, what: str, known: Collection[str]) -> Fields:
         """A mapping of `known` keys. Inert ones are warned about and left out."""
         mapping = self.mapping(value, what)
-        mapping = {key: item for key, item in mapping.items() if key in known or key in self.inert or not item.is_lent}
+        mapping = {
+            key: item
+            for key, item in mapping.items()
+            if key in known or key in self.inert or not item.is_lent or nearest(key, known)  # perhaps a typo
+        }
         unknown = [key for key in mapping if key not in known and key not in self.inert]
         if unknown:
             unread = "; ".join(f"'{shown(key)}'{self.meant(key, known)}" for key in unknown[:5])
