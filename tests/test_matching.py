@@ -731,3 +731,15 @@ def test_an_embedding_that_ft_lacks_is_not_its_head(tmp_path: Path, ft_tied: boo
     result = run(base, save_model(tmp_path / "ft", y, config=config_of(ft_tied)), tmp_path / "out")
     assert result.exit_code == 1
     assert "1 tensor only in base: model.embed_tokens.weight" in result.stderr
+
+
+def test_layers_that_base_lacks_are_not_added(tmp_path: Path) -> None:
+    """config.json counts BASE's layers: a loader would ignore the others, at exit 0."""
+    x, y = language_model(0), language_model(1)
+    more = {name.replace("layers.1.", "layers.7."): array for name, array in y.items() if "layers.1." in name}
+    base, ft = save_model(tmp_path / "base", x), save_model(tmp_path / "ft", y | more)
+    assert not more.keys() & x.keys(), "the layer is new"
+    result = run(base, ft, tmp_path / "out", "--on-missing", "ft")
+    assert result.exit_code == 1
+    assert "in layers that base does not have: model.layers.7." in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from merge_tool.models.given_names import suggested_names
 from merge_tool.models.layer_config import num_layers
 from merge_tool.models.naming import has_token_rows, is_derived
 from merge_tool.plan.expand import Expansion, OutputTensor
-from merge_tool.plan.stacks import Stacks, natural_key
+from merge_tool.plan.stacks import Stacks, natural_key, split_layer
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.settings import Pattern
@@ -74,6 +74,7 @@ def fit(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint]) -> F
         elif reason != NOT_CHOSEN:
             left_out.append(name)
     _check(recipe, expansion, models, differences)
+    _check_depth(models[recipe.first], [name for name, reason in kept.items() if reason == ADDED])
     if not merged:
         if any(reason != NOT_CHOSEN for reason in kept.values()):
             raise MismatchError(f"{_all(models)} have no tensor in common that could be merged. Are they related?")
@@ -159,6 +160,21 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
             + "\nAll must be the same architecture, with one vocabulary. To merge them anyway:\n  "
             + "\n  ".join([*ways, "--exclude PATTERN: matching tensors are copied from BASE."])
             + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")
+        )
+
+
+def _check_depth(base: Checkpoint, added: Sequence[str]) -> None:
+    """Raise MismatchError for layers that BASE does not have: config.json counts BASE's, and a loader ignores more."""
+    layers = {name: layer for name in added if (layer := split_layer(name)) is not None}
+    if not layers:
+        return
+    known = {layer for name in base.tensors if (layer := split_layer(name)) is not None}
+    stacks = {stack for stack, _ in known}
+    if deeper := [name for name, layer in layers.items() if layer[0] in stacks and layer not in known]:
+        raise MismatchError(
+            f"--on-missing ft: {counted(len(deeper), 'tensor is', 'tensors are')} in layers that {base.name} does not "
+            f"have: {listed(_natural(deeper))}. A loader would ignore them. Give models of equal depth, or slices in a "
+            "recipe."
         )
 
 
