@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -58,15 +59,11 @@ class Pieces:
             source.read_into(first, values[position : position + end - first])
 
     def acquire(self) -> None:
-        opened: list[TensorSource] = []
-        try:
+        with ExitStack() as opened:
             for source, _, _ in self.pieces:
                 source.acquire()
-                opened.append(source)
-        except BaseException:
-            for source in opened:
-                source.release()
-            raise
+                opened.callback(source.release)
+            opened.pop_all()
 
     def release(self) -> None:
         for source, _, _ in self.pieces:

@@ -16,6 +16,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.errors import shown
+from merge_tool.models.experts import Pieces
 from merge_tool.models.lora_config import EXPERT_PARAMETERS, Settings
 from merge_tool.models.lora_names import AdapterTensor
 from merge_tool.models.low_rank import Factor, LowRankTensor
@@ -87,7 +88,8 @@ class ExpertsTensor:
 
     def _expert(self, number: int) -> LowRankTensor:
         info = TensorInfo(self.info.name, self.info.dtype, self.info.shape[1:], 0)
-        base = _View(TensorInfo(self.info.name, self.base.info.dtype, info.shape, 0), self.base, number * self._size)
+        stored = TensorInfo(self.info.name, self.base.info.dtype, info.shape, 0)
+        base = Pieces(stored, ((self.base, number * self._size, self._size),))
         return self.change.of(number, 0, info, base)
 
     def acquire(self) -> None:
@@ -112,45 +114,6 @@ class ExpertsTensor:
 
     def extra_bytes(self, count: int) -> int:
         return self._expert(0).extra_bytes(count)
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A TensorSource: elements of another from `offset` on."""
-
-    info: TensorInfo
-    whole: TensorSource
-    offset: int
-
-    @property
-    def stored_dtype(self) -> str:
-        return self.whole.stored_dtype
-
-    @property
-    def where(self) -> str:
-        return self.whole.where
-
-    @property
-    def files(self) -> Sequence[ByteSource]:
-        return self.whole.files
-
-    def acquire(self) -> None:
-        self.whole.acquire()
-
-    def release(self) -> None:
-        self.whole.release()
-
-    def prefetch(self, start: int, stop: int) -> None:
-        self.whole.prefetch(self.offset + start, self.offset + stop)
-
-    def forget(self, start: int, stop: int) -> None:
-        self.whole.forget(self.offset + start, self.offset + stop)
-
-    def read_into(self, start: int, values: Array) -> None:
-        self.whole.read_into(self.offset + start, values)
-
-    def extra_bytes(self, count: int) -> int:
-        return self.whole.extra_bytes(count)
 
 
 @dataclass(frozen=True, slots=True)
