@@ -319,3 +319,17 @@ def test_added_tokens_stand_where_converters_look(tmp_path: Path, pieces: str | 
     assert config["model_max_length"] == 9
     found = CliRunner().invoke(merge_tool, ["verify", str(tmp_path / "out"), "--against", str(base), str(ft)])
     assert found.exit_code == 0, found.output
+
+
+def test_a_template_whose_tokens_the_output_lacks_is_a_warning(tmp_path: Path) -> None:
+    """FT's template alone, without FT's tokens: they would be split into pieces."""
+    chatml = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    base, ft = model(tmp_path / "base", 1), model(tmp_path / "ft", 2, {"chat_template.jinja": chatml})
+    (told,) = warnings_of(base, ft, chat_template="ft")
+    assert told == (
+        "chat_template: the template writes <|im_start|>, <|im_end|>, which are no tokens of the output's tokenizer."
+    )
+    added = [{"id": 3 + n, "content": token, "special": True} for n, token in enumerate(("<|im_start|>", "<|im_end|>"))]
+    knows = model(tmp_path / "knows", 1, {"tokenizer.json": changed(added_tokens=added)})
+    told_of = merge(knows, ft, tmp_path / "b", chat_template="ft", exclude="embed_tokens").warnings
+    assert not any("no tokens of the output" in warning for warning in told_of)

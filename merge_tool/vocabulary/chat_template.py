@@ -4,6 +4,7 @@ Strings only: no template is run."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -84,11 +85,21 @@ def _edited(side_files: SideFiles, file: SideFile, text: str) -> SideFile:
 
 
 def template_warnings(text: str, side_files: SideFiles) -> Iterator[str]:
-    """Warnings about special tokens that a template known by name writes and the output's tokenizer lacks."""
-    name = next((name for name, known in TEMPLATES.items() if known == text), "")
+    """Warnings about the tokens that a chat template writes and the output's tokenizer lacks: those of a known
+    template, and whatever is spelled <|like this|>."""
+    name = next((name for name, known in TEMPLATES.items() if known == text), "the template")
+    tokens = TEMPLATE_TOKENS.get(name) or tuple(dict.fromkeys(_TOKEN.findall(text)))
     tokenizer = next((file for file in side_files.copied if file.target == "tokenizer.json"), None)
-    if name not in TEMPLATE_TOKENS or tokenizer is None:
+    if not tokens or tokenizer is None:
         return
-    held = b"".join(side_files.read(tokenizer, None))
-    if lacking := [token for token in TEMPLATE_TOKENS[name] if json.dumps(token).encode() not in held]:
+    content = b"".join(side_files.read(tokenizer, None))
+    if lacking := [token for token in tokens if not any(word in content for word in _spellings(token))]:
         yield f"chat_template: {name} writes {', '.join(lacking)}, which are no tokens of the output's tokenizer."
+
+
+_TOKEN = re.compile(r"<\|[A-Za-z0-9_ -]{1,40}\|>")
+
+
+def _spellings(token: str) -> set[bytes]:
+    """A token as JSON may write it."""
+    return {json.dumps(token, ensure_ascii=is_ascii).encode() for is_ascii in (True, False)}
