@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from merge_tool import merge_models
-from merge_tool.models.layer_config import DERIVED, layer_doubts, restack
+from merge_tool.models.layer_config import layer_doubts, restack
+from merge_tool.models.layer_kinds import DERIVED
 
 N = 8
 STACKS = ((0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7), (0, 2, 3, 6, 7))

@@ -15,7 +15,7 @@ from merge_tool import open_checkpoint
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.fp8 import quantization_of, without_quantization
 from merge_tool.checkpoint.quantised import why_quantised
-from merge_tool.models.layer_config import counts_layers
+from merge_tool.models.layer_counts import counts_layers
 from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import (
     edit_config_dtype,

@@ -1,10 +1,9 @@
 """What config.json says layer by layer, for a model whose layers are stacked anew: lists with one entry for each layer,
 lists of layer numbers, and numbers that a layer's kind follows from (a pattern, an interval, a first layer).
 
-Tables at the top, each with its reason; they follow transformers 5.23, and tests/test_layer_config.py compares them
-with all of its configurations. A kind that follows from a number is written as a list where the model's class reads
-one. Otherwise the number is solved for: the one that gives the new layers their old kinds. What cannot be said is
-named.
+Tables at the top, each with its reason; they follow transformers 5.23, as layer_kinds.py does. A kind that follows from
+a number is written as a list where the model's class reads one. Otherwise the number is solved for: the one that gives
+the new layers their old kinds. What cannot be said is named.
 """
 
 from __future__ import annotations
@@ -17,285 +16,8 @@ from itertools import product
 from typing import Any
 
 from merge_tool.checkpoint.sub_configs import is_of_text, sub_configs
-
-Config = Mapping[str, Any]
-Kinds = Callable[[Config, int], list[Any]]  # a configuration and its number of layers -> one entry for each layer
-
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
-_COUNTED = ("layers_block_type", "hybrid_override_pattern", "attn_layers")  # as long as the model: Nemotron-H, Reformer
-PREDICTED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
-_FULL, _SLIDING, _LINEAR, _INDEXED = "full_attention", "sliding_attention", "linear_attention", "indexed_attention"
-
-
-def num_layers(config: Config | None) -> int | None:
-    """The language model's number of layers; None if config.json does not say, or says two."""
-    counts = {count for keys, part in sub_configs(config or {}) if is_of_text(keys) if (count := _count(part))}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def counts_layers(config: Config | None) -> bool:
-    """Whether config.json says how many layers the language model has."""
-    return any(_count(part) is not None for keys, part in sub_configs(config or {}) if is_of_text(keys))
-
-
-def _count(part: Config) -> int | None:
-    count = next((part[key] for key in COUNTS if type(part.get(key)) is int), None)
-    if count is None:
-        count = next((len(part[key]) for key in _COUNTED if isinstance(part.get(key), (list, str)) and part[key]), None)
-    return count
-
-
-# ------------------------------------------------------------------------- lists that follow from numbers
-
-
-def _every(key: str, default: int, *, offset: int = 1, kinds: tuple[str, str] = (_SLIDING, _FULL)) -> Kinds:
-    """Each n-th layer is of the second kind; `key` is n."""
-
-    def of(config: Config, n: int) -> list[Any]:
-        step = config.get(key, default)
-        if type(step) is not int or step < 1:
-            return []
-        return [kinds[(i + offset) % step == 0] for i in range(n)]
-
-    return of
-
-
-def _from_window(config: Config, n: int) -> list[Any]:
-    """The first `max_window_layers` layers attend to everything, the others to a window."""
-    has_window = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
-    return [_SLIDING if has_window and i >= config.get("max_window_layers", 28) else _FULL for i in range(n)]
-
-
-def _dots1_window(config: Config, n: int) -> list[Any]:
-    return _from_window({"max_window_layers": 62, **config, "use_sliding_window": True}, n)
-
-
-def _qwen2_moe_window(config: Config, n: int) -> list[Any]:
-    first = config.get("max_window_layers", 28) if config.get("use_sliding_window", False) else 0
-    return [_FULL if i % 2 or i >= first else _SLIDING for i in range(n)]
-
-
-def _until(key: str, default: int, kinds: tuple[Any, Any] = ("dense", "sparse")) -> Kinds:
-    """The first layers are of the first kind; `key` is their number."""
-    return lambda config, n: [kinds[i >= _int(config.get(key), default)] for i in range(n)]
-
-
-def _first(count: int, kinds: tuple[Any, Any] = ("dense", "sparse")) -> Kinds:
-    return lambda config, n: [kinds[i >= count] for i in range(n)]
-
-
-def _int(value: Any, default: int) -> int:
-    return value if type(value) is int else default
-
-
-def _dense_then_each(config: Config, n: int) -> list[Any]:
-    """Dense up to a layer, then each n-th layer has experts, or those that a list says."""
-    first, freq = _int(config.get("first_k_dense_replace"), 1), config.get("moe_layer_freq", 1)
-    if isinstance(freq, list):
-        return ["sparse" if i >= first and freq[i] else "dense" for i in range(n)] if len(freq) >= n else []
-    return ["sparse" if i >= first and i % max(_int(freq, 1), 1) == 0 else "dense" for i in range(n)]
-
-
-def _of(items: str, kinds: Mapping[Any, Any]) -> Kinds:
-    """Another name of the list, with other names of the kinds."""
-
-    def of(config: Config, n: int) -> list[Any]:
-        listed = config.get(items)
-        return [kinds.get(item, kinds.get("")) for item in listed] if isinstance(listed, list) else []
-
-    return of
-
-
-def _rope_interval(config: Config, n: int) -> list[Any]:
-    step = _int(config.get("no_rope_layer_interval"), 4)
-    return [int((i + 1) % step != 0) for i in range(n)] if step else []
-
-
-def _smollm3_window(config: Config, n: int) -> list[Any]:
-    has_window = config.get("use_sliding_window", False) and config.get("sliding_window") is not None
-    ropes = config.get("no_rope_layers") or _rope_interval(config, n)
-    return [_SLIDING if has_window and not rope else _FULL for rope in ropes]
-
-
-def _llama4_chunks(config: Config, n: int) -> list[Any]:
-    return [
-        "chunked_attention" if rope else _FULL for rope in config.get("no_rope_layers") or _rope_interval(config, n)
-    ]
-
-
-def _llama4_experts(config: Config, n: int) -> list[Any]:
-    step = _int(config.get("interleave_moe_layer_step"), 1)
-    return [(i + 1) % step == 0 for i in range(n)] if step > 0 else []
-
-
-def _last_is_full(kinds: Kinds) -> Kinds:
-    return lambda config, n: [*kinds(config, n)[: n - 1], _FULL][:n]
-
-
-def _cohere2_moe(config: Config, n: int) -> list[Any]:
-    first = _int(config.get("first_k_dense_replace"), 0)
-    prefix = _every("prefix_dense_sliding_window_pattern", 1)(config, first)
-    return prefix + _every("sliding_window_pattern", 4)(config, n - first)
-
-
-def _from_sets(config: Config, n: int) -> list[Any]:
-    """Kimi Linear numbers its layers from 1."""
-    linear = config.get("linear_attn_config")
-    if isinstance(linear, Mapping) and {"full_attn_layers", "kda_layers"} <= linear.keys():
-        return [_FULL if i + 1 in linear["full_attn_layers"] else _LINEAR for i in range(n)]
-    return [_FULL if i and i % 4 == 0 else _LINEAR for i in range(n)]
-
-
-def _indexers(config: Config, n: int) -> list[Any]:
-    pattern = config.get("index_topk_pattern")
-    if isinstance(pattern, (str, list)):
-        return [{"F": "full", "S": "shared"}.get(c, c) for c in pattern]
-    step, offset = max(_int(config.get("index_topk_freq"), 1), 1), _int(config.get("index_skip_topk_offset"), 2)
-    return ["full" if max(i - offset + 1, 0) % step == 0 else "shared" for i in range(n)]
-
-
-def _step3_experts(config: Config, n: int) -> list[Any]:
-    listed = config.get("moe_layers_enum")
-    if listed is None:
-        return _first(3)(config, n)
-    numbers = {int(item) for item in (listed.split(",") if isinstance(listed, str) else listed) if str(item).strip()}
-    return ["sparse" if i in numbers else "dense" for i in range(n)]
-
-
-def _zamba(config: Config, n: int) -> list[Any]:
-    period, offset = _int(config.get("attn_layer_period"), 6), _int(config.get("attn_layer_offset"), 4)
-    rest = ["hybrid" if i % period == offset else _LINEAR for i in range(n - 3)]
-    return [_LINEAR, _LINEAR, "hybrid", *rest][:n]
-
-
-def _muse_thetas(config: Config, n: int) -> list[Any]:
-    rope = config.get("rope_parameters")
-    theta = rope.get("rope_theta") if isinstance(rope, Mapping) else config.get("rope_theta")
-    if theta is None:
-        theta = 500_000.0 if "spark" in str(config.get("model_type")) else 10_000.0
-    return [0 if (n - 1 - i) % 4 == 0 else theta for i in range(n)]
-
-
-def _by_number(rule: Callable[[int, int], Any]) -> Kinds:
-    """Kinds that follow from a layer's number and the number of layers alone."""
-    return lambda config, n: [rule(i, n) for i in range(n)]
-
-
-def _pick(is_full: Callable[[int, int], bool], other: str = _SLIDING, full: str = _FULL) -> Kinds:
-    return _by_number(lambda i, n: full if is_full(i, n) else other)
-
-
-def _olmo_hybrid(config: Config, n: int) -> list[Any]:
-    kinds = [_FULL if i % 4 == 3 else _LINEAR for i in range(n)]
-    return kinds if _FULL in kinds else [*kinds[:-1], _FULL][:n]
-
-
-def _deepseek_v4(config: Config, n: int) -> list[Any]:
-    ratios = config.get("compress_ratios")
-    heavy, light = "heavily_compressed_attention", "compressed_sparse_attention"
-    if isinstance(ratios, list):
-        return [{0: _SLIDING, 4: light, 128: heavy}.get(ratio) for ratio in ratios[:n]]
-    return [light if i > 1 and i % 2 else heavy for i in range(n)]
-
-
-def _inkling(config: Config, n: int) -> list[Any]:
-    local = config.get("local_layer_ids")
-    local = {i for i in range(n) if (i + 1) % 6} if local is None else set(local)
-    return ["hybrid_sliding" if i in local else "hybrid" for i in range(n)]
-
-
-def _lfm2(config: Config, n: int) -> list[Any]:
-    full = config.get("full_attn_idxs")
-    return [_FULL if full is None or i in full else "conv" for i in range(n)]
-
-
-def _dots3(config: Config, n: int) -> list[Any]:
-    full = _FULL if config.get("use_dsa") is False else _INDEXED
-    windows = config.get("use_sliding_window", True)
-    return [full if not windows or i < 2 or i % 4 == 1 else _SLIDING for i in range(n)]
-
-
-def _sparsities(config: Config, n: int) -> list[Any]:
-    return [0.95 if i < 10 < n else 0.0 for i in range(n)]
-
-
-def _minimax_m3(config: Config, n: int) -> list[Any]:
-    sparse = config.get("sparse_attention_config")
-    return _of("sparse_attention_freq", {0: _FULL, "": "minimax_m3_sparse"})(sparse or {}, n)
-
-
-_WINDOWS = {"layer_types": _from_window}
-_HALF = {"layer_types": _every("", 2)}
-_SIX = {"layer_types": _every("sliding_window_pattern", 6)}
-_SIX_AND_LAST = {"layer_types": _last_is_full(_every("", 6))}
-_GRANITE = {"layer_types": _pick(lambda i, n: i % 4 == 0)}
-_THIRDS = {"layer_types": _every("global_attn_every_n_layers", 3, offset=0)}
-_INTERVAL = {"layer_types": _every("full_attention_interval", 4, kinds=(_LINEAR, _FULL))}
-_DENSE_ONE = {"mlp_layer_types": _first(1)}
-_DENSE_EACH = {"mlp_layer_types": _dense_then_each}
-_MUSE = {"layer_types": _pick(lambda i, n: (n - 1 - i) % 4 == 0), "layer_rope_theta": _muse_thetas}
-# model_type (without `_text`) -> the lists that its class reads, and what it makes of numbers where they are absent.
-DERIVED: Mapping[str, Mapping[str, Kinds]] = {
-    **dict.fromkeys(("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen2_5_omni_talker",
-                     "qwen3_omni_moe_talker_code_predictor"), _WINDOWS),
-    **dict.fromkeys(("gemma2", "vaultgemma", "gpt_oss", "t5_gemma_module"), _HALF),
-    **dict.fromkeys(("gemma3", "t5gemma2", "t5gemma2_decoder"), _SIX),
-    **dict.fromkeys(("gemma4", "gemma4_unified", "diffusion_gemma"), _SIX_AND_LAST),
-    **dict.fromkeys(("granite_swa", "granitemoe_swa", "cwm"), _GRANITE),
-    **dict.fromkeys(("modernbert", "modernbert-decoder"), _THIRDS),
-    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), _INTERVAL),
-    **dict.fromkeys(("glm4_moe_lite", "hy_v3", "laguna", "ernie4_5_vl_moe", "ernie4_5_vl"), _DENSE_ONE),
-    **dict.fromkeys(("axk1", "axk2"), _DENSE_EACH),
-    **dict.fromkeys(("muse_glimmer", "muse_spark"), _MUSE),
-    "afmoe": {"layer_types": _every("global_attn_every_n_layers", 4)},
-    "bailing_hybrid": {"layer_types": _every("layer_group_size", 6, kinds=(_LINEAR, _FULL)),
-                       "mlp_layer_types": _until("first_k_dense_replace", 2)},
-    "beam": {**_SIX_AND_LAST, "mlp_layer_types": _first(3)},
-    "cohere2": {"layer_types": _every("sliding_window_pattern", 4)},
-    "cohere2_moe": {"layer_types": _cohere2_moe, "mlp_layer_types": _until("first_k_dense_replace", 0)},
-    "deepseek_v32": {"mlp_layer_types": _until("first_k_dense_replace", 3)},
-    "deepseek_v4": {"layer_types": _deepseek_v4, "mlp_layer_types": _until("num_hash_layers", 3, ("hash_moe", "moe"))},
-    "dots1": {"layer_types": _dots1_window},
-    "dots3_note": {"layer_types": _dots3, "mlp_layer_types": _dense_then_each},
-    "embedding_gemma2": {"layer_types": _last_is_full(_every("sliding_window_pattern", 6))},
-    "exaone4": {"layer_types": _every("sliding_window_pattern", 4)},
-    "exaone_moe": {"layer_types": _every("sliding_window_pattern", 4),
-                   "mlp_layer_types": _until("first_k_dense_replace", 1)},
-    "flint": {"layer_types": _pick(lambda i, n: i < 2 or i % 4 == 1 or i == n - 1)},
-    "gemma3n": {"layer_types": _every("", 5), "activation_sparsity_pattern": _sparsities},
-    "glm5_next": {"layer_types": _pick(lambda i, n: i % 4 == 3, _LINEAR, _INDEXED), "mlp_layer_types": _first(3),
-                  "indexer_types": _indexers},
-    "glm_moe_dsa": {"mlp_layer_types": _until("first_k_dense_replace", 3), "indexer_types": _indexers},
-    "hy_v4": {"mlp_layer_types": _first(1),
-              "indexer_types": _pick(lambda i, n: i == 0 or (i - 1) % 4 == 0, "shared", "full")},
-    "inkling": {"layer_types": _inkling, "mlp_layer_types": _until("dense_mlp_idx", 0)},
-    "inkling2": {"layer_types": _pick(lambda i, n: (i + 1) % 6 == 0, "hybrid_sliding", "hybrid")},
-    "kimi_linear": {"layer_types": _from_sets, "mlp_layer_types": _until("first_k_dense_replace", 1)},
-    "kolibri1": {"layer_types": _every("", 5)},
-    "lfm2": {"layer_types": _lfm2},
-    "lfm3": {"layer_types": _by_number(lambda i, n: _FULL if i % 4 == 2 else _SLIDING if i and i % 4 == 0 else "conv")},
-    "llama4": {"no_rope_layers": _rope_interval, "layer_types": _llama4_chunks},
-    "mimo_v2_flash": {"layer_types": _pick(lambda i, n: i == 0 or (i + 1) % 6 == 0), "mlp_layer_types": _first(1)},
-    "minimax": {"layer_types": _every("", 2, kinds=(_FULL, _LINEAR))},
-    "minimax_m3_vl": {"layer_types": _minimax_m3,
-                      "mlp_layer_types": _of("moe_layer_freq", {0: "dense", "": "sparse"})},
-    "mistral_large4": {"no_rope_layers": _rope_interval, "indexer_types": _indexers,
-                       "mlp_layer_types": _until("first_k_dense_replace", 1)},
-    "neomme": {"layer_types": _pick(lambda i, n: (i + 1) % 6 == 0 or i == n - 1)},
-    "olmo3": {"layer_types": _every("", 4)},
-    "olmo_hybrid": {"layer_types": _olmo_hybrid},
-    "qwen2_moe": {"layer_types": _qwen2_moe_window},
-    "qwen4_exp": {"layer_types": _every("full_attention_interval", 4, kinds=(_LINEAR, _INDEXED))},
-    "smollm3": {"no_rope_layers": _rope_interval, "layer_types": _smollm3_window},
-    "step3p5": {"mlp_layer_types": _step3_experts},
-    "unlimited_ocr": {"mlp_layer_types": _until("first_k_dense_replace", 1)},
-    "ultrabert": {"layer_types": _every("", 3)},
-    "zamba": {"layers_block_type": _zamba},
-}  # fmt: skip
-# Lists that a class reads under another key, too: a configuration with one of them has the list.
-_ALIASES = {"layer_types": ("layers_block_type",), "layers_block_type": ("layer_types",)}
-# Their class sets the last layer to full attention, whatever the list says.
-_ENDS_FULL = frozenset({"gemma4", "gemma4_unified", "diffusion_gemma", "embedding_gemma2"})
+from merge_tool.models.layer_counts import COUNTS, PREDICTED, Config, count_of
+from merge_tool.models.layer_kinds import ALIASES, DERIVED, ENDS_FULL, FULL, Kinds, as_int, llama4_experts, until
 
 # --------------------------------------------------------------------------------- numbers to solve for
 
@@ -312,9 +34,9 @@ class _Solved:
 
 
 def _ernie(config: Config, n: int) -> list[Any]:
-    end, step = _int(config.get("moe_layer_end_index"), -1), max(_int(config.get("moe_layer_interval"), 1), 1)
+    end, step = as_int(config.get("moe_layer_end_index"), -1), max(as_int(config.get("moe_layer_interval"), 1), 1)
     end = n - 1 if end == -1 else end
-    return [(i + 1) % step == 0 and _int(config.get("moe_layer_start_index"), 1) <= i <= end for i in range(n)]
+    return [(i + 1) % step == 0 and as_int(config.get("moe_layer_start_index"), 1) <= i <= end for i in range(n)]
 
 
 def _period(name: str) -> _Solved:
@@ -323,7 +45,7 @@ def _period(name: str) -> _Solved:
     defaults = {"attn_layer_period": 8, "attn_layer_offset": 4, "expert_layer_period": 2, "expert_layer_offset": 1}
 
     def kinds(config: Config, n: int) -> list[Any]:
-        step, first = (_int(config.get(key), defaults[key]) for key in (period, offset))
+        step, first = (as_int(config.get(key), defaults[key]) for key in (period, offset))
         return [i % step == first for i in range(n)] if first < step else []  # the class refuses others
 
     return _Solved((period, offset), kinds, lambda n: (range(1, n + 2), range(n + 1)), defaults)
@@ -331,13 +53,13 @@ def _period(name: str) -> _Solved:
 
 def _sharing(config: Config, n: int) -> list[Any]:
     """Which layers take the keys and values of an earlier layer (Gemma 3n and 4), and which layer's those are."""
-    first, kinds = n - _int(config.get("num_kv_shared_layers"), 0), config.get("layer_types")
+    first, kinds = n - as_int(config.get("num_kv_shared_layers"), 0), config.get("layer_types")
     return [i >= first for i in range(n)] if isinstance(kinds, list) else []
 
 
 _DENSE_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 _SOLVED: tuple[_Solved, ...] = (
-    *(_Solved((key,), _until(key, 0, (True, False)), lambda n: (range(n + 1),), {}) for key in _DENSE_COUNTS),
+    *(_Solved((key,), until(key, 0, (True, False)), lambda n: (range(n + 1),), {}) for key in _DENSE_COUNTS),
     _Solved(
         ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
         _ernie,
@@ -445,7 +167,7 @@ def restack(config: Config, layers: Sequence[int]) -> tuple[dict[str, Any], list
         outer = next((counts[keys[:k]] for k in range(len(keys), -1, -1) if keys[:k] in counts), None)
         kind = part.get("model_type")
         kind = kind if isinstance(kind, str) else outer[1] if outer else ""
-        count = _count(part)
+        count = count_of(part)
         if count is None and outer is None:
             counts[keys] = 0, kind
             continue
@@ -456,7 +178,7 @@ def restack(config: Config, layers: Sequence[int]) -> tuple[dict[str, Any], list
         target = new
         for key in keys:
             target = target[key]
-        own = kind.removesuffix("_text") if _count(part) is not None else ""
+        own = kind.removesuffix("_text") if count_of(part) is not None else ""
         one = _Part(kind=own, old=part, new=target, count=count, layers=layers)
         _edit(one)
         doubts += [f"{'.'.join((*keys, doubt))}" for doubt in one.doubts]
@@ -596,11 +318,11 @@ def _derive(part: _Part) -> None:
     """Write the lists that were absent and followed from numbers, where the numbers no longer give them."""
     before, after = dict(part.old), part.new
     if part.kind == "llama4" and part.old.get("moe_layers") is None:
-        kinds = _llama4_experts(part.old, part.n)
-        if kinds and (wanted := part.pick(kinds)) != _llama4_experts(part.new, len(part.layers)):
+        kinds = llama4_experts(part.old, part.n)
+        if kinds and (wanted := part.pick(kinds)) != llama4_experts(part.new, len(part.layers)):
             part.new["moe_layers"] = [k for k, has_experts in enumerate(wanted) if has_experts]
     for key, kinds_of in part.read.items():
-        if any(part.old.get(name) for name in (key, *_ALIASES.get(key, ()))):
+        if any(part.old.get(name) for name in (key, *ALIASES.get(key, ()))):
             continue
         kinds = kinds_of(before, part.n)
         if len(kinds) < part.n:
@@ -610,8 +332,8 @@ def _derive(part: _Part) -> None:
         if wanted != kinds_of(after, len(wanted)):
             part.new[key] = wanted
     last = part.new.get("layer_types")
-    if part.kind in _ENDS_FULL and isinstance(last, list) and last and last[-1] != _FULL:
-        part.doubts.append(f"layer_types: the last layer was no layer of {_FULL}, but {part.kind} loads it as one")
+    if part.kind in ENDS_FULL and isinstance(last, list) and last and last[-1] != FULL:
+        part.doubts.append(f"layer_types: the last layer was no layer of {FULL}, but {part.kind} loads it as one")
     if part.kind == "olmo_hybrid" and isinstance(last, list) and len({*last}) < 2:
         part.doubts.append("layer_types: all layers are of one kind, but olmo_hybrid loads only models of both kinds")
 
@@ -719,7 +441,7 @@ def _neomme(part: _Part) -> None:
     def windows(config: Config, n: int) -> dict[str, Any]:
         kinds, count, entries = config.get("layer_types") or part.read["layer_types"](config, n), 0, dict[str, Any]()
         for k, kind in enumerate(kinds):
-            if kind == _FULL:
+            if kind == FULL:
                 entries[str(k)] = {"sliding_window": None}
             elif (count := count + 1) % 2 == 0:
                 entries[str(k)] = {"sliding_window": 1024}

@@ -19,7 +19,7 @@ from merge_tool.checkpoint.folder import LARGEST_JSON, Folder, is_weight_file
 from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config
 from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS
 from merge_tool.errors import CheckpointError, reason, shown
-from merge_tool.models.layer_config import PREDICTED, restack
+from merge_tool.models.layer_counts import PREDICTED
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
 RECIPE = "mergekit_config.yml"  # the file where other tools look for a recipe; verbatim
@@ -356,5 +356,7 @@ def edit_predicted(config: bytes, count: int) -> bytes:
 def edit_config_layers(config: bytes, layers: Sequence[int]) -> bytes:
     """config.json for a language model whose layer k was layer `layers[k]`: the number of layers changes, and with it
     what it says layer by layer, in all configurations of the language model (layer_config.py)."""
+    from merge_tool.models.layer_config import restack  # 2 MB: for stacks alone
+
     content, _ = restack(json.loads(config), layers)
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

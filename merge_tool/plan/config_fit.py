@@ -11,7 +11,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import text_configs
 from merge_tool.errors import listed, shown
-from merge_tool.models.layer_config import PREDICTED, counts_layers, layer_doubts, num_layers
+from merge_tool.models.layer_counts import PREDICTED, counts_layers, num_layers
 from merge_tool.models.naming import COPIES, is_embedding, is_head, own_name
 from merge_tool.models.renaming import says_tied
 from merge_tool.models.side_files import SideFiles
@@ -62,6 +62,8 @@ def fit_config(
             f"{len(side_files.layers):,}: set that number in its config.json."
         )
     if side_files.layers:
+        from merge_tool.models.layer_config import layer_doubts  # 2 MB: for stacks alone
+
         warnings += layer_doubts(donor.config, side_files.layers)
     task: dict[str, Any] = {}
     for number, tensor in added.items():

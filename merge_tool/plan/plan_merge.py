@@ -18,7 +18,7 @@ from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.methods.passes import check_spec
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
-from merge_tool.models.layer_config import num_layers
+from merge_tool.models.layer_counts import num_layers
 from merge_tool.models.renaming import find_renaming, renaming_warnings
 from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.fit import Fit, fit, no_match
