@@ -3,7 +3,8 @@
     from merge_tool import merge
     merge("memphis-cot", "scribe-ft", "memphis-scribe", t=0.4)
 
-Names are imported when they are first used, so that `import merge_tool` costs nothing.
+Names are imported when they are first used, so that `import merge_tool` costs nothing. Functions speak to a Python
+program here: their messages name keyword arguments, and their warnings go to the logger `merge_tool`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from merge_tool._version import __version__
 
 if TYPE_CHECKING:
-    from merge_tool.api import MergeReport, merge, merge_models, merge_recipe, plan_recipe
+    from merge_tool.api import merge, merge_models, merge_recipe, plan_recipe
     from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
+    from merge_tool.compare.diff import Diff, diff
     from merge_tool.errors import (
         CheckpointError,
         DataError,
+        EvaluationError,
         FetchError,
         HeaderError,
         MergeToolError,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
         OutputError,
         RecipeError,
     )
+    from merge_tool.merge_report import MergeReport, Watch
     from merge_tool.methods.steps import Method
     from merge_tool.plan.memory import Layout, plan_layout
     from merge_tool.plan.plan import MergePlan
@@ -34,17 +38,25 @@ if TYPE_CHECKING:
     from merge_tool.recipe.pair import pair
     from merge_tool.recipe.recipe import Recipe
     from merge_tool.run.run import run_plan
+    from merge_tool.sweeps.results import SweepReport
+    from merge_tool.sweeps.sweep import sweep, sweep_recipe
+    from merge_tool.verification.inspection import Inspection, inspect
+    from merge_tool.verification.verify import Verification, verify
 
 _HOMES = {
-    "MergeReport": "merge_tool.api",
+    "MergeReport": "merge_tool.merge_report",
+    "Watch": "merge_tool.merge_report",
     "merge": "merge_tool.api",
     "merge_models": "merge_tool.api",
     "merge_recipe": "merge_tool.api",
     "plan_recipe": "merge_tool.api",
     "Checkpoint": "merge_tool.checkpoint.reader",
     "open_checkpoint": "merge_tool.checkpoint.reader",
+    "Diff": "merge_tool.compare.diff",
+    "diff": "merge_tool.compare.diff",
     "CheckpointError": "merge_tool.errors",
     "DataError": "merge_tool.errors",
+    "EvaluationError": "merge_tool.errors",
     "FetchError": "merge_tool.errors",
     "HeaderError": "merge_tool.errors",
     "MergeToolError": "merge_tool.errors",
@@ -60,13 +72,26 @@ _HOMES = {
     "read_recipe": "merge_tool.recipe.mergekit",
     "Recipe": "merge_tool.recipe.recipe",
     "run_plan": "merge_tool.run.run",
+    "SweepReport": "merge_tool.sweeps.results",
+    "sweep": "merge_tool.sweeps.sweep",
+    "sweep_recipe": "merge_tool.sweeps.sweep",
+    "Inspection": "merge_tool.verification.inspection",
+    "inspect": "merge_tool.verification.inspection",
+    "Verification": "merge_tool.verification.verify",
+    "verify": "merge_tool.verification.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'merge_tool' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(_HOMES[name]), name)
+    if callable(found) and not isinstance(found, type):
+        from merge_tool.python_words import spoken
+
+        found = spoken(found)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
@@ -77,8 +102,11 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DataError",
+    "Diff",
+    "EvaluationError",
     "FetchError",
     "HeaderError",
+    "Inspection",
     "Layout",
     "MergePlan",
     "MergeReport",
@@ -88,7 +116,12 @@ __all__ = [
     "OutputError",
     "Recipe",
     "RecipeError",
+    "SweepReport",
+    "Verification",
+    "Watch",
     "__version__",
+    "diff",
+    "inspect",
     "merge",
     "merge_models",
     "merge_recipe",
@@ -99,4 +132,7 @@ __all__ = [
     "plan_recipe",
     "read_recipe",
     "run_plan",
+    "sweep",
+    "sweep_recipe",
+    "verify",
 ]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from merge_tool.errors import (
     MergeToolError,
     OutputError,
     RecipeError,
+    counted,
     input_failed,
     listed,
     output_failed,
     reason,
     shown,
+    sized,
 )
 from merge_tool.files import write_whole
+from merge_tool.merge_report import MergeReport, Watch
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.inputs import Inputs
@@ -41,6 +44,7 @@ from merge_tool.plan.prepare import Prepared, prepare
 from merge_tool.plan.published import check_ids, check_places, recipe_file
 from merge_tool.plan.system_memory import peak_bytes, resident_bytes, under_pressure
 from merge_tool.plan.target import Target, check_report_path, check_target
+from merge_tool.progress import Progress
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.run.findings import Findings, from_record
@@ -58,52 +62,6 @@ _NOT_DURABLE = (
 )
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """The result of a merge: where the outputs are, the findings, the time and memory used.
-
-    `ts` has the t of each output, if outputs have one; `models` are the models' names. `already_complete` is true if
-    OUT already held this merge and nothing was done. Sizes are bytes. `num_scheduled` counts the tensors that have
-    parameters of their own. `num_merged` models are merged, beside a base model that they
-    are compared with if it `has_base`.
-    """
-
-    outputs: tuple[Path, ...]
-    ts: tuple[float, ...]
-    method: str
-    models: tuple[str, ...]
-    summary: Summary
-    warnings: tuple[str, ...]
-    input_bytes: int
-    output_bytes: int
-    seconds: float
-    peak_bytes: int
-    already_complete: bool = False
-    num_scheduled: int = 0
-    moved_bytes: int = 0  # read and written by this run: a resumed one moves less
-    num_merged: int = 2
-    has_base: bool = False
-
-    @cached_property
-    def tensors(self) -> list[dict[str, Any]]:
-        """Every tensor of the first output, as in merge_report.json; empty for a one-file output."""
-        path = self.outputs[0] / REPORT
-        return load_tensors(path) if path.exists() else []
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """Callbacks of a running merge: `on_warning(message)`, `on_start(total)` and `on_progress(nbytes, tensor)`."""
-
-    on_warning: Callable[[str], None] | None = None
-    on_start: Callable[[int], None] | None = None
-    on_progress: Callable[[int, str], None] | None = None
-
-    def warn(self, messages: Iterable[str]) -> None:
-        for message in messages if self.on_warning is not None else ():
-            self.on_warning(message)  # type: ignore[misc]  # asked for above
-
-
 def merge(
     base: str | Path,
     ft: str | Path,
@@ -116,6 +74,7 @@ def merge(
     overwrite: bool = False,
     check_resumed: bool = False,
     report_path: str | Path | None = None,
+    progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
@@ -130,24 +89,27 @@ def merge(
     `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` some tensors have a t of their own; a list of t runs along the
     layers; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
     including what it holds before the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed`
-    hashes the shards that an earlier run finished before it keeps them. `on_start(total)` and
-    `on_progress(nbytes, tensor)` drive a progress bar.
+    hashes the shards that an earlier run finished before it keeps them. `progress` is "bar", "log" (a line every half
+    minute), "none" or "auto": a bar in a notebook and on a terminal, unless `on_start(total)` or
+    `on_progress(nbytes, tensor)` is given, which drive a progress bar of the caller's. `on_warning(message)` gets the
+    warnings, which otherwise go to the logger `merge_tool`.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.
 
     >>> report = merge("memphis-cot", "scribe-ft", "memphis-scribe", t=0.4)  # doctest: +SKIP
     """
-    return merge_recipe(
-        pair(base, ft, t, extrapolate=extrapolate, **options),
-        out,
-        memory_bytes=memory_bytes,
-        jobs=jobs,
-        overwrite=overwrite,
-        check_resumed=check_resumed,
-        report_path=report_path,
-        watch=Watch(on_warning, on_start, on_progress),
-    )
+    with _watched(progress, on_warning, on_start, on_progress) as watch:
+        return merge_recipe(
+            pair(base, ft, t, extrapolate=extrapolate, **options),
+            out,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+            overwrite=overwrite,
+            check_resumed=check_resumed,
+            report_path=report_path,
+            watch=watch,
+        )
 
 
 def merge_models(
@@ -163,6 +125,7 @@ def merge_models(
     overwrite: bool = False,
     check_resumed: bool = False,
     report_path: str | Path | None = None,
+    progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
@@ -184,17 +147,33 @@ def merge_models(
     from merge_tool.recipe.mergekit import read_recipe  # costs a megabyte, which a pair does not need
 
     known = {**METHODS, **(methods or {})}
-    return merge_recipe(
-        read_recipe(recipe, known, extrapolate=extrapolate, values=values, models_dir=models_dir, **options),
-        out,
-        methods=known,
-        memory_bytes=memory_bytes,
-        jobs=jobs,
-        overwrite=overwrite,
-        check_resumed=check_resumed,
-        report_path=report_path,
-        watch=Watch(on_warning, on_start, on_progress),
-    )
+    with _watched(progress, on_warning, on_start, on_progress) as watch:
+        return merge_recipe(
+            read_recipe(recipe, known, extrapolate=extrapolate, values=values, models_dir=models_dir, **options),
+            out,
+            methods=known,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+            overwrite=overwrite,
+            check_resumed=check_resumed,
+            report_path=report_path,
+            watch=watch,
+        )
+
+
+@contextmanager
+def _watched(
+    progress: str,
+    on_warning: Callable[[str], None] | None,
+    on_start: Callable[[int], None] | None,
+    on_progress: Callable[[int, str], None] | None,
+) -> Iterator[Watch]:
+    """The caller's callbacks, or a bar if there are none."""
+    if on_start is not None or on_progress is not None:
+        yield Watch(on_warning, on_start, on_progress)
+        return
+    with Progress(progress) as shown_progress:
+        yield Watch(on_warning, shown_progress.start, shown_progress.advance)
 
 
 def merge_recipe(
@@ -257,7 +236,8 @@ def merge_recipe(
         watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
     watch.warn(alarms(summary))
     moved = progress_bytes(prepared.plan, work.done_shards)
-    return replace(_report(prepared, summary, started), moved_bytes=moved)
+    report_of = _report(prepared, summary, started)
+    return replace(report_of, moved_bytes=moved, num_resumed=len(work.done_shards))
 
 
 def plan_recipe(
@@ -331,6 +311,13 @@ def _begin(prepared: Prepared, work: WorkFolder, *, overwrite: bool) -> bool:
 def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
     """Merge all shards that an earlier run has not finished."""
     plan, skip = prepared.plan, work.done_shards
+    if skip and watch.on_note is not None:
+        done, all_bytes = progress_bytes(plan) - progress_bytes(plan, skip), progress_bytes(plan)
+        number = counted(len(plan.shards), "shard")
+        watch.on_note(
+            f"Continuing: an earlier run finished {len(skip):,} of {number} ({sized(done)} of "
+            f"{sized(all_bytes)} read and written)."
+        )
     if watch.on_start is not None:
         watch.on_start(progress_bytes(plan, skip))
     if len(skip) == len(plan.shards):
@@ -429,4 +416,5 @@ def _report(prepared: Prepared, summary: Summary, started: float, *, already_com
         num_scheduled=plan.num_scheduled,
         num_merged=len(plan.recipe.sources - ({plan.recipe.base} if has_base else set())),
         has_base=has_base,
+        num_shards=len(plan.shards),
     )

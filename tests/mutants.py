@@ -31,7 +31,7 @@ from executed_lines import recorded, run_pytest, tests_of
 
 ROOT = Path(__file__).parents[1]
 KERNEL = """
-methods/* run/* verify/* models/renaming models/naming models/low_rank models/lora
+methods/* run/* verification/* models/renaming models/naming models/low_rank models/lora
 checkpoint/reader checkpoint/source checkpoint/header checkpoint/fp8 checkpoint/quantised checkpoint/grid
 checkpoint/ranges checkpoint/strided checkpoint/writer checkpoint/unpickle
 vocabulary/rows vocabulary/row_plan vocabulary/align plan/layout plan/memory plan/fit plan/plan

@@ -229,7 +229,8 @@ def test_other_sizes_are_refused(text: str) -> None:
 OPTIONS = [
     "--allow-different-architectures", "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude",
     "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory", "--method",
-    "--names-from", "--on-mismatch", "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--quiet",
+    "--names-from", "--on-mismatch", "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of",
+    "--progress", "--quiet",
     "--report", "--seed", "--t", "--t-for", "--untie", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
@@ -313,7 +314,7 @@ def test_a_terminal_code_in_a_name_is_not_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "work", "told"),
     [
-        ("verify", "verify.verify.verify", "Nothing was changed."),
+        ("verify", "verification.verify.verify", "Nothing was changed."),
         ("merge", "cli.commands.merge_recipe", "Run the same command"),
         ("run", "cli.commands.merge_recipe", "Run the same command"),
     ],

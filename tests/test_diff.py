@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from checkpoints import language_model, save_model
 from merge_tool import merge
 from merge_tool.cli import merge_tool
-from merge_tool.diff import Diff, diff_checkpoints, split_layer
+from merge_tool.compare.diff import Diff, diff, split_layer
 from oracle import exact_angle
 
 
@@ -32,7 +32,7 @@ def by_name(diff: Diff) -> dict[str, Any]:
 def test_figures_are_the_oracle_s(pair: tuple[Path, Path]) -> None:
     """Angle, norms, their ratio and the relative change, against whole tensors in float64."""
     base, ft = language_model(0), language_model(1)
-    found = by_name(diff_checkpoints(*pair))
+    found = by_name(diff(*pair))
     assert found.keys() == base.keys()
     for name, tensor in found.items():
         x, y = (side[name].astype(np.float64).ravel() for side in (base, ft))
@@ -44,30 +44,30 @@ def test_figures_are_the_oracle_s(pair: tuple[Path, Path]) -> None:
 
 def test_angles_are_the_merge_s_to_the_last_bit(pair: tuple[Path, Path], tmp_path: Path) -> None:
     report = merge(*pair, tmp_path / "out")
-    found = by_name(diff_checkpoints(*pair, jobs=1))
+    found = by_name(diff(*pair, jobs=1))
     assert {t["name"]: t["angle_degrees"] for t in report.tensors} == {n: t.angle_degrees for n, t in found.items()}
 
 
 def test_the_threads_change_nothing(pair: tuple[Path, Path]) -> None:
-    assert diff_checkpoints(*pair, jobs=1) == diff_checkpoints(*pair, jobs=5)
+    assert diff(*pair, jobs=1) == diff(*pair, jobs=5)
 
 
 def test_groups_are_their_tensors_joined(pair: tuple[Path, Path]) -> None:
     """A group's ratio and change are those of its tensors laid end to end; its median is that of the angles."""
     base, ft = language_model(0), language_model(1)
-    diff = diff_checkpoints(*pair)
-    assert [group.name for group in diff.layers] == ["layer 0", "layer 1", "layer 2", "outside layers"]
-    for group in (*diff.layers, *diff.modules):
+    compared = diff(*pair)
+    assert [group.name for group in compared.layers] == ["layer 0", "layer 1", "layer 2", "outside layers"]
+    for group in (*compared.layers, *compared.modules):
         names = [
             t.name
-            for t in diff.tensors
+            for t in compared.tensors
             if group.name in (t.module, f"layer {t.layer}" if t.layer is not None else "outside layers")
         ]
         x, y = (np.concatenate([s[n].astype(np.float64).ravel() for n in names]) for s in (base, ft))
         assert group.num_tensors == len(names)
         assert group.norm_ratio == pytest.approx(np.linalg.norm(y) / np.linalg.norm(x), rel=1e-12)
         assert group.relative_change == pytest.approx(np.linalg.norm(y - x) / np.linalg.norm(x), rel=1e-12)
-        angles = [by_name(diff)[name].angle_degrees for name in names]
+        angles = [by_name(compared)[name].angle_degrees for name in names]
         assert group.median_degrees == pytest.approx(np.median(angles))
         assert group.largest_degrees == max(angles)
 
@@ -94,11 +94,11 @@ def test_any_two_checkpoints_are_compared_as_far_as_they_go(tmp_path: Path) -> N
         },
         tmp_path / "b.safetensors",
     )
-    diff = diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    found = by_name(diff)
-    assert diff.only_base == ("a.only",)
-    assert diff.only_ft == ("b.only",)
-    assert [line.split(":")[0] for line in diff.unlike] == ["kind", "shape"]
+    compared = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    found = by_name(compared)
+    assert compared.only_base == ("a.only",)
+    assert compared.only_ft == ("b.only",)
+    assert [line.split(":")[0] for line in compared.unlike] == ["kind", "shape"]
     assert found["both"].equal
     assert found["both"].angle_degrees == 0
     assert 0 < found["wide"].angle_degrees < 1

@@ -38,8 +38,8 @@ from merge_tool.output.older import read_sums
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan import prepare
 from merge_tool.recipe.pair import pair as pair_recipe
-from merge_tool.sweep import sweep
-from merge_tool.verify.verify import verify
+from merge_tool.sweeps.sweep import sweep
+from merge_tool.verification.verify import verify
 from test_faults import small_disk
 from test_overlap import REFUSED, mount
 
@@ -659,7 +659,7 @@ def test_a_sweep_shows_other_machines_that_it_works(
 ) -> None:
     """While it merges, and while its command runs, which may take hours."""
     monkeypatch.setattr(owner, "_BEAT_SECONDS", 0.0)
-    monkeypatch.setattr("merge_tool.sweep._BEAT_SECONDS", 0.05)
+    monkeypatch.setattr("merge_tool.sweeps.scores._BEAT_SECONDS", 0.05)
     path, beats = tmp_path / "lab/.sweep/owner", list[bool]()
     beat = owner.Owner.beat
     monkeypatch.setattr(owner.Owner, "beat", lambda self: (beats.append(".sweep" in self.path.parts), beat(self))[1])

@@ -21,7 +21,7 @@ import pytest
 from checkpoints import contents, language_model, save_model
 from merge_tool import CheckpointError, MergeToolError, OutputError, merge
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.diff import diff_checkpoints
+from merge_tool.compare.diff import diff
 from merge_tool.errors import WorkerError
 from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.run.run import _Run
@@ -418,7 +418,7 @@ def test_a_system_that_starts_no_thread_is_not_said_to_lack_memory_alone(
     with monkeypatch.context() as patch:
         patch.setattr("merge_tool.run.buffers._thread.start_new_thread", refuse)
         patch.setattr(threading.Thread, "start", refuse)
-        for work in (lambda: merge(*pair, tmp_path / "out"), lambda: diff_checkpoints(*pair)):
+        for work in (lambda: merge(*pair, tmp_path / "out"), lambda: diff(*pair)):
             with pytest.raises(WorkerError, match=r"memory, or the number of threads, is limited\. Give fewer --jobs"):
                 work()
     merge(*pair, tmp_path / "out")

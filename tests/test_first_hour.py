@@ -28,7 +28,7 @@ from merge_tool.plan.published import published
 from merge_tool.recipe.mergekit import parse_recipe
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.yaml_edit import OWN, with_own, without_own
-from merge_tool.verify.verify import verify
+from merge_tool.verification.verify import verify
 from train import __main__ as train_main
 
 MIXCE_TRAIN = Path(sys.executable).with_name("mixce-train")

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from checkpoints import BF16, DTYPES, Array, contents, load_folder, save_file, save_model
 from merge_tool import CheckpointError, DataError, MismatchError, merge, open_checkpoint
 from merge_tool.checkpoint.quantised import _METHODS
-from merge_tool.diff import diff_checkpoints
+from merge_tool.compare.diff import diff
 from merge_tool.models.side_files import without_quantization_config
-from merge_tool.verify.verify import verify
+from merge_tool.verification.verify import verify
 from oracle import float64_merge
 
 F8 = DTYPES["F8_E4M3"]
@@ -205,8 +205,8 @@ def test_a_merge_is_that_of_the_real_values_in_bfloat16(tmp_path: Path, which: s
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == {**CONFIG, "last": 1} if which != "finetune" else config == CONFIG
     assert not verify(tmp_path / "out", tuple(folders), full=True)[0].problems
-    assert len(diff_checkpoints(*folders).tensors) == 3
-    assert diff_checkpoints(*folders).unlike == ()
+    assert len(diff(*folders).tensors) == 3
+    assert diff(*folders).unlike == ()
 
 
 def test_the_merge_of_quantised_models_is_that_of_their_values(tmp_path: Path) -> None:

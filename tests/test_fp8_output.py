@@ -20,10 +20,10 @@ from merge_tool import DataError, MergeToolError, merge, open_checkpoint
 from merge_tool.api import plan_recipe
 from merge_tool.checkpoint.header import TensorInfo, build_header
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.diff import diff_checkpoints
+from merge_tool.compare.diff import diff
 from merge_tool.recipe.pair import pair as pair_recipe
-from merge_tool.verify.inspection import inspect_checkpoint
-from merge_tool.verify.verify import verify
+from merge_tool.verification.inspection import inspect
+from merge_tool.verification.verify import verify
 from oracle import float64_merge
 from test_vocab import tokenizer
 
@@ -286,9 +286,9 @@ def test_the_output_has_the_format_of_the_base(tmp_path: Path, fp8_pair: tuple[P
     before, after = load_folder(base), load_folder(tmp_path / "out")
     assert {n: (a.dtype, a.shape) for n, a in before.items()} == {n: (a.dtype, a.shape) for n, a in after.items()}
     assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
-    assert inspect_checkpoint(tmp_path / "out").dtypes == inspect_checkpoint(base).dtypes
-    assert diff_checkpoints(base, tmp_path / "out").unlike == ()
-    assert len(diff_checkpoints(base, tmp_path / "out").tensors) == 3
+    assert inspect(tmp_path / "out").dtypes == inspect(base).dtypes
+    assert diff(base, tmp_path / "out").unlike == ()
+    assert len(diff(base, tmp_path / "out").tensors) == 3
     assert "2 weights are 8-bit floats with scales, as in base" in (tmp_path / "out/README.md").read_text()
 
 

@@ -26,8 +26,8 @@ from merge_tool.output.work_folder import WorkFolder
 from merge_tool.run import weighted
 from merge_tool.run.findings import Finding, Findings
 from merge_tool.run.run import ShardDone
-from merge_tool.verify import bits
-from merge_tool.verify.checks import Checks
+from merge_tool.verification import bits
+from merge_tool.verification.checks import Checks
 
 STUCK = threading.Event()  # the other thread has finished, or waits at a lock
 

@@ -24,7 +24,7 @@ from merge_tool.methods.passes import run_steps
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import MergeSpec, Method, OrderStatistics, Steps, Tile, seed_key
 from merge_tool.plan.system_memory import resident_bytes
-from merge_tool.verify.verify import verify
+from merge_tool.verification.verify import verify
 from test_memory import linux_only, write_model
 from test_sub_configs import NESTINGS, nested
 

@@ -14,7 +14,7 @@ from checkpoints import BF16, Array, language_model, load_folder, save_model
 from merge_tool import MismatchError
 from merge_tool.api import merge_models
 from merge_tool.cli import merge_tool
-from merge_tool.verify.verify import verify
+from merge_tool.verification.verify import verify
 from test_models import recipe, write
 
 

@@ -16,7 +16,7 @@ import pytest
 from checkpoints import contents, language_model, save_file
 from merge_tool import MergeToolError, OutputError, merge, merge_models
 from merge_tool.plan import overlap
-from merge_tool.sweep import sweep
+from merge_tool.sweeps.sweep import sweep
 from test_lora import save_adapter
 
 REFUSED = "the output is, or lies inside or around, the input"

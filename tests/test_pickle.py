@@ -24,8 +24,8 @@ from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.checkpoint.unpickle import describe
-from merge_tool.diff import diff_checkpoints
-from merge_tool.verify.verify import verify
+from merge_tool.compare.diff import diff
+from merge_tool.verification.verify import verify
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,7 +132,7 @@ def test_a_merge_of_pickles_is_the_merge_of_their_safetensors(tmp_path: Path) ->
     assert contents(tmp_path / "out").keys() == names
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
     assert not verify(tmp_path / "out", tuple(pickled), full=True)[0].problems
-    assert diff_checkpoints(plain[0], pickled[1]).tensors == diff_checkpoints(*plain).tensors
+    assert diff(plain[0], pickled[1]).tensors == diff(*plain).tensors
 
 
 def test_transformers_loads_the_merge_of_its_pickles(tmp_path: Path) -> None:

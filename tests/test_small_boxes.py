@@ -14,7 +14,7 @@ import pytest
 
 from checkpoints import contents
 from merge_tool import MergeToolError, OutputError, merge
-from merge_tool.diff import diff_checkpoints
+from merge_tool.compare.diff import diff
 from merge_tool.run import buffers
 from merge_tool.run.run import _Run
 
@@ -28,7 +28,7 @@ def test_a_merge_takes_the_threads_that_it_gets(
 ) -> None:
     """The bytes do not depend on it, and nobody needs to give fewer --jobs. Comparisons do the same."""
     merge(*pair, tmp_path / "whole", **SMALL)
-    whole = diff_checkpoints(*pair)
+    whole = diff(*pair)
     start, count = buffers._thread.start_new_thread, [0]
 
     def limited(*words: Any) -> int:
@@ -43,7 +43,7 @@ def test_a_merge_takes_the_threads_that_it_gets(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert count[0] == threads + 1
     pools = diff_module_threads(monkeypatch, threads)
-    assert diff_checkpoints(*pair, jobs=4) == whole
+    assert diff(*pair, jobs=4) == whole
     assert pools
 
 
@@ -63,7 +63,7 @@ def diff_module_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]
                 raise RuntimeError("can't start new thread")
             return super().map(*words, **more)
 
-    monkeypatch.setattr("merge_tool.diff.ThreadPoolExecutor", Limited)
+    monkeypatch.setattr("merge_tool.compare.diff.ThreadPoolExecutor", Limited)
     return made
 
 

@@ -21,7 +21,9 @@ from checkpoints import contents
 from merge_tool import RecipeError, merge
 from merge_tool.cli import merge_tool
 from merge_tool.errors import EvaluationError
-from merge_tool.sweep import pareto, parse_scores, sweep
+from merge_tool.sweeps.results import pareto
+from merge_tool.sweeps.scores import parse_scores
+from merge_tool.sweeps.sweep import sweep
 
 # Scores: how far a model's first weights are from t = 0.3's, and the mean; every call leaves a line in calls.txt.
 JUDGE = """

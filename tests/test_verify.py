@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from checkpoints import contents, language_model, save_file, save_model
 from merge_tool import MergeToolError, merge
 from merge_tool.cli import merge_tool
-from merge_tool.verify.inspection import check_health
-from merge_tool.verify.verify import verify
+from merge_tool.verification.inspection import check_health
+from merge_tool.verification.verify import verify
 from oracle import float64_merge
 
 SMALL = {"max_shard_bytes": 10_000}
@@ -383,7 +383,7 @@ def test_verifying_is_done_in_bounded_memory_and_without_torch(tmp_path: Path) -
     base, ft = (write_model(tmp_path / f"{n}.safetensors", shapes, n) for n in (1, 2))
     merge(base, ft, tmp_path / "out")
     code = (
-        "import sys; from merge_tool.verify.verify import verify; "
+        "import sys; from merge_tool.verification.verify import verify; "
         "from merge_tool.plan.system_memory import peak_bytes; "
         "(one,) = verify(sys.argv[1], tuple(sys.argv[2:4]), full=True, memory_bytes=64_000_000); "
         "assert one.problems == () and one.num_compared == 100_000_512, one; "

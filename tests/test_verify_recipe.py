@@ -17,7 +17,7 @@ from merge_tool import OutputError, merge
 from merge_tool.api import merge_models
 from merge_tool.cli import merge_tool
 from merge_tool.methods.steps import TILE
-from merge_tool.verify.verify import verify
+from merge_tool.verification.verify import verify
 from test_fp8 import quantised_model, values
 from test_models import EACH, recipe, write
 

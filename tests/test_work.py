@@ -30,8 +30,8 @@ from merge_tool.run.run import ShardDone
 from merge_tool.run.stepped import Stepped
 from merge_tool.run.weighted import Scaled, Weighted
 from merge_tool.run.work import Copied, Exact, start_work
-from merge_tool.verify.bits import Comparison
-from merge_tool.verify.checks import Checks
+from merge_tool.verification.bits import Comparison
+from merge_tool.verification.checks import Checks
 from test_fp8_output import config_of, packed
 from test_models import EACH, recipe
 

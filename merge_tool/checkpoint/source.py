@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -245,12 +245,13 @@ class ComingFile:
         """Nothing is kept."""
 
 
-def sha256_of(path: Path) -> str:
-    """The digest of a whole file in hex, read a megabyte at a time."""
+def sha256_of(path: Path, on_read: Callable[[int], None] = lambda nbytes: None) -> str:
+    """The digest of a whole file in hex, read a megabyte at a time; `on_read` is told how many bytes were read."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
+            on_read(len(piece))
     return digest.hexdigest()
 
 

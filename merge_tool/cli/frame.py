@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from merge_tool.errors import MergeToolError, reason, shown
+from merge_tool.progress import Progress
 from merge_tool.streams import forgiving, write_error
 
 P = ParamSpec("P")
@@ -97,16 +100,57 @@ def _terminable() -> Iterator[None]:
 
 
 class Command(click.Command):
-    """A command whose output cannot fail."""
+    """A command whose output cannot fail, and that says what to write in place of an option that it does not have."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with forgiving():
             return super().main(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)  # click empties the list
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as e:
+            from merge_tool.cli.meanings import explained
+
+            raise explained(e, ctx, words) from e
 
 
 class Group(click.Group):
     """Commands whose output cannot fail."""
 
+    command_class = Command
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with forgiving():
             return super().main(*args, **kwargs)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as e:
+            from merge_tool.cli.meanings import explained_command
+
+            raise explained_command(e, ctx, args) from e
+
+
+# ------------------------------------------------------------------------------------ shared by commands
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the command line without their defaults: what a recipe says counts before a default."""
+    source = click.get_current_context().get_parameter_source
+    return {n: value for n, value in options.items() if source(n) is not ParameterSource.DEFAULT}
+
+
+def progress_kind(kind: str, *, quiet: bool) -> str:
+    """The kind of progress that --progress and --quiet ask for: bar, log or none."""
+    return Progress("none" if quiet and kind == "auto" else kind, otherwise="log").kind
+
+
+def print_result(as_data: Callable[[], Any], as_lines: Callable[[], Iterable[str]], as_json: bool, quiet: bool) -> None:
+    """Print a result as --json and --quiet ask for."""
+    if as_json:
+        click.echo(json.dumps(as_data(), indent=2))
+    elif not quiet:
+        click.echo("\n".join(as_lines()))

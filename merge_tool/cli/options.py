@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import Field, fields
-from decimal import Decimal
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import click
 
 from merge_tool.errors import shown
 from merge_tool.plan.memory import LEAST_BYTES, MAX_JOBS
+from merge_tool.progress import KINDS
+from merge_tool.recipe.ranges import BadRange, parse_range
 
 _UNITS = {
     "": 1,
@@ -21,7 +22,6 @@ _UNITS = {
     **{f"{u}ib": 1024**n for n, u in enumerate("kmgt", 1)},
 }
 LEAST_SHARD_BYTES = 1_000_000  # a smaller number is a number of gigabytes, or of parameters, that lacks its unit
-_MOST_TS = 10_000  # of a range
 
 
 # ---------------------------------------------------------------------------------------- parameters
@@ -61,8 +61,8 @@ def parse_ts(ctx: click.Context | None, param: click.Parameter | None, value: tu
     ts: list[float] = []
     for text in value:
         try:
-            ts.extend(t for part in text.split(",") for t in _parse_range(part))
-        except _BadRange as e:
+            ts.extend(t for part in text.split(",") for t in parse_range(part))
+        except BadRange as e:
             raise click.BadParameter(f"{e}. Write START:STOP:STEP, as in --t 0:1:0.1.", ctx, param) from e
         except (ValueError, ArithmeticError) as e:
             raise click.BadParameter(
@@ -82,33 +82,17 @@ def parse_share(ctx: click.Context | None, param: click.Parameter | None, value:
     return share
 
 
-class _BadRange(Exception):
-    """Why a text of numbers is not a range of t."""
-
-
-def _parse_range(text: str) -> list[float]:
-    if ":" not in text:
-        return [float(text)]
-    if text.count(":") != 2:
-        raise _BadRange(f"'{shown(text)}' has {text.count(':') + 1} parts, expected 3")
-    start, stop, step = (Decimal(part.strip()) for part in text.split(":"))
-    if step == 0:
-        raise _BadRange(f"the step of '{shown(text)}' is 0")
-    steps = (stop - start) / step
-    if steps < 0:
-        raise _BadRange(f"'{shown(text)}' is empty: steps of {step} do not lead from {start} to {stop}")
-    if steps >= _MOST_TS:
-        raise _BadRange(f"'{shown(text)}' has more than {_MOST_TS:,} values")
-    return [float(start + k * step) for k in range(int(steps) + 1)]
-
-
 # ---------------------------------------------------------------------------------------- options
 
 
+def field_options(*kinds: type) -> list[Callable[[Any], Any]]:
+    """A click option for each field of these dataclasses of options."""
+    return [_option_of(field) for kind in kinds for field in fields(kind)]
+
+
 def recipe_options(*kinds: type) -> list[Callable[[Any], Any]]:
-    """A click option for each field of these dataclasses of options, and --extrapolate."""
-    made = [_option_of(field) for kind in kinds for field in fields(kind)]
-    return [*made, click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")]
+    """As field_options, and --extrapolate."""
+    return [*field_options(*kinds), click.option("--extrapolate", is_flag=True, help="Allow t below 0 or above 1.")]
 
 
 def _option_of(field: Field[Any]) -> Callable[[Any], Any]:
@@ -162,13 +146,21 @@ OUTPUT_OPTIONS = [
         type=click.Path(path_type=Path, dir_okay=False),
         help="Also write merge_report.json to this path. (If OUT is one file, it has no report of its own.)",
     ),
+]
+
+
+PRINT_OPTIONS = [
     click.option(
-        "--dry-run",
-        is_flag=True,
-        help="Read headers only: show the plan and the size of the download; write nothing.",
+        "--dry-run", is_flag=True, help="Read headers only: show what would be done, and downloaded; write nothing."
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print the plan or the summary as JSON."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON."),
     click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only."),
+    click.option(
+        "--progress",
+        type=click.Choice(KINDS),
+        default="auto",
+        help="On stderr: a bar, or a line every half minute (log). auto: a bar on a terminal, else log.",
+    ),
 ]
 
 

@@ -14,8 +14,8 @@ from merge_tool.errors import RecipeError, install, output_failed, shown
 from merge_tool.recipe.recipe import label_t
 
 if TYPE_CHECKING:
-    from merge_tool.diff import Diff
-    from merge_tool.sweep import SweepReport
+    from merge_tool.compare.diff import Diff
+    from merge_tool.sweeps.results import SweepReport
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -9,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from merge_tool.cli.show_plan import effective_lines, first_line, recipe_json, table_lines
 from merge_tool.errors import counted, listed, shown, sized
-from merge_tool.output.report import remarks
 from merge_tool.plan.stacks import Stacks
 from merge_tool.recipe.recipe import label_t
 
 if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
-    from merge_tool.api import MergeReport
-    from merge_tool.diff import Diff, GroupDiff, TensorDiff
+    from merge_tool.compare.diff import Diff, DiffPlan, GroupDiff, TensorDiff
+    from merge_tool.merge_report import MergeReport
     from merge_tool.models.inputs import Download
     from merge_tool.plan.prepare import Prepared
-    from merge_tool.sweep import SweepPoint, SweepReport
-    from merge_tool.verify.inspection import Inspection, TensorHealth
-    from merge_tool.verify.verify import Verification
+    from merge_tool.sweeps.results import SweepReport
+    from merge_tool.sweeps.sweep import SweepPlan
+    from merge_tool.verification.inspection import Inspection, TensorHealth
+    from merge_tool.verification.verify import Verification, VerifyPlan
+
+
+_MOST_SETTINGS = 40  # lines of a table
+ABSENT = "not there"  # as merge_tool.compare.files has it
 
 
 def inspection_lines(inspection: Inspection) -> Iterator[str]:
@@ -184,31 +189,10 @@ def report_json(report: MergeReport) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "peak_bytes": report.peak_bytes,
         "already_complete": report.already_complete,
+        "num_shards": report.num_shards,
+        "num_resumed": report.num_resumed,
         "warnings": list(report.warnings),
     }
-
-
-def summary_lines(report: MergeReport) -> Iterator[str]:
-    summary, where = report.summary, ", ".join(shown(path) for path in report.outputs)
-    if report.already_complete:
-        yield f"{where}: already complete, nothing to do."
-        return
-    what = f"{report.method} of {counted(report.num_merged, 'model')}{' and a base' if report.has_base else ''}"
-    if report.ts:
-        what = f"{report.method} at t = {', '.join(map(label_t, report.ts))}"
-    if report.num_scheduled:
-        what += f" ({counted(report.num_scheduled, 'tensor')} with {'a t' if report.ts else 'parameters'} of their own)"
-    yield f"{where}: {what}, {counted(summary.num_tensors, 'tensor')}, {sized(report.output_bytes)}"
-    yield (
-        f"{report.seconds:.1f} s, {report.moved_bytes / 1e6 / max(report.seconds, 1e-9):,.0f} MB/s read and written, "
-        f"peak memory {sized(report.peak_bytes)}"
-    )
-    if summary.median_degrees is not None and summary.largest_degrees is not None:
-        yield (
-            f"Angle between the models: median {summary.median_degrees:.3g} degrees, largest "
-            f"{summary.largest_degrees:.3g} ({shown(summary.largest_name)})"
-        )
-    yield from remarks(summary)
 
 
 def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
@@ -238,7 +222,26 @@ def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:
     ):
         if names:
             yield f"{counted(len(names), 'tensor')} {what}: {listed(names)}"
+    yield from _file_lines(diff)
     yield from (f"note: {notice}" for notice in diff.notices)
+
+
+def _file_lines(diff: Diff) -> Iterator[str]:
+    """What differs in the configurations, as a table, and in the tokenizers."""
+    base, ft = (shown(name) for name in diff.names)
+    if diff.settings:
+        yield ""
+        rows = [[one.file, one.key, _setting(one.base), _setting(one.ft)] for one in diff.settings[:_MOST_SETTINGS]]
+        yield from table_lines([["settings that differ", "", base, ft], *rows])
+        if len(diff.settings) > _MOST_SETTINGS:
+            yield f"and {len(diff.settings) - _MOST_SETTINGS:,} more settings; --json has them all"
+    if diff.tokenizers:
+        yield ""
+        yield from (f"Tokenizers: {line}" for line in diff.tokenizers)
+
+
+def _setting(value: Any) -> str:
+    return value if value == ABSENT else shown(json.dumps(value, ensure_ascii=False), 40)
 
 
 def _without_figures(diff: Diff) -> list[str]:
@@ -264,19 +267,52 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def scores_line(point: SweepPoint) -> str:
-    return f"t = {label_t(point.t)}: " + ", ".join(f"{shown(name)} {value:g}" for name, value in point.scores.items())
-
-
 def sweep_lines(report: SweepReport) -> Iterator[str]:
-    """A table: t, a column per score, a star at Pareto-optimal points."""
-    rows = [["t", *report.names, ""]]
+    """A table: the parameters, a column per score, a star at Pareto-optimal points."""
+    from merge_tool.sweeps.results import values_text
+
+    rows = [[*report.keys, *report.names, ""]]
     for point in report.points:
-        rows.append([label_t(point.t), *(f"{point.scores[n]:g}" for n in report.names), "*" * point.is_pareto])
+        values = [label_t(value) for value in point.values.values()]
+        rows.append([*values, *(f"{point.scores[n]:g}" for n in report.names), "*" * point.is_pareto])
     yield from table_lines(rows)
-    best = ", ".join(label_t(point.t) for point in report.points if point.is_pareto)
+    alone = report.keys[0] if len(report.keys) == 1 else ""
+    texts = [values_text(point.values) for point in report.points if point.is_pareto]
+    best = f"{alone} = " + ", ".join(text.removeprefix(f"{alone} = ") for text in texts) if alone else "; ".join(texts)
     less = [shown(name) for name in report.names if name in report.less_is_better]
     rest = "" if len(less) == len(report.names) else "; more for the rest" if less else "More is better"
     wanted = f"Less is better for {', '.join(less)}" if less else ""
-    yield f"Pareto-optimal (*): t = {best}. {wanted}{rest}."
+    yield f"Pareto-optimal (*): {best}. {wanted}{rest}."
     yield f"{shown(report.folder)}: sweep.csv has the table."
+
+
+def sweep_plan_json(plan: SweepPlan) -> dict[str, Any]:
+    points = [dict(values) for values in plan.points]
+    return {"points": points, "num_done": plan.num_done, "batch": plan.batch, "first": plan_json(plan.first, False)}
+
+
+def sweep_plan_lines(plan: SweepPlan) -> Iterator[str]:
+    from merge_tool.sweeps.results import values_text
+
+    done = f"; {plan.num_done:,} have their scores already" if plan.num_done else ""
+    yield f"Sweep: {counted(len(plan.points), 'merge')}, {plan.batch:,} at a time{done}: " + listed(
+        [values_text(values) for values in plan.points], 12
+    )
+    yield "The first of them:"
+    yield from plan_lines(plan.first, False)
+
+
+def verify_plan_lines(plan: VerifyPlan) -> Iterator[str]:
+    compared = f"; {plan.num_compare:,} of {plan.num_elements:,} elements to merge again" if plan.has_parents else ""
+    yield f"{shown(plan.path)}: {counted(plan.num_files, 'file')} to read, {sized(plan.nbytes)}{compared}"
+
+
+def diff_plan_lines(plan: DiffPlan) -> Iterator[str]:
+    base, ft = (shown(name) for name in plan.names)
+    yield f"{base} and {ft}: {counted(plan.num_tensors, 'tensor')} to compare, {sized(plan.nbytes)} to read"
+    for what, names in (
+        (f"only in {base}", plan.only_base), (f"only in {ft}", plan.only_ft), ("differ in shape or type", plan.unlike)
+    ):  # fmt: skip
+        if names:
+            yield f"{counted(len(names), 'tensor')} {what}: {listed(names)}"
+    yield "Nothing was read but headers."

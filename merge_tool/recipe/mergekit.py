@@ -154,11 +154,12 @@ class _Parser:
             name = "passthrough"
         self._name, self._method = name, self._methods[name]
         self._parameters = Parameters(self._text, name, self._methods, self._extrapolate)
-        outputs = Parameters(Text("--set"), name, self._methods, self._extrapolate).outputs(self._values)
         nothing: Settings = {}
         parameters = attempt(self._parameters.parse, fields.get("parameters"), "parameters", instead=nothing)
         no_modules: tuple[Module, ...] = ()
         modules = attempt(self._modules, top, fields, base, parameters, instead=no_modules)
+        parameters_of_all = Parameters(Text("--set"), name, self._methods, self._extrapolate)
+        outputs = parameters_of_all.outputs(self._values, _listed_models(fields, modules))
         base_number = self._models.number(base) if base else None
         tokenizer = attempt(parse_tokenizer, self._text, self._models, fields, has_base=base is not None, instead=None)
         dtype, out_dtype = (attempt(self._dtype, fields, key, instead=None) for key in ("dtype", "out_dtype"))
@@ -429,6 +430,14 @@ class _Parser:
             f"chat_template is '{shown(template)}'{nearest(template, TEMPLATES.keys())}, expected auto, one of "
             f"{', '.join(TEMPLATES)}, or a template in Jinja.",
         )
+
+
+def _listed_models(fields: Fields, modules: Sequence[Module]) -> list[int]:
+    """The numbers of the entries of the recipe's `models`."""
+    entries = fields["models"].plain if "models" in fields else None
+    if not isinstance(entries, tuple) or not modules or not modules[0].slices:
+        return []
+    return [source.model for source in modules[0].slices[0].sources][: len(entries)]
 
 
 def make_options(**options: Any) -> Options:

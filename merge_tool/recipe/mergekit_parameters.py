@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -20,6 +21,7 @@ INERT = {
     "random_seed": "mergekit does not read it; the seed is given on the command line",
 }
 
+_OF_MODEL = re.compile(r"models\.([0-9]{1,4})\.parameters\.(.+)")
 _SWITCHES = {"true": True, "false": False, "1": 1, "0": 0}
 
 
@@ -46,21 +48,45 @@ class Parameters:
         kept = {k: item for k, item in mapping.items() if attempt(self._counts, k, item, what, of_model, instead=False)}
         return {key: attempt(self._setting, key, item, instead=wrong) for key, item in kept.items()}
 
-    def outputs(self, values: Mapping[str, Sequence[Value]]) -> tuple[Output, ...]:
-        """One output for each combination of these values, which replace the recipe's."""
-        for key in values.keys() - self._defaults.keys():
-            known = ", ".join(sorted(self._defaults)) or "none"
-            meant = nearest(key, self._defaults.keys())
-            raise self._text.error(0, f"{self._name} has no parameter '{shown(key)}'{meant}. It has: {known}.")
-        chosen = [[(key, self._scalar(key, value)) for value in several] for key, several in values.items()]
+    def outputs(self, values: Mapping[str, Sequence[Value]], listed: Sequence[int] = ()) -> tuple[Output, ...]:
+        """One output for each combination of these values, which replace the recipe's: for all models, or for one
+        entry of `models`, whose numbers are `listed`."""
+        chosen = []
+        for key, several in values.items():
+            name, model = self._place(key, listed)
+            chosen.append([(key, name, model, self._scalar(name, value)) for value in several])
         outputs = []
         for combination in product(*chosen):
-            words = {key: value for key, value in combination if len(values[key]) > 1}
-            settings = {key: constant(value) for key, value in combination}
-            outputs.append(Output(label_of(words), dict(combination), settings))
+            words = {key: value for key, _, _, value in combination}
+            differing = {key: value for key, value in words.items() if len(values[key]) > 1}
+            settings = {name: constant(value) for _, name, model, value in combination if model is None}
+            of_models: dict[int, dict[str, Setting]] = {}
+            for _, name, model, value in combination:
+                if model is not None:
+                    of_models.setdefault(model, {})[name] = constant(value)
+            outputs.append(Output(label_of(differing), words, settings, of_models))
         if len({output.label for output in outputs}) < len(outputs):
             raise self._text.error(0, "two of the values are the same, and so would be two outputs.")
         return tuple(outputs)
+
+    def _place(self, key: str, listed: Sequence[int]) -> tuple[str, int | None]:
+        """The parameter that `key` names, and the model that it is of: None for all."""
+        match = _OF_MODEL.fullmatch(key)
+        name = match[2] if match else key
+        if name not in self._defaults:
+            known = ", ".join(sorted(self._defaults)) or "none"
+            meant = nearest(name, self._defaults.keys())
+            where = " (write NAME, or models.NUMBER.parameters.NAME)" if "." in name else ""
+            raise self._text.error(0, f"{self._name} has no parameter '{shown(name)}'{meant}{where}. It has: {known}.")
+        if match is None:
+            return name, None
+        if name not in self._each:
+            raise self._text.error(0, f"'{shown(key)}': {self._name} has one {name} for all models: write {name}.")
+        if int(match[1]) >= len(listed):
+            raise self._text.error(
+                0, f"'{shown(key)}': the recipe has {len(listed)} entries in models, the first is models.0."
+            )
+        return name, listed[int(match[1])]
 
     def _counts(self, key: str, value: Value, what: str, of_model: Sequence[Settings] | None) -> bool:
         if of_model is not None and key in self._shared and key not in self._each and key not in INERT:
@@ -174,6 +200,7 @@ def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[V
     pairs = list(values.items()) if isinstance(values, Mapping) else [_parse_value(text) for text in values]
     parsed: dict[str, tuple[Value, ...]] = {}
     for key, several in pairs:
+        key = key.removeprefix("parameters.")
         if key in parsed:
             raise RecipeError(f"--set: '{shown(key)}' is given twice; write {shown(key)}=VALUE,VALUE.")
         items = several if isinstance(several, (list, tuple)) else [several]

@@ -88,14 +88,14 @@ def _tokens(donor: Checkpoint, other: Checkpoint, here: Folder, there: Folder, w
             f"{TOKENIZER} differs between {donor.name} and {other.name}: tokens do not mean the same in both. "
             f"{explain(donor, other)}. With {ways.rows} rows are matched by token."
         )
-    if parts := _unlike_parts(comparison):
+    if parts := unlike_parts(comparison):
         yield (
             f"{TOKENIZER} of {other.name} splits texts in another way: {listed(parts, 10)} differ from {donor.name}'s, "
             f"which the output has. {ways.files} takes {other.name}'s files."
         )
 
 
-def _unlike_parts(comparison: Joined) -> list[str]:
+def unlike_parts(comparison: Joined) -> list[str]:
     """Parts that differ although the vocabularies do not: merges of other tokens are others, of course."""
     follows = {"merges", "scores"} if any(comparison.num_alone) or comparison.num_moved else set()
     return [words for part, words in _PARTS.items() if part in comparison.unlike and part not in follows]

@@ -35,9 +35,9 @@ from merge_tool.recipe.pair import is_pair, pair_again
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.settings import Pattern
 from merge_tool.run.findings import Finding, Findings, from_record
-from merge_tool.run.run import run_plan
-from merge_tool.verify.bits import Comparison, Sample
-from merge_tool.verify.checks import Checks
+from merge_tool.run.run import progress_bytes, run_plan
+from merge_tool.verification.bits import Comparison, Sample
+from merge_tool.verification.checks import Checks
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def check_parents(
         return
     if full:
         sink = Comparison(checks, files)
-        for _ in run_plan(plan, sink, prepared.layout):
+        checks.progress.start(progress_bytes(plan))
+        for _ in run_plan(plan, sink, prepared.layout, on_progress=checks.progress.advance):
             pass
         findings = sink.findings
         _check_lines(checks, report, plan, findings)

@@ -24,12 +24,15 @@ import numpy as np
 from merge_tool.arrays import FLOAT_DTYPES, NUMPY_DTYPES, TILE, Array, first_nonfinite, same_values
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import RecipeError
+from merge_tool.compare.files import SettingDiff, setting_diffs, tokenizer_diffs
+from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
 from merge_tool.models.lora import open_models
 from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs
 from merge_tool.plan.stacks import natural_key
 from merge_tool.plan.system_memory import resident_bytes
+from merge_tool.progress import Progress
+from merge_tool.recipe.options import OUTPUT_DTYPES, STOP_BASE_OR_FT, check_choice
 from merge_tool.run.buffers import cannot_start
 from merge_tool.run.findings import median
 
@@ -75,7 +78,8 @@ class GroupDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two checkpoints compared. `unlike` are tensors whose shapes or types differ, so that they cannot be compared."""
+    """Two checkpoints compared. `unlike` are tensors whose shapes or types differ, so that they cannot be compared;
+    `settings` the keys of configuration files that differ, `tokenizers` the differences between tokenizers in words."""
 
     names: tuple[str, str]
     tensors: tuple[TensorDiff, ...]
@@ -85,6 +89,37 @@ class Diff:
     notices: tuple[str, ...] = ()
     layers: tuple[GroupDiff, ...] = field(default=())
     modules: tuple[GroupDiff, ...] = field(default=())
+    settings: tuple[SettingDiff, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["base"], content["ft"] = content.pop("names")
+        return content
+
+    def __repr__(self) -> str:
+        equal = sum(tensor.equal for tensor in self.tensors)
+        angles = [tensor.angle_degrees for tensor in self.tensors if tensor.angle_degrees is not None]
+        what = (
+            f"{' and '.join(map(shown, self.names))}: {counted(len(self.tensors), 'tensor')} compared, {equal:,} equal"
+        )
+        angle = f"; angles: median {median(angles):.3g}, largest {max(angles):.3g} degrees" if angles else ""
+        rest = {"only in the first": self.only_base, "only in the second": self.only_ft, "unlike": self.unlike}
+        more = "".join(f"; {len(names):,} {where}" for where, names in rest.items() if names)
+        settings = f"; {counted(len(self.settings), 'setting differs', 'settings differ')}" if self.settings else ""
+        return "\n".join([f"{what}{angle}{more}{settings}", *self.tokenizers])
+
+
+@dataclass(frozen=True)
+class DiffPlan:
+    """What a comparison would read: `nbytes` of both checkpoints together."""
+
+    names: tuple[str, str]
+    num_tensors: int
+    nbytes: int
+    only_base: tuple[str, ...]
+    only_ft: tuple[str, ...]
+    unlike: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         content = asdict(self)
@@ -92,36 +127,125 @@ class Diff:
         return content
 
 
-def diff_checkpoints(
-    base: str | Path, ft: str | Path, *, memory_bytes: int | None = None, jobs: int | None = None
+def diff(
+    base: str | Path,
+    ft: str | Path,
+    *,
+    on_missing: str = "ft",
+    dtype: str | None = None,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    progress: str = "auto",
 ) -> Diff:
-    """Compare every tensor of `base` with `ft`'s of the same name, in at most `memory_bytes` of resident memory.
+    """Compare every tensor of `base` with `ft`'s of the same name, in at most `memory_bytes` of resident memory, and
+    the models' configurations and tokenizers.
 
-    Raises CheckpointError if a checkpoint cannot be read; RecipeError if the memory does not suffice.
+    `on_missing`: tensors that one model lacks are an error ("error"), or listed: those of BASE ("base"), or of both
+    ("ft"). With a `dtype` the floats of both are rounded to it first; "base": to BASE's types. `progress` is as in
+    `merge`. Raises CheckpointError if a checkpoint cannot be read, MismatchError for missing tensors; RecipeError for
+    an unknown choice, or if the memory does not suffice.
     """
+    budget = _checked_budget(memory_bytes, jobs)
+    two = _Two.open(base, ft, on_missing, dtype, budget)
+    names, models = two.names, two.models
+    reading = max((model.source(name).extra_bytes(TILE) for model in models for name in names), default=0)
+    each = _WORKER_BYTES + reading + (2 * 8 * TILE if dtype is not None else 0)
+    with Progress(progress) as shown_progress:
+        shown_progress.start(two.nbytes)
+        compared = list(_compare_all(two, _workers(budget, jobs or default_jobs(), each), shown_progress))
+    return Diff(
+        names=two.called,
+        tensors=tuple(tensor for tensor, _ in compared),
+        only_base=two.only_base,
+        only_ft=two.only_ft,
+        unlike=two.unlike,
+        notices=tuple(notice for model in models for notice in model.notices),
+        layers=tuple(_groups(compared, lambda t: "outside layers" if t.layer is None else f"layer {t.layer}")),
+        modules=tuple(_groups(compared, lambda t: t.module)),
+        settings=tuple(setting_diffs(*models)),
+        tokenizers=tuple(tokenizer_diffs(*models)),
+    )
+
+
+def plan_diff(
+    base: str | Path,
+    ft: str | Path,
+    *,
+    on_missing: str = "ft",
+    dtype: str | None = None,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+) -> DiffPlan:
+    """What `diff` with these arguments would read, from headers alone. Raises the errors that it begins with."""
+    two = _Two.open(base, ft, on_missing, dtype, _checked_budget(memory_bytes, jobs))
+    return DiffPlan(two.called, len(two.names), two.nbytes, two.only_base, two.only_ft, two.unlike)
+
+
+def _checked_budget(memory_bytes: int | None, jobs: int | None) -> int:
     budget = default_budget(resident_bytes()) if memory_bytes is None else memory_bytes
     if budget < LEAST_BYTES:
         raise RecipeError(f"The memory budget is {budget:,} bytes, expected at least {LEAST_BYTES // 10**6}MB.")
     if jobs is not None and jobs < 1:
         raise RecipeError(f"jobs is {jobs}, expected at least 1.")
-    most = max(4_000_000, (budget - resident_bytes()) // 3)
-    models = open_models((base, ft), max_header_bytes=most, mergeable=False)
-    a, b = (model.tensors for model in models)
-    shared = sorted(sorted(a.keys() & b.keys()), key=natural_key)
-    unlike = [name for name in shared if not _comparable(a[name], b[name])]
-    names = [name for name in shared if _comparable(a[name], b[name])]
-    reading = max((model.source(name).extra_bytes(TILE) for model in models for name in names), default=0)
-    compared = list(_compare_all(models, names, _workers(budget, jobs or default_jobs(), _WORKER_BYTES + reading)))
-    return Diff(
-        names=(models[0].name, models[1].name) if models[0].name != models[1].name else (str(base), str(ft)),
-        tensors=tuple(tensor for tensor, _ in compared),
-        only_base=tuple(sorted(sorted(a.keys() - b.keys()), key=natural_key)),
-        only_ft=tuple(sorted(sorted(b.keys() - a.keys()), key=natural_key)),
-        unlike=tuple(f"{n}: {a[n].dtype} {list(a[n].shape)}, {b[n].dtype} {list(b[n].shape)}" for n in unlike),
-        notices=tuple(notice for model in models for notice in model.notices),
-        layers=tuple(_groups(compared, lambda t: "outside layers" if t.layer is None else f"layer {t.layer}")),
-        modules=tuple(_groups(compared, lambda t: t.module)),
-    )
+    return budget
+
+
+@dataclass(frozen=True)
+class _Two:
+    """Two opened checkpoints: the names of the tensors to compare, and those that cannot be."""
+
+    models: tuple[Checkpoint, Checkpoint]
+    called: tuple[str, str]
+    names: tuple[str, ...]
+    only_base: tuple[str, ...]
+    only_ft: tuple[str, ...]
+    unlike: tuple[str, ...]
+    dtype: str | None
+
+    @classmethod
+    def open(cls, base: str | Path, ft: str | Path, on_missing: str, dtype: str | None, budget: int) -> _Two:
+        check_choice("on_missing", on_missing, STOP_BASE_OR_FT)
+        if dtype is not None:
+            check_choice("dtype", dtype, OUTPUT_DTYPES)
+        most = max(4_000_000, (budget - resident_bytes()) // 3)
+        first, second = open_models((base, ft), max_header_bytes=most, mergeable=False)
+        called = (first.name, second.name) if first.name != second.name else (str(base), str(ft))
+        a, b = first.tensors, second.tensors
+        only_base, only_ft = (tuple(_natural(x.keys() - y.keys())) for x, y in ((a, b), (b, a)))
+        if on_missing == "error" and (only_base or only_ft):
+            lacking = [(called[1], only_base), (called[0], only_ft)]
+            parts = [f"{shown(who)} lacks {counted(len(n), 'tensor')}: {listed(n)}." for who, n in lacking if n]
+            raise MismatchError(f"{' '.join(parts)} Give --on-missing ft to compare the others.")
+        shared = _natural(a.keys() & b.keys())
+        return cls(
+            models=(first, second),
+            called=called,
+            names=tuple(name for name in shared if _comparable(a[name], b[name])),
+            only_base=only_base,
+            only_ft=only_ft if on_missing == "ft" else (),
+            unlike=tuple(
+                f"{n}: {a[n].dtype} {list(a[n].shape)}, {b[n].dtype} {list(b[n].shape)}"
+                for n in shared
+                if not _comparable(a[n], b[n])
+            ),
+            dtype=dtype,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes to read."""
+        return sum(model.tensors[name].nbytes for model in self.models for name in self.names)
+
+    def rounded_to(self, name: str) -> Any:
+        """The numpy dtype to which the floats of a tensor are rounded; None if they are compared as they are."""
+        dtypes = [model.tensors[name].dtype for model in self.models]
+        if self.dtype is None or not {*dtypes} <= FLOAT_DTYPES:
+            return None
+        return NUMPY_DTYPES[OUTPUT_DTYPES[self.dtype] or dtypes[0]]
+
+
+def _natural(names: Iterable[str]) -> list[str]:
+    return sorted(sorted(names), key=natural_key)
 
 
 def _comparable(a: TensorInfo, b: TensorInfo) -> bool:
@@ -153,7 +277,7 @@ class _Memory:
         self.tiles = np.zeros((2, 8 * TILE), np.uint8)
 
 
-def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: int) -> Iterator[_Compared]:
+def _compare_all(two: _Two, workers: int, progress: Progress) -> Iterator[_Compared]:
     free: queue.SimpleQueue[_Memory] = queue.SimpleQueue()
     for _ in range(workers):
         free.put(_Memory())
@@ -162,11 +286,12 @@ def _compare_all(models: Sequence[Checkpoint], names: Sequence[str], workers: in
     def work(name: str) -> _Compared:
         memory = free.get()
         try:
-            return _compare(models, name, memory, stop)
+            return _compare(two, name, memory, stop)
         finally:
+            progress.advance(sum(model.tensors[name].nbytes for model in two.models), name)
             free.put(memory)
 
-    pool, compared = _started(workers, work, names)
+    pool, compared = _started(workers, work, two.names)
     with pool:
         try:
             yield from compared
@@ -195,15 +320,15 @@ def _started(
             time.sleep(_PATIENCE)  # the system counts a thread for a moment after its end
 
 
-def _compare(models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event) -> _Compared:
-    a, b = (model.tensors[name] for model in models)
+def _compare(two: _Two, name: str, memory: _Memory, stop: threading.Event) -> _Compared:
+    a, b = (model.tensors[name] for model in two.models)
     with ExitStack() as opened:
-        for model in models:
+        for model in two.models:
             source = model.source(name)
             source.acquire()
             opened.callback(source.release)
         with np.errstate(all="ignore"):  # the result notes values that are not finite; numpy need not warn
-            equal, sums = _sums(a, b, partial(_tiles, models, name, memory, stop), memory.scratch)
+            equal, sums = _sums(a, b, partial(_tiles, two, name, memory, stop), memory.scratch)
     return _describe(name, a, b, equal, sums), sums
 
 
@@ -229,13 +354,12 @@ def _both(tiles: Iterable[tuple[Array, Array]]) -> Iterator[Array]:
         yield from (x, y)
 
 
-def _tiles(
-    models: Sequence[Checkpoint], name: str, memory: _Memory, stop: threading.Event
-) -> Iterator[tuple[Array, Array]]:
+def _tiles(two: _Two, name: str, memory: _Memory, stop: threading.Event) -> Iterator[tuple[Array, Array]]:
     """The tensor of both, tile by tile, in buffers that the next tile overwrites."""
-    infos = [model.tensors[name] for model in models]
+    infos = [model.tensors[name] for model in two.models]
     dtypes = [NUMPY_DTYPES[info.dtype] for info in infos]
-    sources = [model.source(name) for model in models]
+    sources = [model.source(name) for model in two.models]
+    rounded = two.rounded_to(name)
     for start in range(0, infos[0].numel, TILE):
         if stop.is_set():
             return
@@ -244,6 +368,8 @@ def _tiles(
         for source, values in zip(sources, pair, strict=True):
             source.read_into(start, values)
             source.forget(start, start + length)
+        if rounded is not None:
+            pair = [values.astype(rounded) for values in pair]
         yield pair[0], pair[1]
 
 

@@ -7,12 +7,12 @@ bit for bit. `full` is a whole merge whose writers compare instead of writing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from math import prod
+from math import ceil, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import open_checkpoint
@@ -21,8 +21,11 @@ from merge_tool.errors import CheckpointError, MergeToolError, OutputError, reas
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
 from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
-from merge_tool.verify.checks import Checks
-from merge_tool.verify.remerge import StoredReport, check_parents, plan_again
+from merge_tool.progress import Progress
+from merge_tool.recipe.mergekit import make_options
+from merge_tool.recipe.options import Options, as_json
+from merge_tool.verification.checks import Checks
+from merge_tool.verification.remerge import StoredReport, check_parents, plan_again
 
 _MOST = 50  # at most so many superfluous tensors are named
 _HEAD: Mapping[str, type | tuple[type, ...]] = {
@@ -61,37 +64,135 @@ def verify(
     models_dir: str | Path | None = None,
     memory_bytes: int | None = None,
     jobs: int | None = None,
+    progress: str = "auto",
+    **options: Any,
 ) -> tuple[Verification, ...]:
     """Check the output at `out` (if it holds several `t-...`, each of them) and list the problems.
 
     `against` are BASE and FT; for an output of a recipe give `recipe` instead, and perhaps its `models_dir`. A `sample`
     of the elements (0 to 1, whole tiles, at least one of every tensor, chosen anew in every run) is merged again with
     the report's pass results and compared bit for bit. With `full` all elements, the passes, and every line of the
-    report are compared. A one-file output needs its `report_path`.
+    report are compared. A one-file output needs its `report_path`. `options` are fields of
+    `merge_tool.recipe.options.Options` that OUT must have been made with; without them its report is taken at its word.
+    `progress` is as in `merge`.
 
     Raises MergeToolError if `out` is no output, or a parent cannot be read.
     """
-    path = Path(out)
-    if not 0 < sample <= 1:
-        raise OutputError(f"The sample is {sample:g}, expected a share above 0 and at most 1 (or 100%).")
-    check = partial(
-        _verify,
-        against=against,
-        recipe=recipe,
-        models_dir=models_dir,
-        sample=sample,
-        full=full,
-        memory_bytes=memory_bytes,
-        jobs=jobs,
-    )
+    _check_sample(sample)
+    with Progress(progress) as shown_progress:
+        check = partial(
+            _verify,
+            wanted=_wanted(options),
+            progress=shown_progress,
+            against=against,
+            recipe=recipe,
+            models_dir=models_dir,
+            sample=sample,
+            full=full,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+        )
+        return _of_each(Path(out), report_path, check)
+
+
+R = TypeVar("R")
+
+
+def _of_each(
+    path: Path, report_path: str | Path | None, look: Callable[[Path, str | None, Path | None], R]
+) -> tuple[R, ...]:
+    """What `look` says of each output at `path`, by its folder, its file's name if it is one file, and its report."""
     try:
         if path.suffix == ".safetensors":
-            return (check(path.parent, path.name, None if report_path is None else Path(report_path)),)
+            return (look(path.parent, path.name, None if report_path is None else Path(report_path)),)
         if report_path is not None:
             raise OutputError(f"{shown(path)}: --report is for one-file outputs; a folder has its own.")
-        return tuple(check(folder, None, None) for folder in _outputs(path))
+        return tuple(look(folder, None, None) for folder in _outputs(path))
     except (OSError, RuntimeError) as e:
         raise OutputError(f"{shown(path)}: cannot be read ({reason(e)}).") from e
+
+
+@dataclass(frozen=True)
+class VerifyPlan:
+    """What the check of one output would read: its files, and the elements to merge again if it `has_parents`."""
+
+    path: Path
+    num_files: int
+    nbytes: int
+    num_compare: int
+    num_elements: int
+    has_parents: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+def plan_verify(
+    out: str | Path,
+    against: tuple[str | Path, str | Path] | None = None,
+    *,
+    sample: float = 0.01,
+    full: bool = False,
+    report_path: str | Path | None = None,
+    recipe: str | Path | None = None,
+    models_dir: str | Path | None = None,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    **options: Any,
+) -> tuple[VerifyPlan, ...]:
+    """What `verify` with these arguments would do, from headers alone. Raises the errors that it begins with."""
+    _check_sample(sample)
+    _wanted(options)
+
+    def look(root: Path, file_name: str | None, given_report: Path | None) -> VerifyPlan:
+        folder = Folder(root)
+        names = [file_name] if file_name is not None else [name for name in read_sums(root) if folder.has(name)]
+        elements = 0
+        if against or recipe:
+            try:
+                report = _open_report(_needed_report(folder, file_name, given_report))
+            except (ValueError, RecursionError) as e:
+                raise OutputError(f"{shown(root)}: {REPORT}: {reason(e)}") from e
+            path = root if file_name is None else root / file_name
+            elements = plan_again(path, report, against, recipe, models_dir, memory_bytes, jobs).plan.num_parameters
+        return VerifyPlan(
+            path=root if file_name is None else root / file_name,
+            num_files=len(names),
+            nbytes=sum(folder.size(name) for name in names),
+            num_compare=elements if full else ceil(elements * sample),
+            num_elements=elements,
+            has_parents=bool(against or recipe),
+        )
+
+    return _of_each(Path(out), report_path, look)
+
+
+def _needed_report(folder: Folder, file_name: str | None, report_path: Path | None) -> Path:
+    """The report of an output that is to be compared with its parents. Raises OutputError if it has none."""
+    if file_name is not None and report_path is None:
+        raise OutputError(
+            f"{shown(file_name)}: a one-file output carries no report. Give the one of its merge: --report."
+        )
+    return report_path or folder.regular(REPORT)
+
+
+def _check_sample(sample: float) -> None:
+    if not 0 < sample <= 1:
+        raise OutputError(f"The sample is {sample:g}, expected a share above 0 and at most 1 (or 100%).")
+
+
+def _wanted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the output must have been made with, as a report has them. Raises RecipeError."""
+    made = as_json(make_options(**options), all_of_them=True)
+    return {name: made[name] for name in options}
+
+
+def _check_options(checks: Checks, head: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    stored = {**as_json(Options(), all_of_them=True), **head["options"]}
+    flags = {f.name: f.metadata["flag"] for f in fields(Options)}
+    for name, value in wanted.items():
+        if stored.get(name) != value:
+            checks.add(f"{flags[name]} was {shown(stored.get(name))}, expected {shown(value)}: OUT is another merge.")
 
 
 def _outputs(path: Path) -> list[Path]:
@@ -118,8 +219,10 @@ def _verify(
     full: bool,
     memory_bytes: int | None,
     jobs: int | None,
+    wanted: Mapping[str, Any],
+    progress: Progress,
 ) -> Verification:
-    checks, folder, report = Checks(), Folder(root), None
+    checks, folder, report = Checks(progress=progress), Folder(root), None
     others: list[str] = []
     if file_name is None:
         others = _check_manifest(checks, folder)
@@ -132,10 +235,10 @@ def _verify(
     except (MergeToolError, ValueError, OSError, RecursionError) as e:
         checks.add(f"{REPORT if report is None else 'the weights'}: {reason(e)}")
         report, weights = None, (0, 0)
-    if (against or recipe) and file_name is not None and report_path is None:
-        raise OutputError(
-            f"{shown(file_name)}: a one-file output carries no report. Give the one of its merge: --report."
-        )
+    if report is not None:
+        _check_options(checks, report.head, wanted)
+    if against or recipe:
+        _needed_report(folder, file_name, report_path)
     if (against or recipe) and report is not None:
         out = root if file_name is None else root / file_name
         prepared = plan_again(out, report, against, recipe, models_dir, memory_bytes, jobs)
@@ -175,6 +278,7 @@ def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
             f"{SUMS}: is not as it was written: of {len(text.splitlines()):,} lines {len(sums):,} are digests of files "
             "of this folder."
         )
+    checks.progress.start(sum(folder.size(name) for name in sums if folder.has(name)))
     for name, expected in sums.items():
         _check_digest(checks, folder, name, expected)
     for name in (REPORT, CARD):
@@ -190,7 +294,7 @@ def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
 def _check_digest(checks: Checks, folder: Folder, name: str, expected: str) -> None:
     try:
         path = folder.regular(name)
-        digest = sha256_of(path)
+        digest = sha256_of(path, lambda nbytes: checks.progress.advance(nbytes, name))
         checks.nbytes += path.stat().st_size
     except (CheckpointError, OSError) as e:
         checks.add(f"{shown(name)}: {reason(e)}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.errors import shown
 from merge_tool.plan.plan import TensorJob
+from merge_tool.progress import Progress
 
 _PIECE = 1 << 20
 _MOST = 50  # at most so many problems are named; the others are counted
@@ -21,6 +22,7 @@ class Checks:
     num_compared: int = 0
     problems: list[str] = field(default_factory=list)
     more: int = 0
+    progress: Progress = field(default_factory=lambda: Progress("none"))
 
     def add(self, problem: str) -> None:
         if len(self.problems) < _MOST:

@@ -47,7 +47,7 @@ class Inspection:
         return content
 
 
-def inspect_checkpoint(path: str | Path) -> Inspection:
+def inspect(path: str | Path) -> Inspection:
     """Read the headers of a model folder or file of weights; quantised checkpoints and odd dtypes are allowed. For a
     model of the Hub only headers are fetched.
 

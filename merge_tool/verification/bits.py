@@ -22,7 +22,7 @@ from merge_tool.run.findings import Findings
 from merge_tool.run.run import ShardDone
 from merge_tool.run.weighted import Scaled, Weighted, scales_of
 from merge_tool.run.work import Work, start_work
-from merge_tool.verify.checks import Checks, check_bytes, first_difference
+from merge_tool.verification.checks import Checks, check_bytes, first_difference
 
 _PIECE = 1 << 20
 # Errors that a method may raise for pass results that its passes never give.

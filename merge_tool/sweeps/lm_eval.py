@@ -1,0 +1,74 @@
+"""The ready judge of a sweep: lm-evaluation-harness, as a program that prints a model's scores as JSON.
+
+    python -m merge_tool.sweeps.lm_eval TASK,TASK [OPTION...] -- FOLDER...
+
+The options (--limit 100, --num_fewshot 5, --batch_size auto ...) are lm_eval's own and are passed on. Each folder is
+scored by one call of lm_eval, whose results are read from the file that it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(words: Sequence[str]) -> int:
+    """Score every folder; the exit code is lm_eval's if that is not 0."""
+    tasks, *rest = words
+    cut = len(rest) - 1 - rest[::-1].index("--")  # the last one: lm_eval takes none
+    options, folders = rest[:cut], rest[cut + 1 :]
+    rows = []
+    for folder in folders:
+        with tempfile.TemporaryDirectory() as results:
+            command = [
+                sys.executable,
+                "-m",
+                "lm_eval",
+                "run",
+                *_arguments(tasks, options, folder),
+                "--output_path",
+                results,
+            ]
+            if code := subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+                return code
+            files = sorted(Path(results).rglob("results*.json"))
+            rows.append(dict(scores(json.loads(files[-1].read_text(encoding="utf-8")))))
+    print(json.dumps(rows))
+    return 0
+
+
+def _arguments(tasks: str, options: Sequence[str], folder: str) -> list[str]:
+    """lm_eval's arguments for one model; --model_args of the user's come beside the model's path."""
+    options, model_args = list(options), f"pretrained={folder}"
+    if "--model_args" in options[:-1]:
+        at = options.index("--model_args")
+        model_args += f",{options[at + 1]}"
+        del options[at : at + 2]
+    return [
+        *([] if "--model" in options else ["--model", "hf"]),
+        "--model_args",
+        model_args,
+        "--tasks",
+        tasks,
+        *options,
+    ]
+
+
+def scores(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every score in a results file of lm_eval, without standard errors: (`gsm8k/exact_match,strict-match`, 0.5)."""
+    groups = {**results["results"], **results.get("groups", {})}
+    for task, measured in groups.items():
+        for metric, value in measured.items():
+            name = metric.removesuffix(",none")
+            is_score = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_score and "," in metric and "_stderr" not in metric:
+                yield f"{task}/{name}", float(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
