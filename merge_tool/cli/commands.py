@@ -1,7 +1,7 @@
 """The two commands: parse, call, print, exit code. Never a tensor, an offset or a default value.
 
-`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. A module that only one command
-needs is imported inside that command, which saves the merge time and memory.
+`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. What only a running command needs
+is imported inside it: `--help` needs no numpy, and each command only its own modules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,6 +35,9 @@ from merge_tool.progress import Progress
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
+
+if TYPE_CHECKING:
+    from merge_tool.plan.prepare import Prepared
 
 # --------------------------------------------------------------------------------------- slerp-merge
 
@@ -98,6 +101,9 @@ def _make(
     progress: str,
 ) -> None:
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
+    from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
+    from merge_tool.cli.show import report_json, summary_lines
+
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe = recipe_of()
@@ -157,6 +163,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
     Any number of models, by any of the methods in docs/methods.md. BASE is base_model, or else the first one listed.
     A merge that was stopped continues with the same command.
     """
+    from merge_tool.methods.registry import METHODS
     from merge_tool.recipe.mergekit import read_recipe
 
     run, chosen = _parted(options)
@@ -177,6 +184,7 @@ def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
 
     The same weights as `slerp-merge BASE ADAPTER OUT --t 1`, but BASE is read once.
     """
+    from merge_tool.methods.registry import METHODS
     from merge_tool.recipe.mergekit import read_recipe
 
     run, chosen = _parted(options)

@@ -28,7 +28,8 @@ from merge_tool.compare.files import SettingDiff, setting_diffs, tokenizer_diffs
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
 from merge_tool.models.lora import open_models
-from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs
+from merge_tool.plan.limits import LEAST_BYTES
+from merge_tool.plan.memory import default_budget, default_jobs
 from merge_tool.plan.stacks import natural_key
 from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.progress import Progress
