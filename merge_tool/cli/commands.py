@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from merge_tool._version import __version__
-from merge_tool.api import check_plan, merge_recipe, plan_recipe
 from merge_tool.cli.frame import CONTINUES, Command, Group, given, print_errors, print_result, progress_kind
 from merge_tool.cli.look import diff_command, inspect_command, verify_command
 from merge_tool.cli.options import (
@@ -26,12 +25,7 @@ from merge_tool.cli.options import (
     recipe_options,
     with_options,
 )
-from merge_tool.cli.show import plan_json, plan_lines, report_json
 from merge_tool.cli.sweep import sweep_command
-from merge_tool.merge_report import Watch, summary_lines
-from merge_tool.methods.registry import METHODS
-from merge_tool.plan.prepare import Prepared
-from merge_tool.progress import Progress
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
@@ -101,8 +95,10 @@ def _make(
     progress: str,
 ) -> None:
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
-    from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
-    from merge_tool.cli.show import report_json, summary_lines
+    from merge_tool.api import check_plan, merge_recipe, plan_recipe
+    from merge_tool.cli.show import report_json
+    from merge_tool.merge_report import Watch, summary_lines
+    from merge_tool.progress import Progress
 
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -194,6 +190,8 @@ def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
 
 
 def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool, quiet: bool) -> None:
+    from merge_tool.cli.show import plan_json, plan_lines
+
     for warning in prepared.warnings:
         click.echo(f"Warning: {warning}", err=True)
     print_result(lambda: plan_json(prepared, complete), lambda: plan_lines(prepared, complete), as_json, quiet)

@@ -17,16 +17,6 @@ from merge_tool.cli.options import (
     parse_share,
     with_options,
 )
-from merge_tool.cli.show import (
-    diff_lines,
-    diff_plan_lines,
-    health_json,
-    health_lines,
-    inspection_lines,
-    verification_json,
-    verification_lines,
-    verify_plan_lines,
-)
 from merge_tool.recipe.options import OUTPUT_DTYPES, STOP_BASE_OR_FT, Options
 
 _SHOWN = {"show_default": True}
@@ -43,6 +33,7 @@ def inspect_command(path: str, health: bool, as_json: bool, quiet: bool) -> None
 
     With --health the exit code is 1 if a value is NaN or infinite.
     """
+    from merge_tool.cli.show import health_json, health_lines, inspection_lines
     from merge_tool.verification.inspection import check_health, inspect
 
     inspection = inspect(path)
@@ -105,6 +96,7 @@ def verify_command(
     Options of a merge (--dtype, --on-missing ...) say what OUT must have been made with; without them its report is
     taken at its word. The exit code is 1 if anything is wrong. Nothing is written.
     """
+    from merge_tool.cli.show import verification_json, verification_lines, verify_plan_lines
     from merge_tool.verification.verify import plan_verify, verify
 
     if against is not None and options["recipe"] is not None:
@@ -177,6 +169,7 @@ def diff_command(
     vectors, the norm ratio |FT| / |BASE|, the relative change |FT - BASE| / |BASE|.
     """
     from merge_tool.cli.plot import check_plot_path, plot_diff
+    from merge_tool.cli.show import diff_lines, diff_plan_lines
     from merge_tool.compare.diff import diff, plan_diff
 
     if picture is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from merge_tool.errors import shown
-from merge_tool.plan.memory import LEAST_BYTES, MAX_JOBS
+from merge_tool.plan.limits import LEAST_BYTES, MAX_JOBS
 from merge_tool.progress import KINDS
 from merge_tool.recipe.ranges import BadRange, parse_range
 

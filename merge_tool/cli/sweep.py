@@ -13,7 +13,6 @@ from click.core import ParameterSource
 
 from merge_tool.cli.frame import CONTINUES, Command, given, print_errors, print_result, progress_kind
 from merge_tool.cli.options import MACHINE_OPTIONS, MODELS_DIR, PRINT_OPTIONS, parse_ts, recipe_options, with_options
-from merge_tool.cli.show import sweep_lines, sweep_plan_json, sweep_plan_lines
 from merge_tool.errors import shown
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import PairOptions
@@ -82,6 +81,7 @@ def sweep_command(
     command; more values may be added. COMMAND is not run through a shell; for pipes use sh -c '...'.
     """
     from merge_tool.cli.plot import can_plot, plot_sweep
+    from merge_tool.cli.show import sweep_lines, sweep_plan_json, sweep_plan_lines
     from merge_tool.sweeps.results import SweepPoint, point_text
     from merge_tool.sweeps.sweep import plan_sweep, sweep_outputs
 
