@@ -27,7 +27,7 @@ from train.record import check_resume, check_same_run, write_records
 from train.retention import checkpoint_path, list_checkpoints
 from train.session import Session, ready_model, seeded_generators
 from train.step import StepResult, titles, train_step
-from train.watch import Watch, build_card, plot_loss, read_metrics
+from train.watch import Watch, build_card, plot_loss, read_metrics, run_title
 from train.world import StopSignals, World, close_world, open_world
 
 MOST_SKIPPED = 3  # steps in a row
@@ -193,7 +193,7 @@ def _write_card(
         "dtype": str(dtype).removeprefix("torch."),
     }
     metrics = read_metrics(session.output / "metrics.jsonl")
-    has_plot = plot_loss(metrics, folder / "loss.png")
+    has_plot = plot_loss(metrics, folder / "loss.png", run_title(session.config))
     if not has_plot:
         say(f"Note: no loss.png without matplotlib. Install it: {install('plot')}.")
     card = build_card(session.config, reports, metrics, facts, has_plot)

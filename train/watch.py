@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -115,25 +116,44 @@ def _tensorboard(output: Path, done: int) -> Any:
 # ---- at the end ----------------------------------------------------------------------------------------
 
 
-def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Training and evaluation loss by step as a PNG; False when matplotlib is not installed."""
+def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str = "") -> bool:
+    """The training loss and, in a panel of its own, the held-out cross-entropy by step as a PNG: they are two measures,
+    and the distance between them says nothing. False when matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure  # no pyplot: it would choose a backend
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
     train = [m for m in metrics if m["kind"] == "train"]
-    axes.plot([m["step"] for m in train], [m["loss"] for m in train], label="train (MixCE)", linewidth=1)
     evals = [m for m in metrics if m["kind"] == "eval"]
-    for title in sorted({title for m in evals for title in m["nll"]}):
-        points = [(m["step"], m["nll"][title]) for m in evals if title in m["nll"]]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"held out: {title}")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("nats per token")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    figure = Figure(figsize=(7, 6 if evals else 3.6), layout="constrained")
+    panels = figure.subplots(2 if evals else 1, 1, sharex=True, squeeze=False)[:, 0]
+    panels[0].plot([m["step"] for m in train], [m["loss"] for m in train], linewidth=1, color="#0072B2")
+    panels[0].set_ylabel("MixCE per token")
+    panels[0].set_title("training loss: MixCE, on the training data", fontsize=10)
+    for held_out in sorted({source for m in evals for source in m["nll"]}):
+        points = [(m["step"], m["nll"][held_out]) for m in evals if held_out in m["nll"]]
+        panels[1].plot(*zip(*points, strict=True), marker="o", label=held_out.replace("$", r"\$"))
+    if evals:
+        panels[1].set_ylabel("cross-entropy (nats per token)")
+        panels[1].set_title("held out: cross-entropy, another measure than MixCE", fontsize=10)
+        panels[1].legend(fontsize=8)
+    for panel in panels:
+        panel.ticklabel_format(axis="both", style="plain", useOffset=False)
+        panel.grid(alpha=0.3)
+    panels[-1].set_xlabel("optimizer step")
+    figure.suptitle("\n".join(textwrap.wrap(title, 70)).replace("$", r"\$"))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     return True
+
+
+def run_title(config: TrainConfig) -> str:
+    """`scribe-ft, a finetune of org/model`."""
+    return f"{Path(config.output).name}, a finetune of {_base_name(config)}"
+
+
+def _base_name(config: TrainConfig) -> str:
+    """The model's id, or its folder's name: paths stay private."""
+    return Path(config.model).name if Path(config.model).exists() else config.model
 
 
 def build_card(
@@ -150,7 +170,7 @@ def build_card(
         if key not in ("sources", "output", "resume", "sample_prompts", "model") and getattr(config, key) is not None
     }
     is_local = Path(config.model).exists()
-    base = Path(config.model).name if is_local else config.model
+    base = _base_name(config)
     parts = [
         "---\n" + yaml.safe_dump(_metadata(config, is_local), sort_keys=False) + "---\n",
         f"# {Path(config.output).name}\n",

@@ -295,9 +295,10 @@ def sweep_plan_lines(plan: SweepPlan) -> Iterator[str]:
     from merge_tool.sweeps.results import values_text
 
     done = f"; {plan.num_done:,} have their scores already" if plan.num_done else ""
-    yield f"Sweep: {counted(len(plan.points), 'merge')}, {plan.batch:,} at a time{done}: " + listed(
-        [values_text(values) for values in plan.points], 12
-    )
+    points = [values_text(values) for values in plan.points[:12]]
+    more = f"; and {len(plan.points) - 12:,} more" if len(plan.points) > 12 else ""
+    number = counted(len(plan.points), "merge")
+    yield f"Sweep: {number}, {plan.batch:,} at a time{done}: {'; '.join(points)}{more}"
     yield "The first of them:"
     yield from plan_lines(plan.first, False)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from merge_tool._version import __version__
 from merge_tool.errors import counted, shown
 from merge_tool.models.cards import Cards, inherited, licences
+from merge_tool.output.next_steps import next_steps
 from merge_tool.output.report import Summary, remarks
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
@@ -31,6 +32,7 @@ def card_of(prepared: Prepared, summary: Summary, output: int) -> str:
         first_card=prepared.first_card,
         cards=prepared.cards,
         is_transformers=prepared.is_transformers,
+        architecture=prepared.architecture,
         has_own_rows=prepared.has_own_rows,
         has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
     )
@@ -63,6 +65,7 @@ def card_text(
     first_card: Path | None,
     cards: Cards,
     is_transformers: bool,
+    architecture: str,
     has_own_rows: bool,
     has_code: bool,
 ) -> str:
@@ -75,7 +78,9 @@ def card_text(
         fields.setdefault("library_name", "transformers")
     parents, tags = hub_names(plan.recipe), ["merge", "slerp-merge"]
     data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **terms.fields, **fields)
-    body = "\n\n".join(_card_sections(plan, summary, output, terms.sentence, has_own_rows, has_code))
+    sections = _card_sections(plan, summary, output, terms.sentence, has_own_rows, has_code)
+    steps = next_steps(architecture, has_code=has_code, is_quantised=bool(plan.num_quantised))
+    body = "\n\n".join([*sections, *steps])
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 

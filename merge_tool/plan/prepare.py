@@ -20,7 +20,7 @@ from merge_tool.methods.steps import Method
 from merge_tool.models.cards import Cards, cards_of, licences
 from merge_tool.models.experts import in_layout_of
 from merge_tool.models.given_names import with_names
-from merge_tool.models.heads import untie
+from merge_tool.models.heads import architecture, untie
 from merge_tool.models.inputs import Download, Inputs
 from merge_tool.models.lora import open_models
 from merge_tool.models.naming import is_head
@@ -60,8 +60,8 @@ class Prepared:
     `samples` are digests of a few bytes of many tensors of each input, which distinguish two finetunes of one layout; a
     dry run, which reads no weights, has none. `refs` are the models by local paths, `inputs` all of these paths,
     including adapters; `download` is what is still to be fetched, after a dry run. `first_card` is the card of the
-    model whose language the output inherits; `cards` are those of all models, for their licences. `has_own_rows`: rows
-    were matched by token.
+    model whose language the output inherits; `cards` are those of all models, for their licences. `architecture` is the
+    class that the output's config.json names, if any. `has_own_rows`: rows were matched by token.
     """
 
     plan: MergePlan
@@ -69,6 +69,7 @@ class Prepared:
     first_card: Path | None
     cards: Cards
     is_transformers: bool
+    architecture: str
     has_own_rows: bool
     layout: Layout
     budget: int
@@ -142,6 +143,7 @@ def prepare(
         file = f"{PurePath(e.filename).name} of" if isinstance(e.filename, str) else "A file of"
         raise CheckpointError(f"{shown(file)} the inputs cannot be read ({reason(e)}).") from e
     is_transformers = "architectures" in (first.config or {})
+    named = architecture(models[recipe.donor])
     del opened, models, first, lead  # for 10,000 tensors it takes 2 MB, which the plan does not need
     held = resident_bytes()
     return Prepared(
@@ -150,6 +152,7 @@ def prepare(
         first_card=first_card,
         cards=cards,
         is_transformers=is_transformers,
+        architecture=named,
         has_own_rows=alignment is not None,
         layout=plan_layout(plan, machine.budget, machine.jobs, held=held),
         budget=machine.budget,

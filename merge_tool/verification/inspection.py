@@ -11,6 +11,7 @@ from typing import Any
 from merge_tool.arrays import FLOAT_DTYPES, TILE
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import acquired
+from merge_tool.errors import counted, shown, sized
 from merge_tool.methods.inner import measure
 from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import open_model
@@ -37,6 +38,11 @@ class Inspection:
     dtypes: Mapping[str, tuple[int, int]]
     metadata: Mapping[str, str]
     notices: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = f"{counted(self.num_tensors, 'tensor')}, {counted(self.num_parameters, 'parameter')}"
+        dtypes = ", ".join(f"{dtype}: {counted(tensors, 'tensor')}" for dtype, (tensors, _) in self.dtypes.items())
+        return f"{shown(self.name)}: {counts}, {sized(self.nbytes)} in {counted(len(self.shards), 'file')} ({dtypes})"
 
     def as_json(self) -> dict[str, Any]:
         content = asdict(self)

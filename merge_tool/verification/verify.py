@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import open_checkpoint
 from merge_tool.checkpoint.source import sha256_of
-from merge_tool.errors import CheckpointError, MergeToolError, OutputError, reason, shown
+from merge_tool.errors import CheckpointError, MergeToolError, OutputError, counted, reason, shown
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
 from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
@@ -27,6 +27,7 @@ from merge_tool.recipe.options import Options, as_json
 from merge_tool.verification.checks import Checks
 from merge_tool.verification.remerge import StoredReport, check_parents, plan_again
 
+_MOST_SHOWN = 10  # problems in a text for a screen
 _MOST = 50  # at most so many superfluous tensors are named
 _HEAD: Mapping[str, type | tuple[type, ...]] = {
     "method": str, "parameters": dict, "words": dict, "inputs": dict, "options": dict, "shards": dict,
@@ -51,6 +52,14 @@ class Verification:
     full: bool
     others: tuple[str, ...]
     problems: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        what = f"{shown(self.path)}: {counted(self.num_files, 'file')}, {counted(self.num_tensors, 'tensor')}"
+        again = f", {self.num_compared:,} of {self.num_elements:,} elements merged again" if self.num_compared else ""
+        found = [f"  {shown(problem, 300)}" for problem in self.problems[:_MOST_SHOWN]]
+        more = [f"  and {len(self.problems) - _MOST_SHOWN:,} more"] * (len(self.problems) > _MOST_SHOWN)
+        result = f"NOT VERIFIED, {counted(len(self.problems), 'problem')}" if self.problems else "verified"
+        return "\n".join([f"{what}{again}: {result}", *found, *more])
 
 
 def verify(
@@ -192,7 +201,8 @@ def _check_options(checks: Checks, head: Mapping[str, Any], wanted: Mapping[str,
     flags = {f.name: f.metadata["flag"] for f in fields(Options)}
     for name, value in wanted.items():
         if stored.get(name) != value:
-            checks.add(f"{flags[name]} was {shown(stored.get(name))}, expected {shown(value)}: OUT is another merge.")
+            was = "not given" if stored.get(name) is None else shown(stored[name])
+            checks.add(f"{flags[name]} was {was}, expected {shown(value)}: OUT is another merge.")
 
 
 def _outputs(path: Path) -> list[Path]:
