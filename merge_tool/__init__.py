@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from merge_tool._version import __version__
 
 if TYPE_CHECKING:
+    from merge_tool.answers import Answer, answers
     from merge_tool.api import merge, merge_models, merge_recipe, plan_recipe
     from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
     from merge_tool.compare.diff import Diff, diff
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "MergeReport": "merge_tool.merge_report",
     "Watch": "merge_tool.merge_report",
+    "Answer": "merge_tool.answers",
+    "answers": "merge_tool.answers",
     "merge": "merge_tool.api",
     "merge_models": "merge_tool.api",
     "merge_recipe": "merge_tool.api",
@@ -99,6 +102,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Answer",
     "Checkpoint",
     "CheckpointError",
     "DataError",
@@ -120,6 +124,7 @@ __all__ = [
     "Verification",
     "Watch",
     "__version__",
+    "answers",
     "diff",
     "inspect",
     "merge",

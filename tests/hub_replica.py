@@ -7,6 +7,7 @@ Large files are, as on the Hub, behind a redirect to another host, which asks fo
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -169,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------ the two kinds
 
     def _api(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
+        if write := re.fullmatch(r"repos/create|validate-yaml|models/([^/]+/[^/]+)/(preupload|commit)/main", path):
+            return self._write(write, body)
         match = re.fullmatch(r"(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
         if match is None:
             raise _Refused(404, "EntryNotFound", "Entry not found")
@@ -185,6 +188,31 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.replica.commit(folder)
         facts = {"id": repo, "sha": commit, "siblings": siblings, "private": False, "gated": gated, "tags": []}
         return self._json({**facts, "modelId": repo, "downloads": 0, "likes": 0, "disabled": False})
+
+    def _write(self, match: re.Match[str], body: bytes) -> None:
+        """Create a repository; take files into it, each as a whole in a line of the commit."""
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise _Refused(401, "Unauthorized", "Invalid username or password.")
+        if match[0] == "validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if match[0] == "repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            (self.replica.root / "models" / name).mkdir(parents=True, exist_ok=True)
+            return self._json({"url": f"{self.replica.url}/{name}", "id": name})
+        repo, what = match.groups()
+        if what == "preupload":
+            files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
+            return self._json({"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                path = self.replica.root / "models" / repo / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = self.replica.commit(self.replica.root / "models" / repo)
+        return self._json(
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.replica.url}/{repo}/commit/{commit}"}
+        )
 
     def _tree(self, folder: Path, below: str, recursive: bool) -> list[dict[str, Any]]:
         start = folder / below

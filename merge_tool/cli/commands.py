@@ -31,6 +31,7 @@ from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
 
 if TYPE_CHECKING:
+    from merge_tool.answers import Answer
     from merge_tool.plan.prepare import Prepared
 
 # --------------------------------------------------------------------------------------- slerp-merge
@@ -89,6 +90,7 @@ def _make(
     overwrite: bool,
     check_resumed: bool,
     report_path: Path | None,
+    prompt: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -96,13 +98,17 @@ def _make(
 ) -> None:
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
     from merge_tool.api import check_plan, merge_recipe, plan_recipe
-    from merge_tool.cli.show import report_json
+    from merge_tool.cli.show import answer_lines, report_json
     from merge_tool.merge_report import Watch, summary_lines
     from merge_tool.progress import Progress
 
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe = recipe_of()
+    if prompt is not None:
+        from merge_tool.answers import check_can_answer
+
+        check_can_answer(prompt)
     if dry_run:
         prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json, quiet=quiet)
@@ -120,7 +126,17 @@ def _make(
             report_path=report_path,
             watch=watch,
         )
-    print_result(lambda: report_json(report), lambda: summary_lines(report), as_json, quiet)
+    said = [] if prompt is None else _answers(recipe, report.outputs, prompt)
+    print_result(lambda: report_json(report, said), lambda: summary_lines(report), as_json, quiet)
+    if said and not as_json:
+        click.echo("\n".join(answer_lines(said)))
+
+
+def _answers(recipe: Recipe, outputs: Iterable[Path], prompt: str) -> list[Answer]:
+    """What the parents and the outputs say."""
+    from merge_tool.answers import answers
+
+    return list(answers([*map(str, recipe.models), *outputs], prompt))
 
 
 # ----------------------------------------------------------------------------------------- merge-tool

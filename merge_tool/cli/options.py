@@ -138,6 +138,13 @@ MODELS_DIR = click.option(
 OUTPUT_OPTIONS = [
     click.option("--overwrite", is_flag=True, help="Replace what is in OUT, after the new model is complete."),
     click.option(
+        "--try",
+        "prompt",
+        metavar="PROMPT",
+        help="After the merge let its parents and OUT continue this text, side by side: loads each model whole (needs "
+        "transformers).",
+    ),
+    click.option(
         "--check-resumed", is_flag=True, help="When a merge continues, check the SHA-256 of the finished shards first."
     ),
     click.option(

@@ -14,6 +14,7 @@ from merge_tool.plan.stacks import Stacks
 from merge_tool.recipe.recipe import label_t
 
 if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
+    from merge_tool.answers import Answer
     from merge_tool.compare.diff import Diff, DiffPlan, GroupDiff, TensorDiff
     from merge_tool.merge_report import MergeReport
     from merge_tool.models.inputs import Download
@@ -170,7 +171,7 @@ def _what_was_read(fetched_bytes: int) -> str:
     )
 
 
-def report_json(report: MergeReport) -> dict[str, Any]:
+def report_json(report: MergeReport, said: Sequence[Answer] = ()) -> dict[str, Any]:
     summary = report.summary
     return {
         "outputs": [str(path) for path in report.outputs],
@@ -192,7 +193,14 @@ def report_json(report: MergeReport) -> dict[str, Any]:
         "num_shards": report.num_shards,
         "num_resumed": report.num_resumed,
         "warnings": list(report.warnings),
+        **({"answers": [asdict(answer) for answer in said]} if said else {}),
     }
+
+
+def answer_lines(said: Sequence[Answer]) -> Iterator[str]:
+    """The answers of several models below each other."""
+    width = max(len(shown(answer.model)) for answer in said)
+    yield from (f"  {shown(answer.model):<{width}}  {answer}" for answer in said)
 
 
 def diff_lines(diff: Diff, *, every_tensor: bool) -> Iterator[str]:

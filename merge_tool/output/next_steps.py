@@ -39,8 +39,8 @@ def _lines(architecture: str, *, has_code: bool, is_quantised: bool) -> Iterator
     if architecture.endswith(_CAUSAL):
         if not is_quantised:
             yield (
-                "- GGUF, for llama.cpp, Ollama and LM Studio: `python convert_hf_to_gguf.py OUT --outfile model.gguf` in "
-                "a checkout of llama.cpp, then `llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M`."
+                "- GGUF, for llama.cpp, Ollama and LM Studio: `python convert_hf_to_gguf.py OUT --outfile model.gguf` "
+                "in a checkout of llama.cpp, then `llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M`."
             )
             yield "- LM Studio: `lms import model-Q4_K_M.gguf`."
         yield f"- vLLM: `vllm serve OUT{' --trust-remote-code' if has_code else ''}`."
