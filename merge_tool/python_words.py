@@ -27,6 +27,7 @@ _KEYWORDS: Mapping[str, tuple[str, str]] = {
     "models-dir": ("models_dir", "text"), "set": ("values", "text"), "minimize": ("minimize", "text"),
     "against": ("against", "text"), "t": ("t", "number"), "vary": ("vary", "text"), "sample": ("sample", "number"),
     "eval": ("command", "text"), "batch": ("batch", "number"), "progress": ("progress", "text"),
+    "try": ("prompt", "text"),
 }  # fmt: skip
 _NO_VALUES = frozenset(
     [
@@ -135,13 +136,17 @@ def _keyword(match: re.Match[str]) -> str:
 def spoken(function: Callable[..., R]) -> Callable[..., R]:
     """The function with errors, warnings and reports in Python's words. A function that takes `on_warning` and is given
     none writes its warnings to the logger `merge_tool`."""
-    warns = "on_warning" in signature(function).parameters
+    parameters = signature(function).parameters
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> R:
-        if warns:
-            heard = kwargs.get("on_warning") or _log
-            kwargs["on_warning"] = lambda message: heard(in_python(message))
+        if "on_warning" in parameters:
+            kwargs["on_warning"] = _heard(kwargs.get("on_warning"))
+        if "watch" in parameters:
+            from merge_tool.merge_report import Watch
+
+            watch = kwargs.get("watch") or Watch()
+            kwargs["watch"] = replace(watch, on_warning=_heard(watch.on_warning))
         try:
             return _translated(function(*args, **kwargs))  # type: ignore[no-any-return]
         except MergeToolError as e:
@@ -149,6 +154,11 @@ def spoken(function: Callable[..., R]) -> Callable[..., R]:
             raise
 
     return wrapped
+
+
+def _heard(on_warning: Callable[[str], None] | None) -> Callable[[str], None]:
+    hear = on_warning or _log
+    return lambda message: hear(in_python(message))
 
 
 def _translated(result: Any) -> Any:

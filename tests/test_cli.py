@@ -231,7 +231,7 @@ OPTIONS = [
     "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory", "--method",
     "--names-from", "--on-mismatch", "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of",
     "--progress", "--quiet",
-    "--report", "--seed", "--t", "--t-for", "--untie", "--version", "--vocab",
+    "--report", "--seed", "--t", "--t-for", "--try", "--untie", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
@@ -253,7 +253,7 @@ def test_the_options_are_frozen() -> None:
     """A new option is a decision: add it here, to docs/cli.md and to the changelog."""
     assert options_of(slerp_merge) == OPTIONS
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
-    assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS})
+    assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS, "--extrapolate"})
     assert sorted(merge_tool.commands) == ["diff", "fold", "inspect", "merge", "run", "sweep", "verify"]
 
 

@@ -95,7 +95,7 @@ def test_what_changes_a_text_or_its_end_is_one_warning(tmp_path: Path, what: str
     base, ft = model(tmp_path / "base", 1, plain), model(tmp_path / "ft", 2, {**plain, **files})
     (told,) = warnings_of(base, ft)
     assert expected in told
-    assert "--files-from ft takes ft's files" in told
+    assert 'files_from="ft" takes ft\'s files' in told
     merge(base, ft, tmp_path / "of-ft", files_from="ft")
     for name in files:
         assert (tmp_path / "of-ft" / name).read_bytes() == (ft / name).read_bytes()
@@ -144,7 +144,7 @@ def test_of_two_templates_the_output_has_one_and_says_so(tmp_path: Path) -> None
     base = model(tmp_path / "base", 1, {"tokenizer_config.json": {"chat_template": "{{ x }}"}})
     ft = model(tmp_path / "ft", 2, {"tokenizer_config.json": {"chat_template": CHAT}})
     (told,) = warnings_of(base, ft)
-    assert told.startswith("The chat template of ft is another: the output has base's. --chat-template ft takes it")
+    assert told.startswith('The chat template of ft is another: the output has base\'s. chat_template="ft" takes it')
     assert warnings_of(base, model(tmp_path / "same", 2, {"chat_template.jinja": "{{ x }}\n"})) == []
     merge(base, ft, tmp_path / "kept", chat_template="base", files_from="ft")
     assert template(tmp_path / "kept") == "{{ x }}"
@@ -159,7 +159,7 @@ def test_a_union_of_vocabularies_says_which_template_it_has(tmp_path: Path) -> N
         model(tmp_path / "ft", 2, {"tokenizer.json": more, "chat_template.jinja": CHAT}),
     )
     report = merge(base, ft, tmp_path / "union", vocab="union")
-    assert any("--chat-template ft takes it" in warning for warning in report.warnings)
+    assert any('chat_template="ft" takes it' in warning for warning in report.warnings)
     report = merge(base, ft, tmp_path / "chat", vocab="union", chat_template="ft")
     assert not any("chat" in warning for warning in report.warnings)
     assert template(tmp_path / "chat") == CHAT
@@ -279,7 +279,7 @@ def test_recipes_say_the_same(tmp_path: Path) -> None:
         "hidden_act differs",
         "The chat template of ft is not in the output",
     ]
-    assert f"--chat-template {ft}" in told[1]
+    assert f'chat_template="{ft}"' in told[1]
     assert load_folder(tmp_path / "out")
 
 
@@ -290,7 +290,7 @@ def test_with_fts_tokenizer_the_output_has_fts_template(tmp_path: Path) -> None:
     told = warnings_of(base, ft, vocab="ft")
     assert template(tmp_path / "out") == CHAT
     assert any(
-        "The chat template of base is another: the output has ft's. --chat-template base" in line for line in told
+        'The chat template of base is another: the output has ft\'s. chat_template="base"' in line for line in told
     )
 
 

@@ -533,7 +533,7 @@ def test_shards_are_no_larger_than_the_disk_takes(
 def test_a_limit_that_was_not_known_is_told_as_one(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """Freeing space would not help; another shard size does, and is taken while no shard is finished."""
     with disk(tmp_path / "real", tmp_path / "disk", "largest=30000") as place:
-        with pytest.raises(OutputError, match=r"File too large.*Give a smaller --max-shard-size"):
+        with pytest.raises(OutputError, match=r"File too large.*Give a smaller max_shard_bytes"):
             merge(*pair, place / "out")
         merge(*pair, place / "out", **SMALL)
         merge(*pair, tmp_path / "whole", **SMALL)

@@ -252,6 +252,8 @@ def test_the_page_of_commands_has_every_option_and_default(name: str) -> None:
 def test_every_option_that_is_named_exists(page: str) -> None:
     known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
     known |= {"--help", "--check", "--nproc-per-node", "--no-python"}  # everybody's, sha256sum's, torchrun's
+    known |= {"--outfile"}  # of convert_hf_to_gguf.py
+    known |= {"--limit", "--num_fewshot", "--batch_size", "--model_args", "--apply_chat_template"}  # lm_eval's
     for script in (
         *ROOT.glob("tests/*.py"),
         *ROOT.glob("bench/*.py"),

@@ -424,7 +424,7 @@ def test_verify_of_an_api_output_takes_the_models_dir(place: Path) -> None:
     merge_models({"merge_method": "linear", "models": [{"model": "m/ft", "parameters": {"weight": 1}}]}, "out")
     (done,) = verify("out", recipe="out/mergekit_config.yml", models_dir="m", full=True)
     assert not done.problems
-    with pytest.raises(RecipeError, match="--models-dir nowhere: is not a folder"):
+    with pytest.raises(RecipeError, match='models_dir="nowhere": is not a folder'):
         merge_models("out/mergekit_config.yml", "out2", models_dir="nowhere")
 
 

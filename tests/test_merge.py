@@ -457,7 +457,7 @@ def test_integers_are_copied_when_equal_and_refused_when_not(tmp_path: Path, cod
     base, ft = save_model(tmp_path / "base", x), save_model(tmp_path / "ft", y)
     message = refusal(base, ft, tmp_path / "out")
     assert "1 integer tensor differs between base and ft, and integers have nothing between them: ids." in message
-    assert "--on-mismatch base" in message
+    assert 'on_mismatch="base"' in message
     report = merge(base, ft, tmp_path / "out", 1, on_mismatch="base")
     assert load_folder(tmp_path / "out")["ids"].tobytes() == x["ids"].tobytes()
     assert report.summary.num_kept_base == 1

@@ -74,7 +74,7 @@ def test_an_output_of_another_merge_says_what_differs(
     before = contents(tmp_path / "out")
     said = refusal(*pair, tmp_path / "out", **other)
     assert f"{tmp_path}/out: is not empty, and not the result of this merge: {what}. " in said
-    assert said.endswith("Choose another OUT, or --overwrite.")
+    assert said.endswith("Choose another OUT, or overwrite=True.")
     assert contents(tmp_path / "out") == before
 
 
@@ -265,7 +265,7 @@ def test_another_merge_over_unfinished_work_names_the_difference(
     os.utime(pair[1] / "model-00002-of-00003.safetensors")
     message = refusal(*pair, out, **SMALL)
     assert "ft/model-00002-of-00003.safetensors changed since" in message
-    assert "--overwrite to start anew" in message
+    assert "overwrite=True to start anew" in message
     merge(*pair, out, 0.7, overwrite=True, **SMALL)
     merge(*pair, tmp_path / "whole", 0.7, **SMALL)
     assert contents(out) == contents(tmp_path / "whole")
@@ -407,7 +407,7 @@ def test_a_half_done_overwrite_wants_its_flag_again(
         stop_after(patch, writer_module.ShardWriter, "sync", 0)
         with pytest.raises(Stop):
             merge(*pair, tmp_path / "out", 0.5, overwrite=True)
-    assert "was begun with --overwrite" in refusal(*pair, tmp_path / "out", 0.5)
+    assert "was begun with overwrite=True" in refusal(*pair, tmp_path / "out", 0.5)
     merge(*pair, tmp_path / "out", 0.5, overwrite=True)
 
 
@@ -547,7 +547,8 @@ def test_signals_leave_work_that_continues(tmp_path: Path, number: int, code: in
         assert b"Traceback" not in complaint
     assert not list(out.glob("t-*/*.index.json"))
     done = subprocess.run(command, check=True, capture_output=True)
-    assert done.stderr == b""
+    assert done.stderr.startswith(b"Continuing: an earlier run finished ")
+    assert done.stderr.count(b"\n") == 1
     merge(base, ft, tmp_path / "whole", [0.2, 0.4, 0.6, 0.8], max_shard_bytes=4_000_000)
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -641,7 +642,7 @@ def test_a_full_disk_says_so_and_continues(
         patch.setattr(writer_module.ShardWriter, "_write_some", full)
         message = refusal(*pair, tmp_path / "out", **SMALL)
     assert "No space left on device" in message
-    assert "Free some space, then run the same command" in message
+    assert "Free some space, then make the same call" in message
     merge(*pair, tmp_path / "out", **SMALL)
     merge(*pair, tmp_path / "whole", **SMALL)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -174,7 +174,7 @@ def test_widths_that_no_model_mixes_are_refused(tmp_path: Path, method: str) -> 
 def test_layers_that_config_json_does_not_describe_are_refused(tmp_path: Path) -> None:
     """All layers of one width, but config.json of a model of another."""
     a, b = model(tmp_path / "a", 0.0), model(tmp_path / "b", 1.0, width=10)
-    with pytest.raises(MismatchError, match=r"--files-from MODEL"):
+    with pytest.raises(MismatchError, match=r"files_from=MODEL"):
         merge_models(stack((b, 0, 3)) | {"base_model": str(a)}, tmp_path / "out")
     merge_models(stack((b, 0, 3), (b, 0, 3)) | {"base_model": str(a)}, tmp_path / "out", files_from=str(b))
 

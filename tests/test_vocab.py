@@ -551,12 +551,12 @@ def test_what_cannot_be_matched_is_refused(pair: tuple[Path, Path], tmp_path: Pa
     nothing = save_model(tmp_path / "nothing", {"x": normal(3)}, side_files=side)
     with pytest.raises(
         MismatchError,
-        match=r"nothing: has no embedding under a known name .* copy such tensors from BASE: --exclude PATTERN",
+        match=r"nothing: has no embedding under a known name .* copy such tensors from BASE: exclude=PATTERN",
     ):
         merge(pair[0], nothing, tmp_path / "out", vocab="base")
     with pytest.raises(CheckpointError, match=r"has no tokenizer, which .* need. Give its folder instead"):
         merge(pair[0], pair[1] / "model.safetensors", tmp_path / "out", vocab="base")
-    with pytest.raises(RecipeError, match="goes with --vocab"):
+    with pytest.raises(RecipeError, match="goes with vocab"):
         merge(*pair, tmp_path / "out", pad_vocab_to_multiple_of=64)
     with pytest.raises(RecipeError, match="vocab is 'both', expected one of: base, ft, union"):
         merge(*pair, tmp_path / "out", vocab="both")

@@ -21,6 +21,7 @@ from merge_tool.cli.options import (
     MODELS_DIR,
     OUTPUT_OPTIONS,
     PRINT_OPTIONS,
+    field_options,
     parse_ts,
     recipe_options,
     with_options,
@@ -186,7 +187,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
-@with_options(recipe_options(Options))
+@with_options(field_options(Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)

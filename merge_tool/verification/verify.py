@@ -159,7 +159,8 @@ def plan_verify(
         elements = 0
         if against or recipe:
             try:
-                report = _open_report(_needed_report(folder, file_name, given_report))
+                _check_has_report(file_name, given_report)
+                report = _open_report(given_report or folder.regular(REPORT))
             except (ValueError, RecursionError) as e:
                 raise OutputError(f"{shown(root)}: {REPORT}: {reason(e)}") from e
             path = root if file_name is None else root / file_name
@@ -176,13 +177,12 @@ def plan_verify(
     return _of_each(Path(out), report_path, look)
 
 
-def _needed_report(folder: Folder, file_name: str | None, report_path: Path | None) -> Path:
-    """The report of an output that is to be compared with its parents. Raises OutputError if it has none."""
+def _check_has_report(file_name: str | None, report_path: Path | None) -> None:
+    """Raise OutputError for an output that is to be compared with its parents and has no report."""
     if file_name is not None and report_path is None:
         raise OutputError(
             f"{shown(file_name)}: a one-file output carries no report. Give the one of its merge: --report."
         )
-    return report_path or folder.regular(REPORT)
 
 
 def _check_sample(sample: float) -> None:
@@ -248,7 +248,7 @@ def _verify(
     if report is not None:
         _check_options(checks, report.head, wanted)
     if against or recipe:
-        _needed_report(folder, file_name, report_path)
+        _check_has_report(file_name, report_path)
     if (against or recipe) and report is not None:
         out = root if file_name is None else root / file_name
         prepared = plan_again(out, report, against, recipe, models_dir, memory_bytes, jobs)
