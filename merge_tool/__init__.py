@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from merge_tool._version import __version__
 
 if TYPE_CHECKING:
-    from merge_tool.answers import Answer, answers
     from merge_tool.api import merge, merge_models, merge_recipe, plan_recipe
     from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
     from merge_tool.compare.diff import Diff, diff
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from merge_tool.plan.memory import Layout, plan_layout
     from merge_tool.plan.plan import MergePlan
     from merge_tool.plan.plan_merge import plan_merge
+    from merge_tool.prompting import Answer, answers
     from merge_tool.recipe.mergekit import read_recipe
     from merge_tool.recipe.pair import pair
     from merge_tool.recipe.recipe import Recipe
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "MergeReport": "merge_tool.merge_report",
     "Watch": "merge_tool.merge_report",
-    "Answer": "merge_tool.answers",
-    "answers": "merge_tool.answers",
+    "Answer": "merge_tool.prompting",
+    "answers": "merge_tool.prompting",
     "merge": "merge_tool.api",
     "merge_models": "merge_tool.api",
     "merge_recipe": "merge_tool.api",

@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import contents
-from merge_tool import RecipeError, merge
+from merge_tool import RecipeError, merge, merge_models, sweep_recipe, verify
 from merge_tool.cli import merge_tool
 from merge_tool.errors import EvaluationError
+from merge_tool.recipe.recipe import label_t
+from merge_tool.sweeps.lm_eval import scores
 from merge_tool.sweeps.results import pareto
 from merge_tool.sweeps.scores import parse_scores
 from merge_tool.sweeps.sweep import sweep
@@ -243,3 +245,164 @@ def test_pareto_marks_what_nothing_beats(rows: list[tuple[int, int]]) -> None:
     """Marked if and only if no other is as good in both scores and better in one."""
     for mark, (x, y) in zip(pareto(rows), rows, strict=True):
         assert mark == (not any(a >= x and b >= y and (a > x or b > y) for a, b in rows))
+
+
+# ------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.fixture
+def ties(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    path = tmp_path / "ties.yaml"
+    entries = [f"  - model: {model}\n    parameters: {{weight: 0.5, density: 0.5}}\n" for model in pair]
+    path.write_text(f"merge_method: ties\nbase_model: {pair[0]}\nmodels:\n{''.join(entries)}dtype: float32\n")
+    return path
+
+
+def sweep_words(recipe: Path, out: Path, judge: Path, *words: Any) -> Any:
+    arguments = ["sweep", recipe, out, "--eval", shlex.join(command(judge)), *words]
+    return CliRunner().invoke(merge_tool, list(map(str, arguments)))
+
+
+def test_any_parameter_of_a_recipe_is_varied(ties: Path, tmp_path: Path, judge: Path) -> None:
+    """For all models or for one; every combination is byte for byte the recipe with these values in it."""
+    vary = ["--vary", "parameters.lambda=0.5,1", "--vary", "models.1.parameters.density=0.2:0.6:0.4", "--batch", 3]
+    done = sweep_words(ties, tmp_path / "out", judge, *vary, "--keep", "--json")
+    assert done.exit_code == 0, done.output
+    points = json.loads(done.stdout)["points"]
+    values = [(p["lambda"], p["models.1.parameters.density"]) for p in points]
+    assert values == [(0.5, 0.2), (0.5, 0.6), (1, 0.2), (1, 0.6)]
+    for scale, density in values:
+        text = ties.read_text()
+        at = text.rindex("density: 0.5")
+        text = f"{text[:at]}density: {density}{text[at + 12 :]}parameters: {{lambda: {scale}}}\n"
+        (tmp_path / "one.yaml").write_text(text)
+        merge_models(tmp_path / "one.yaml", tmp_path / "one", overwrite=True)
+        name = f"lambda-{label_t(scale)}-models.1.parameters.density-{density}"
+        kept = tmp_path / "out" / name
+        assert contents(kept)["model.safetensors"] == contents(tmp_path / "one")["model.safetensors"]
+        # what is kept says how it was made, and can be made and checked again
+        assert not verify(kept, recipe=ties)[0].problems
+        merge_models(kept / "mergekit_config.yml", tmp_path / "again", models_dir=tmp_path, overwrite=True)
+        assert contents(kept)["model.safetensors"] == contents(tmp_path / "again")["model.safetensors"]
+    assert calls(judge)[0].count("lambda") == 3
+    with (tmp_path / "out/sweep.csv").open() as table:
+        assert next(csv.reader(table)) == ["lambda", "models.1.parameters.density", "total", "loss", "pareto"]
+
+
+def test_a_sweep_of_a_recipe_continues_and_grows(ties: Path, tmp_path: Path, judge: Path) -> None:
+    assert sweep_words(ties, tmp_path / "out", judge, "--vary", "weight=0.2,0.4").exit_code == 0
+    before = len(calls(judge))
+    dry = sweep_words(ties, tmp_path / "out", judge, "--vary", "weight=0.2,0.4,0.6", "--dry-run")
+    assert "Sweep: 3 merges, 1 at a time; 2 have their scores already: weight = 0.2; weight = 0.4" in dry.stdout
+    assert len(calls(judge)) == before
+    grown = sweep_words(ties, tmp_path / "out", judge, "--vary", "weight=0.2,0.4,0.6", "-q")
+    assert grown.output == ""
+    assert calls(judge)[before:] == ["weight-0.6"]
+    other = sweep_words(ties, tmp_path / "out", judge, "--vary", "density=0.2,0.4")
+    assert "is of another sweep" in other.stderr
+    report = sweep_recipe(ties, tmp_path / "out", {"weight": [0.2, 0.4, 0.6]}, command(judge))
+    assert [point.values for point in report.points] == [{"weight": w} for w in (0.2, 0.4, 0.6)]
+    assert report.models == ("base", "ft")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vary", "lamda=1,2"], "ties has no parameter 'lamda' (did you mean 'lambda'?)"),
+        (["--vary", "models.7.parameters.weight=1"], "the recipe has 2 entries in models, the first is models.0"),
+        (["--vary", "models.0.parameters.lambda=1"], "ties has one lambda for all models: write lambda"),
+        (["--vary", "weight"], "is not NAME=VALUES"),
+        (["--vary", "t=1:0:0.1"], "is empty"),
+        (["--vary", "weight=1", "--vary", "parameters.weight=2"], "'weight' is given twice"),
+        (["--vary", "density=2,3"], "a number from 0 to 1"),
+        ([], "--vary is missing"),
+        (["--vary", "weight=1", "--t", "0.5"], "--t goes with BASE and FT"),
+        (["--vary", "weight=1", "--method", "linear"], "--method goes with BASE and FT"),
+    ],
+)
+def test_what_cannot_be_varied_is_said(ties: Path, tmp_path: Path, judge: Path, words: list[str], message: str) -> None:
+    done = sweep_words(ties, tmp_path / "out", judge, *words)
+    assert done.exit_code in (1, 2)
+    assert message in done.stderr.replace("\n", " "), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pair_is_no_recipe(pair: tuple[Path, Path], tmp_path: Path, judge: Path) -> None:
+    assert "--vary goes with a recipe" in run(pair, tmp_path / "out", judge, "--vary", "t=0,1").stderr
+
+
+def test_a_dry_run_of_a_pair_writes_and_scores_nothing(pair: tuple[Path, Path], tmp_path: Path, judge: Path) -> None:
+    done = run(pair, tmp_path / "out", judge, "--t", "0:1:0.5", "--dry-run")
+    assert "Sweep: 3 merges, 1 at a time: t = 0; t = 0.5; t = 1" in done.stdout
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "calls.txt").exists()
+
+
+def test_progress_names_the_setting_and_how_many_there_are(
+    pair: tuple[Path, Path], tmp_path: Path, judge: Path
+) -> None:
+    done = run(pair, tmp_path / "out", judge, "--t", "0.25,0.5,0.75", "--batch", "2", "--progress", "bar")
+    assert "t = 0.25; t = 0.5 (1 to 2 of 3):" in done.stderr
+    assert "t = 0.75 (3 of 3):" in done.stderr
+
+
+# ----------------------------------------------------------------------------- lm-evaluation-harness
+
+FAKE_LM_EVAL = """
+import json, sys
+from pathlib import Path
+words = sys.argv[1:]
+assert words[0] == "run", words
+options = dict(zip(words[1::2], words[2::2]))
+Path("asked.jsonl").open("a").write(json.dumps(options) + "\\n")
+out = Path(options["--output_path"]) / "model"
+out.mkdir(parents=True)
+scores = {"alias": "gsm8k", "exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1}
+results = {"results": {"gsm8k": scores, "arc_easy": {"acc,none": 0.25, "acc_stderr,none": "N/A"}}}
+(out / "results_2026.json").write_text(json.dumps(results))
+print("a table for people")
+"""
+
+
+def test_lm_eval_is_a_ready_judge_and_gets_its_limits(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks, limits and further model arguments arrive; its results are the scores."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/lm_eval.py").write_text(FAKE_LM_EVAL)
+    root = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}:{root}")
+    monkeypatch.chdir(tmp_path)
+    told = "lm-eval:gsm8k,arc_easy --limit 7 --model_args dtype=float32"
+    words = ["sweep", *map(str, pair), str(tmp_path / "out"), "--t", "0,1", "--batch", "2", "--eval", told, "--json"]
+    done = CliRunner().invoke(merge_tool, words)
+    assert done.exit_code == 0, done.output
+    points = json.loads(done.stdout)["points"]
+    assert [p["scores"] for p in points] == [{"gsm8k/exact_match,strict-match": 0.5, "arc_easy/acc": 0.25}] * 2
+    asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert [one["--tasks"] for one in asked] == ["gsm8k,arc_easy"] * 2
+    assert [one["--limit"] for one in asked] == ["7", "7"]
+    assert [one["--model"] for one in asked] == ["hf", "hf"]
+    for one, name in zip(asked, ("t-0", "t-1"), strict=True):
+        assert one["--model_args"] == f"pretrained={tmp_path}/out/models/{name},dtype=float32"
+    other = CliRunner().invoke(merge_tool, [*words[:-2], told.replace("7", "8")])
+    assert "is of another sweep" in other.stderr
+
+
+def test_results_that_lm_eval_wrote_are_read() -> None:
+    recorded = next((Path(__file__).parent / "lm_eval_results").glob("results_*.json"))
+    found = dict(scores(json.loads(recorded.read_text())))
+    assert found["gsm8k/exact_match,flexible-extract"] >= 0
+    assert any(name.startswith("agieval_nous/acc") for name in found)
+    assert not any("stderr" in name or "alias" in name for name in found)
+
+
+def test_lm_eval_that_is_not_there_or_has_no_task_is_said(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="names no tasks"):
+        sweep(*pair, tmp_path / "out", [0.5], ["lm-eval:"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"needs lm-evaluation-harness: pip install '\.\[eval\]'"):
+        sweep(*pair, tmp_path / "out", [0.5], ["lm-eval:gsm8k"])
+    assert not (tmp_path / "out").exists()

@@ -32,8 +32,8 @@ from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
 
 if TYPE_CHECKING:
-    from merge_tool.answers import Answer
     from merge_tool.plan.prepare import Prepared
+    from merge_tool.prompting import Answer
 
 # --------------------------------------------------------------------------------------- slerp-merge
 
@@ -107,7 +107,7 @@ def _make(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe = recipe_of()
     if prompt is not None:
-        from merge_tool.answers import check_can_answer
+        from merge_tool.prompting import check_can_answer
 
         check_can_answer(prompt)
     if dry_run:
@@ -135,7 +135,7 @@ def _make(
 
 def _answers(recipe: Recipe, outputs: Iterable[Path], prompt: str) -> list[Answer]:
     """What the parents and the outputs say."""
-    from merge_tool.answers import answers
+    from merge_tool.prompting import answers
 
     return list(answers([*map(str, recipe.models), *outputs], prompt))
 
