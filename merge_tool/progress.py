@@ -30,7 +30,8 @@ class Progress:
         self._clock, self._lock = clock, threading.Lock()
         self._what, self._bar = "", None  # type: str, Any
         self._total = self._done = 0
-        self._started = self._written = clock()
+        self._started = clock()
+        self._written: float | None = None  # the last line; the first job begins the first half minute
 
     def __enter__(self) -> Progress:
         return self
@@ -43,13 +44,14 @@ class Progress:
         with self._lock:
             self._close()
             self._what, self._total, self._done = what, 0, 0
-            self._started = self._clock()
+            self._restart()
 
     def start(self, total: int) -> None:
         """Begin to count up to `total` bytes."""
         with self._lock:
             self._close()
-            self._total, self._done, self._started = total, 0, self._clock()
+            self._total, self._done = total, 0
+            self._restart()
             if self.kind == "bar":
                 settings = {"unit": "B", "unit_scale": True, "leave": False, "desc": self._what or None}
                 self._bar = _tqdm()(total=total, file=sys.stderr, dynamic_ncols=True, **settings)
@@ -68,11 +70,16 @@ class Progress:
         if self.kind != "log":
             return
         with self._lock:
-            if (now := self._clock()) - self._written < _SECONDS:
+            if self._written is None or (now := self._clock()) - self._written < _SECONDS:
                 return
             self._written = now
             line = self._line(now - self._started, name)
         self.say(line)
+
+    def _restart(self) -> None:
+        self._started = self._clock()
+        if self._written is None:
+            self._written = self._started
 
     def _line(self, seconds: float, name: str) -> str:
         what = f"{self._what}: " if self._what else ""

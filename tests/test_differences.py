@@ -104,7 +104,7 @@ def test_what_changes_a_text_or_its_end_is_one_warning(tmp_path: Path, what: str
 def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     base, ft = model(tmp_path / "base", 1, {"tokenizer.json": None}), model(tmp_path / "ft", 2)
     assert warnings_of(base, ft) == [
-        "base has no tokenizer, and so the output has none. --files-from ft takes ft's files."
+        'base has no tokenizer, and so the output has none. files_from="ft" takes ft\'s files.'
     ]
     assert warnings_of(ft, base) == []
 
@@ -131,8 +131,8 @@ def test_a_template_that_is_lost_is_one_warning_with_its_options(tmp_path: Path,
     base = model(tmp_path / "base", 1, {"tokenizer_config.json": {}})
     ft = model(tmp_path / "ft", 2, {"tokenizer_config.json": {}, **WITH_TEMPLATE[where]})
     assert warnings_of(base, ft, t=t) == [
-        "The chat template of ft is not in the output: base has none, and so the output has none. --chat-template ft "
-        "takes it; --files-from ft takes all of ft's files."
+        'The chat template of ft is not in the output: base has none, and so the output has none. chat_template="ft" '
+        'takes it; files_from="ft" takes all of ft\'s files.'
     ]
     assert merge(base, ft, tmp_path / "taken", t, chat_template="ft").warnings == ()
     assert template(tmp_path / "taken") == CHAT
@@ -187,9 +187,9 @@ def test_a_template_by_name_or_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [
-        ("ft", "--chat-template ft: ft has no chat template"),
-        ("chat", "--chat-template is 'chat', expected a model (base, ft, "),
-        ("nothing.jinja", "--chat-template nothing.jinja: cannot be read"),
+        ("ft", 'chat_template="ft": ft has no chat template'),
+        ("chat", "chat_template is 'chat', expected a model (base, ft, "),
+        ("nothing.jinja", 'chat_template="nothing.jinja": cannot be read'),
         ("EMPTY", "holds no template in Jinja"),
     ],
 )

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints import contents
+from checkpoints import contents, language_model, save_model
 from merge_tool import RecipeError, merge, merge_models, sweep_recipe, verify
 from merge_tool.cli import merge_tool
 from merge_tool.errors import EvaluationError
@@ -252,8 +252,8 @@ def test_pareto_marks_what_nothing_beats(rows: list[tuple[int, int]]) -> None:
 
 @pytest.fixture
 def ties(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    path = tmp_path / "ties.yaml"
-    entries = [f"  - model: {model}\n    parameters: {{weight: 0.5, density: 0.5}}\n" for model in pair]
+    path, third = tmp_path / "ties.yaml", save_model(tmp_path / "third", language_model(2))
+    entries = [f"  - model: {model}\n    parameters: {{weight: 0.5, density: 0.5}}\n" for model in (pair[1], third)]
     path.write_text(f"merge_method: ties\nbase_model: {pair[0]}\nmodels:\n{''.join(entries)}dtype: float32\n")
     return path
 
@@ -302,7 +302,7 @@ def test_a_sweep_of_a_recipe_continues_and_grows(ties: Path, tmp_path: Path, jud
     assert "is of another sweep" in other.stderr
     report = sweep_recipe(ties, tmp_path / "out", {"weight": [0.2, 0.4, 0.6]}, command(judge))
     assert [point.values for point in report.points] == [{"weight": w} for w in (0.2, 0.4, 0.6)]
-    assert report.models == ("base", "ft")
+    assert {*report.models} == {"base", "ft", "third"}
 
 
 @pytest.mark.parametrize(

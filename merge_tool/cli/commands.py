@@ -112,7 +112,7 @@ def _make(
         check_can_answer(prompt)
     if dry_run:
         prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
-        _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json, quiet=quiet)
+        _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
         return
     with Progress(progress_kind(progress, quiet=quiet)) as bar:
         note = None if quiet else bar.say
@@ -206,9 +206,9 @@ def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
     _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
 
 
-def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool, quiet: bool) -> None:
+def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:
     from merge_tool.cli.show import plan_json, plan_lines
 
     for warning in prepared.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    print_result(lambda: plan_json(prepared, complete), lambda: plan_lines(prepared, complete), as_json, quiet)
+    print_result(lambda: plan_json(prepared, complete), lambda: plan_lines(prepared, complete), as_json)

@@ -160,8 +160,10 @@ def progress_kind(kind: str, *, quiet: bool) -> str:
     return Progress("none" if quiet and kind == "auto" else kind, otherwise="log").kind
 
 
-def print_result(as_data: Callable[[], Any], as_lines: Callable[[], Iterable[str]], as_json: bool, quiet: bool) -> None:
-    """Print a result as --json and --quiet ask for."""
+def print_result(
+    as_data: Callable[[], Any], as_lines: Callable[[], Iterable[str]], as_json: bool, quiet: bool = False
+) -> None:
+    """Print a result as --json and --quiet ask for; a plan, which a dry run is there to print, is never quiet."""
     if as_json:
         click.echo(json.dumps(as_data(), indent=2))
     elif not quiet:

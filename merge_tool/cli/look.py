@@ -112,7 +112,6 @@ def verify_command(
             lambda: [plan.as_json() for plan in plans],
             lambda: [line for plan in plans for line in verify_plan_lines(plan)],
             as_json,
-            quiet,
         )
         return
     verifications = verify(out, against, progress=progress_kind(progress, quiet=quiet), **asked)
@@ -176,7 +175,7 @@ def diff_command(
         check_plot_path(picture)
     if dry_run:
         plan = plan_diff(base, ft, **options)
-        print_result(plan.as_json, lambda: diff_plan_lines(plan), as_json, quiet)
+        print_result(plan.as_json, lambda: diff_plan_lines(plan), as_json)
         return
     compared = diff(base, ft, progress=progress_kind(progress, quiet=quiet), **options)
     if picture is not None:

@@ -161,7 +161,7 @@ PRINT_OPTIONS = [
         "--dry-run", is_flag=True, help="Read headers only: show what would be done, and downloaded; write nothing."
     ),
     click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON."),
-    click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only."),
+    click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only; of a dry run, the plan."),
     click.option(
         "--progress",
         type=click.Choice(KINDS),

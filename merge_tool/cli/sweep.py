@@ -96,7 +96,7 @@ def sweep_command(
         plan = plan_sweep(recipe, out, keys, words, batch=batch, overwrite=overwrite, **limits)
         for warning in plan.first.warnings:
             click.echo(f"Warning: {warning}", err=True)
-        print_result(lambda: sweep_plan_json(plan), lambda: sweep_plan_lines(plan), as_json, quiet)
+        print_result(lambda: sweep_plan_json(plan), lambda: sweep_plan_lines(plan), as_json)
         return
 
     def on_scores(point: SweepPoint) -> None:
