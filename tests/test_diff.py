@@ -170,3 +170,144 @@ def test_a_missing_checkpoint_is_one_clear_error(pair: tuple[Path, Path], tmp_pa
     found = run(pair[0], tmp_path / "none")
     assert found.exit_code == 1
     assert "no such file or folder" in found.stderr
+
+
+# ------------------------------------------------------------------- configurations, tokenizers, the Hub
+
+
+def test_configurations_and_tokenizers_are_compared_too(tmp_path: Path) -> None:
+    """Key by key, nested ones with dots; what only names a place or a version is left out."""
+    sides = [
+        {"config": {"hidden_act": "silu", "rope": {"theta": 1e4, "kind": "x"}, "same": [1], "_name_or_path": "a"},
+         "tokenizer_config.json": {"chat_template": "{{ a }}", "padding_side": "left"}},
+        {"config": {"hidden_act": "gelu", "rope": {"theta": 1e6, "kind": "x"}, "same": [1], "_name_or_path": "b",
+                    "new": None}, "tokenizer_config.json": {"padding_side": "right"}, "generation_config.json": {}},
+    ]  # fmt: skip
+    folders = []
+    for k, side in enumerate(sides):
+        files = {name: json.dumps(content) for name, content in side.items() if name != "config"}
+        files |= {
+            "config.json": json.dumps(side["config"]),
+            "tokenizer.json": json.dumps(tokenizer("ab" if k else "abc")),
+        }
+        folders.append(save_model(tmp_path / "ab"[k], language_model(k), side_files=files))
+    compared = diff(*folders)
+    assert [(one.file, one.key, one.base, one.ft) for one in compared.settings] == [
+        ("config.json", "hidden_act", "silu", "gelu"),
+        ("config.json", "new", "not there", None),
+        ("config.json", "rope.theta", 1e4, 1e6),
+        ("generation_config.json", "", "not there", "there"),
+        ("tokenizer_config.json", "padding_side", "left", "right"),
+    ]
+    told = "\n".join(compared.tokenizers)
+    assert "2 tokens are in both" in told
+    assert "1 only in a" in told
+    assert "Only a has a chat template." in told
+    printed = run(*folders).stdout
+    assert "rope.theta" in printed
+    assert "Tokenizers: Only a has a chat template." in printed
+    assert json.loads(run(*folders, "--json").stdout)["settings"][0]["key"] == "hidden_act"
+    same = diff(folders[0], folders[0])
+    assert (same.settings, same.tokenizers) == ((), ())
+
+
+def tokenizer(tokens: str) -> dict[str, Any]:
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+
+
+def test_damaged_side_files_are_shown_and_stop_nothing(tmp_path: Path) -> None:
+    good, bad = ({"generation_config.json": text, "tokenizer_config.json": text} for text in ("{}", "{"))
+    folders = [save_model(tmp_path / n, language_model(0), side_files=f) for n, f in (("a", good), ("b", bad))]
+    compared = diff(*folders)
+    assert [(one.file, one.key) for one in compared.settings] == [
+        ("generation_config.json", "(damaged)"),
+        ("tokenizer_config.json", "(damaged)"),
+    ]
+    assert all(tensor.equal for tensor in compared.tensors)
+
+
+def test_a_dry_run_of_models_of_the_hub_fetches_no_weights(tmp_path: Path) -> None:
+    import hub_replica
+
+    for k, name in enumerate(("base", "ft")):
+        save_model(tmp_path / "hub/models/org" / name, language_model(k))
+    with hub_replica.serve(tmp_path / "hub") as hub:
+        dry = hub_replica.run(hub, tmp_path, "diff", "org/base", "org/ft", "--dry-run", "--json")
+        planned = json.loads(dry.stdout)
+        assert planned["num_tensors"] == len(language_model(0))
+        assert planned["download_bytes"] >= planned["nbytes"]
+        assert sum(hub.weights().values()) < planned["nbytes"] / 2  # headers
+        done = hub_replica.run(hub, tmp_path, "diff", "org/base", "org/ft")
+        assert done.stdout.startswith("org/base and org/ft: "), done.stderr
+        merged = hub_replica.run(hub, tmp_path, "merge", "org/base", "org/ft", "out", "-q")
+        assert merged.returncode == 0, merged.stderr
+        hub.served.clear()
+        words = ("verify", "out", "--against", "org/base", "org/ft", "--dry-run")
+        fresh = hub_replica.run(hub, tmp_path, *words, HF_HOME=str(tmp_path / "other home"))
+        assert "elements to merge again" in fresh.stdout, fresh.stderr
+        assert sum(hub.weights().values()) < planned["nbytes"] / 2
+
+
+# --------------------------------------------------------------------------------------- the pictures
+
+
+def texts_of(figure: Any) -> list[str]:
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_pictures_name_the_models_and_cut_no_label(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every label lies in the picture, whole; no axis has an offset, whatever its values."""
+    from merge_tool.cli import plot
+    from merge_tool.sweeps.results import SweepPoint, SweepReport
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure))
+    long = "model.layers.0." + ".".join(f"module{k}_with_a_long_name" for k in range(6)) + ".weight"
+    tensors = [
+        dict(language_model(k), **{long: np.full(7, 1.0 + k * np.arange(7)).astype(np.float32)}) for k in range(2)
+    ]
+    plot.plot_diff(diff(*(save_model(tmp_path / n, t) for n, t in zip(("one", "two"), tensors, strict=True))), tmp_path)
+    scores = [1e-9, 1e-9 + 1e-16, 1e-9 + 3e-16]
+    points = [
+        SweepPoint({"t": t, "density": d}, {"a_very_long_name_of_a_score/with,filters_and_more": 12345678 + s, "b": s})
+        for t, s in zip((0.0, 0.5, 1.0), scores, strict=True)
+        for d in (0.1, 0.9)
+    ]
+    plot.plot_sweep(SweepReport(tmp_path, tuple(points), frozenset(), ("some-base", "some$ft")), tmp_path)
+    words = [SweepPoint({"kind": k}, {"x": n}) for n, k in enumerate(("count", "sum"))]
+    plot.plot_sweep(SweepReport(tmp_path, tuple(words), frozenset(), ("p", "q")), tmp_path)
+    assert any("one and two" in text for text in texts_of(figures[0]))
+    joined = "".join(text.replace("\n", "") for text in texts_of(figures[0]))
+    assert long.partition(".0.")[2] in joined.replace("-", "")
+    assert any("some-base + some\\$ft" in text for text in texts_of(figures[1]))
+    assert "".join(texts_of(figures[1])).count("density = 0.1") == 1
+    assert {"count", "sum"} <= {*texts_of(figures[2])}
+    for figure in figures:
+        figure.canvas.draw()
+        for axes in figure.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                assert axis.get_offset_text().get_text() == ""
+
+
+def test_loss_png_has_two_measures_on_axes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training MixCE and held-out cross-entropy never share an axis; the model is named."""
+    from matplotlib.figure import Figure
+
+    from train.watch import plot_loss
+
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    train = [{"kind": "train", "step": k, "loss": 1 - k / 100} for k in range(10)]
+    evals = [{"kind": "eval", "step": k, "nll": {"prose": 2 - k / 100, "sums": 3.0}} for k in (0, 9)]
+    assert plot_loss([*train, *evals], tmp_path / "loss.png", "scribe, a finetune of org/model")
+    assert plot_loss(train, tmp_path / "loss.png")
+    both, alone = figures
+    assert [len(axes.lines) for axes in both.axes] == [1, 2]
+    assert [axes.get_ylabel() for axes in both.axes] == ["MixCE per token", "cross-entropy (nats per token)"]
+    assert "scribe, a finetune of org/model" in texts_of(both)
+    assert len(alone.axes) == 1

@@ -712,3 +712,45 @@ def test_more_epochs_on_a_finished_run_say_how(place: Path) -> None:
     with pytest.raises(train.errors.TrainError) as caught:
         check_same_run(Path("o"), {"epochs": 1, "lr": 2})
     assert "final" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------- what next
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said", "unsaid"),
+    [
+        (
+            "LlamaForCausalLM",
+            ["AutoModelForCausalLM.from", "convert_hf_to_gguf.py", "vllm serve OUT", "lms import"],
+            [],
+        ),
+        ("BertModel", ["AutoModel.from_pretrained", "hf upload"], ["gguf", "vllm", "generate"]),
+        ("", ["hf upload ORG/NAME OUT"], ["from_pretrained", "vllm"]),
+    ],
+)
+def test_the_card_says_what_next_for_its_class_of_model(
+    place: Path, architecture: str, said: list[str], unsaid: list[str]
+) -> None:
+    config = {"architectures": [architecture]} if architecture else {}
+    for name in ("base", "ft"):
+        (Path("m") / name / "config.json").write_text(json.dumps(config))
+    succeed("merge", "m/base", "m/ft", "out", "-q")
+    card = Path("out/README.md").read_text()
+    section = card.partition("\n## What next\n")[2]
+    assert all(part in section for part in said), section
+    assert not any(part in section for part in unsaid), section
+    assert "verified" in succeed("verify", "out", "--against", "m/base", "m/ft", "--full")
+
+
+def test_the_snippet_of_the_card_runs(tmp_path: Path) -> None:
+    """As it stands, with the output's folder in place of OUT."""
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, root / "examples/make_tiny_pair.py", tmp_path], check=True)
+    merge(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    code = card.partition("## What next")[2].partition("```python\n")[2].partition("```")[0]
+    code = code.replace('"OUT"', repr(str(tmp_path / "out")))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Once upon a time" in done.stdout

@@ -318,7 +318,8 @@ def verify_plan_lines(plan: VerifyPlan) -> Iterator[str]:
 
 def diff_plan_lines(plan: DiffPlan) -> Iterator[str]:
     base, ft = (shown(name) for name in plan.names)
-    yield f"{base} and {ft}: {counted(plan.num_tensors, 'tensor')} to compare, {sized(plan.nbytes)} to read"
+    download = f", {sized(plan.download_bytes)} of them from the Hub" if plan.download_bytes else ""
+    yield f"{base} and {ft}: {counted(plan.num_tensors, 'tensor')} to compare, {sized(plan.nbytes)} to read{download}"
     for what, names in (
         (f"only in {base}", plan.only_base), (f"only in {ft}", plan.only_ft), ("differ in shape or type", plan.unlike)
     ):  # fmt: skip

@@ -27,6 +27,7 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.compare.files import SettingDiff, setting_diffs, tokenizer_diffs
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
+from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import open_models
 from merge_tool.plan.limits import LEAST_BYTES
 from merge_tool.plan.memory import default_budget, default_jobs
@@ -113,11 +114,12 @@ class Diff:
 
 @dataclass(frozen=True)
 class DiffPlan:
-    """What a comparison would read: `nbytes` of both checkpoints together."""
+    """What a comparison would read: `nbytes` of both checkpoints together, `download_bytes` of them from the Hub."""
 
     names: tuple[str, str]
     num_tensors: int
     nbytes: int
+    download_bytes: int
     only_base: tuple[str, ...]
     only_ft: tuple[str, ...]
     unlike: tuple[str, ...]
@@ -147,7 +149,9 @@ def diff(
     an unknown choice, or if the memory does not suffice.
     """
     budget = _checked_budget(memory_bytes, jobs)
-    two = _Two.open(base, ft, on_missing, dtype, budget)
+    with Inputs([base, ft]) as inputs:
+        inputs.fetch()
+        two = _Two.open(inputs, (str(base), str(ft)), on_missing, dtype, budget)
     names, models = two.names, two.models
     reading = max((model.source(name).extra_bytes(TILE) for model in models for name in names), default=0)
     each = _WORKER_BYTES + reading + (2 * 8 * TILE if dtype is not None else 0)
@@ -178,8 +182,11 @@ def plan_diff(
     jobs: int | None = None,
 ) -> DiffPlan:
     """What `diff` with these arguments would read, from headers alone. Raises the errors that it begins with."""
-    two = _Two.open(base, ft, on_missing, dtype, _checked_budget(memory_bytes, jobs))
-    return DiffPlan(two.called, len(two.names), two.nbytes, two.only_base, two.only_ft, two.unlike)
+    budget = _checked_budget(memory_bytes, jobs)
+    with Inputs([base, ft]) as inputs:
+        two = _Two.open(inputs, (str(base), str(ft)), on_missing, dtype, budget)
+        download = inputs.download.nbytes
+        return DiffPlan(two.called, len(two.names), two.nbytes, download, two.only_base, two.only_ft, two.unlike)
 
 
 def _checked_budget(memory_bytes: int | None, jobs: int | None) -> int:
@@ -204,13 +211,13 @@ class _Two:
     dtype: str | None
 
     @classmethod
-    def open(cls, base: str | Path, ft: str | Path, on_missing: str, dtype: str | None, budget: int) -> _Two:
+    def open(cls, inputs: Inputs, given: tuple[str, str], on_missing: str, dtype: str | None, budget: int) -> _Two:
         check_choice("on_missing", on_missing, STOP_BASE_OR_FT)
         if dtype is not None:
             check_choice("dtype", dtype, OUTPUT_DTYPES)
         most = max(4_000_000, (budget - resident_bytes()) // 3)
-        first, second = open_models((base, ft), max_header_bytes=most, mergeable=False)
-        called = (first.name, second.name) if first.name != second.name else (str(base), str(ft))
+        first, second = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=most, mergeable=False)
+        called = (first.name, second.name) if first.name != second.name else given
         a, b = first.tensors, second.tensors
         only_base, only_ft = (tuple(_natural(x.keys() - y.keys())) for x, y in ((a, b), (b, a)))
         if on_missing == "error" and (only_base or only_ft):

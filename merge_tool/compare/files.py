@@ -33,7 +33,7 @@ class SettingDiff:
 
 
 def setting_diffs(base: Checkpoint, ft: Checkpoint) -> Iterator[SettingDiff]:
-    """The keys in which the models' configuration files differ. Raises CheckpointError for a damaged file."""
+    """The keys in which the models' configuration files differ; damaged files as wholes."""
     here, there = base.folder, ft.folder
     if here is None or there is None:
         return
@@ -41,10 +41,17 @@ def setting_diffs(base: Checkpoint, ft: Checkpoint) -> Iterator[SettingDiff]:
         if here.has(name) != there.has(name):
             yield SettingDiff(name, "", *("there" if folder.has(name) else ABSENT for folder in (here, there)))
         elif here.has(name):
-            a, b = (dict(_flat(folder.load_json(name))) for folder in (here, there))
+            a, b = (_settings(folder, name) for folder in (here, there))
             for key in sorted(a.keys() | b.keys()):
                 if a.get(key, ABSENT) != b.get(key, ABSENT):
                     yield SettingDiff(name, key, a.get(key, ABSENT), b.get(key, ABSENT))
+
+
+def _settings(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        return dict(_flat(folder.load_json(name)))
+    except CheckpointError as e:
+        return {"(damaged)": str(e)}
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,7 +74,11 @@ def tokenizer_diffs(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
         yield f"Only {(base if have[0] else ft).name} has a tokenizer."
     elif all(have):
         yield from _tokens(base, ft, here, there)
-    own, theirs = ((template_of(folder) or "").strip() for folder in (here, there))
+    try:
+        own, theirs = ((template_of(folder) or "").strip() for folder in (here, there))
+    except CheckpointError as e:
+        yield f"The chat templates cannot be compared: {e}"
+        return
     if bool(own) != bool(theirs):
         yield f"Only {(base if own else ft).name} has a chat template."
     elif own != theirs:

@@ -159,8 +159,8 @@ class _Parser:
         no_modules: tuple[Module, ...] = ()
         modules = attempt(self._modules, top, fields, base, parameters, instead=no_modules)
         parameters_of_all = Parameters(Text("--set"), name, self._methods, self._extrapolate)
-        outputs = parameters_of_all.outputs(self._values, _listed_models(fields, modules))
         base_number = self._models.number(base) if base else None
+        outputs = parameters_of_all.outputs(self._values, _listed_models(fields, modules), base_number)
         tokenizer = attempt(parse_tokenizer, self._text, self._models, fields, has_base=base is not None, instead=None)
         dtype, out_dtype = (attempt(self._dtype, fields, key, instead=None) for key in ("dtype", "out_dtype"))
         chat_template = attempt(self._chat_template, fields, instead=None)

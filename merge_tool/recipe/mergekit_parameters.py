@@ -48,12 +48,14 @@ class Parameters:
         kept = {k: item for k, item in mapping.items() if attempt(self._counts, k, item, what, of_model, instead=False)}
         return {key: attempt(self._setting, key, item, instead=wrong) for key, item in kept.items()}
 
-    def outputs(self, values: Mapping[str, Sequence[Value]], listed: Sequence[int] = ()) -> tuple[Output, ...]:
+    def outputs(
+        self, values: Mapping[str, Sequence[Value]], listed: Sequence[int] = (), base: int | None = None
+    ) -> tuple[Output, ...]:
         """One output for each combination of these values, which replace the recipe's: for all models, or for one
-        entry of `models`, whose numbers are `listed`."""
+        entry of `models`, whose numbers are `listed`. `base` is the number of base_model."""
         chosen = []
         for key, several in values.items():
-            name, model = self._place(key, listed)
+            name, model = self._place(key, listed, base)
             chosen.append([(key, name, model, self._scalar(name, value)) for value in several])
         outputs = []
         for combination in product(*chosen):
@@ -69,7 +71,7 @@ class Parameters:
             raise self._text.error(0, "two of the values are the same, and so would be two outputs.")
         return tuple(outputs)
 
-    def _place(self, key: str, listed: Sequence[int]) -> tuple[str, int | None]:
+    def _place(self, key: str, listed: Sequence[int], base: int | None) -> tuple[str, int | None]:
         """The parameter that `key` names, and the model that it is of: None for all."""
         match = _OF_MODEL.fullmatch(key)
         name = match[2] if match else key
@@ -86,6 +88,8 @@ class Parameters:
             raise self._text.error(
                 0, f"'{shown(key)}': the recipe has {len(listed)} entries in models, the first is models.0."
             )
+        if listed[int(match[1])] == base and self._method.base != "none":
+            raise self._text.error(0, f"'{shown(key)}': that entry is base_model, which has no {name} of its own.")
         return name, listed[int(match[1])]
 
     def _counts(self, key: str, value: Value, what: str, of_model: Sequence[Settings] | None) -> bool:

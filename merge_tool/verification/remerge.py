@@ -65,18 +65,22 @@ def plan_again(
     models_dir: str | Path | None,
     memory_bytes: int | None,
     jobs: int | None,
+    *,
+    fetch: bool = True,
 ) -> Prepared:
-    """The merge's plan: from its parents or the recipe, their headers, and the options in the report."""
+    """The merge's plan: from its parents or the recipe, their headers, and the options in the report. Without `fetch`
+    no weights of the Hub are downloaded, and none are read."""
     recipe, target = _recipe_again(report.head, against, recipe_path, models_dir), Target(out)
     limits = machine(memory_bytes, jobs)
     with Inputs(map(str, recipe.models)) as inputs:
         check_target(target, inputs.paths)
-        inputs.fetch()
+        if fetch:
+            inputs.fetch()
         if patterns := _regular_expressions(recipe):
-            models = open_models(inputs.refs, max_header_bytes=limits.header_bytes)
+            models = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=limits.header_bytes)
             check_patterns(patterns, (name for model in models for name in model.tensors), REPORT)
             del models
-        return prepare(recipe, inputs, target, limits, read_samples=True)
+        return prepare(recipe, inputs, target, limits, read_samples=fetch)
 
 
 def _recipe_again(

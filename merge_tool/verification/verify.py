@@ -164,7 +164,8 @@ def plan_verify(
             except (ValueError, RecursionError) as e:
                 raise OutputError(f"{shown(root)}: {REPORT}: {reason(e)}") from e
             path = root if file_name is None else root / file_name
-            elements = plan_again(path, report, against, recipe, models_dir, memory_bytes, jobs).plan.num_parameters
+            again = plan_again(path, report, against, recipe, models_dir, memory_bytes, jobs, fetch=False)
+            elements = again.plan.num_parameters
         return VerifyPlan(
             path=root if file_name is None else root / file_name,
             num_files=len(names),
