@@ -722,7 +722,7 @@ def test_more_epochs_on_a_finished_run_say_how(place: Path) -> None:
     [
         (
             "LlamaForCausalLM",
-            ["AutoModelForCausalLM.from", "convert_hf_to_gguf.py", "vllm serve OUT", "lms import"],
+            ["AutoModelForCausalLM.from", "convert_hf_to_gguf.py", "vllm serve", "lms import"],
             [],
         ),
         ("BertModel", ["AutoModel.from_pretrained", "hf upload"], ["gguf", "vllm", "generate"]),
