@@ -82,6 +82,10 @@ def test_a_command_that_there_is_not_is_told(word: str, command: str) -> None:
     assert f"No such command '{word}'. Did you mean {command}?" in last_line(run(word, "x"))
 
 
+def test_an_option_before_the_command_is_told_too() -> None:
+    assert "merges run on the CPU" in last_line(run("--cuda"))
+
+
 def test_other_usage_errors_stay_as_they_are() -> None:
     assert "Missing argument 'OUT'" in last_line(run("merge", "a", "b"))
     assert "'slrp' is not one of" in last_line(run("merge", "a", "b", "c", "--method", "slrp"))

@@ -119,7 +119,7 @@ assert "tqdm" not in __import__("sys").modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["report", "diff", "inspection", "verification"])
+@pytest.mark.parametrize("name", ["report", "summary", "plan", "diff", "inspection", "verification"])
 def test_a_result_fits_a_screen(tmp_path: Path, name: str) -> None:
     """However many layers and files there are."""
     x, y = (language_model(k, layers=60) for k in range(2))
@@ -127,6 +127,8 @@ def test_a_result_fits_a_screen(tmp_path: Path, name: str) -> None:
     report = merge_tool.merge(base, ft, tmp_path / "out", [k / 40 for k in range(41)])
     results: dict[str, Any] = {
         "report": lambda: report,
+        "summary": lambda: report.summary,
+        "plan": lambda: merge_tool.plan_recipe(merge_tool.pair(base, ft), tmp_path / "other"),
         "diff": lambda: merge_tool.diff(base, ft),
         "inspection": lambda: merge_tool.inspect(base),
         "verification": lambda: merge_tool.verify(tmp_path / "out/t-0.5", (ft, base))[0],

@@ -111,7 +111,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Command(click.Command):
+class _Explained(click.Command):
     """A command whose output cannot fail, and that says what to write in place of an option that it does not have."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,14 +128,14 @@ class Command(click.Command):
             raise explained(e, ctx, words) from e
 
 
-class Group(click.Group):
-    """Commands whose output cannot fail."""
+class Command(_Explained):
+    """One command."""
+
+
+class Group(_Explained, click.Group):
+    """Several commands, by their names."""
 
     command_class = Command
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        with forgiving():
-            return super().main(*args, **kwargs)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:

@@ -126,7 +126,7 @@ class Summary:
     num_copied: int = 0  # not merged
     copied_from: Mapping[str, int] = field(default_factory=dict)  # of these, each model's; empty if all are the base's
     antiparallel: tuple[str, ...] = ()
-    groups: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    groups: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
 
 
 def summarise(plan: MergePlan, findings: Findings) -> Summary:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, OutputError, listed, reason, shown
+from merge_tool.errors import CheckpointError, MismatchError, OutputError, listed, reason, shown, sized
 from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -80,6 +80,13 @@ class Prepared:
     refs: tuple[Path, ...]
     inputs: tuple[Path, ...]
     download: Download
+
+    def __repr__(self) -> str:
+        plan, names = self.plan, ", ".join(map(shown, self.plan.names))
+        sizes = f"to read {sized(self.read_bytes)}, to write {sized(self.disk_bytes)} to {shown(self.target.path)}"
+        download = f", to download {sized(self.download.nbytes)}" if self.download.nbytes else ""
+        memory = f"memory about {sized(self.expected_peak_bytes)} at the peak"
+        return f"{plan.recipe.method} of {names}: {plan.num_tensors:,} tensors, {sizes}{download}, {memory}"
 
     @property
     def disk_bytes(self) -> int:

@@ -135,7 +135,11 @@ def recipe_at(recipe: str | Path | Mapping[str, Any], vary: Vary | Sequence[str]
     """The recipe with an output for each combination of values in `vary`. Raises RecipeError."""
     from merge_tool.recipe.mergekit import read_recipe
 
-    return read_recipe(recipe, METHODS, **{**options, "values": parse_vary(vary)})
+    values = parse_vary(vary)
+    try:
+        return read_recipe(recipe, METHODS, **{**options, "values": values})
+    except RecipeError as e:
+        raise RecipeError(str(e).replace("--set: ", "--vary: ")) from e
 
 
 def parse_vary(vary: Vary | Sequence[str]) -> dict[str, list[Any]]:
