@@ -73,6 +73,11 @@ class Snapshot:
     repo: tuple[str, str | None] | None = None
     held: IO[bytes] | None = None
 
+    @property
+    def pinned(self) -> str:
+        """The model's absolute path, or its id at the commit."""
+        return str(self.folder.absolute()) if self.repo is None else f"{self.repo[0]}@{self.folder.name}"
+
     def close(self) -> None:
         if self.held is not None:
             self.held.close()
@@ -95,7 +100,9 @@ def look(ref: str | Path) -> Snapshot:
         folder, coming, held_offset = Path(answer["folder"]), {}, held.tell()
         for name, size, length in answer["coming"]:
             full = f"{repo[0]}/{name}"
-            coming[name] = ComingFile(name=full, size=size, held=held, held_offset=held_offset, length=length)
+            coming[name] = ComingFile(
+                path=folder / name, name=full, size=size, held=held, held_offset=held_offset, length=length
+            )
             held_offset += length
         cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
         return Snapshot(

@@ -31,6 +31,10 @@ class ByteSource(Protocol):
     def name(self) -> str: ...
 
     @property
+    def path(self) -> Path:
+        """Where the file is, or will be once it is fetched."""
+
+    @property
     def size(self) -> int: ...
 
     @property
@@ -220,8 +224,8 @@ class ComingFile:
     A ByteSource for planning: reading behind these bytes is an error. For one thread only.
     """
 
-    def __init__(self, name: str, size: int, held: IO[bytes], held_offset: int, length: int) -> None:
-        self.name, self.size = name, size
+    def __init__(self, path: Path, name: str, size: int, held: IO[bytes], held_offset: int, length: int) -> None:
+        self.path, self.name, self.size = path, name, size
         self.mtime_ns = time.time_ns()  # newer than any output: no output can be made of this file
         self._held, self._held_offset, self._length = held, held_offset, length
 

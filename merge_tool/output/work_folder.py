@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +36,8 @@ from merge_tool.plan.plan import MergePlan, ShardPlan, differences
 from merge_tool.plan.target import Target
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
+
+_COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")  # in the path of a file in the Hub's cache
 
 # ------------------------------------------------------------------------------------------ the work
 
@@ -116,12 +120,12 @@ class WorkFolder:
         stored = next(self.journal.records(), None)
         if stored is not None and stored.get("record") != "plan":
             stored = None
-        ours = self._plan_record(overwrite)
-        same = stored is not None and all(stored.get(key) == ours[key] for key in ("facts", "modified", "samples"))
+        ours = plan_record(self.plan, self.samples, overwrite=overwrite)
+        same = stored is not None and is_same_merge(stored, ours)
         if stored is not None and not same and not overwrite and not self._is_same_but_for_shards(stored, ours):
             raise OutputError(
                 f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
-                f"{_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
+                f"{record_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
             )
         if stored is not None and same and stored.get("overwrite") and not overwrite:
             raise OutputError(
@@ -173,26 +177,6 @@ class WorkFolder:
         """Files that a publishing which is now given up may have moved into OUT already."""
         left: dict[str, list[str]] = inside(self.journal.path, (stored or {}).get("leftover", {}))
         return left | (self.journal.publishing() or {"files": {}})["files"]
-
-    def _plan_record(self, overwrite: bool) -> dict[str, Any]:
-        changed = {
-            f"{side}/{job_file.name}": job_file.mtime_ns for side, files in self._inputs().items() for job_file in files
-        }
-        return {
-            "record": "plan",
-            "facts": dict(self.plan.facts),
-            "modified": changed,
-            "samples": list(self.samples),
-            "overwrite": overwrite,
-        }
-
-    def _inputs(self) -> dict[str, list[ByteSource]]:
-        sides: dict[str, dict[int, ByteSource]] = {side: {} for side in self.plan.recipe.names}
-        for job in self.plan.jobs():
-            for side, source in zip(job.sides, job.sources, strict=True):
-                for file in source.files:
-                    sides[self.plan.recipe.names[side]].setdefault(id(file), file)
-        return {side: list(files.values()) for side, files in sides.items()}
 
     def _wipe(self) -> None:
         for entry in self.path.iterdir():
@@ -253,13 +237,25 @@ class WorkFolder:
 
     def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
         """Record a shard whose files are synced, then give them their names."""
+        self._record(done)
+        for writer in writers:
+            writer.publish()
+
+    def _record(self, done: ShardDone) -> None:
         tensors = ({"record": "tensor", "number": n, **to_record(done.findings[n])} for n in sorted(done.findings))
         last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256), "run": self._owner.run}
         self._owner.confirm()
         with self._finishing:
             self.journal.append(chain(tensors, [last]))
-        for writer in writers:
-            writer.publish()
+
+    def adopt(self, shard: ShardPlan, files: Sequence[Path], sha256: Sequence[str], findings: Findings) -> None:
+        """Record a shard that other processes have made and synced; `files` are its files, one an output. A file that
+        was moved here before, by a run that was killed, may be gone from there."""
+        for label, path in zip(self.plan.labels, files, strict=True):
+            if path.exists():
+                rename_synced(path, self.folder(label) / shard.file_name)
+        self._record(ShardDone(shard, tuple(sha256), findings))
+        self.done_shards |= {shard.number}
 
     def findings(self) -> Findings:
         """The findings of this run and earlier ones, from the journal."""
@@ -388,16 +384,53 @@ class WorkFolder:
         remove_folders(self._made)
 
 
+def plan_record(plan: MergePlan, samples: Sequence[str], *, overwrite: bool) -> dict[str, Any]:
+    """What identifies a merge, for the first line of its journal: what decides the output's bytes, and of every input
+    file its time, or its commit on the Hub."""
+    modified = {f"{side}/{file.name}": _version(file) for side, files in _inputs(plan).items() for file in files}
+    return {
+        "record": "plan",
+        "facts": json.loads(json.dumps(dict(plan.facts))),
+        "modified": modified,
+        "samples": list(samples),
+        "overwrite": overwrite,
+    }
+
+
+def _inputs(plan: MergePlan) -> dict[str, list[ByteSource]]:
+    sides: dict[str, dict[int, ByteSource]] = {side: {} for side in plan.recipe.names}
+    for job in plan.jobs():
+        for side, source in zip(job.sides, job.sources, strict=True):
+            for file in source.files:
+                sides[plan.recipe.names[side]].setdefault(id(file), file)
+    return {side: list(files.values()) for side, files in sides.items()}
+
+
+def _version(file: ByteSource) -> int | str:
+    """A file's time; its commit if it is in the Hub's cache, whose times say when each host has fetched it."""
+    match = _COMMIT.search(str(file.path))
+    return match[1] if match else file.mtime_ns
+
+
+def is_same_merge(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether two records are of one merge. A merge that was planned by headers alone has no samples."""
+    samples = stored.get("samples")
+    return all(stored.get(key) == ours[key] for key in ("facts", "modified")) and samples in ([], ours["samples"])
+
+
 def _is_no_output(name: str) -> bool:
     """Whether a file in the work folder is a system's, or another run's unfinished one."""
     return SYSTEM_FILES.fullmatch(name) is not None or is_part_of_run(name)
 
 
-def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def record_differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs between two records, in words; nothing if they are of one merge."""
+    if is_same_merge(stored, ours):
+        return ""
     parts = differences(stored.get("facts", {}), ours["facts"])
     if not parts:
         times = ours["modified"]
-        changed = listed(k for k in times if stored.get("modified", {}).get(k) != times[k])
+        changed = listed(k for k in times if stored.get("modified", {}).get(k) != times[k]) or "the inputs"
         parts = [
             f"{changed} changed since" + (", or the clocks differ" if stored["samples"] == ours["samples"] else "")
         ]

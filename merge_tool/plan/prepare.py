@@ -58,10 +58,10 @@ class Prepared:
     """A planned merge, checked by headers: `--dry-run` shows it and `merge` runs it.
 
     `samples` are digests of a few bytes of many tensors of each input, which distinguish two finetunes of one layout; a
-    dry run, which reads no weights, has none. `refs` are the models by local paths, `inputs` all of these paths,
-    including adapters; `download` is what is still to be fetched, after a dry run. `first_card` is the card of the
-    model whose language the output inherits; `cards` are those of all models, for their licences. `has_own_rows`: rows
-    were matched by token.
+    dry run, which reads no weights, has none. `refs` are the models by local paths, `pinned` by absolute paths or
+    commits of the Hub, `inputs` all of these paths, including adapters; `download` is what is still to be fetched,
+    after a dry run. `first_card` is the card of the model whose language the output inherits; `cards` are those of all
+    models, for their licences. `has_own_rows`: rows were matched by token.
     """
 
     plan: MergePlan
@@ -77,6 +77,7 @@ class Prepared:
     warnings: tuple[str, ...]
     samples: tuple[str, ...]
     refs: tuple[Path, ...]
+    pinned: tuple[str, ...]
     inputs: tuple[Path, ...]
     download: Download
 
@@ -158,6 +159,7 @@ def prepare(
         warnings=tuple(dict.fromkeys((*warnings, *_file_warnings(side_files), *more))),
         samples=samples,
         refs=inputs.refs,
+        pinned=inputs.pinned,
         inputs=inputs.paths,
         download=inputs.download,
     )
