@@ -125,6 +125,8 @@ def merge(
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
+    executor: Executor | None = None,
+    num_parts: int = DEFAULT_PARTS,
     **options: Any,
 ) -> MergeReport:
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
@@ -137,7 +139,9 @@ def merge(
     layers; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
     including what it holds before the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed`
     hashes the shards that an earlier run finished before it keeps them. `on_start(total)` and
-    `on_progress(nbytes, tensor)` drive a progress bar.
+    `on_progress(nbytes, tensor)` drive a progress bar. With an `executor` (of concurrent.futures, Dask, MPI, or
+    `merge_tool.hosts.engines.RayExecutor`) its tasks make the weights in `num_parts` parts, each within `memory_bytes`;
+    they must all see `out`.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.
@@ -153,6 +157,8 @@ def merge(
         check_resumed=check_resumed,
         report_path=report_path,
         watch=Watch(on_warning, on_start, on_progress),
+        executor=executor,
+        num_parts=num_parts,
     )
 
 
@@ -172,6 +178,8 @@ def merge_models(
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
+    executor: Executor | None = None,
+    num_parts: int = DEFAULT_PARTS,
     **options: Any,
 ) -> MergeReport:
     """Merge the models that `recipe` names into `out`, tensor by tensor, in bounded memory.
@@ -200,6 +208,8 @@ def merge_models(
         check_resumed=check_resumed,
         report_path=report_path,
         watch=Watch(on_warning, on_start, on_progress),
+        executor=executor,
+        num_parts=num_parts,
     )
 
 
@@ -339,7 +349,7 @@ def plan_parts(
     ) as work:
         if _begin(prepared, work, overwrite=overwrite):
             raise OutputError(f"{shown(target.path)}: holds this merge already. Give --overwrite to merge again.")
-        share_plan(plan_file, work.path)
+        share_plan(plan_file, work.path, work.plan.labels)
     return plan_file
 
 
@@ -460,12 +470,8 @@ def _run_on(
 
     plan_file = make_plan_file(prepared, num_parts, overwrite=overwrite)
     pieces = plan_file.pieces
-    parts, path = share_plan(plan_file, work.path)
-    missing = [
-        number
-        for number in parts.missing(range(len(pieces)), len(work.plan.labels))
-        if pieces[number].shard not in work.done_shards
-    ]
+    parts, path = share_plan(plan_file, work.path, work.plan.labels)
+    missing = [number for number in parts.missing(range(len(pieces))) if pieces[number].shard not in work.done_shards]
     if watch.on_start is not None:
         watch.on_start(sum(pieces[number].read_bytes for number in missing))
 

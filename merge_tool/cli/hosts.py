@@ -136,7 +136,7 @@ def work_command(
     number, count = (rank.rank, size or rank.size) if rank else (part, size)
     mine = pieces_of(plan.parts, number or 0, count if number is not None else 1)
     worker = Worker(plan, memory_bytes=memory_bytes, jobs=jobs)
-    missing = worker.missing(mine)
+    missing = worker.parts.missing(mine)
     with Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
         bar.start(worker.progress_bytes(range(len(plan.pieces)) if steal else missing))
         if steal:

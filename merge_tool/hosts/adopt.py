@@ -26,13 +26,18 @@ def adopt_parts(work: WorkFolder, plan_file: PlanFile, *, fill: bool, check: boo
     Raises OutputError if a piece lacks its receipt or its file, or is not what its receipt says: with `fill` such
     shards are left to this process.
     """
-    parts, lacking = PartsFolder(work.path, plan_file), list[int]()
-    for shard in work.plan.shards:
-        if shard.number in work.done_shards:
-            continue
-        numbers = [k for k, piece in enumerate(plan_file.pieces) if piece.shard == shard.number]
+    parts, lacking = PartsFolder(work.path, plan_file, work.plan.labels), list[int]()
+    shards = {
+        shard.number: [number for number, piece in enumerate(plan_file.pieces) if piece.shard == shard.number]
+        for shard in work.plan.shards
+        if shard.number not in work.done_shards
+    }
+    if not fill:
+        lacking = parts.missing(number for numbers in shards.values() for number in numbers)
+        shards = {} if lacking else shards  # nothing is moved before all is there
+    for shard, numbers in shards.items():
         try:
-            bad = _adopt(work, shard, parts, numbers, check=check)
+            bad = _adopt(work, work.plan.shards[shard], parts, numbers, check=check)
         except OutputError:
             if not fill:
                 raise
@@ -50,13 +55,8 @@ def _adopt(work: WorkFolder, shard: ShardPlan, parts: PartsFolder, numbers: Sequ
     """Take one shard, if all its pieces are there; returns those that are not."""
     receipts = {number: parts.read(number) for number in numbers}
     whole = len(numbers) == 1
-    labels = work.plan.labels
-    files = [parts.file(output, numbers[0]) for output in range(len(labels))]
-    moved = [work.folder(label) / shard.file_name for label in labels]  # by a run that was killed since
-    there = [file if file.is_file() else other for file, other in zip(files, moved, strict=True)]
-    lacking = [number for number, receipt in receipts.items() if receipt is None or not _covers(receipt, shard, parts)]
-    if not all(path.is_file() and path.stat().st_size == shard.size for path in there):
-        lacking = list(numbers)
+    there = parts.files(numbers[0])
+    lacking = [n for n in numbers if not parts.is_done(n) or not _covers(receipts[n], shard, parts)]
     if lacking:
         return lacking
     known = [receipt for receipt in receipts.values() if receipt is not None]
@@ -80,12 +80,14 @@ def _adopt(work: WorkFolder, shard: ShardPlan, parts: PartsFolder, numbers: Sequ
     findings = Findings()
     for number, finding in sorted((pair for receipt in known for pair in receipt.findings), key=lambda pair: pair[0]):
         findings.add(number, finding)
-    work.adopt(shard, files, digests, findings)
+    work.adopt(shard, there, digests, findings)
     return []
 
 
-def _covers(receipt: Receipt, shard: ShardPlan, parts: PartsFolder) -> bool:
+def _covers(receipt: Receipt | None, shard: ShardPlan, parts: PartsFolder) -> bool:
     """Whether a receipt has a finding for each of its piece's tensors, and a digest for each output."""
+    if receipt is None:
+        return False
     piece = parts.plan.pieces[receipt.piece]
     numbers = {job.number for job in shard.jobs[piece.start : piece.stop]}
     return numbers == {number for number, _ in receipt.findings}

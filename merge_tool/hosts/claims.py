@@ -78,13 +78,13 @@ def steal(
     claims, made = Claims(worker, lease), list[int]()
     order = [*first, *(number for number in range(len(worker.plan_file.pieces)) if number not in set(first))]
     try:
-        while missing := worker.missing(order):
+        while missing := worker.parts.missing(order):
             taken = next((piece for piece in missing if claims.take(piece)), None)
             if taken is None:
                 wait(min(_LOOKS_SECONDS, lease / 4))
                 continue
             try:
-                if worker.missing([taken]):  # else another worker finished it between the look and the claim
+                if worker.parts.missing([taken]):  # else another worker finished it between the look and the claim
 
                     def report(nbytes: int, tensor: str, taken: int = taken) -> None:
                         claims.touch(taken)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from merge_tool.errors import OutputError, output_failed, reason, shown
 from merge_tool.files import write_whole
 from merge_tool.hosts.plan_file import PlanFile
-from merge_tool.output.folders import PARTS
+from merge_tool.output.folders import FILES, PARTS
 from merge_tool.run.findings import Finding, Findings, from_record, to_record
 
 
@@ -28,12 +28,20 @@ class PartsFolder:
     """The folder in the work folder of OUT where workers put pieces and receipts: `0/NAME` is a file of the first
     output. A piece that is part of a shard is written into its place in that file."""
 
-    def __init__(self, work: Path, plan: PlanFile) -> None:
-        self.path, self.plan = work / PARTS, plan
+    def __init__(self, work: Path, plan: PlanFile, labels: Sequence[str]) -> None:
+        self.path, self.plan, self.labels = work / PARTS, plan, labels
+        self._adopted = work / FILES
 
     def file(self, output: int, piece: int) -> Path:
         """The file that has a piece's bytes."""
         return self.path / str(output) / self.plan.shards[self.plan.pieces[piece].shard][0]
+
+    def files(self, piece: int) -> list[Path]:
+        """The files that have a piece's bytes, one an output: here, or where a finish has moved them."""
+        name = self.file(0, piece).name
+        moved = [self._adopted / label / name for label in self.labels]
+        ours = [self.file(output, piece) for output in range(len(self.labels))]
+        return [path if path.is_file() else other for path, other in zip(ours, moved, strict=True)]
 
     def receipt(self, piece: int) -> Path:
         name, whole = self.file(0, piece).name, self.plan.is_whole(self.plan.pieces[piece])
@@ -76,12 +84,12 @@ class PartsFolder:
                 f"{shown(path)}: is a damaged receipt ({reason(e)}). Remove it, then run the worker of that part again."
             ) from e
 
-    def is_done(self, piece: int, labels: int) -> bool:
+    def is_done(self, piece: int) -> bool:
         """Whether a piece has its receipt, and its files their sizes."""
-        receipt = self.read(piece)
         size = self.plan.shards[self.plan.pieces[piece].shard][1]
-        files = [self.file(output, piece) for output in range(labels)]
-        return receipt is not None and all(path.is_file() and path.stat().st_size == size for path in files)
+        has_files = all(path.is_file() and path.stat().st_size == size for path in self.files(piece))
+        return self.read(piece) is not None and has_files
 
-    def missing(self, pieces: Iterable[int], labels: int) -> Iterator[int]:
-        return (piece for piece in pieces if not self.is_done(piece, labels))
+    def missing(self, pieces: Iterable[int]) -> list[int]:
+        """The pieces that are not finished. Raises OutputError for receipts that are damaged or another plan's."""
+        return [piece for piece in pieces if not self.is_done(piece)]

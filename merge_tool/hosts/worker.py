@@ -37,8 +37,8 @@ class Worker:
         self.plan_file, self.target = plan_file, Target(Path(plan_file.out))
         self.run = secrets.token_hex(8)
         plan_file.check_versions()
-        self.parts = PartsFolder(self.target.work, plan_file)
         self.prepared = self._prepared(memory_bytes, jobs)
+        self.parts = PartsFolder(self.target.work, plan_file, self.prepared.plan.labels)
         self._check_folder()
 
     def _prepared(self, memory_bytes: int | None, jobs: int | None) -> Prepared:
@@ -62,14 +62,6 @@ class Worker:
                 "planned anew. All hosts need a shared folder as OUT."
             )
 
-    @property
-    def num_outputs(self) -> int:
-        return len(self.prepared.plan.labels)
-
-    def missing(self, pieces: Iterable[int]) -> list[int]:
-        """The pieces that are not finished. Raises OutputError for receipts that are damaged or another plan's."""
-        return list(self.parts.missing(pieces, self.num_outputs))
-
     def progress_bytes(self, pieces: Iterable[int]) -> int:
         """The sum of all bytes that `on_progress` will be told of these pieces."""
         plan = self.prepared.plan
@@ -83,7 +75,6 @@ class Worker:
             parts=self.parts,
             numbers={id(shard): number for number, shard in shards.items()},
             whole=prepared.plan.shards,
-            num_outputs=self.num_outputs,
             run=self.run,
             flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
         )
@@ -99,7 +90,6 @@ class _Pieces:
     parts: PartsFolder
     numbers: dict[int, int]  # id of a piece's ShardPlan -> the piece's number
     whole: Sequence[ShardPlan]
-    num_outputs: int
     run: str
     flush_bytes: int | None
 
@@ -108,7 +98,7 @@ class _Pieces:
         piece = self.parts.plan.pieces[number]
         if not self.parts.plan.is_whole(piece):
             header = self.whole[piece.shard].header() if piece.start == 0 else bytearray()
-        return [self._open(self.parts.file(k, number), shard, piece, header) for k in range(self.num_outputs)]
+        return [self._open(self.parts.file(k, number), shard, piece, header) for k in range(len(self.parts.labels))]
 
     def _open(self, path: Path, shard: ShardPlan, piece: Piece, header: bytearray) -> ShardWriter:
         try:
@@ -125,9 +115,9 @@ class _Pieces:
         self.parts.write(self.numbers[id(done.shard)], done.sha256, done.findings, self.run)
 
 
-def share_plan(plan_file: PlanFile, work: Path) -> tuple[PartsFolder, Path]:
+def share_plan(plan_file: PlanFile, work: Path, labels: Sequence[str]) -> tuple[PartsFolder, Path]:
     """Put the plan into the work folder, where workers look for it. Raises OutputError."""
-    parts = PartsFolder(work, plan_file)
+    parts = PartsFolder(work, plan_file, labels)
     try:
         parts.path.mkdir(exist_ok=True)
     except OSError as e:
@@ -140,7 +130,7 @@ def make_parts(path: str, pieces: Sequence[int], memory_bytes: int | None = None
     """What an engine calls in its processes: make those of these pieces that are not finished. Returns them."""
     plan_file = read_plan_file(Path(path))
     worker = _worker(path, plan_file.sha256, memory_bytes, jobs)
-    missing = worker.missing(pieces)
+    missing = worker.parts.missing(pieces)
     if missing:
         worker.make(missing)
     return missing

@@ -26,7 +26,7 @@ from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.files import is_part_of_run, part_path, patiently, rename_synced, sync_file, sync_folder
 from merge_tool.models.side_files import SYSTEM_FILES
 from merge_tool.output.audit import check_with_library
-from merge_tool.output.folders import make_folders, refuse_foreign, remove_empty, remove_folders
+from merge_tool.output.folders import FILES, make_folders, refuse_foreign, remove_empty, remove_folders
 from merge_tool.output.journal import Journal, inside
 from merge_tool.output.lock import FolderLock
 from merge_tool.output.marks import check_marks, check_names
@@ -107,7 +107,7 @@ class WorkFolder:
         self._lock.release()
 
     def folder(self, label: str) -> Path:
-        return self.path / "files" / label
+        return self.path / FILES / label
 
     # --------------------------------------------------------------------- starting and resuming
 
@@ -147,10 +147,10 @@ class WorkFolder:
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
             # else a power cut could leave a journal without the folders that it names
-            folders = (self.path / "files", self.path, *(made.parent for made in self._made))
+            folders = (self.path / FILES, self.path, *(made.parent for made in self._made))
             self.is_durable = False not in [sync_folder(folder) for folder in folders]
             self.done_shards = frozenset(self._recover())
-            for part in [path for path in (self.path / "files").rglob("*.part") if is_part_of_run(path.name)]:
+            for part in [path for path in (self.path / FILES).rglob("*.part") if is_part_of_run(path.name)]:
                 part.unlink(missing_ok=True)
         except OSError as e:
             raise output_failed(self.path, e) from e
@@ -249,11 +249,11 @@ class WorkFolder:
             self.journal.append(chain(tensors, [last]))
 
     def adopt(self, shard: ShardPlan, files: Sequence[Path], sha256: Sequence[str], findings: Findings) -> None:
-        """Record a shard that other processes have made and synced; `files` are its files, one an output. A file that
-        was moved here before, by a run that was killed, may be gone from there."""
+        """Record a shard that other processes have made and synced; `files` are its files, one an output, some
+        perhaps here already."""
         for label, path in zip(self.plan.labels, files, strict=True):
-            if path.exists():
-                rename_synced(path, self.folder(label) / shard.file_name)
+            if path != (own := self.folder(label) / shard.file_name):
+                rename_synced(path, own)
         self._record(ShardDone(shard, tuple(sha256), findings))
         self.done_shards |= {shard.number}
 
