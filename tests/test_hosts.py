@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from checkpoints import contents, language_model, save_model
@@ -107,11 +108,11 @@ def make_in_parts(recipe: Recipe, tmp_path: Path, parts: int) -> None:
 def test_the_commands_of_a_readme(pair: tuple[Path, Path], tmp_path: Path) -> None:
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     said = run("plan", *pair, out, "--t", "0.4", "--parts", 3, "-o", plan)
-    assert "1 shards in 3 pieces, 3 parts" in said or "pieces, 3 parts" in said
+    assert "1 shard in 3 pieces, 3 parts of" in said
     assert f"merge-tool work {plan}" in said
     assert not list(out.glob("*")) or [p.name for p in out.iterdir()] == [".slerp-merge"]  # no model yet
     run("finish", plan, code=1)
-    assert "1 pieces made" in run("work", plan, "--part", 1, "--of", 3)
+    assert "1 piece made" in run("work", plan, "--part", 1, "--of", 3)
     assert "0 pieces made, 1 were there" in run("work", plan, "--part", 1, "--of", 3)
     run("work", plan)  # all that is left
     assert "already" not in run("finish", plan)
@@ -322,6 +323,73 @@ def test_torchrun_says_each_process_its_rank(pair: tuple[Path, Path], tmp_path: 
     subprocess.run([sys.executable, *command, "work", str(plan), "-j", "1"], check=True, capture_output=True)
     finish_parts(read_plan_file(plan))
     assert contents(tmp_path / "out") == reference(recipe, tmp_path)
+
+
+# ------------------------------------------------------------------- engines of others, and the examples
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "hosts"
+
+
+def test_the_job_array_of_slurm(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """By its environment: three tasks, one of which never runs."""
+    recipe = pair_of(*pair, 0.4, max_shard_bytes=20_000)
+    plan = tmp_path / "plan.json"
+    write_plan_file(plan_parts(recipe, tmp_path / "out", 6), plan)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_CPUS_PER_TASK": "1", "PATH": path}
+    for task in (2, 0):
+        env = {**os.environ, **array, "SLURM_ARRAY_TASK_ID": str(task)}
+        subprocess.run(["bash", str(EXAMPLES / "slurm.sh"), str(plan)], env=env, check=True)
+    finish_parts(read_plan_file(plan))
+    assert contents(tmp_path / "out") == reference(recipe, tmp_path)
+
+
+def test_the_indexed_job_of_kubernetes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    recipe = pair_of(*pair, 0.4, max_shard_bytes=20_000)
+    plan = plan_parts(recipe, tmp_path / "out", job["spec"]["completions"])
+    write_plan_file(plan, tmp_path / "plan.json")
+    words = [str(tmp_path / "plan.json") if word == "plan.json" else word for word in container["command"]]
+    words[words.index("--memory") + 1] = "300MB"
+    for index in random.Random(0).sample(range(16), 4):  # one of them makes all that is left
+        done = CliRunner().invoke(merge_tool, words[1:], env={"JOB_COMPLETION_INDEX": str(index)})
+        assert done.exit_code == 0, done.output
+    finish_parts(plan)
+    assert contents(tmp_path / "out") == reference(recipe, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_ray_cluster_that_loses_a_node(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """By the example, by name, and while a node is lost: Ray runs its tasks again on the other."""
+    pytest.importorskip("ray")
+    program = Path(__file__).with_name("ray_cluster.py")
+    subprocess.run([sys.executable, str(program), *map(str, pair), str(tmp_path)], check=True, timeout=400)
+    expected = reference(pair_of(*pair, 0.4), tmp_path)
+    assert contents(tmp_path / "example" / "out") == contents(tmp_path / "named" / "out") == expected
+    shutil.rmtree(tmp_path / "alone")
+    assert contents(tmp_path / "lost" / "out") == reference(pair_of(*pair, 0.4, max_shard_bytes=20_000), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_dask_cluster(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """By the example, which starts one here, and by name."""
+    distributed = pytest.importorskip("distributed")
+    command = [sys.executable, str(EXAMPLES / "dask_merge.py"), *map(str, pair), str(tmp_path / "example" / "out")]
+    subprocess.run(command, check=True, timeout=300)
+    code = (
+        "import sys, distributed, merge_tool.cli\n"
+        "if __name__ == '__main__':\n"
+        "    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:\n"
+        "        merge_tool.cli.merge_tool([*sys.argv[1:], '--executor', f'dask:{cluster.scheduler_address}'])\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    words = ["merge", *map(str, pair), str(tmp_path / "named" / "out"), "--t", "0.4"]
+    subprocess.run([sys.executable, str(tmp_path / "run.py"), *words], check=True, timeout=300)
+    expected = reference(pair_of(*pair, 0.4), tmp_path)
+    assert contents(tmp_path / "example" / "out") == contents(tmp_path / "named" / "out") == expected
+    assert distributed.__version__
 
 
 # ------------------------------------------------------------------------------------------ ranks

@@ -54,7 +54,7 @@ def plan_command(paths: Sequence[str], plan_file: Path, parts: int, **options: A
     `merge-tool work PLAN.json` on every host, and `merge-tool finish PLAN.json` on one.
     """
     from merge_tool.api import Watch, plan_parts
-    from merge_tool.errors import shown, sized
+    from merge_tool.errors import counted, shown, sized
     from merge_tool.hosts.plan_file import write_plan_file
 
     overwrite, quiet = options.pop("overwrite"), options.pop("quiet")
@@ -66,11 +66,12 @@ def plan_command(paths: Sequence[str], plan_file: Path, parts: int, **options: A
     reads = [sum(plan.pieces[number].read_bytes for number in part) for part in plan.parts]
     busy = [nbytes for nbytes in reads if nbytes]
     click.echo(
-        f"{shown(plan_file)}: {len(plan.shards):,} shards in {len(plan.pieces):,} pieces, {len(plan.parts):,} parts of "
+        f"{shown(plan_file)}: {counted(len(plan.shards), 'shard')} in {counted(len(plan.pieces), 'piece')}, "
+        f"{counted(len(plan.parts), 'part')} of "
         f"{sized(min(busy, default=0))} to {sized(max(busy, default=0))} to read"
     )
     if idle := len(reads) - len(busy):
-        click.echo(f"  {idle:,} parts are empty: there are too few tensors for so many.")
+        click.echo(f"  {counted(idle, 'part')} without any: there are too few tensors for so many.")
     click.echo(f"  on every host:  merge-tool work {plan_file}\n  at the end:     merge-tool finish {plan_file}")
 
 
@@ -124,6 +125,7 @@ def work_command(
     (tasks or job arrays) or JOB_COMPLETION_INDEX (Kubernetes). Without any, all parts are made.
     """
     from merge_tool.cli.commands import Bar
+    from merge_tool.errors import counted
     from merge_tool.hosts.claims import steal as steal_pieces
     from merge_tool.hosts.plan_file import read_plan_file
     from merge_tool.hosts.ranks import pieces_of, rank_of
@@ -146,7 +148,9 @@ def work_command(
             made = missing
     if not quiet:
         whose = "all workers" if number is None else f"worker {number} of {count or len(plan.parts)}"
-        click.echo(f"{len(made):,} pieces made, {len(mine) - len(missing):,} were there, of {len(mine):,} for {whose}")
+        click.echo(
+            f"{counted(len(made), 'piece')} made, {len(mine) - len(missing):,} were there, of {len(mine):,} for {whose}"
+        )
 
 
 @click.command("finish", context_settings={"show_default": True})
