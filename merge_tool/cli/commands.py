@@ -19,7 +19,7 @@ import click
 from click.core import ParameterSource
 
 from merge_tool._version import __version__
-from merge_tool.cli.frame import CONTINUES, READS, Command, Group, print_errors
+from merge_tool.cli.frame import CONTINUES, READS, Command, Group, check_written, print_errors
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
     MODELS_DIR,
@@ -112,6 +112,7 @@ def _make(
     if dry_run:
         prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
+        check_written()
         return
     with _Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
         watch = Watch(lambda message: click.echo(f"Warning: {message}", err=True), bar.start, bar.advance)
