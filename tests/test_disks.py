@@ -424,6 +424,12 @@ def test_the_record_of_a_run_changes_while_it_works_and_goes_with_it(
     assert not path.exists()
 
 
+def test_a_work_folder_that_another_run_has_just_removed_is_said(tmp_path: Path) -> None:
+    """No advice to correct anything: that run has finished."""
+    with pytest.raises(OutputError, match=r"out: another merge has just ended here\. Run the same command"):
+        owner.Owner(tmp_path / "out/.slerp-merge")
+
+
 def test_a_share_without_locks_is_used_on_every_system(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

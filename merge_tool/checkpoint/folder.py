@@ -210,8 +210,8 @@ def snapshot_of(path: Path) -> Path:
     if named in snapshots:
         return named
     if len(snapshots) != 1:
-        found = listed(p.name for p in snapshots) or "none"
-        raise CheckpointError(f"{shown(path)}: is a model in the Hub's cache; give one of its snapshots: {found}.")
+        names = listed(p.name for p in snapshots) or "none"
+        raise CheckpointError(f"{shown(path)}: is a model in the Hub's cache; give one of its snapshots: {names}.")
     return snapshots[0]
 
 

@@ -77,5 +77,5 @@ def _windows_kind(folder: Path) -> str:
 
     name = ctypes.create_unicode_buffer(64)
     root = f"{folder.resolve().anchor}"
-    found = ctypes.windll.kernel32.GetVolumeInformationW(root, None, 0, None, None, None, name, len(name))
-    return name.value if found else ""
+    is_known = ctypes.windll.kernel32.GetVolumeInformationW(root, None, 0, None, None, None, name, len(name))
+    return name.value if is_known else ""

@@ -83,8 +83,8 @@ def find_look_alike(out: Path, inputs: Iterable[Path]) -> Path | None:
     ours = {_look(path) for path in here}
     for source in inputs:
         with _reading(source):
-            if (found := _looks_like(out, ours, source.resolve())) is not None:
-                return found
+            if (alike := _looks_like(out, ours, source.resolve())) is not None:
+                return alike
     return None
 
 
@@ -92,8 +92,8 @@ def _looks_like(out: Path, ours: set[tuple[str, int, int]], source: Path) -> Pat
     files = [source]
     if source.is_dir():
         files = sorted(f for folder in (source, *_folders_in(source)) for f in folder.iterdir() if f.is_file())
-    if found := next((file for file in files if _look(file) in ours), None):
-        return found
+    if alike := next((file for file in files if _look(file) in ours), None):
+        return alike
     for parent in source.parents if files and out.is_dir() else ():
         if (there := out / files[0].relative_to(parent)).is_file() and _look(there) == _look(files[0]):
             return source

@@ -206,8 +206,8 @@ def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Me
         raise MismatchError(f"{e}{explain_rows(models)}") from e
     if recipe.tokenizer is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
         check_vocabularies(recipe, models)
-    asked = recipe.options.chat_template or recipe.chat_template
-    if asked is None:
+    wanted = recipe.options.chat_template or recipe.chat_template
+    if wanted is None:
         return plan
     template = choose_template(recipe, models) or ""
     lacking = () if template else ("chat_template: no model has one, so the output has none.",)

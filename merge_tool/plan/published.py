@@ -95,8 +95,8 @@ def check_ids(recipe: Recipe) -> None:
 
 def _ids(recipe: Recipe) -> dict[str, str]:
     known = _callable(recipe)
-    given = (text.partition("=") for text in recipe.options.ids)
-    return {known[name]: repo for name, _, repo in given if name in known}
+    pairs = (text.partition("=") for text in recipe.options.ids)
+    return {known[name]: repo for name, _, repo in pairs if name in known}
 
 
 def _callable(recipe: Recipe) -> dict[str, str]:
