@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 DEFAULT_PARTS = 16  # of an executor's merge
 _FLUSH_BYTES = 8_000_000
 _MAY_SHARE = (
-    "The unfinished merge in OUT was begun on another machine, or in another container, which has not written here for "
-    "a while. It is continued; the SHA-256 of its finished shards is checked first."
+    "The unfinished merge in OUT was begun on another machine, in another container, or before a restart, and has not "
+    "been written to for a while. It is continued; the SHA-256 of its finished shards is checked first."
 )
 _NOT_DURABLE = (
     "The file system of OUT cannot sync folders. The merge is safe from kills; after a power cut, verify it "

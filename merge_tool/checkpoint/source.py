@@ -154,10 +154,10 @@ class LocalFile:
     def _is_another(self, status: os.stat_result) -> bool:
         """Whether a file is not the one that was planned, by size and time; by inode only where that is a file's own:
         some drivers number a file anew whenever they are asked (sshfs, mergerfs, exfat-fuse)."""
-        found = _identity(status)
-        if found[1:] != self.identity[1:]:
+        now = _identity(status)
+        if now[1:] != self.identity[1:]:
             return True
-        if found[0] != self.identity[0] and self._keeps_inode:
+        if now[0] != self.identity[0] and self._keeps_inode:
             self._keeps_inode = has_stable_inodes(mounted_kinds(status.st_dev))
             return self._keeps_inode
         return False

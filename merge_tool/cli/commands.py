@@ -21,7 +21,7 @@ from click.core import ParameterSource
 
 from merge_tool._version import __version__
 from merge_tool.cli import hosts
-from merge_tool.cli.frame import CONTINUES, READS, Command, Group, print_errors
+from merge_tool.cli.frame import CONTINUES, READS, Command, Group, check_written, print_errors
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
     MODELS_DIR,
@@ -115,6 +115,7 @@ def _make(
     if dry_run:
         prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
+        check_written()
         return
     with watched(quiet=quiet) as watch, _engine(executor, memory_bytes, jobs) as on_engine:
         report = merge_recipe(

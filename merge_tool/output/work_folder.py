@@ -268,10 +268,10 @@ class WorkFolder:
 
     def digests(self) -> dict[int, list[str]]:
         """The SHA-256 of every finished shard, one an output."""
-        found = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
-        if len(found) < len(self.plan.shards):
+        digests = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        if len(digests) < len(self.plan.shards):
             raise self._replaced()
-        return found
+        return digests
 
     def _replaced(self) -> OutputError:
         """The error for a journal that lacks what this run wrote into it."""
