@@ -12,13 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [  # from the top; those in one set stand side by side
     {"__init__", "__main__"}, {"cli"}, {"python_words"}, {"verification", "sweeps", "prompting"}, {"api"},
-    {"merge_report"}, {"output", "compare"}, {"run"}, {"plan"}, {"vocabulary"}, {"models"}, {"checkpoint", "recipe"},
-    {"methods"}, {"arrays"}, {"apart", "files"}, {"streams", "progress"}, {"errors", "_version"},
+    {"merge_report"}, {"hosts"}, {"output", "compare"}, {"run"}, {"plan"}, {"vocabulary"}, {"models"},
+    {"checkpoint", "recipe"}, {"methods"}, {"arrays"}, {"apart", "files"}, {"streams", "progress"},
+    {"errors", "_version"},
 ]  # fmt: skip
 OUTSIDE = {  # who alone may import a package that is not Python's own
     "click": {"cli"}, "tqdm": {"progress"}, "matplotlib": {"cli.plot"}, "torch": {"checkpoint.unpickle", "prompting"},
     "huggingface_hub": {"checkpoint", "output.card"}, "safetensors": {"output", "verification"},
     "yaml": {"recipe", "models.cards"}, "transformers": {"prompting"}, "numpy": set(), "ml_dtypes": {"arrays"},
+    "ray": {"hosts"}, "distributed": {"hosts"},
 }  # fmt: skip
 FILES = {
     path.relative_to(ROOT / "merge_tool").with_suffix("").as_posix().replace("/", "."): path

@@ -7,14 +7,25 @@ is imported inside it: `--help` needs no numpy, and each command only its own mo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from merge_tool._version import __version__
-from merge_tool.cli.frame import CONTINUES, Command, Group, given, print_errors, print_result, progress_kind
+from merge_tool.cli import hosts
+from merge_tool.cli.frame import (
+    CONTINUES,
+    Command,
+    Group,
+    check_written,
+    given,
+    print_errors,
+    print_result,
+    progress_kind,
+)
 from merge_tool.cli.look import diff_command, inspect_command, verify_command
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
@@ -32,6 +43,7 @@ from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
 
 if TYPE_CHECKING:
+    from merge_tool.merge_report import MergeReport, Watch
     from merge_tool.plan.prepare import Prepared
     from merge_tool.prompting import Answer
 
@@ -91,6 +103,7 @@ def _make(
     overwrite: bool,
     check_resumed: bool,
     report_path: Path | None,
+    executor: str | None,
     prompt: str | None,
     dry_run: bool,
     as_json: bool,
@@ -99,9 +112,7 @@ def _make(
 ) -> None:
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
     from merge_tool.api import check_plan, merge_recipe, plan_recipe
-    from merge_tool.cli.show import answer_lines, report_json
-    from merge_tool.merge_report import Watch, summary_lines
-    from merge_tool.progress import Progress
+    from merge_tool.cli.show import answer_lines
 
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -113,10 +124,9 @@ def _make(
     if dry_run:
         prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
+        check_written()
         return
-    with Progress(progress_kind(progress, quiet=quiet)) as bar:
-        note = None if quiet else bar.say
-        watch = Watch(lambda message: bar.say(f"Warning: {message}"), bar.start, bar.advance, note)
+    with watched(progress, quiet=quiet) as watch, _engine(executor, memory_bytes, jobs) as on_engine:
         report = merge_recipe(
             recipe,
             out,
@@ -126,11 +136,43 @@ def _make(
             check_resumed=check_resumed,
             report_path=report_path,
             watch=watch,
+            **on_engine,
         )
     said = [] if prompt is None else _answers(recipe, report.outputs, prompt)
-    print_result(lambda: report_json(report, said), lambda: summary_lines(report), as_json, quiet)
+    print_report(report, said, as_json=as_json, quiet=quiet)
     if said and not as_json:
         click.echo("\n".join(answer_lines(said)))
+
+
+@contextmanager
+def watched(progress: str, *, quiet: bool) -> Iterator[Watch]:
+    """Warnings, notes and progress on standard error, as --progress and --quiet ask for."""
+    from merge_tool.merge_report import Watch
+    from merge_tool.progress import Progress
+
+    with Progress(progress_kind(progress, quiet=quiet)) as bar:
+        note = None if quiet else bar.say
+        yield Watch(lambda message: bar.say(f"Warning: {message}"), bar.start, bar.advance, note)
+
+
+@contextmanager
+def _engine(name: str | None, memory_bytes: int | None, jobs: int | None) -> Iterator[dict[str, Any]]:
+    """The executor of that name as arguments of merge_recipe."""
+    if name is None:
+        yield {}
+        return
+    from merge_tool.hosts.engines import PARTS_A_WORKER, engine
+
+    with engine(name, memory_bytes=memory_bytes, jobs=jobs) as (executor, workers):
+        yield {"executor": executor, "num_parts": PARTS_A_WORKER * workers}
+
+
+def print_report(report: MergeReport, said: Sequence[Answer] = (), *, as_json: bool, quiet: bool) -> None:
+    """The result of a merge, as --json and --quiet ask for."""
+    from merge_tool.cli.show import report_json
+    from merge_tool.merge_report import summary_lines
+
+    print_result(lambda: report_json(report, said), lambda: summary_lines(report), as_json, quiet)
 
 
 def _answers(recipe: Recipe, outputs: Iterable[Path], prompt: str) -> list[Answer]:
@@ -150,7 +192,7 @@ def merge_tool() -> None:
 
 
 merge_tool.add_command(slerp_merge, "merge")
-for command in (sweep_command, diff_command, inspect_command, verify_command):
+for command in (sweep_command, diff_command, inspect_command, verify_command, *hosts.COMMANDS):
     merge_tool.add_command(command)
 
 

@@ -138,6 +138,11 @@ MODELS_DIR = click.option(
 OUTPUT_OPTIONS = [
     click.option("--overwrite", is_flag=True, help="Replace what is in OUT, after the new model is complete."),
     click.option(
+        "--executor",
+        metavar="ENGINE",
+        help="Have processes of an engine make the weights: processes:N, ray, ray:ADDRESS or dask:ADDRESS.",
+    ),
+    click.option(
         "--try",
         "prompt",
         metavar="PROMPT",
@@ -156,18 +161,21 @@ OUTPUT_OPTIONS = [
 ]
 
 
+PROGRESS = click.option(
+    "--progress",
+    type=click.Choice(KINDS),
+    default="auto",
+    help="On stderr: a bar, or a line every half minute (log). auto: a bar on a terminal, else log.",
+)
+
+
 PRINT_OPTIONS = [
     click.option(
         "--dry-run", is_flag=True, help="Read headers only: show what would be done, and downloaded; write nothing."
     ),
     click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON."),
     click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only; of a dry run, the plan."),
-    click.option(
-        "--progress",
-        type=click.Choice(KINDS),
-        default="auto",
-        help="On stderr: a bar, or a line every half minute (log). auto: a bar on a terminal, else log.",
-    ),
+    PROGRESS,
 ]
 
 
