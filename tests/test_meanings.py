@@ -50,9 +50,9 @@ def test_the_shared_options_have_one_name_everywhere(name: str) -> None:
         (["--method=dare_ties"], "merge-tool run RECIPE.yaml OUT"),
         (["--density", "0.5"], "--set NAME=VALUE"),
         (["--random-seed", "1"], "Write --seed"),
-        (["--set", "t=1"], "It is an option of merge-tool run."),
+        (["--set", "t=1"], "It is an option of merge-tool plan, merge-tool run."),
         (["--max_shard_size", "1GB"], "Write --max-shard-size."),
-        (["--exclud", "x"], "Did you mean --exclude?"),
+        (["--exclud", "x"], "Did you mean --exclude"),
         (["--zzz"], "--help lists the options."),
     ],
 )
