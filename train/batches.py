@@ -35,12 +35,15 @@ class Batch:
     positions: Tensor
     lengths: Tensor
     sources: tuple[str, ...]  # titles, sorted, of the sources inside
+    labelled: Tensor | None = None  # flat places of the labels: found on the host, or a GPU would be waited for
 
     def to(self, device: torch.device) -> Batch:
-        ids, labels, positions, lengths = (
-            t.to(device, non_blocking=True) for t in (self.ids, self.labels, self.positions, self.lengths)
-        )
-        return Batch(ids=ids, labels=labels, positions=positions, lengths=lengths, sources=self.sources)
+        """This batch on `device`, copied from pinned memory while the GPU computes."""
+        flat = (self.labels.flatten() != -100).nonzero().squeeze(-1)
+        parts = (self.ids, self.labels, self.positions, self.lengths, flat)
+        pinned = (part.pin_memory() for part in parts) if device.type == "cuda" else parts
+        ids, labels, positions, lengths, labelled = (part.to(device, non_blocking=True) for part in pinned)
+        return Batch(ids, labels, positions, lengths, self.sources, labelled)
 
 
 Row = tuple[tuple[int, int], ...]  # the examples of one sequence, as (source, example)

@@ -61,11 +61,21 @@ def _finetune(config: TrainConfig, world: World) -> None:
     done = (output / "final" / "config.json").exists()
     check_resume(config, bool(saved or done))
 
-    # ---- data ----
+    # ---- model: what it will take; loaded and checked before its text is tokenised, which may take hours ----
     model_config = load_model_config(config.model, config.revision, say)
     tokenizer = load_tokenizer(config.model, config.revision, model_config)
-    names = world.first(lambda: prepare_sources(config, tokenizer, output / "data"))
     check_context(model_config, config, say)
+    dtype = choose_dtype(config.dtype, world.device)
+    generators = seeded_generators(config.seed * 1000 + world.rank, world.device)
+    if not done:
+        say(preflight(config, model_config, dtype, world.size).lines())
+        hf_model = load_model(str(saved[-1]) if saved else config.model, config, model_config, dtype)
+        for note in notes(hf_model, config):
+            say(note)
+        model = ready_model(hf_model, config, world)
+
+    # ---- data ----
+    names = world.first(lambda: prepare_sources(config, tokenizer, output / "data"))
     sources = open_sources(config, output / "data", names)
     reports = [source.report for source in sources]
     say(report_table(reports))
@@ -80,16 +90,9 @@ def _finetune(config: TrainConfig, world: World) -> None:
         return
     first_writes(world, output, lambda: write_records(output, record, reports))
 
-    # ---- what it will take ----
-    dtype = choose_dtype(config.dtype, world.device)
-    say(preflight(config, model_config, dtype, world.size, mixture.steps).lines())
+    say(f"{mixture.steps:,} steps")
 
-    # ---- model and optimizer ----
-    generators = seeded_generators(config.seed * 1000 + world.rank, world.device)
-    hf_model = load_model(str(saved[-1]) if saved else config.model, config, model_config, dtype)
-    for note in notes(hf_model, config):
-        say(note)
-    model = ready_model(hf_model, config, world)
+    # ---- optimizer ----
     optimizer = Optimizer(dict(hf_model.named_parameters()), config, generators["rounding"])
     session = Session(
         config=config,

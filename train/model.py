@@ -267,7 +267,10 @@ class LossModel(nn.Module):
             return mixce_loss(self.plain_logits(batch), batch.labels, mixing_ratio)
         hidden = self._hidden(batch)
         head = self.model.get_output_embeddings()
-        return fused_mixce_loss(hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap)
+        return fused_mixce_loss(
+            hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap,
+            labelled=batch.labelled,
+        )  # fmt: skip
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the inner model. With restarting positions, no attention mask and no cache, transformers

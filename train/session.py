@@ -129,5 +129,8 @@ def ready_model(hf_model: Any, config: TrainConfig, world: World) -> LossModel:
     check_model(model, config, hf_model.device)
     prepare_model(hf_model, config)
     if world.size > 1:
-        shard_model(model, world.size, world.device.type)  # from host memory, a layer at a time
+        shard_model(model, world.size, world.device.type)  # from host memory, a layer at a time; sums in float32
+    elif config.accumulates(1) and config.accumulate_in == "float32":
+        for parameter in hf_model.parameters():
+            parameter.grad_dtype = torch.float32
     return model.train()
