@@ -68,7 +68,7 @@ def _passes(count: int, weight: float, epoch: int, seed: tuple[int, ...]) -> NDA
     """Examples of one source in one epoch: a window of `weight` passes over endless fresh permutations."""
     start, stop = round(count * weight * epoch), round(count * weight * (epoch + 1))
     parts = []
-    for number in range(start // count, -(-stop // count)):
+    for number in range(start // count, -(-stop // count)) if count else ():
         order = np.random.default_rng((*seed, number)).permutation(count)
         parts.append(order[max(0, start - number * count) : stop - number * count])
     return np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -9,6 +9,7 @@ number of processes.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,8 @@ class Progress:
     tokens: int = 0  # labelled, over all processes
     skipped: int = 0
     skipped_in_a_row: int = 0
-    eval_loss: float | None = None  # at this step; decides which checkpoint is the best
+    score: float | None = None  # of an evaluation at this step, the lower the better
+    since_best: int = 0  # evaluations in a row that were not better than the best before
 
 
 # ---- writing -------------------------------------------------------------------------------------------
@@ -145,6 +147,27 @@ def _gathered(tensor: Tensor, world: World) -> Tensor:
     if hasattr(whole, "full_tensor"):
         whole = whole.full_tensor()
     return whole.cpu().contiguous() if world.is_first else whole.new_empty(0)
+
+
+# ---- a result from checkpoints -------------------------------------------------------------------------
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """The model of a checkpoint, without what only resuming needs. Raises OSError."""
+    for file in checkpoint.iterdir():
+        if file.name != "state.json" and not file.name.startswith(("optimizer", "generators")):
+            shutil.copyfile(file, folder / file.name)
+
+
+def average_models(checkpoints: Sequence[Path], folder: Path) -> None:
+    """The mean of the models of several checkpoints, tensor by tensor in bounded memory. Raises TrainError."""
+    from merge_tool import MergeToolError, merge_models
+
+    models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in checkpoints]
+    try:
+        merge_models({"merge_method": "linear", "models": models}, folder)
+    except MergeToolError as e:
+        raise TrainError(f"The checkpoints cannot be averaged: {e}") from e
 
 
 # ---- resuming ------------------------------------------------------------------------------------------

@@ -71,7 +71,11 @@ class SourceConfig:
     on_bad_row: what to do with a row that cannot become text: stop and name it, or skip and count it
     special_tokens_in_data: whether text in the data that spells a special token (`<|endoftext|>`) is read as that
         `token`, counted, or as ordinary `text`
-    weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next
+    weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next.
+        With 0 nothing is learned from it, and its held-out rows (if `held_out` is 0: all, or `take`) are evaluated
+    judge: evaluate answers, too: the model continues the held-out prompts greedily, and what it writes is right by the
+        last `number` in it, by the last single letter (`choice`), by all its words (`exact`), or by a function of your
+        own, `MODULE:FUNCTION`, which gets the written and the expected text
     format: how a row becomes text, see Formats
     templates: list of `{prompt, response}` (tinycot: also `rationale`; text: only `text`) with `{column}` fields. Each
         template makes one example per row; white space at the ends is removed
@@ -93,6 +97,7 @@ class SourceConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     special_tokens_in_data: Literal["token", "text"] = "token"
     weight: float = 1.0
+    judge: str | None = None
     format: Literal["memphis-chat", "tinycot", "chat-template", "text"] = "memphis-chat"
     templates: tuple[Template, ...] = ()
     messages: str | None = None
@@ -101,6 +106,10 @@ class SourceConfig:
     @property
     def title(self) -> str:
         return self.label or Path(self.path).name
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.held_out) or not self.weight
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,13 @@ class TrainConfig:
     eval_every [at the end]: steps between evaluations of the held-out rows
     eval_batches [all]: micro-batches per source and evaluation
     save_every [half an hour]: steps between checkpoints. A signal, and an evaluation better than all before, save too
-    keep_last: checkpoints kept, besides the one with the lowest held-out loss
+    keep_last: checkpoints kept, besides the best one
+    final: the result: the weights of the `last` step, of the `best` evaluation by `best_by`, or the `average` of the
+        last `average_of` checkpoints
+    best_by: the metric that says which evaluation is the best: `nll` (held-out loss, the mean over the sources),
+        `nll/SOURCE` or `accuracy/SOURCE`
+    average_of: checkpoints in the average, the last step's among them; needs `save_every`
+    stop_after [no early stop]: stop after this many evaluations in a row that are not better than the best before
     resume [when there is a checkpoint]: true insists on a checkpoint, false refuses to go on from one
     max_shard_bytes: of a weights file; saving holds one such shard in host memory at a time
     sample_prompts: texts that each evaluation continues greedily, taken as written
@@ -192,6 +207,10 @@ class TrainConfig:
     eval_batches: int | None = None
     save_every: int | None = None
     keep_last: int = 2
+    final: Literal["last", "best", "average"] = "last"
+    best_by: str = "nll"
+    average_of: int = 3
+    stop_after: int | None = None
     resume: bool | None = None
     max_shard_bytes: int = 4_000_000_000
     sample_prompts: tuple[str, ...] = ()
@@ -262,7 +281,7 @@ def _split_revision(config: TrainConfig) -> TrainConfig:
 
 _COUNTS = (
     "micro_batch", "global_batch", "global_batch_tokens", "max_steps", "eval_every", "eval_batches", "save_every",
-    "keep_last", "max_shard_bytes", "sample_tokens",
+    "keep_last", "max_shard_bytes", "sample_tokens", "average_of", "stop_after",
 )  # fmt: skip
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_COUNTS, (lambda v: v >= 1, "at least 1")),
@@ -305,10 +324,30 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.optimizer == "adalite" and (config.weight_decay or config.betas != TrainConfig.betas):
         raise TrainError("weight_decay and betas are for AdamW only. Remove them, or set optimizer: adamw.")
+    if not any(source.weight for source in config.sources):
+        raise TrainError("Every source has weight 0, so nothing would be learned. Give one a weight.")
+    _check_choice(config)
     titles = [source.title for source in config.sources]
     twice = next((t for t in titles if titles.count(t) > 1), None)
     if twice is not None:
         raise TrainError(f"Two sources are called {twice!r}. Give each its own `label`.")
+
+
+def _check_choice(config: TrainConfig) -> None:
+    """What final, best_by and stop_after need of the evaluations and checkpoints."""
+    known = {f"nll/{source.title}" for source in config.sources if source.is_evaluated}
+    known |= {"nll"} if known else set()
+    known |= {f"accuracy/{source.title}" for source in config.sources if source.judge}
+    chosen = next((k for k in ("final", "stop_after") if getattr(config, k) not in ("last", "average", None)), None)
+    if (chosen or config.best_by != TrainConfig.best_by) and config.best_by not in known:
+        expected = ", ".join(sorted(known)) or "a source with held_out, to have any metric"
+        raise TrainError(f"best_by is {config.best_by!r}, expected {expected}.")
+    for key, value, needed in (
+        ("stop_after", config.stop_after, "eval_every"),
+        ("final: average", config.final == "average" or None, "save_every"),
+    ):
+        if value is not None and getattr(config, needed) is None:
+            raise TrainError(f"{key} needs {needed}. Set it.")
 
 
 def check_batch(config: TrainConfig, world_size: int) -> int:
@@ -330,8 +369,10 @@ def check_batch(config: TrainConfig, world_size: int) -> int:
 def _check_source(source: SourceConfig, where: str) -> None:
     if source.take is not None and source.take < 1:
         raise TrainError(f"{where}.take is {source.take}, expected at least 1.")
-    if not 0 < source.weight <= 1000:
-        raise TrainError(f"{where}.weight is {source.weight}, expected passes per epoch above 0, at most 1000.")
+    if not 0 <= source.weight <= 1000:
+        raise TrainError(f"{where}.weight is {source.weight}, expected passes per epoch from 0 to 1000.")
+    if source.judge is not None and (not source.is_evaluated or source.format == "text"):
+        raise TrainError(f"{where}.judge needs held-out prompts: held_out, or weight: 0, and a format with a prompt.")
     if not source.held_out >= 0 or (source.held_out >= 1 and source.held_out % 1):
         raise TrainError(f"{where}.held_out is {source.held_out}, expected a share below 1 or a whole number of rows.")
     for number, test in enumerate(source.where):

@@ -93,10 +93,11 @@ def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, c
     facts = {
         "version": STORE_VERSION,
         "rows": rows.digest,
-        "source": {k: v for k, v in asdict(source).items() if k not in ("weight", "label", "path")},
+        "source": {k: v for k, v in asdict(source).items() if k not in ("weight", "label", "path", "judge")},
         "sequence_length": config.sequence_length,
         "seed": config.seed,
         "tokenizer": tokenizer_digest(tokenizer),
+        **({} if source.weight else {"evaluation_only": True}),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     if not (cache / digest / "report.json").exists():
@@ -133,14 +134,15 @@ def _tokenize_source(
 ) -> tuple[Examples, Examples, SourceReport]:
     kept, held_out, repeated = rows.split(source, config.seed)
     train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take)
-    if not len(train.examples):
+    if source.weight and not len(train.examples):
         raise TrainError(
             f"Source {source.title}: gives no example. {rows.count} rows, {len(kept) + len(held_out)} after `where`; "
             f"{train.long} examples longer than sequence_length {config.sequence_length}, {train.empty} with nothing "
             "to learn. Correct `where`, the templates or sequence_length."
         )
-    held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, None)
-    if held_out and not len(held.examples):
+    take = None if source.weight else source.take
+    held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, take)
+    if (held_out or not source.weight) and not len(held.examples):
         raise TrainError(
             f"Source {source.title}: none of its {len(held_out)} held-out rows gives an example ({held.long} longer "
             f"than sequence_length {config.sequence_length}, {held.empty} with nothing to learn), so it cannot be "

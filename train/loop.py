@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 
 from train.batches import Batch, Mixture
-from train.checkpoint import write_model
+from train.checkpoint import average_models, copy_model, write_model
 from train.config import TrainConfig, check_batch
 from train.data import SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError, install
+from train.judge import load_judges
 from train.model import check_context, choose_dtype, load_model, load_model_config, load_tokenizer, notes, padding_id
 from train.optim import Optimizer, learning_rate
 from train.output import first_writes, hold_output, publish_folder
 from train.preflight import preflight
 from train.record import check_resume, check_same_run, write_records
-from train.retention import checkpoint_path, list_checkpoints
+from train.retention import best_checkpoint, checkpoint_path, list_checkpoints
 from train.session import Session, ready_model, seeded_generators
 from train.step import StepResult, titles, train_step
 from train.watch import Watch, build_card, plot_loss, read_metrics
@@ -62,6 +63,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
     check_resume(config, bool(saved or done))
 
     # ---- model: what it will take; loaded and checked before its text is tokenised, which may take hours ----
+    judges = load_judges(config)
     model_config = load_model_config(config.model, config.revision, say)
     tokenizer = load_tokenizer(config.model, config.revision, model_config)
     check_context(model_config, config, say)
@@ -102,6 +104,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
         mixture=mixture,
         optimizer=optimizer,
         generators=generators,
+        judges=judges,
     )
     if config.fused_backward:
         optimizer.step_in_backward(lambda: session.lr)
@@ -133,7 +136,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
             is_best = False
             if _is_due(config.eval_every, session.progress.step) and not result.stop:
                 is_best = session.evaluate(watch)
-            if is_best or result.stop or session.is_save_due():
+            if is_best or result.stop or session.is_save_due() or session.stops_early:
                 session.save()
             if result.stop:
                 watch.record("stop", session.progress.step)
@@ -143,14 +146,28 @@ def _finetune(config: TrainConfig, world: World) -> None:
                 return
 
         # ---- the last look, at weights that are safe ----
-        if config.sample_prompts or any(len(source.held_out) for source in mixture.sources):
-            if not (saved and saved[-1] == checkpoint_path(output, session.progress.step)):
-                session.save()
-            session.evaluate(watch)
+        last = checkpoint_path(output, session.progress.step)
+        has_look = config.sample_prompts or any(len(source.held_out) for source in mixture.sources)
+        if (has_look or config.final == "average") and not last.exists():
+            session.save()
+        is_best = False
+        if session.stops_early:
+            say(f"Stopped early: {config.stop_after} evaluations were not better in {config.best_by}.")
+        elif has_look:
+            is_best = session.evaluate(watch)
 
     # ---- the result ----
     def write_final(folder: Path) -> None:
-        write_model(folder, hf_model, tokenizer, world, config.max_shard_bytes)
+        if config.final == "best":
+            best = last if is_best else best_checkpoint(output)[1]
+            say(f"The result is {best.name}, the best by {config.best_by}.")
+            first_writes(world, folder, lambda: copy_model(best, folder))
+        elif config.final == "average":
+            chosen = list_checkpoints(output)[-config.average_of :]
+            say(f"The result is the average of {', '.join(path.name for path in chosen)}.")
+            world.first(lambda: average_models(chosen, folder))
+        else:
+            write_model(folder, hf_model, tokenizer, world, config.max_shard_bytes)
         first_writes(world, folder, lambda: _write_card(folder, session, reports, dtype, say))
 
     publish_folder(output / "final", write_final, world)

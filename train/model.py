@@ -10,7 +10,7 @@ NEFTune: Jain et al., arXiv 2310.05914.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -236,13 +236,14 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def shard_model(model: LossModel, world_size: int, device_type: str) -> None:
     """FSDP2 over all processes: each decoder layer, then the whole. Gradients are summed in float32."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device_type, (world_size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in decoder_layers(model.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "generate")
 
 
 # ---- forward is the loss -------------------------------------------------------------------------------
@@ -296,6 +297,20 @@ class LossModel(nn.Module):
         """The model's own, in full [rows, tokens, vocabulary]."""
         logits: Tensor = self.model(**self._inputs(batch)).logits
         return logits.reshape(*batch.ids.shape, -1)
+
+    def generate(self, tokenizer: Any, ids: Tensor, new_tokens: int, stop: Sequence[str] = ()) -> Tensor:
+        """Greedy continuations [rows, at most new_tokens] of prompts of one length, ids [rows, tokens]."""
+        ids = ids.to(next(self.parameters()).device)
+        options: dict[str, Any] = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
+        written: Tensor = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            **options,
+        )
+        return written[:, ids.shape[1] :]
 
     def logits(self, batch: Batch) -> Tensor:
         """What the fused path implies, in full [rows, tokens, vocabulary]: for checks on tiny batches."""

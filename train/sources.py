@@ -60,7 +60,7 @@ class Rows:
 
     def split(self, source: SourceConfig, seed: int) -> tuple[list[int], list[int], int]:
         """Row numbers to learn from, ordered as `shuffle` and `sort` say; those held out; and how many rows are
-        neither, as a row that is held out says the same."""
+        neither, as a row that is held out says the same. Of a source without weight, none is learned from."""
         self._check_columns(source)
         kept = list(range(self.count))
         for test in source.where:
@@ -69,6 +69,8 @@ class Rows:
         train, held_out = _hold_out(kept, source, seed)
         if source.shuffle is not None:
             train = [train[i] for i in np.random.default_rng((source.shuffle, 3)).permutation(len(train))]
+        if not source.weight:
+            return [], held_out or self._sorted(train, source.sort), 0
         learned = self._without(train, held_out, source)
         return self._sorted(learned, source.sort), held_out, len(train) - len(learned)
 
