@@ -3,7 +3,6 @@ which weights become the result."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +159,35 @@ def test_a_judge_needs_prompts() -> None:
             make_config(sources=[{"path": "d.jsonl", "templates": TEMPLATE}, source])
 
 
+# ---- distance ----------------------------------------------------------------------------------------------
+
+
+def test_the_distance_is_what_diff_measures(base: Path, tmp_path: Path) -> None:
+    """At every evaluation; the last is that of the result, as `merge-tool diff` sees it."""
+    from merge_tool.diff import diff_checkpoints
+
+    output = run(base, tmp_path / "o", eval_every=3)
+    lines = read_metrics(output, "distance")
+    assert [line["step"] for line in lines] == [3, 6]
+    assert 0 < lines[0]["norm"] < lines[1]["norm"]
+    then, now = weights(base / "model"), weights(output / "final")
+    apart = sum(float((now[n].double() - then[n].double()).square().sum()) for n in then) ** 0.5
+    assert lines[1]["norm"] == pytest.approx(apart, rel=1e-9)
+    assert lines[1]["tensors"] == len(then)
+    found = diff_checkpoints(base / "model", output / "final")
+    angles = sorted(t.angle_degrees for t in found.tensors if t.angle_degrees is not None)
+    middle = (angles[(len(angles) - 1) // 2] + angles[len(angles) // 2]) / 2
+    assert lines[1]["median_angle_degrees"] == pytest.approx(middle, rel=1e-5)
+
+
+def test_a_model_at_its_start_has_moved_by_nothing(base: Path, tmp_path: Path) -> None:
+    """In bfloat16, too: the start is rounded as the run rounded it (which alone is a distance of 1e-2)."""
+    output = run(base, tmp_path / "o", dtype="bfloat16", lr=1e-9, stochastic_rounding=False)
+    (line,) = read_metrics(output, "distance")
+    assert line["norm"] < 1e-6
+    assert line["median_angle_degrees"] < 1e-5
+
+
 # ---- the result ------------------------------------------------------------------------------------------
 
 
@@ -229,9 +257,10 @@ def test_a_resumed_run_stops_where_it_would_have(base: Path, tmp_path: Path, mon
     def kill(*_: Any) -> None:
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(loop, "publish_folder", kill)
-        run(base, tmp_path / "late", **settings)
+        with pytest.raises(Killed):
+            run(base, tmp_path / "late", **settings)
     run(base, tmp_path / "late", **settings)
     step = loop.train_step
     calls: list[int] = []
@@ -242,9 +271,10 @@ def test_a_resumed_run_stops_where_it_would_have(base: Path, tmp_path: Path, mon
             raise Killed
         return step(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", until)
-        run(base, tmp_path / "early", **settings)
+        with pytest.raises(Killed):
+            run(base, tmp_path / "early", **settings)
     run(base, tmp_path / "early", **settings)
     for other in ("late", "early"):
         assert read_metrics(tmp_path / other, "eval") == read_metrics(whole, "eval")

@@ -147,7 +147,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
 
         # ---- the last look, at weights that are safe ----
         last = checkpoint_path(output, session.progress.step)
-        has_look = config.sample_prompts or any(len(source.held_out) for source in mixture.sources)
+        has_look = config.eval_every or config.sample_prompts or any(len(source.held_out) for source in mixture.sources)
         if (has_look or config.final == "average") and not last.exists():
             session.save()
         is_best = False

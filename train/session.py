@@ -16,6 +16,7 @@ import torch
 from train.batches import Mixture
 from train.checkpoint import Progress, load_training_state, read_progress, save_checkpoint
 from train.config import TrainConfig
+from train.drift import drift
 from train.evaluate import evaluate, sample
 from train.judge import Judge
 from train.model import LossModel, check_model, prepare_model, shard_model
@@ -81,6 +82,7 @@ class Session:
         step, config = self.progress.step, self.config
         metrics = evaluate(self.model, self.mixture, self.tokenizer, config, self.judges, self.world, watch, step)
         sample(self.model, self.tokenizer, config, self.world, watch, self.output, step)
+        drift(self.model.model, config, self.world, watch, step)
         if not metrics:
             return False
         score = metrics[config.best_by] * (-1 if config.best_by.startswith("accuracy/") else 1)

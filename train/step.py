@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,9 +55,10 @@ def train_step(
     scale = world.size / labelled  # FSDP averages gradients over the processes
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     batches = [batch.to(world.device) for batch in batches]
+    sharded: Any = model
     for number, batch in enumerate(batches, 1):
         if world.size > 1 and config.accumulate_in == "float32":
-            model.set_requires_gradient_sync(number == len(batches))
+            sharded.set_requires_gradient_sync(number == len(batches))
         loss, _ = model(batch, config.mixing_ratio)  # no host waits for the device from here to the last backward
         total[0] += loss.detach()
         if config.fused_backward and not math.isfinite(world.sum(total[0].clone())):
