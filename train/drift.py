@@ -31,7 +31,7 @@ def drift(model: Any, config: TrainConfig, world: World, watch: Watch, step: int
         if start is not None and whole.is_floating_point():
             sums += [_sums(start, n, t) for n, t in _on_disk(model, name, whole) if n in start.tensors]
     if sums:
-        each = [_describe(*values) for values in sums]
+        each = [_describe(*values) for values in sums if values[0] and values[1]]  # else there is no angle
         norm, relative, angle = _describe(*map(math.fsum, zip(*sums, strict=True)))
         values = {"norm": norm, "relative": relative, "angle_degrees": angle, "tensors": len(sums)}
         values |= {"median_relative": statistics.median(relative for _, relative, _ in each)}
@@ -84,7 +84,6 @@ def _sums(start: Any, name: str, tensor: Tensor) -> list[float]:
 
 def _describe(then: float, now: float, apart: float) -> tuple[float, float, float]:
     """Distance, its share of |w0|, and the angle in degrees, from the three sums."""
-    norms = math.sqrt(then * now)
-    half = (apart - (math.sqrt(now) - math.sqrt(then)) ** 2) / (4 * norms) if norms else 0.0
+    half = (apart - (math.sqrt(now) - math.sqrt(then)) ** 2) / (4 * math.sqrt(then * now))
     angle = math.degrees(2 * math.asin(math.sqrt(min(1.0, max(0.0, half)))))
-    return math.sqrt(apart), math.sqrt(apart / then) if then else 0.0, angle
+    return math.sqrt(apart), math.sqrt(apart / then), angle
