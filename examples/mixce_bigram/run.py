@@ -102,8 +102,8 @@ class Network(nn.Module):
 def learn(train: Pairs, dev: Pairs, ratio: float, seed: int) -> tuple[Tensor, int]:
     """The learned transition matrix [21, 21] of the best epoch by its own loss on dev, and that epoch.
 
-    A batch's loss is divided by its sequences, as in the paper's code, not by its tokens: Adam's L2 term is added to the
-    gradient, so the scale of the loss decides how strong it is.
+    A batch's loss is divided by its sequences, as in the paper's code, not by its tokens: Adam's L2 term is added to
+    the gradient, so the scale of the loss decides how strong it is.
     """
     torch.manual_seed(seed)
     network = Network()
