@@ -12,10 +12,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.train_fixtures import REPO, config_values, copy_rows, environment, make_model, save_model, write_jsonl
+from tests.train_fixtures import (
+    REPO,
+    config_values,
+    copy_rows,
+    environment,
+    make_config,
+    make_model,
+    make_tokenizer,
+    save_model,
+    write_jsonl,
+)
 from train import step as step_module
-from train.batches import Batch
+from train.batches import Batch, Mixture
 from train.config import build_config
+from train.data import open_sources, prepare_sources
 from train.errors import TrainError
 from train.loop import finetune
 from train.model import LossModel
@@ -178,3 +189,90 @@ def test_a_model_is_refused_before_its_text_is_tokenised(tmp_path: Path) -> None
     with pytest.raises(TrainError, match="packing: false"):
         finetune(config)
     assert not (tmp_path / "o" / "data").exists()
+
+
+# ---- what is computed ------------------------------------------------------------------------------------
+
+
+def mixed(folder: Path, config: dict[str, Any], world_size: int = 1, count: int = 300) -> Mixture:
+    """A mixture of examples of very different lengths."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = (torch.rand(count, generator=generator) ** 3 * 60 + 1).int().tolist()
+    rows = [{"question": f"q{n}", "answer": "red " * size} for n, size in enumerate(sizes)]
+    source = {"path": str(write_jsonl(folder / "d.jsonl", rows)), "templates": [{"prompt": "{question}",
+              "response": "{answer}"}]}  # fmt: skip
+    settings = make_config(sources=[source], sequence_length=256, **config)
+    names = prepare_sources(settings, make_tokenizer(), folder / "data")
+    return Mixture(open_sources(settings, folder / "data", names), settings, 0, world_size)
+
+
+def useful(mixture: Mixture) -> float:
+    """The share of a step's tokens that are not padding, over all steps."""
+    batches = [batch for step in range(mixture.steps) for batch in mixture.step_batches(step, 0)]
+    return sum(int((b.lengths > 0).sum()) for b in batches) / sum(b.ids.numel() for b in batches)
+
+
+def labels(mixture: Mixture, step: int, ranks: int = 1) -> list[int]:
+    """All labels of a step, sorted."""
+    batches = [batch for rank in range(ranks) for batch in mixture.step_batches(step, rank)]
+    return sorted(int(n) for batch in batches for n in batch.labels[batch.labels != -100])
+
+
+def test_a_global_batch_of_examples_is_the_recipes_step(tmp_path: Path) -> None:
+    """The same examples in each step, packed or not, on any number of processes; packed, in under half the rows."""
+    padded = mixed(tmp_path, {"packing": False, "global_batch": 64})
+    packed = mixed(tmp_path, {"global_batch_examples": 64})
+    assert packed.steps == padded.steps == 300 // 64
+    for step in range(packed.steps):
+        rows = sum(len(batch.ids) for batch in packed.step_batches(step, 0))
+        assert rows < 32
+        assert labels(packed, step) == labels(padded, step)
+    for ranks in (2, 3, 40):
+        shared = mixed(tmp_path, {"global_batch_examples": 64, "micro_batch": 2}, ranks)
+        assert labels(shared, 1, ranks) == labels(padded, 1)
+        assert len({len(shared.step_batches(1, rank)) for rank in range(ranks)}) == 1
+    assert useful(packed) > 0.9
+
+
+def test_the_gradient_of_a_packed_global_batch_is_that_of_padded_rows(tmp_path: Path) -> None:
+    model = LossModel(make_model(max_position_embeddings=256).double())
+    found = []
+    for config in ({"packing": False, "global_batch": 16}, {"global_batch_examples": 16}):
+        model.zero_grad()
+        for batch in mixed(tmp_path, config, count=20).step_batches(0, 0):
+            model(batch, 0.5)[0].backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(padded, packed, rtol=1e-9, atol=1e-11)
+
+
+def test_padded_rows_are_sorted_by_length_inside_a_global_batch(tmp_path: Path) -> None:
+    """Micro-batches of 4: from less than half of useful tokens to nine in ten."""
+    mixture = mixed(tmp_path, {"packing": False, "global_batch": 64, "micro_batch": 4})
+    as_drawn = 0
+    for step in range(mixture.steps):
+        sizes = [int(mixture.sources[0].train.lengths[row[0][1]]) for row in
+                 (mixture.row(64 * step + i) for i in range(64))]  # fmt: skip
+        as_drawn += sum(4 * max(sizes[i : i + 4]) for i in range(0, 64, 4))
+    total = sum(int((b.lengths > 0).sum()) for s in range(mixture.steps) for b in mixture.step_batches(s, 0))
+    assert total / as_drawn < 0.6
+    assert useful(mixture) > 0.88
+
+
+def test_a_compiled_model_sees_few_widths(tmp_path: Path) -> None:
+    """Multiples of 64, at most the sequence length: each width is compiled anew."""
+    plain, compiled = (mixed(tmp_path, {"packing": False, "global_batch": 4, "compile": c}) for c in (False, True))
+
+    def widths(mixture: Mixture) -> set[int]:
+        return {b.ids.shape[1] for s in range(mixture.steps) for b in mixture.step_batches(s, 0)}
+
+    assert len(widths(plain)) > 20
+    assert widths(compiled) <= {64, 128, 192, 256}
+    assert all(labels(plain, step) == labels(compiled, step) for step in range(plain.steps))
+
+
+def test_batches_of_examples_exclude_what_they_cannot_be() -> None:
+    with pytest.raises(TrainError, match="global_batch and global_batch_examples are both given"):
+        make_config(global_batch=2, global_batch_examples=2)
+    with pytest.raises(TrainError, match="fused_backward needs one micro-batch a step"):
+        make_config(global_batch_examples=2, fused_backward=True)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from train.adapter import adapter_tensors
 from train.errors import DELETE_CHECKPOINT, TrainError
 from train.optim import Optimizer
 from train.output import first_writes, publish_folder
@@ -75,8 +76,15 @@ def save_checkpoint(
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, world: World, max_shard_bytes: int) -> None:
-    """An ordinary Hugging Face folder: safetensors shards, config, tokenizer. All processes call it."""
+    """An ordinary Hugging Face folder: safetensors shards, config, tokenizer; of a model with an adapter, the adapter's
+    folder. All processes call it."""
     from transformers.core_model_loading import revert_weight_conversion
+
+    if settings := getattr(model, "peft_config", None):
+        _write_tensors(folder, "adapter_model", adapter_tensors(model), world, max_shard_bytes)
+        first_writes(world, folder, lambda: settings["default"].save_pretrained(folder))
+        first_writes(world, folder, lambda: tokenizer.save_pretrained(folder))
+        return
 
     # transformers renames tensors of some families in memory; published checkpoints have the original names.
     def on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,6 +185,16 @@ def read_progress(folder: Path) -> Progress:
     """Where the run stood when `folder` was saved. Raises TrainError when its state.json is damaged."""
     state = _read_state(folder)
     return Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
+
+
+def load_adapter(folder: Path, model: Any) -> None:
+    """The adapter that was saved in `folder`, into a model that has one. Raises TrainError."""
+    try:
+        files = _TensorFiles(folder, "adapter_model")
+        for name, parameter in adapter_tensors(model):
+            parameter.data.copy_(_placed(files.read(name), parameter))
+    except (TrainError, OSError, SafetensorError, RuntimeError) as e:
+        raise TrainError(f"{folder}: the adapter cannot be loaded ({e}). {DELETE_CHECKPOINT}") from e
 
 
 def load_training_state(

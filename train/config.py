@@ -113,6 +113,24 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """An adapter is trained, and the model itself frozen. Needs peft.
+
+    rank: columns of an adapter's two matrices
+    alpha: the adapter is multiplied by alpha / rank
+    targets: names of the modules that get an adapter (`q_proj`), or all-linear: every matrix but the output head
+    dropout: of an adapter's input
+    output: the result: the adapter's folder, which slerp-merge takes as FT, or the model with the adapter merged
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ("all-linear",)
+    dropout: float = 0.0
+    output: Literal["adapter", "merged"] = "adapter"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run.
 
@@ -130,6 +148,8 @@ class TrainConfig:
     global_batch [one micro-batch per process]: sequences per optimizer step, over all processes; a multiple of
         `micro_batch` x processes
     global_batch_tokens: the same in tokens; a multiple of `sequence_length`
+    global_batch_examples: the same in examples. They are packed among themselves, so a step has the gradient of
+        `packing: false` at this `global_batch` (a sum, divided once), in fewer sequences
     epochs: passes over the mixture, also fractions; only whole global batches are used
     max_steps: a fixed number of steps, instead of `epochs`
     seed: decides the order of the data, the held-out rows and all random numbers
@@ -152,6 +172,7 @@ class TrainConfig:
     device: auto is the GPU if there is one
     attention: the implementation in transformers; `flash_attention_2` was not run here
     activation_checkpointing: compute decoder layers again in the backward pass: less memory, more time
+    lora: `{rank, alpha, targets, dropout, output}`, see LoRA: train an adapter, and no weight of the model
     freeze_embeddings: do not train the input and output embeddings
     neftune_alpha: NEFTune noise; Memphis-CoT used 10
     compile: `torch.compile` each decoder layer
@@ -165,6 +186,7 @@ class TrainConfig:
         `nll/SOURCE` or `accuracy/SOURCE`
     average_of: checkpoints in the average, the last step's among them; needs `save_every`
     stop_after [no early stop]: stop after this many evaluations in a row that are not better than the best before
+    report_to [tensorboard, if installed]: list of `tensorboard`, `wandb` and `trackio`; metrics.jsonl is always written
     resume [when there is a checkpoint]: true insists on a checkpoint, false refuses to go on from one
     max_shard_bytes: of a weights file; saving holds one such shard in host memory at a time
     sample_prompts: texts that each evaluation continues greedily, taken as written
@@ -182,6 +204,7 @@ class TrainConfig:
     micro_batch: int = 1
     global_batch: int | None = None
     global_batch_tokens: int | None = None
+    global_batch_examples: int | None = None
     epochs: float = 1.0
     max_steps: int | None = None
     seed: int = 0
@@ -200,6 +223,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = True
+    lora: Lora | None = None
     freeze_embeddings: bool = True
     neftune_alpha: float = 0.0
     compile: bool = False
@@ -211,16 +235,17 @@ class TrainConfig:
     best_by: str = "nll"
     average_of: int = 3
     stop_after: int | None = None
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
     resume: bool | None = None
     max_shard_bytes: int = 4_000_000_000
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
 
     def sequences_per_step(self, world_size: int) -> int:
-        """The global batch in sequences, over all processes; default: one micro-batch each."""
+        """The global batch in sequences, over all processes; default: one micro-batch each. Of examples: at most."""
         if self.global_batch_tokens is not None:
             return self.global_batch_tokens // self.sequence_length
-        return self.global_batch or self.micro_batch * world_size
+        return self.global_batch or self.global_batch_examples or self.micro_batch * world_size
 
     def accumulates(self, world_size: int) -> bool:
         """Whether a step has several micro-batches."""
@@ -280,8 +305,8 @@ def _split_revision(config: TrainConfig) -> TrainConfig:
 # ---- ranges and contradictions -----------------------------------------------------------------------
 
 _COUNTS = (
-    "micro_batch", "global_batch", "global_batch_tokens", "max_steps", "eval_every", "eval_batches", "save_every",
-    "keep_last", "max_shard_bytes", "sample_tokens", "average_of", "stop_after",
+    "micro_batch", "global_batch", "global_batch_tokens", "global_batch_examples", "max_steps", "eval_every",
+    "eval_batches", "save_every", "keep_last", "max_shard_bytes", "sample_tokens", "average_of", "stop_after",
 )  # fmt: skip
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_COUNTS, (lambda v: v >= 1, "at least 1")),
@@ -310,8 +335,11 @@ def _check_ranges(config: TrainConfig) -> None:
 
 def _check_together(config: TrainConfig) -> None:
     """Contradictions between keys that are each fine alone."""
-    if config.global_batch is not None and config.global_batch_tokens is not None:
-        raise TrainError("global_batch and global_batch_tokens are both given. Remove one of the two.")
+    sizes = [k for k in ("global_batch", "global_batch_tokens", "global_batch_examples") if getattr(config, k)]
+    if len(sizes) > 1:
+        raise TrainError(f"{' and '.join(sizes)} are both given. Give one of them.")
+    if config.fused_backward and config.global_batch_examples:
+        raise TrainError("fused_backward needs one micro-batch a step; global_batch_examples gives any number of them.")
     tokens = config.global_batch_tokens
     if tokens is not None and tokens % config.sequence_length:
         raise TrainError(
@@ -324,6 +352,8 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.optimizer == "adalite" and (config.weight_decay or config.betas != TrainConfig.betas):
         raise TrainError("weight_decay and betas are for AdamW only. Remove them, or set optimizer: adamw.")
+    if config.lora is not None:
+        _check_lora(config, config.lora)
     if not any(source.weight for source in config.sources):
         raise TrainError("Every source has weight 0, so nothing would be learned. Give one a weight.")
     _check_choice(config)
@@ -331,6 +361,13 @@ def _check_together(config: TrainConfig) -> None:
     twice = next((t for t in titles if titles.count(t) > 1), None)
     if twice is not None:
         raise TrainError(f"Two sources are called {twice!r}. Give each its own `label`.")
+
+
+def _check_lora(config: TrainConfig, lora: Lora) -> None:
+    if lora.rank < 1 or lora.alpha < 1 or not lora.targets or not 0 <= lora.dropout < 1:
+        raise TrainError("lora has rank and alpha of at least 1, targets, and a dropout from 0 to below 1.")
+    if config.final == "average":
+        raise TrainError("final: average is for whole models: a mean of adapters' matrices is not the mean adapter.")
 
 
 def _check_choice(config: TrainConfig) -> None:
@@ -351,8 +388,10 @@ def _check_choice(config: TrainConfig) -> None:
 
 
 def check_batch(config: TrainConfig, world_size: int) -> int:
-    """Micro-batches per process and step; raises TrainError when the global batch does not divide."""
+    """Micro-batches per process and step, at most; raises TrainError when the global batch does not divide."""
     rows, unit = config.sequences_per_step(world_size), config.micro_batch * world_size
+    if config.global_batch_examples:
+        return -(-rows // unit)
     if rows % unit:
         raise TrainError(
             f"The global batch is {rows} sequences, expected a multiple of micro_batch {config.micro_batch} "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from train.adapter import fold_adapter
 from train.batches import Batch, Mixture
 from train.checkpoint import average_models, copy_model, write_model
 from train.config import TrainConfig, check_batch
@@ -59,7 +60,8 @@ def _finetune(config: TrainConfig, world: World) -> None:
 
     # ---- is there something to go on from? ----
     saved = list_checkpoints(output)
-    done = (output / "final" / "config.json").exists()
+    final = output / "final"
+    done = (final / "config.json").exists() or (final / "adapter_config.json").exists()
     check_resume(config, bool(saved or done))
 
     # ---- model: what it will take; loaded and checked before its text is tokenised, which may take hours ----
@@ -71,7 +73,8 @@ def _finetune(config: TrainConfig, world: World) -> None:
     generators = seeded_generators(config.seed * 1000 + world.rank, world.device)
     if not done:
         say(preflight(config, model_config, dtype, world.size).lines())
-        hf_model = load_model(str(saved[-1]) if saved else config.model, config, model_config, dtype)
+        weights = str(saved[-1]) if saved and config.lora is None else config.model
+        hf_model = load_model(weights, config, model_config, dtype)
         for note in notes(hf_model, config):
             say(note)
         model = ready_model(hf_model, config, world)
@@ -88,7 +91,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
     if saved or done:
         world.first(lambda: check_same_run(output, record))
     if done:
-        say(f"{output / 'final'}: this run is complete already.")
+        say(f"{final}: this run is complete already.")
         return
     first_writes(world, output, lambda: write_records(output, record, reports))
 
@@ -116,7 +119,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
         say(f"Resuming from {saved[-1].name}.")
 
     # ---- steps ----
-    with Watch(output, mixture.steps, session.progress.step, world.is_first) as watch, StopSignals() as stop:
+    with Watch(config, mixture.steps, session.progress.step, world.is_first) as watch, StopSignals() as stop:
         while not session.is_last:
             started = time.perf_counter()
             session.lr = learning_rate(session.progress.step, mixture.steps, config)
@@ -170,8 +173,19 @@ def _finetune(config: TrainConfig, world: World) -> None:
             write_model(folder, hf_model, tokenizer, world, config.max_shard_bytes)
         first_writes(world, folder, lambda: _write_card(folder, session, reports, dtype, say))
 
-    publish_folder(output / "final", write_final, world)
-    say(f"Done: {output / 'final'}")
+    if config.lora is not None and config.lora.output == "merged":
+        adapter = output / "adapter"
+        if not adapter.exists():
+            publish_folder(adapter, write_final, world)
+
+        def fold(folder: Path) -> None:
+            world.first(lambda: fold_adapter(config, adapter, folder))
+            first_writes(world, folder, lambda: _write_card(folder, session, reports, dtype, say))
+
+        publish_folder(final, fold, world)
+    else:
+        publish_folder(final, write_final, world)
+    say(f"Done: {final}")
 
 
 # ---- what is said --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.adapter import add_adapter
 from train.batches import Batch
 from train.config import TrainConfig
 from train.errors import DELETE_CHECKPOINT, TrainError
@@ -190,7 +191,9 @@ def _reason(error: Exception, model: str, revision: str | None, next_step: str =
 
 def prepare_model(model: Any, config: TrainConfig, *, may_compile: bool = True) -> None:
     """Freeze the embeddings, set activation checkpointing, compile: as the config says, in place."""
-    if config.freeze_embeddings:
+    if config.lora is not None:
+        add_adapter(model, config)
+    elif config.freeze_embeddings:
         freeze_embeddings(model)
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -223,7 +226,7 @@ def notes(model: Any, config: TrainConfig) -> Iterator[str]:
         found = ", ".join(f"{key} {value}" for key, value in dropout.items())
         yield f"Note: dropout is on, as the model's config.json says ({found}). Set it to 0 there to turn it off."
     head = model.get_output_embeddings()
-    if config.freeze_embeddings and getattr(head, "bias", None) is not None:
+    if config.freeze_embeddings and config.lora is None and getattr(head, "bias", None) is not None:
         yield "Note: freeze_embeddings freezes the bias of the output head, too."
 
 

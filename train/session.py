@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from train.batches import Mixture
-from train.checkpoint import Progress, load_training_state, read_progress, save_checkpoint
+from train.checkpoint import Progress, load_adapter, load_training_state, read_progress, save_checkpoint
 from train.config import TrainConfig
 from train.drift import drift
 from train.evaluate import evaluate, sample
@@ -60,11 +60,13 @@ class Session:
         return self.config.stop_after is not None and self.progress.since_best >= self.config.stop_after
 
     def resume(self, folder: Path) -> bool:
-        """Restore the state that was saved in `folder`, except the weights: the model was loaded from there.
+        """Restore the state that was saved in `folder`, except a whole model's weights: it was loaded from there.
 
         False when the random numbers start anew.
         """
         self.progress = read_progress(folder)
+        if self.config.lora is not None:
+            load_adapter(folder, self.model.model)
         self.best_score = self.world.share(best_checkpoint(self.output)[0])
         return load_training_state(folder, self.optimizer, self.generators, self.world)
 
