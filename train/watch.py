@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -128,8 +129,9 @@ def _reporter(name: str, config: TrainConfig, done: int) -> Reporter:
 
         return add, board.close
     library: Any = importlib.import_module(name)  # wandb, and trackio, which has its interface
-    settings = {"dir": str(output), "id": output.name} if name == "wandb" else {}
-    library.init(project="mixce-train", name=output.name, config=asdict(config), resume="allow", **settings)
+    run = f"{output.name}-{zlib.crc32(str(output).encode()):08x}"  # a resumed run is the same run, another folder's not
+    settings = {"dir": str(output), "id": run} if name == "wandb" else {}
+    library.init(project="mixce-train", name=run, config=asdict(config), resume="allow", **settings)
     return lambda values, step: library.log(values, step=step), library.finish
 
 
