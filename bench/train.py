@@ -471,8 +471,8 @@ def bench_data() -> None:
     small, large = (in_process("data-arm", str(rows)) for rows in (10_000, 100_000))
     for arm in (small, large):
         print(f"{arm['tokens']:>12,} tokens: {arm['tokenise']:.0f} MB to tokenise, {arm['batches']:.0f} MB for batches")
-    more = (large["batches"] - small["batches"]) * 1e6 / 90_000
-    print(f"{more:.0f} bytes more for each example; its tokens alone would be {400 * 5} bytes")
+    ratios = (large[part] / small[part] for part in ("tokenise", "batches"))
+    print("ten times the tokens: " + " and ".join(f"{ratio:.2f} x" for ratio in ratios) + " the memory")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

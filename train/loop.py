@@ -29,7 +29,7 @@ from train.record import check_resume, check_same_run, write_records
 from train.retention import best_checkpoint, checkpoint_path, list_checkpoints
 from train.session import Session, ready_model, seeded_generators
 from train.step import StepResult, titles, train_step
-from train.watch import Watch, build_card, plot_loss, read_metrics
+from train.watch import Watch, build_card, check_report_to, plot_loss, read_metrics
 from train.world import StopSignals, World, close_world, open_world
 
 MOST_SKIPPED = 3  # steps in a row
@@ -66,6 +66,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
 
     # ---- model: what it will take; loaded and checked before its text is tokenised, which may take hours ----
     judges = load_judges(config)
+    check_report_to(config)
     model_config = load_model_config(config.model, config.revision, say)
     tokenizer = load_tokenizer(config.model, config.revision, model_config)
     check_context(model_config, config, say)
