@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +64,9 @@ def _finetune(config: TrainConfig, world: World) -> None:
     final = output / "final"
     done = (final / "config.json").exists() or (final / "adapter_config.json").exists()
     check_resume(config, bool(saved or done))
+    record: dict[str, Any] = {**asdict(config), "sequences_per_step": config.sequences_per_step(world.size)}
+    if saved or done:
+        world.first(lambda: check_same_run(output, record))
 
     # ---- model: what it will take; loaded and checked before its text is tokenised, which may take hours ----
     judges = load_judges(config)
@@ -88,7 +92,7 @@ def _finetune(config: TrainConfig, world: World) -> None:
     mixture = Mixture(sources, config, padding_id(tokenizer, say), world.size)
 
     # ---- the same run as before? ----
-    record = {**asdict(config), "data": names, "sequences_per_step": config.sequences_per_step(world.size)}
+    record["data"] = names
     if saved or done:
         world.first(lambda: check_same_run(output, record))
     if done:
