@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from train.config import SourceConfig, TrainConfig
+from train.config import Lora, SourceConfig, TrainConfig
 
 USAGE = "usage: mixce-train CONFIG.yaml [--key value ...]"
 _HEAD = f"""{USAGE}
@@ -24,13 +24,14 @@ brackets). A flag overrides the key of the file; its value is YAML. docs/trainin
 def help_text(width: int) -> str:
     """All keys with their defaults and meanings, in lines of `width` characters."""
     sources = ["", "Keys of each entry of sources:", "", *_lines(SourceConfig, "", width)]
-    return "\n".join([_HEAD, *_lines(TrainConfig, "--", width), *sources])
+    lora = ["", "Keys of lora:", "", *_lines(Lora, "", width)]
+    return "\n".join([_HEAD, *_lines(TrainConfig, "--", width), *sources, *lora])
 
 
 def _lines(config: type[Any], dashes: str, width: int) -> Iterator[str]:
     for key, default, meaning in _keys(config):
         text = f"  {dashes + key:26} [{default}] {meaning}".replace("`", "")
-        yield textwrap.fill(text, width, subsequent_indent=" " * 29)
+        yield textwrap.fill(text, width, subsequent_indent=" " * 29, break_on_hyphens=False)
 
 
 def keys_table(config: type[Any]) -> str:

@@ -19,7 +19,7 @@ from train.output import publish_text
 # Keys that may change between the sessions of one run: they do not move a weight.
 FREE_KEYS = (
     "output", "resume", "eval_every", "eval_batches", "save_every", "keep_last", "max_shard_bytes",
-    "sample_prompts", "sample_tokens",
+    "sample_prompts", "sample_tokens", "report_to",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def check_resume(config: TrainConfig, holds_a_run: bool) -> None:
 def check_same_run(output: Path, record: dict[str, Any]) -> None:
     """Raise TrainError listing what differs between `record` and the run in `output`.
 
-    Only FREE_KEYS may differ between sessions.
+    Only FREE_KEYS may differ between sessions. A record without `data` is compared before the data are read.
     """
     path = output / "run.json"
     if not path.exists():
@@ -57,6 +57,8 @@ def check_same_run(output: Path, record: dict[str, Any]) -> None:
             f"{path}: cannot be read ({e}). Delete it to go on without comparing the settings, or set another `output`."
         ) from e
     record = json.loads(json.dumps(record))
+    if "data" not in record:
+        stored.pop("data", None)
     keys = [k for k in sorted({*stored, *record}) if k not in FREE_KEYS and stored.get(k) != record.get(k)]
     if keys:
         lines = [line for k in keys for line in _changes(k, stored.get(k), record.get(k))]
