@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.config import TrainConfig
+from train.contrast.ranking import Ranking
 from train.data import Examples, Source
 from train.errors import TrainError
 
@@ -27,7 +28,7 @@ class Batch:
     """One micro-batch. All tensors are [rows, tokens], int64.
 
     `labels[:, t]` is the token to predict at t (-100: nothing); `positions` restart with each example;
-    `lengths` is the length of the example a token belongs to, 0 for padding.
+    `lengths` is the length of the example a token belongs to, 0 for padding. `ranking` is of batches of pairs.
     """
 
     ids: Tensor
@@ -35,12 +36,19 @@ class Batch:
     positions: Tensor
     lengths: Tensor
     sources: tuple[str, ...]  # titles, sorted, of the sources inside
+    ranking: Ranking | None = None
 
     def to(self, device: torch.device) -> Batch:
         ids, labels, positions, lengths = (
             t.to(device, non_blocking=True) for t in (self.ids, self.labels, self.positions, self.lengths)
         )
-        return Batch(ids=ids, labels=labels, positions=positions, lengths=lengths, sources=self.sources)
+        ranking = self.ranking and self.ranking.to(device)
+        return replace(self, ids=ids, labels=labels, positions=positions, lengths=lengths, ranking=ranking)
+
+    @property
+    def learned_labels(self) -> Tensor:
+        """The labels whose number divides the loss: all, but not those of responses that are only ranked."""
+        return self.labels if self.ranking is None else self.labels[self.ranking.learned]
 
 
 Row = tuple[tuple[int, int], ...]  # the examples of one sequence, as (source, example)

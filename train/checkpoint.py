@@ -166,9 +166,9 @@ def load_training_state(
     """
     state = _read_state(folder)
     try:
-        files = _TensorFiles(folder, "optimizer")
+        files = TensorFiles(folder, "optimizer")
         optimizer.load(state["updates"], files.names(), lambda name, like: _placed(files.read(name), like))
-        saved = _TensorFiles(folder, "generators")
+        saved = TensorFiles(folder, "generators")
         is_gpu = "cuda|0" in saved.names()
         if state["world_size"] != world.size or is_gpu != ("cuda" in generators):
             return False
@@ -201,7 +201,7 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, shards.device_mesh, shards.placements)
 
 
-class _TensorFiles:
+class TensorFiles:
     """Reads named tensors from `stem.safetensors` or its shards."""
 
     def __init__(self, folder: Path, stem: str) -> None:

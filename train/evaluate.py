@@ -22,6 +22,17 @@ from train.world import World
 @torch.no_grad()
 def evaluate(model: LossModel, mixture: Mixture, world: World, watch: Watch, step: int) -> float | None:
     """Plain cross-entropy (nats per labelled token) per source, recorded; the mean over sources, or None."""
+    nll = held_out_nll(model, mixture, world)
+    if not nll:
+        return None
+    watch.record("eval", step, nll=nll, perplexity={k: math.exp(min(v, 700)) for k, v in nll.items()})
+    watch.say(f"step {step}: " + ", ".join(f"{k} {v:.4f} nats/token" for k, v in nll.items()))
+    return sum(nll.values()) / len(nll)
+
+
+@torch.no_grad()
+def held_out_nll(model: LossModel, mixture: Mixture, world: World) -> dict[str, float]:
+    """Plain cross-entropy (nats per labelled token) of each source with held-out rows."""
     model.eval()
     nll: dict[str, float] = {}
     for source in mixture.sources:
@@ -34,11 +45,7 @@ def evaluate(model: LossModel, mixture: Mixture, world: World, watch: Watch, ste
         loss_sum, tokens = world.sum(total).tolist()
         nll[source.title] = loss_sum / tokens
     model.train()
-    if not nll:
-        return None
-    watch.record("eval", step, nll=nll, perplexity={k: math.exp(min(v, 700)) for k, v in nll.items()})
-    watch.say(f"step {step}: " + ", ".join(f"{k} {v:.4f} nats/token" for k, v in nll.items()))
-    return sum(nll.values()) / len(nll)
+    return nll
 
 
 @torch.no_grad()
