@@ -38,5 +38,5 @@ def taken_back(new: Path, averaged: Path) -> float:
     """The share of values in which `averaged` differs from `new`; a tensor at a time."""
     before, after = TensorFiles(new, "model"), TensorFiles(averaged, "model")
     pairs = ((before.read(name), after.read(name)) for name in before.names())
-    counts = [(int((a != b).sum()), a.numel()) for a, b in pairs]
+    counts = [(int((a.to(b.dtype) != b).sum()), a.numel()) for a, b in pairs]
     return sum(n for n, _ in counts) / sum(n for _, n in counts)
