@@ -90,7 +90,8 @@ def fused_log_probs(
     """
     shape, labels = labels.shape, labels.flatten()
     rows = (labels != IGNORE).nonzero().squeeze(-1)
-    picked = hidden.flatten(0, -2).index_select(0, rows)
+    hidden = hidden.flatten(0, -2)
+    picked = hidden if len(rows) == len(labels) else hidden.index_select(0, rows)
     chunk = chunk_tokens or _default_chunk(picked, lm_head_weight)
     log_q: Tensor = _FusedLogProbs.apply(  # type: ignore[no-untyped-call]
         picked, lm_head_weight, bias, labels.index_select(0, rows), softcap, chunk

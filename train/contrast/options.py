@@ -72,7 +72,7 @@ class ContrastConfig:
     temperature: 0.5 is published
     top_p: 0.8 is published
     max_new_tokens: of a response; 512 is published
-    stop: text that ends a response, besides the end-of-text token; published likewise
+    stop [### User:]: text that ends a response, besides the end-of-text token; published likewise
     engine: `vllm`, where installed, is a process of its own; it was not run here
     sample_batch: responses that one process generates at once
     pairs: `unique` is published: each response is used once, and extras are discarded. `all`: each right response
