@@ -27,6 +27,7 @@ from train.contrast.questions import Question, read_lines, read_questions, respo
 from train.contrast.verify import verify
 from train.errors import TrainError
 from train.loop import finetune
+from train.preflight import preflight
 from train_fixtures import (
     REPO,
     config_values,
@@ -79,6 +80,7 @@ def stage_values(root: Path, output: str = "out", data: Path | None = None, **co
             r"needs contrast\.questions\.rat",
         ),
         ({"ce_on": "sources", "rank_weight": 0}, "no response is learned from"),
+        ({"verify": {"compare": " "}}, r"compare is empty, expected exact, number"),
         ({"verify": {"extract": "("}}, r"extract is '\(', not a regular expression"),
         ({"questions": {**QUESTIONS, "path": "q", "held_out": 1.5}}, r"questions\.held_out is 1\.5, expected a share"),
         ({"cycle": 3}, r"'contrast\.cycle' is not a key\. Did you mean 'cycles'"),
@@ -96,6 +98,23 @@ def test_sources_are_needed_where_something_is_learned_from_them(tmp_path: Path)
     for without in ({**values, "contrast": None}, {**values, "contrast": {**values["contrast"], "ce_on": "sources"}}):
         with pytest.raises(TrainError, match="sources is missing or empty"):
             build_config(without)
+
+
+def test_sources_and_fused_backward_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="fused_backward cannot add up"):
+        build_config({**stage_values(tmp_path, ce_on="sources"), "fused_backward": True, "micro_batch": 4})
+
+
+def test_the_estimate_counts_all_rows_of_a_pair() -> None:
+    """Memory is asked for all rows that are computed at once: a pair has two, or as many as there are samples."""
+    options = {"questions": {"path": "q", "prompt": "{a}", "answer": "{b}"}, "verify": {}, "samples": 5}
+    for more, rows in (({}, 2), ({"pairs": "all"}, 5), ({"ce_on": "right", "rank_weight": 0}, 1)):
+        config = make_config(micro_batch=3, global_batch=3, sequence_length=64, contrast={**options, **more})
+        assert config.rows_at_once == 3 * rows
+        rows_alone = make_config(micro_batch=3 * rows, global_batch=3 * rows, sequence_length=64)
+        found, expected = (preflight(c, make_model().config, torch.float32, 1, 1) for c in (config, rows_alone))
+        assert found == expected
+        assert found.activation_bytes
 
 
 def test_the_published_settings_are_the_defaults() -> None:
@@ -156,7 +175,13 @@ def test_a_function_and_a_command_judge(tmp_path: Path, monkeypatch: pytest.Monk
     assert told(command, "5", "5")
     assert not told(command, "5", "6")
     assert not told(command, "5", "5", is_finished=False)
-    bad_ones = (("false", "failed"), ("no-such-program", "failed"), ("echo yes no", "2 words"), ("echo 7", "'7'"))
+    bad_ones = (
+        ("false", "failed"),
+        ("no-such-program", "nor a command"),
+        ("a 'b", "be split"),
+        ("echo yes no", "2 words"),
+        ("echo 7", "'7'"),
+    )
     for bad, problem in bad_ones:
         with pytest.raises(TrainError, match=problem):
             told(bad, "5", "5")
@@ -407,7 +432,7 @@ def test_other_settings_are_refused_and_a_complete_stage_is_left_alone(
     before = contents(whole / "out")
     finetune(build_config(stage_values(whole)))
     assert contents(whole / "out") == before
-    assert "Done" in capsys.readouterr().err
+    assert "this stage is complete already" in capsys.readouterr().err
     with pytest.raises(TrainError, match=r"contrast\.samples: 4 -> 5"):
         finetune(build_config(stage_values(whole, samples=5)))
 

@@ -180,7 +180,7 @@ def test_the_denominators_are_those_of_the_whole_step(tmp_path: Path, rows: Any)
 
 def expected_loss(batch: Batch, contrast: ContrastConfig) -> float:
     """By the formula, from the model's whole logits."""
-    log_p = torch.log_softmax(LossModel(make_model()).plain_logits(batch).double(), -1)
+    log_p = torch.log_softmax(LossModel(make_model()).plain_logits(batch).detach().double(), -1)
     rows = [
         [float(log_p[r, t, y]) for t, y in enumerate(ys) if y != -100] for r, ys in enumerate(batch.labels.tolist())
     ]

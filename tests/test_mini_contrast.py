@@ -22,7 +22,9 @@ def test_the_table_is_of_the_results() -> None:
     score = lambda skill: {"skill": skill, "prose_perplexity": 200 + skill}  # noqa: E731
     test = {"base": [score(80)], "arm": [score(81), score(85)], demo.CONTROL: [score(90), score(95)]}
     assert demo.table([{"test": test}]).splitlines()[2:] == [
-        "| base | 80.0 (start) |  | 280.0 |", "| arm | 81.0 | 85.0 | 285.0 |", f"| {demo.CONTROL} | 90.0 | 95.0 | 295.0 |",
+        "| base | 80.0 (start) |  | 280.0 |",
+        "| arm | 81.0 | 85.0 | 285.0 |",
+        f"| {demo.CONTROL} | 90.0 | 95.0 | 295.0 |",
     ]  # fmt: skip
     other = {**test, "arm": [score(83), score(85)]}
     assert "| arm | 82.0 ± 1.4 | 85.0 ± 0.0 | 285.0 ± 0.0 |" in demo.table([{"test": test}, {"test": other}])

@@ -174,6 +174,11 @@ class TrainConfig:
     sample_tokens: int = 64
     contrast: ContrastConfig | None = None
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch, at most: a pair has several."""
+        return self.micro_batch * (self.contrast.unit_rows if self.contrast else 1)
+
     def sequences_per_step(self, world_size: int) -> int:
         """The global batch in sequences, over all processes; default: one micro-batch each."""
         if self.global_batch_tokens is not None:
@@ -265,6 +270,8 @@ def _check_together(config: TrainConfig) -> None:
     """Contradictions between keys that are each fine alone."""
     if config.contrast is not None:
         check_contrast(config.contrast)
+        if config.contrast.ce_on == "sources" and config.fused_backward:
+            raise TrainError("fused_backward cannot add up the pairs' gradient and the sources'. Turn it off.")
     if not config.sources and (config.contrast is None or config.contrast.ce_on == "sources"):
         raise TrainError("sources is missing or empty, expected at least one source.")
     if config.global_batch is not None and config.global_batch_tokens is not None:

@@ -61,7 +61,7 @@ class Voice:
         ends = self._ends()
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=self.contrast.max_new_tokens, do_sample=False, pad_token_id=self.pad_id,
-            eos_token_id=ends or None, stop_strings=self.contrast.stop,
+            eos_token_id=ends or None, stop_strings=self.contrast.stop, repetition_penalty=1.0,
         )  # fmt: skip
         drawing = LogitsProcessorList([Drawing(seeds, count, self.contrast)] if seeds else [])
         written = self.model.generate(

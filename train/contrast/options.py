@@ -100,6 +100,12 @@ class ContrastConfig:
     ce_on: Literal["chosen", "right", "gold", "sources"] = "chosen"
     merge_t: float = 0.99
 
+    @property
+    def unit_rows(self) -> int:
+        """The most rows that stay together in a micro-batch."""
+        ranked = (self.samples if self.pairs == "all" else 2) if self.rank_weight else 1
+        return ranked + (self.ce_on == "gold")
+
 
 def check_contrast(contrast: ContrastConfig) -> None:
     """Raise TrainError for a value that cannot be, or a contradiction."""

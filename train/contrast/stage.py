@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from train.batches import Mixture
 from train.config import TrainConfig
@@ -25,7 +27,7 @@ from train.contrast.options import ContrastConfig
 from train.contrast.pairs import make_units, warnings, write_units
 from train.contrast.questions import read_questions, write_lines, write_questions
 from train.contrast.samples import read_responses, sample_responses
-from train.contrast.verify import verify
+from train.contrast.verify import comparison, verify
 from train.data import open_sources, prepare_sources
 from train.evaluate import held_out_nll
 from train.loop import run_training, speaker
@@ -60,6 +62,9 @@ class Stage:
     def run(self) -> None:
         """All cycles, then `output/final`; goes on from where it stood."""
         self._check_same()
+        if self._is_done("final"):
+            self.say(f"{self.output / 'final'}: this stage is complete already.")
+            return
         self._publish("questions", lambda at: write_questions(at, self.config, self.contrast, self.tokenizer))
         start = self.config
         self.evaluate("cycle-0", start)
@@ -84,7 +89,7 @@ class Stage:
         is_begun = self._is_done("run.json")
         check_resume(self.config, is_begun)
         self.world.first(lambda: check_same_run(self.output, record))
-        self.world.first(lambda: verify(self.contrast.verify, []))
+        self.world.first(lambda: bool(comparison(self.contrast.verify.compare)))
         first_writes(self.world, self.output, lambda: publish_text(path, json.dumps(record, indent=1)))
         if self.config.mixing_ratio != 1 and not is_begun:
             ratio = self.config.mixing_ratio
@@ -119,9 +124,11 @@ class Stage:
     def train(self, name: str, start: TrainConfig) -> None:
         """`train`: an ordinary run on the pairs."""
         output = self.output / name / "train"
-        config = replace(start, output=str(output), resume=None)
+        units = self.config.sequences_per_step(self.world.size)
+        config = replace(start, output=str(output), resume=None, global_batch=units, global_batch_tokens=None)
         if self.contrast.ce_on != "sources":
-            config = replace(config, packing=False, sources=())
+            longest = int(np.diff(np.load(self.output / name / "pairs/offsets.npy")).max())
+            config = replace(config, packing=False, sources=(), sequence_length=longest)
         with hold_output(output, self.world):
             mixture = partial(PairMixture, self.output / name / "pairs", self.contrast)
             run_training(config, self.world, self.output / "data", mixture)

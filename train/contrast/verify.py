@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,8 +23,7 @@ Answered = Sequence[tuple[Question, Response]]
 def verify(config: VerifyConfig, answered: Answered) -> list[bool]:
     """Whether each response is right. Raises TrainError when the function or command of `compare` fails."""
     found = [extract(config, response) for _, response in answered]
-    if config.compare in COMPARISONS or re.fullmatch(r"[\w.]+:\w+", config.compare):
-        compare = COMPARISONS.get(config.compare) or _function(config.compare)
+    if (compare := comparison(config.compare)) is not None:
         return [f is not None and bool(compare(f, q.answer)) for f, (q, _) in zip(found, answered, strict=True)]
     return [f is not None and ok for f, ok in zip(found, _command(config.compare, found, answered), strict=True)]
 
@@ -60,7 +60,15 @@ def choice(found: str, answer: str) -> bool:
 COMPARISONS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "number": number, "choice": choice}
 
 
-def _function(name: str) -> Callable[[str, str], bool]:
+def comparison(name: str) -> Callable[[str, str], bool] | None:
+    """The function that `compare` names; None for a command. Raises TrainError when there is no such thing."""
+    if name in COMPARISONS:
+        return COMPARISONS[name]
+    if not re.fullmatch(r"[\w.]+:\w+", name):
+        if shutil.which((_words(name) or [""])[0]) is None:
+            known = ", ".join(COMPARISONS)
+            raise TrainError(f"contrast.verify.compare is {name!r}, which is neither {known} nor a command here.")
+        return None
     module, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # a program on the path does not look in the current folder
         sys.path.insert(0, here)
@@ -71,14 +79,22 @@ def _function(name: str) -> Callable[[str, str], bool]:
     return found
 
 
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as e:
+        raise TrainError(f"contrast.verify.compare is {command!r}, which cannot be split into words ({e}).") from e
+
+
 def _command(command: str, found: Sequence[str | None], answered: Answered) -> list[bool]:
     lines = to_lines([
         {"question": q.number, "prompt": q.text, "response": r.text, "found": f, "answer": q.answer}
         for f, (q, r) in zip(found, answered, strict=True)
     ])  # fmt: skip
-    words = shlex.split(command)
     try:
-        done = subprocess.run(words, input=lines, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)
+        done = subprocess.run(
+            _words(command), input=lines, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True
+        )
     except (OSError, subprocess.CalledProcessError) as e:
         raise TrainError(f"contrast.verify.compare: the command {command!r} failed ({e}). Correct it.") from e
     told = done.stdout.split()

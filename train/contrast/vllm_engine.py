@@ -18,11 +18,14 @@ def main(path: Path) -> None:
 
     request = json.loads(path.read_text(encoding="utf-8"))
     engine, questions = LLM(model=request["model"]), request["questions"]
+    tokenizer = engine.get_tokenizer()
     with open(request["out"], "a", encoding="utf-8") as file:
         for start in range(0, len(questions), BLOCK):
             block = questions[start : start + BLOCK]
             settings = [SamplingParams(**request["settings"], seed=q["seed"]) for q in block]
-            for question, output in zip(block, engine.generate([q["prompt"] for q in block], settings), strict=True):
+            ids = [tokenizer(q["prompt"], add_special_tokens=False)["input_ids"] for q in block]
+            outputs = engine.generate([{"prompt_token_ids": row} for row in ids], settings)
+            for question, output in zip(block, outputs, strict=True):
                 responses = [{"text": o.text, "is_finished": o.finish_reason == "stop"} for o in output.outputs]
                 file.write(json.dumps({"question": question["number"], "responses": responses}) + "\n")
             file.flush()
