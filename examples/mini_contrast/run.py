@@ -20,11 +20,12 @@ HERE = Path(__file__).resolve().parent
 MINI = HERE.parent / "mini"
 BASE_STEPS = 400
 OPEN = {"temperature": 1.0, "top_p": 1.0, "ce_on": "right"}  # diverse answers, and all that are right are learned
-ARMS: dict[str, dict[str, Any]] = {
-    "the stage as published": {},
+ONE_EPOCH = "the stage as published: 1 epoch of its pairs in each cycle"
+ARMS: dict[str, dict[str, Any]] = {  # changes of the contrast block
+    ONE_EPOCH: {},
+    "the same, with as many steps as the other arms": {},
     "verified answers, no ranking": {**OPEN, "rank_weight": 0},
     "verified answers, ranking at 0.3": {**OPEN, "rank_weight": 0.3},
-    "verified answers, ranking at 1": {**OPEN, "rank_weight": 1.0},
 }
 CONTROL = "control: as many steps on the data's rationales"
 
@@ -63,6 +64,8 @@ def run_seed(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
         say(f"mixce-train: {arm}")
         changes = {k: v for k, v in changes.items() if not (quick and k == "temperature")}
         values = {**stage, "output": f"arm-{number}", "seed": seed, "contrast": {**stage["contrast"], **changes}}
+        if arm == ONE_EPOCH:
+            values |= {"epochs": 1, "max_steps": None}
         train(folder, f"arm-{number}", values)
         cells = [folder / f"arm-{number}" / f"cycle-{cycle}" for cycle in range(1, cycles + 1)]
         models[arm] = [str((cell / "model").relative_to(folder)) for cell in cells]
