@@ -404,7 +404,7 @@ def memory_table() -> str:
     ]
     for name, (processes, change) in SETTINGS.items():
         config = build_config({"model": "m", "output": "o", "sources": [source], **change})
-        p = preflight(config, StableLmConfig(), torch.bfloat16, processes, 1)
+        p = preflight(config, StableLmConfig(), torch.bfloat16, processes)
         parts = [
             p.weight_bytes, p.gradient_bytes, p.optimizer_bytes, p.activation_bytes or 0, p.loss_bytes,
             p.gathered_bytes, p.update_bytes,

@@ -1,7 +1,8 @@
 """One story in two sizes: a model learns a skill, its finetune forgets it, merges get it back.
 
 For every seed: data, the trainings, a sweep that chooses t on validation data, merges by SLERP and linearly, one
-judgement of all on the test data. What a size has of its own (data, configs, judge, the rule for t) is a `Story`.
+judgement of all on the test data. A story may have one more arm: the finetune with replay, and its merge. What a size
+has of its own (data, configs, judge, the rule for t) is a `Story`.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 TS = [round(0.1 * k, 1) for k in range(1, 10)]
 Scores = dict[str, float]
+REPLAY, REPLAY_MERGED = "replay/final", "replay-merged"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Story:
     keep_merges: bool = True
     cot: str = "cot/final"
     ft: str = "ft/final"
+    replay: str | None = None  # another finetune, its config in `here`: with some of the old data mixed in
 
 
 def run_story(story: Story, folder: Path, seeds: int, *, quick: bool = False) -> list[dict[str, Any]]:
@@ -80,8 +83,15 @@ def run_seed(story: Story, folder: Path, seed: int, quick: bool) -> dict[str, An
     for method in ("slerp", "linear"):
         say(f"slerp-merge {story.cot} {story.ft} {method} --t 0.1:0.9:0.1 --method {method}")
         run(python("merge_tool"), "merge", *pair, method, "--t", "0.1:0.9:0.1", "--method", method, cwd=folder)
-    say("judge.py . test MODEL...")
+    chosen_t = choose(story, validation)
     models = [*pair, *(f"{method}/t-{t}" for method in ("slerp", "linear") for t in TS)]
+    if story.replay:
+        say(f"mixce-train {story.replay}.yaml, merged at t = {chosen_t}")
+        run(python("train"), story.here / f"{story.replay}.yaml", "--seed", seed, *shorter, cwd=folder)
+        merge = [story.cot, REPLAY, REPLAY_MERGED, "--t", chosen_t]
+        run(python("merge_tool"), "merge", *merge, cwd=folder)
+        models += [REPLAY, REPLAY_MERGED]
+    say("judge.py . test MODEL...")
     scores = run([sys.executable, story.here / "judge.py"], ".", "test", *models, cwd=folder)
     if not story.keep_merges:
         for method in ("slerp", "linear"):
@@ -90,7 +100,7 @@ def run_seed(story: Story, folder: Path, seed: int, quick: bool) -> dict[str, An
     diff = run(python("merge_tool"), "diff", *pair, "--json", "--plot", "angles.png", cwd=folder)
     return {
         "seed": seed,
-        "chosen_t": choose(story, validation),
+        "chosen_t": chosen_t,
         "validation": validation,
         "test": dict(zip(models, parse(scores), strict=True)),
         "angles": sorted(t["angle_degrees"] for t in json.loads(diff)["tensors"] if t["angle_degrees"] is not None),

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 from matplotlib.figure import Figure
-from story import TS, Scores, Story, run_story
+from story import REPLAY, REPLAY_MERGED, TS, Scores, Story, run_story
 
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 Results = list[dict[str, Any]]
@@ -54,6 +54,9 @@ def rows(story: Story, results: Results) -> Iterator[list[str]]:
         mark = "" if not chosen else " ← chosen" if len(results) == 1 else f" ← chosen {chosen} of {len(results)} times"
         yield [f"merge, t = {t}{mark}", *cells(story, results, f"slerp/t-{t}", f"linear/t-{t}")]
     yield ["finetune (t = 1)", *cells(story, results, story.ft, story.ft)]
+    if story.replay:
+        yield ["finetune with replay (t = 1)", *cells(story, results, REPLAY, REPLAY)]
+        yield ["finetune with replay, merged at the chosen t", *cells(story, results, REPLAY_MERGED), "", ""]
 
 
 def cells(story: Story, results: Results, *models: str) -> list[str]:

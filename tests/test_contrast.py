@@ -112,7 +112,7 @@ def test_the_estimate_counts_all_rows_of_a_pair() -> None:
         config = make_config(micro_batch=3, global_batch=3, sequence_length=64, contrast={**options, **more})
         assert config.rows_at_once == 3 * rows
         rows_alone = make_config(micro_batch=3 * rows, global_batch=3 * rows, sequence_length=64)
-        found, expected = (preflight(c, make_model().config, torch.float32, 1, 1) for c in (config, rows_alone))
+        found, expected = (preflight(c, make_model().config, torch.float32, 1) for c in (config, rows_alone))
         assert found == expected
         assert found.activation_bytes
 
@@ -453,7 +453,7 @@ def break_at(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
         "pairs": (stage_module, "write_units", 0),
         "train": (stage_module, "run_training", 0),
         "model": (average_module, "taken_back", 0),
-        "eval": (stage_module, "held_out_nll", 1),
+        "eval": (stage_module, "source_nll", 1),
         "final": (stage_module.shutil, "copy2", 1),
     }[place]
     real: Callable[..., Any] = getattr(module, name)

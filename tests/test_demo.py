@@ -31,9 +31,9 @@ def test_the_demo_runs_and_reports_its_results(demo: tuple[Path, str]) -> None:
     """All models are judged, and the table shows the results' numbers."""
     folder, printed = demo
     (result,) = json.loads((folder / "results.json").read_text())
-    assert len(result["test"]) == 2 + 2 * 9
+    assert len(result["test"]) == 2 + 2 * 9 + 2
     assert len(result["validation"]) == 11
-    for name in ("cot/final", "ft/final"):
+    for name in ("cot/final", "ft/final", "replay/final", "replay-merged"):
         score = result["test"][name]["prose_perplexity"]
         assert f"| {score:.1f} |" in printed
     assert (folder / "forgetting.png").read_bytes().startswith(b"\x89PNG")

@@ -312,7 +312,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"optimizer state not expected: lm_head.weight\|c\.",
     ),
     "cut state.json": (lambda f: cut(f / "state.json"), "state.json cannot be read"),
-    "empty state.json": (lambda f: (f / "state.json").write_text("null"), "state.json lacks eval_loss"),
+    "empty state.json": (lambda f: (f / "state.json").write_text("null"), "state.json lacks score"),
     "no update counts": (
         lambda f: rewrite(f / "state.json", lambda s: s.pop("updates")), "state.json lacks updates"
     ),

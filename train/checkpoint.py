@@ -9,6 +9,7 @@ number of processes.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from train.adapter import adapter_tensors
 from train.errors import DELETE_CHECKPOINT, TrainError
 from train.optim import Optimizer
 from train.output import first_writes, publish_folder
@@ -34,7 +36,8 @@ class Progress:
     tokens: int = 0  # labelled, over all processes
     skipped: int = 0
     skipped_in_a_row: int = 0
-    eval_loss: float | None = None  # at this step; decides which checkpoint is the best
+    score: float | None = None  # of an evaluation at this step, the lower the better
+    since_best: int = 0  # evaluations in a row that were not better than the best before
 
 
 # ---- writing -------------------------------------------------------------------------------------------
@@ -73,8 +76,15 @@ def save_checkpoint(
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, world: World, max_shard_bytes: int) -> None:
-    """An ordinary Hugging Face folder: safetensors shards, config, tokenizer. All processes call it."""
+    """An ordinary Hugging Face folder: safetensors shards, config, tokenizer; of a model with an adapter, the adapter's
+    folder. All processes call it."""
     from transformers.core_model_loading import revert_weight_conversion
+
+    if settings := getattr(model, "peft_config", None):
+        _write_tensors(folder, "adapter_model", adapter_tensors(model), world, max_shard_bytes)
+        first_writes(world, folder, lambda: settings["default"].save_pretrained(folder))
+        first_writes(world, folder, lambda: tokenizer.save_pretrained(folder))
+        return
 
     # transformers renames tensors of some families in memory; published checkpoints have the original names.
     def on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,6 +157,27 @@ def _gathered(tensor: Tensor, world: World) -> Tensor:
     return whole.cpu().contiguous() if world.is_first else whole.new_empty(0)
 
 
+# ---- a result from checkpoints -------------------------------------------------------------------------
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """The model of a checkpoint, without what only resuming needs. Raises OSError."""
+    for file in checkpoint.iterdir():
+        if file.name != "state.json" and not file.name.startswith(("optimizer", "generators")):
+            shutil.copyfile(file, folder / file.name)
+
+
+def average_models(checkpoints: Sequence[Path], folder: Path) -> None:
+    """The mean of the models of several checkpoints, tensor by tensor in bounded memory. Raises TrainError."""
+    from merge_tool import MergeToolError, merge_models
+
+    models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in checkpoints]
+    try:
+        merge_models({"merge_method": "linear", "models": models}, folder)
+    except MergeToolError as e:
+        raise TrainError(f"The checkpoints cannot be averaged: {e}") from e
+
+
 # ---- resuming ------------------------------------------------------------------------------------------
 
 
@@ -154,6 +185,16 @@ def read_progress(folder: Path) -> Progress:
     """Where the run stood when `folder` was saved. Raises TrainError when its state.json is damaged."""
     state = _read_state(folder)
     return Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
+
+
+def load_adapter(folder: Path, model: Any) -> None:
+    """The adapter that was saved in `folder`, into a model that has one. Raises TrainError."""
+    try:
+        files = TensorFiles(folder, "adapter_model")
+        for name, parameter in adapter_tensors(model):
+            parameter.data.copy_(_placed(files.read(name), parameter))
+    except (TrainError, OSError, SafetensorError, RuntimeError) as e:
+        raise TrainError(f"{folder}: the adapter cannot be loaded ({e}). {DELETE_CHECKPOINT}") from e
 
 
 def load_training_state(

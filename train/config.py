@@ -51,7 +51,11 @@ class SourceConfig:
     on_bad_row: what to do with a row that cannot become text: stop and name it, or skip and count it
     special_tokens_in_data: whether text in the data that spells a special token (`<|endoftext|>`) is read as that
         `token`, counted, or as ordinary `text`
-    weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next
+    weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next.
+        With 0 nothing is learned from it, and its held-out rows (if `held_out` is 0: all, or `take`) are evaluated
+    judge: evaluate answers, too: the model continues the held-out prompts greedily, and what it writes is right by the
+        last `number` in it, by the last single letter (`choice`), by all its words (`exact`), or by a function of your
+        own, `MODULE:FUNCTION`, which gets the written and the expected text
     format: how a row becomes text, see Formats
     templates: list of `{prompt, response}` (tinycot: also `rationale`; text: only `text`) with `{column}` fields. Each
         template makes one example per row; white space at the ends is removed
@@ -73,6 +77,7 @@ class SourceConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     special_tokens_in_data: Literal["token", "text"] = "token"
     weight: float = 1.0
+    judge: str | None = None
     format: Literal["memphis-chat", "tinycot", "chat-template", "text"] = "memphis-chat"
     templates: tuple[Template, ...] = ()
     messages: str | None = None
@@ -81,6 +86,28 @@ class SourceConfig:
     @property
     def title(self) -> str:
         return self.label or Path(self.path).name
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.held_out) or not self.weight
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter is trained, and the model itself frozen. Needs peft.
+
+    rank: columns of an adapter's two matrices
+    alpha: the adapter is multiplied by alpha / rank
+    targets: names of the modules that get an adapter (`q_proj`), or all-linear: every matrix but the output head
+    dropout: of an adapter's input
+    output: the result: the adapter's folder, which slerp-merge takes as FT, or the model with the adapter merged
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ("all-linear",)
+    dropout: float = 0.0
+    output: Literal["adapter", "merged"] = "adapter"
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,8 @@ class TrainConfig:
     global_batch [one micro-batch per process]: sequences per optimizer step, over all processes; a multiple of
         `micro_batch` x processes
     global_batch_tokens: the same in tokens; a multiple of `sequence_length`
+    global_batch_examples: the same in examples. They are packed among themselves, so a step has the gradient of
+        `packing: false` at this `global_batch` (a sum, divided once), in fewer sequences
     epochs: passes over the mixture, also fractions; only whole global batches are used
     max_steps: a fixed number of steps, instead of `epochs`
     seed: decides the order of the data, the held-out rows and all random numbers
@@ -112,6 +141,10 @@ class TrainConfig:
     weight_decay: AdamW only; on matrices only
     betas: AdamW only
     max_grad_norm [no clipping]: clips the global norm of the gradients
+    accumulate_in: precision of the sum of a step's gradients over its micro-batches. float32 takes 4 bytes per trained
+        parameter; several processes each hold the whole sum, and exchange it once a step. With bfloat16, a bfloat16
+        model takes 2 bytes (the sum of 128 micro-batches was off by 1 %), and several processes exchange after every
+        micro-batch and hold their shares
     fused_backward: update each weight, and free its gradient, as soon as the backward pass has it; without accumulation
         and without clipping
     stochastic_rounding: of bfloat16 weights
@@ -119,13 +152,21 @@ class TrainConfig:
     device: auto is the GPU if there is one
     attention: the implementation in transformers; `flash_attention_2` was not run here
     activation_checkpointing: compute decoder layers again in the backward pass: less memory, more time
+    lora: `{rank, alpha, targets, dropout, output}`, see LoRA: train an adapter, and no weight of the model
     freeze_embeddings: do not train the input and output embeddings
     neftune_alpha: NEFTune noise; Memphis-CoT used 10
     compile: `torch.compile` each decoder layer
     eval_every [at the end]: steps between evaluations of the held-out rows
     eval_batches [all]: micro-batches per source and evaluation
     save_every [half an hour]: steps between checkpoints. A signal, and an evaluation better than all before, save too
-    keep_last: checkpoints kept, besides the one with the lowest held-out loss
+    keep_last: checkpoints kept, besides the best one
+    final: the result: the weights of the `last` step, of the `best` evaluation by `best_by`, or the `average` of the
+        last `average_of` checkpoints
+    best_by: the metric that says which evaluation is the best: `nll` (held-out loss, the mean over the sources),
+        `nll/SOURCE` or `accuracy/SOURCE`
+    average_of: checkpoints in the average, the last step's among them; needs `save_every`
+    stop_after [no early stop]: stop after this many evaluations in a row that are not better than the best before
+    report_to [tensorboard, if installed]: list of `tensorboard`, `wandb` and `trackio`; metrics.jsonl is always written
     resume [when there is a checkpoint]: true insists on a checkpoint, false refuses to go on from one
     max_shard_bytes: of a weights file; saving holds one such shard in host memory at a time
     sample_prompts: texts that each evaluation continues greedily, taken as written
@@ -144,6 +185,7 @@ class TrainConfig:
     micro_batch: int = 1
     global_batch: int | None = None
     global_batch_tokens: int | None = None
+    global_batch_examples: int | None = None
     epochs: float = 1.0
     max_steps: int | None = None
     seed: int = 0
@@ -155,12 +197,14 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = None
+    accumulate_in: Literal["float32", "bfloat16"] = "float32"
     fused_backward: bool = False
     stochastic_rounding: bool = True
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = True
+    lora: Lora | None = None
     freeze_embeddings: bool = True
     neftune_alpha: float = 0.0
     compile: bool = False
@@ -168,6 +212,11 @@ class TrainConfig:
     eval_batches: int | None = None
     save_every: int | None = None
     keep_last: int = 2
+    final: Literal["last", "best", "average"] = "last"
+    best_by: str = "nll"
+    average_of: int = 3
+    stop_after: int | None = None
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
     resume: bool | None = None
     max_shard_bytes: int = 4_000_000_000
     sample_prompts: tuple[str, ...] = ()
@@ -180,10 +229,14 @@ class TrainConfig:
         return self.micro_batch * (self.contrast.unit_rows if self.contrast else 1)
 
     def sequences_per_step(self, world_size: int) -> int:
-        """The global batch in sequences, over all processes; default: one micro-batch each."""
+        """The global batch in sequences, over all processes; default: one micro-batch each. Of examples: at most."""
         if self.global_batch_tokens is not None:
             return self.global_batch_tokens // self.sequence_length
-        return self.global_batch or self.micro_batch * world_size
+        return self.global_batch or self.global_batch_examples or self.micro_batch * world_size
+
+    def accumulates(self, world_size: int) -> bool:
+        """Whether a step has several micro-batches."""
+        return self.sequences_per_step(world_size) > self.micro_batch * world_size
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -239,8 +292,8 @@ def _split_revision(config: TrainConfig) -> TrainConfig:
 # ---- ranges and contradictions -----------------------------------------------------------------------
 
 _COUNTS = (
-    "micro_batch", "global_batch", "global_batch_tokens", "max_steps", "eval_every", "eval_batches", "save_every",
-    "keep_last", "max_shard_bytes", "sample_tokens",
+    "micro_batch", "global_batch", "global_batch_tokens", "global_batch_examples", "max_steps", "eval_every",
+    "eval_batches", "save_every", "keep_last", "max_shard_bytes", "sample_tokens", "average_of", "stop_after",
 )  # fmt: skip
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_COUNTS, (lambda v: v >= 1, "at least 1")),
@@ -272,10 +325,20 @@ def _check_together(config: TrainConfig) -> None:
         check_contrast(config.contrast)
         if config.contrast.ce_on == "sources" and config.fused_backward:
             raise TrainError("fused_backward cannot add up the pairs' gradient and the sources'. Turn it off.")
+        refused = {
+            "lora": config.lora,
+            "stop_after": config.stop_after,
+            "global_batch_examples": config.global_batch_examples,
+        }
+        for key in [*(k for k, v in refused.items() if v is not None), *["final: best"] * (config.final == "best")]:
+            raise TrainError(f"{key} does not go with contrast. Remove it (global_batch counts pairs).")
     if not config.sources and (config.contrast is None or config.contrast.ce_on == "sources"):
         raise TrainError("sources is missing or empty, expected at least one source.")
-    if config.global_batch is not None and config.global_batch_tokens is not None:
-        raise TrainError("global_batch and global_batch_tokens are both given. Remove one of the two.")
+    sizes = [k for k in ("global_batch", "global_batch_tokens", "global_batch_examples") if getattr(config, k)]
+    if len(sizes) > 1:
+        raise TrainError(f"{' and '.join(sizes)} are both given. Give one of them.")
+    if config.fused_backward and config.global_batch_examples:
+        raise TrainError("fused_backward needs one micro-batch a step; global_batch_examples gives any number of them.")
     tokens = config.global_batch_tokens
     if tokens is not None and tokens % config.sequence_length:
         raise TrainError(
@@ -288,15 +351,46 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.optimizer == "adalite" and (config.weight_decay or config.betas != TrainConfig.betas):
         raise TrainError("weight_decay and betas are for AdamW only. Remove them, or set optimizer: adamw.")
+    if config.lora is not None:
+        _check_lora(config, config.lora)
+    if config.sources and not any(source.weight for source in config.sources) and config.contrast is None:
+        raise TrainError("Every source has weight 0, so nothing would be learned. Give one a weight.")
+    _check_choice(config)
     titles = [source.title for source in config.sources]
     twice = next((t for t in titles if titles.count(t) > 1), None)
     if twice is not None:
         raise TrainError(f"Two sources are called {twice!r}. Give each its own `label`.")
 
 
+def _check_lora(config: TrainConfig, lora: Lora) -> None:
+    if lora.rank < 1 or lora.alpha < 1 or not lora.targets or not 0 <= lora.dropout < 1:
+        raise TrainError("lora has rank and alpha of at least 1, targets, and a dropout from 0 to below 1.")
+    if config.final == "average":
+        raise TrainError("final: average is for whole models: a mean of adapters' matrices is not the mean adapter.")
+
+
+def _check_choice(config: TrainConfig) -> None:
+    """What final, best_by and stop_after need of the evaluations and checkpoints."""
+    known = {f"nll/{source.title}" for source in config.sources if source.is_evaluated}
+    known |= {"nll"} if known else set()
+    known |= {f"accuracy/{source.title}" for source in config.sources if source.judge}
+    chosen = next((k for k in ("final", "stop_after") if getattr(config, k) not in ("last", "average", None)), None)
+    if (chosen or config.best_by != TrainConfig.best_by) and config.best_by not in known:
+        expected = ", ".join(sorted(known)) or "a source with held_out, to have any metric"
+        raise TrainError(f"best_by is {config.best_by!r}, expected {expected}.")
+    for key, value, needed in (
+        ("stop_after", config.stop_after, "eval_every"),
+        ("final: average", config.final == "average" or None, "save_every"),
+    ):
+        if value is not None and getattr(config, needed) is None:
+            raise TrainError(f"{key} needs {needed}. Set it.")
+
+
 def check_batch(config: TrainConfig, world_size: int) -> int:
-    """Micro-batches per process and step; raises TrainError when the global batch does not divide."""
+    """Micro-batches per process and step, at most; raises TrainError when the global batch does not divide."""
     rows, unit = config.sequences_per_step(world_size), config.micro_batch * world_size
+    if config.global_batch_examples:
+        return -(-rows // unit)
     if rows % unit:
         raise TrainError(
             f"The global batch is {rows} sequences, expected a multiple of micro_batch {config.micro_batch} "
@@ -313,8 +407,10 @@ def check_batch(config: TrainConfig, world_size: int) -> int:
 def _check_source(source: SourceConfig, where: str) -> None:
     if source.take is not None and source.take < 1:
         raise TrainError(f"{where}.take is {source.take}, expected at least 1.")
-    if not 0 < source.weight <= 1000:
-        raise TrainError(f"{where}.weight is {source.weight}, expected passes per epoch above 0, at most 1000.")
+    if not 0 <= source.weight <= 1000:
+        raise TrainError(f"{where}.weight is {source.weight}, expected passes per epoch from 0 to 1000.")
+    if source.judge is not None and (not source.is_evaluated or source.format == "text"):
+        raise TrainError(f"{where}.judge needs held-out prompts: held_out, or weight: 0, and a format with a prompt.")
     if not source.held_out >= 0 or (source.held_out >= 1 and source.held_out % 1):
         raise TrainError(f"{where}.held_out is {source.held_out}, expected a share below 1 or a whole number of rows.")
     for number, test in enumerate(source.where):

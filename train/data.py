@@ -24,7 +24,7 @@ from train.errors import TrainError
 from train.output import publish_text
 from train.sources import open_rows, render_row
 
-STORE_VERSION = 3  # raise it when the same inputs would give other tokens
+STORE_VERSION = 4  # raise it when the same inputs would give other tokens
 _TOKENIZE_ROWS = 256
 
 
@@ -93,16 +93,19 @@ def _prepare_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, c
     facts = {
         "version": STORE_VERSION,
         "rows": rows.digest,
-        "source": {k: v for k, v in asdict(source).items() if k not in ("weight", "label", "path")},
+        "source": {k: v for k, v in asdict(source).items() if k not in ("weight", "label", "path", "judge")},
         "sequence_length": config.sequence_length,
         "seed": config.seed,
         "tokenizer": tokenizer_digest(tokenizer),
+        **({} if source.weight else {"evaluation_only": True}),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    if not (cache / digest / "report.json").exists():
-        store = _tokenize_source(source, config, tokenizer, rows)
+    store = cache / digest
+    if not (store / "report.json").exists():
         try:
-            _write_store(cache / digest, *store)
+            store.mkdir(parents=True, exist_ok=True)
+            report = _tokenize_source(source, config, tokenizer, rows, store)
+            publish_text(store / "report.json", json.dumps(asdict(report), indent=1))
         except OSError as e:
             raise TrainError(
                 f"{cache}: the tokens of {source.title} cannot be stored ({e.strerror}). Make room, then start again."
@@ -128,25 +131,24 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256((content + str(tokenizer.chat_template)).encode()).hexdigest()
 
 
-def _tokenize_source(
-    source: SourceConfig, config: TrainConfig, tokenizer: Any, rows: Any
-) -> tuple[Examples, Examples, SourceReport]:
+def _tokenize_source(source: SourceConfig, config: TrainConfig, tokenizer: Any, rows: Any, store: Path) -> SourceReport:
     kept, held_out, repeated = rows.split(source, config.seed)
-    train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take)
-    if not len(train.examples):
+    train = _tokenize(source, tokenizer, rows, kept, config.sequence_length, source.take, store, "train")
+    if source.weight and not len(train.examples):
         raise TrainError(
             f"Source {source.title}: gives no example. {rows.count} rows, {len(kept) + len(held_out)} after `where`; "
             f"{train.long} examples longer than sequence_length {config.sequence_length}, {train.empty} with nothing "
             "to learn. Correct `where`, the templates or sequence_length."
         )
-    held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, None)
-    if held_out and not len(held.examples):
+    take = None if source.weight else source.take
+    held = _tokenize(source, tokenizer, rows, held_out, config.sequence_length, take, store, "held_out")
+    if (len(held_out) or not source.weight) and not len(held.examples):
         raise TrainError(
             f"Source {source.title}: none of its {len(held_out)} held-out rows gives an example ({held.long} longer "
             f"than sequence_length {config.sequence_length}, {held.empty} with nothing to learn), so it cannot be "
             "evaluated. Raise held_out or sequence_length, or set held_out: 0."
         )
-    report = SourceReport(
+    return SourceReport(
         title=source.title,
         rows=rows.count,
         rows_kept=len(kept) + len(held_out) + repeated,
@@ -163,7 +165,6 @@ def _tokenize_source(
         special_tokens=train.special_tokens + held.special_tokens,
         last_turn_only=train.last_turn_only + held.last_turn_only,
     )
-    return train.examples, held.examples, report
 
 
 @dataclass(frozen=True)
@@ -177,15 +178,17 @@ class _Tokenized:
 
 
 def _tokenize(
-    source: SourceConfig, tokenizer: Any, rows: Any, order: Sequence[int], longest: int, take: int | None
+    source: SourceConfig, tokenizer: Any, rows: Any, order: Any, longest: int, take: int | None, store: Path, part: str
 ) -> _Tokenized:
-    """The first `take` examples that fit, in the order of the rows; over-long ones are dropped, not cut."""
-    ids: list[NDArray[np.int32]] = []
-    learned: list[NDArray[np.bool_]] = []
+    """Store the first `take` examples that fit, in the order of the rows; over-long ones are dropped, not cut."""
     counts = Counter[str]()
     special = _special_ids(source, tokenizer)
+    kinds = {"ids": np.int32, "learned": np.bool_, "offsets": np.int64}
+    files = {name: _Growing(store / f"{part}.{name}.npy", kind) for name, kind in kinds.items()}
+    end = 0
+    files["offsets"].add([end])
     for is_last_turn, example in _token_lists(source, tokenizer, rows, order, counts):
-        if take is not None and len(ids) == take:
+        if take is not None and counts["kept"] == take:
             break
         tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in example] or [np.empty(0, np.int32)])
         marks = np.concatenate([np.full(len(t), mark) for t, mark in example] or [np.empty(0, bool)])
@@ -194,15 +197,16 @@ def _tokenize(
         elif not marks[1:].any():  # the first token is predicted from nothing
             counts["empty"] += 1
         else:
-            ids.append(tokens)
-            learned.append(marks)
+            end += len(tokens)
+            for name, values in (("ids", tokens), ("learned", marks), ("offsets", [end])):
+                files[name].add(values)
+            counts["kept"] += 1
             counts["last_turn_only"] += is_last_turn
             counts["special_tokens"] += bool(np.isin(tokens, special).any())
-    offsets = np.concatenate([[0], np.cumsum([len(t) for t in ids])]).astype(np.int64)
-    flat_ids = np.concatenate(ids) if ids else np.empty(0, np.int32)
-    examples = Examples(flat_ids, np.concatenate(learned or [np.empty(0, bool)]), offsets)
+    for file in files.values():
+        file.close()
     names = ("long", "empty", "bad", "last_turn_only", "special_tokens")
-    return _Tokenized(examples, **{name: counts[name] for name in names})
+    return _Tokenized(_open_examples(store, part), **{name: counts[name] for name in names})
 
 
 def _special_ids(source: SourceConfig, tokenizer: Any) -> NDArray[np.int32]:
@@ -235,18 +239,29 @@ def _token_lists(
             yield example.last_turn_only, [(next(ids), segment.learned) for segment in example.segments]
 
 
-def _write_store(folder: Path, train: Examples, held_out: Examples, report: SourceReport) -> None:
-    """All arrays, then the report: its presence says that the store is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, examples in (("train", train), ("held_out", held_out)):
-        for name, array in (("ids", examples.ids), ("learned", examples.learned), ("offsets", examples.offsets)):
-            np.save(folder / f"{part}.{name}.npy", array)
-    publish_text(folder / "report.json", json.dumps(asdict(report), indent=1))
-
-
 def _open_examples(folder: Path, part: str) -> Examples:
-    arrays = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("ids", "learned", "offsets"))
-    return Examples(*arrays)
+    return Examples(*(np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("ids", "learned", "offsets")))
+
+
+class _Growing:
+    """A one-dimensional .npy file that grows, so that a source may be larger than memory. Raises OSError."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self._file, self._dtype, self._count = open(path, "wb"), np.dtype(dtype), 0  # noqa: SIM115
+        self._write_header()
+
+    def _write_header(self) -> None:
+        self._file.seek(0)
+        shape = f"{{'descr': '{self._dtype.str}', 'fortran_order': False, 'shape': ({self._count:20},), }}"
+        self._file.write(b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + shape.ljust(117).encode() + b"\n")
+
+    def add(self, values: Any) -> None:
+        self._count += len(values)
+        self._file.write(np.asarray(values, self._dtype).tobytes())
+
+    def close(self) -> None:
+        self._write_header()
+        self._file.close()
 
 
 def report_table(reports: Sequence[SourceReport]) -> str:

@@ -1,12 +1,13 @@
-"""Held-out loss and sample texts: measurements that do not change the model.
+"""Held-out loss, answers and sample texts: measurements that do not change the model.
 
-Evaluation is plain cross-entropy, whatever the mixing ratio, so that runs can be compared. It draws no random number.
+The loss is plain cross-entropy, whatever the mixing ratio, so that runs can be compared. No random number is drawn.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +15,67 @@ import torch
 
 from train.batches import Mixture
 from train.config import TrainConfig
+from train.data import Source
+from train.judge import Judge, solved
 from train.model import LossModel
 from train.watch import Watch
 from train.world import World
 
 
 @torch.no_grad()
-def evaluate(model: LossModel, mixture: Mixture, world: World, watch: Watch, step: int) -> float | None:
-    """Plain cross-entropy (nats per labelled token) per source, recorded; the mean over sources, or None."""
-    nll = held_out_nll(model, mixture, world)
-    if not nll:
-        return None
-    watch.record("eval", step, nll=nll, perplexity={k: math.exp(min(v, 700)) for k, v in nll.items()})
-    watch.say(f"step {step}: " + ", ".join(f"{k} {v:.4f} nats/token" for k, v in nll.items()))
-    return sum(nll.values()) / len(nll)
+def evaluate(
+    model: LossModel,
+    mixture: Mixture,
+    tokenizer: Any,
+    config: TrainConfig,
+    judges: Mapping[str, Judge],
+    world: World,
+    watch: Watch,
+    step: int,
+) -> dict[str, float]:
+    """The metrics of the held-out examples, recorded: `nll` (nats per labelled token, the mean over the
+    sources), `nll/SOURCE`, and `accuracy/SOURCE` of sources with a judge. Empty without held-out examples."""
+    held = [source for source in mixture.sources if len(source.held_out)]
+    if not held:
+        return {}
+    model.eval()
+    nll = {source.title: source_nll(model, mixture, source, world) for source in held}
+    judged = [source for source in held if source.title in judges]
+    accuracy = {s.title: solved(model, tokenizer, s, judges[s.title], config) for s in judged}
+    model.train()
+    extra = {"accuracy": accuracy} if accuracy else {}
+    perplexity = {title: math.exp(min(value, 700)) for title, value in nll.items()}
+    watch.record("eval", step, nll=nll, perplexity=perplexity, **extra)
+    shown = [f"{title} {value:.4f} nats/token" for title, value in nll.items()]
+    shown += [f"{title} {value:.1%} solved" for title, value in accuracy.items()]
+    watch.say(f"step {step}: " + ", ".join(shown))
+    named = {"nll": nll, "accuracy": accuracy}
+    each = {f"{kind}/{title}": value for kind, values in named.items() for title, value in values.items()}
+    return {"nll": sum(nll.values()) / len(nll), **each}
 
 
 @torch.no_grad()
-def held_out_nll(model: LossModel, mixture: Mixture, world: World) -> dict[str, float]:
-    """Plain cross-entropy (nats per labelled token) of each source with held-out rows."""
-    model.eval()
-    nll: dict[str, float] = {}
-    for source in mixture.sources:
-        if not len(source.held_out):
-            continue
-        total = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in mixture.held_out_batches(source, world.rank):
-            loss, count = model(batch.to(world.device), 1.0)
-            total += torch.stack([loss.double(), count.double()])
-        loss_sum, tokens = world.sum(total).tolist()
-        nll[source.title] = loss_sum / tokens
-    model.train()
-    return nll
+def source_nll(model: LossModel, mixture: Mixture, source: Source, world: World) -> float:
+    """Plain cross-entropy of the held-out examples, in nats per labelled token."""
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for batch in mixture.held_out_batches(source, world.rank):
+        loss, count = model(batch.to(world.device), 1.0)
+        total += torch.stack([loss.double(), count.double()])
+    loss_sum, tokens = world.sum(total).tolist()
+    return float(loss_sum / tokens)
 
 
 @torch.no_grad()
 def sample(
-    model: Any, tokenizer: Any, config: TrainConfig, world: World, watch: Watch, output: Path, step: int
+    model: LossModel, tokenizer: Any, config: TrainConfig, world: World, watch: Watch, output: Path, step: int
 ) -> None:
-    """Greedy continuations of the sample prompts, appended to samples.jsonl (one process only)."""
-    if config.sample_prompts and world.size > 1:
-        watch.say("Note: samples are not generated on several processes.")
-    if not config.sample_prompts or world.size > 1:
-        return
+    """Greedy continuations of the sample prompts, appended to samples.jsonl by the first process."""
     model.eval()
     for prompt in config.sample_prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(world.device)
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=config.sample_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        )
-        text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
-        with open(output / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        text = tokenizer.decode(model.generate(tokenizer, ids, config.sample_tokens)[0])
+        if world.is_first:
+            with open(output / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
         watch.say(f"sample: {prompt!r} -> {text!r}")
     model.train()

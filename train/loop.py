@@ -14,17 +14,19 @@ from pathlib import Path
 
 import torch
 
+from train.adapter import fold_adapter
 from train.batches import Batch, Mixture
-from train.checkpoint import write_model
+from train.checkpoint import average_models, copy_model, write_model
 from train.config import TrainConfig, check_batch
 from train.data import SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError, install
+from train.judge import load_judges
 from train.model import check_context, choose_dtype, load_model, load_model_config, load_tokenizer, notes, padding_id
 from train.optim import Optimizer, learning_rate
 from train.output import first_writes, hold_output, publish_folder
 from train.preflight import preflight
 from train.record import check_resume, check_same_run, write_records
-from train.retention import checkpoint_path, list_checkpoints
+from train.retention import best_checkpoint, checkpoint_path, list_checkpoints
 from train.session import Session, ready_model, seeded_generators
 from train.step import StepResult, titles, train_step
 from train.watch import Watch, build_card, plot_loss, read_metrics
@@ -67,14 +69,27 @@ def run_training(
 
     # ---- is there something to go on from? ----
     saved = list_checkpoints(output)
-    done = (output / "final" / "config.json").exists()
+    final = output / "final"
+    done = (final / "config.json").exists() or (final / "adapter_config.json").exists()
     check_resume(config, bool(saved or done))
 
-    # ---- data ----
+    # ---- model: what it will take; loaded and checked before its text is tokenised, which may take hours ----
+    judges = load_judges(config)
     model_config = load_model_config(config.model, config.revision, say)
     tokenizer = load_tokenizer(config.model, config.revision, model_config)
-    names = world.first(lambda: prepare_sources(config, tokenizer, data))
     check_context(model_config, config, say)
+    dtype = choose_dtype(config.dtype, world.device)
+    generators = seeded_generators(config.seed * 1000 + world.rank, world.device)
+    if not done:
+        say(preflight(config, model_config, dtype, world.size).lines())
+        weights = str(saved[-1]) if saved and config.lora is None else config.model
+        hf_model = load_model(weights, config, model_config, dtype)
+        for note in notes(hf_model, config):
+            say(note)
+        model = ready_model(hf_model, config, world)
+
+    # ---- data ----
+    names = world.first(lambda: prepare_sources(config, tokenizer, data))
     sources = open_sources(config, data, names)
     reports = [source.report for source in sources]
     if reports:
@@ -86,20 +101,13 @@ def run_training(
     if saved or done:
         world.first(lambda: check_same_run(output, record))
     if done:
-        say(f"{output / 'final'}: this run is complete already.")
+        say(f"{final}: this run is complete already.")
         return
     first_writes(world, output, lambda: write_records(output, record, reports))
 
-    # ---- what it will take ----
-    dtype = choose_dtype(config.dtype, world.device)
-    say(preflight(config, model_config, dtype, world.size, mixture.steps).lines())
+    say(f"{mixture.steps:,} steps")
 
-    # ---- model and optimizer ----
-    generators = seeded_generators(config.seed * 1000 + world.rank, world.device)
-    hf_model = load_model(str(saved[-1]) if saved else config.model, config, model_config, dtype)
-    for note in notes(hf_model, config):
-        say(note)
-    model = ready_model(hf_model, config, world)
+    # ---- optimizer ----
     optimizer = Optimizer(dict(hf_model.named_parameters()), config, generators["rounding"])
     session = Session(
         config=config,
@@ -109,6 +117,7 @@ def run_training(
         mixture=mixture,
         optimizer=optimizer,
         generators=generators,
+        judges=judges,
     )
     if config.fused_backward:
         optimizer.step_in_backward(lambda: session.lr)
@@ -120,7 +129,7 @@ def run_training(
         say(f"Resuming from {saved[-1].name}.")
 
     # ---- steps ----
-    with Watch(output, mixture.steps, session.progress.step, world.is_first) as watch, StopSignals() as stop:
+    with Watch(config, mixture.steps, session.progress.step, world.is_first) as watch, StopSignals() as stop:
         while not session.is_last:
             started = time.perf_counter()
             session.lr = learning_rate(session.progress.step, mixture.steps, config)
@@ -140,7 +149,7 @@ def run_training(
             is_best = False
             if _is_due(config.eval_every, session.progress.step) and not result.stop:
                 is_best = session.evaluate(watch)
-            if is_best or result.stop or session.is_save_due():
+            if is_best or result.stop or session.is_save_due() or session.stops_early:
                 session.save()
             if result.stop:
                 watch.record("stop", session.progress.step)
@@ -150,18 +159,43 @@ def run_training(
                 return
 
         # ---- the last look, at weights that are safe ----
-        if config.sample_prompts or any(len(source.held_out) for source in mixture.sources):
-            if not (saved and saved[-1] == checkpoint_path(output, session.progress.step)):
-                session.save()
-            session.evaluate(watch)
+        last = checkpoint_path(output, session.progress.step)
+        has_look = config.eval_every or config.sample_prompts or any(len(source.held_out) for source in mixture.sources)
+        if (has_look or config.final == "average") and not last.exists():
+            session.save()
+        is_best = False
+        if session.stops_early:
+            say(f"Stopped early: {config.stop_after} evaluations were not better in {config.best_by}.")
+        elif has_look:
+            is_best = session.evaluate(watch)
 
     # ---- the result ----
     def write_final(folder: Path) -> None:
-        write_model(folder, hf_model, tokenizer, world, config.max_shard_bytes)
+        if config.final == "best":
+            best = last if is_best else best_checkpoint(output)[1]
+            say(f"The result is {best.name}, the best by {config.best_by}.")
+            first_writes(world, folder, lambda: copy_model(best, folder))
+        elif config.final == "average":
+            chosen = list_checkpoints(output)[-config.average_of :]
+            say(f"The result is the average of {', '.join(path.name for path in chosen)}.")
+            world.first(lambda: average_models(chosen, folder))
+        else:
+            write_model(folder, hf_model, tokenizer, world, config.max_shard_bytes)
         first_writes(world, folder, lambda: _write_card(folder, session, reports, dtype, say))
 
-    publish_folder(output / "final", write_final, world)
-    say(f"Done: {output / 'final'}")
+    if config.lora is not None and config.lora.output == "merged":
+        adapter = output / "adapter"
+        if not adapter.exists():
+            publish_folder(adapter, write_final, world)
+
+        def fold(folder: Path) -> None:
+            world.first(lambda: fold_adapter(config, adapter, folder))
+            first_writes(world, folder, lambda: _write_card(folder, session, reports, dtype, say))
+
+        publish_folder(final, fold, world)
+    else:
+        publish_folder(final, write_final, world)
+    say(f"Done: {final}")
 
 
 # ---- what is said --------------------------------------------------------------------------------------

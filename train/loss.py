@@ -52,26 +52,28 @@ def fused_mixce_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
+    labelled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`mixce_loss` of `hidden @ lm_head_weight.T + bias`, without ever holding tokens x vocabulary.
 
     hidden [..., width], lm_head_weight [vocabulary, width], labels [...] (-100 is ignored and never
     projected), bias [vocabulary]; `softcap` c replaces logits z by c * tanh(z / c). `chunk_tokens` rows are
     projected at a time (default: about 32 MB of logits on CPU, 256 MB on a GPU). Gradients reach those of
-    hidden, weight and bias that require them; a head's gradient is summed in float32 over the chunks.
+    hidden, weight and bias that require them; a head's gradient is summed in float32 over the chunks. `labelled` are
+    the flat places of the labels; found here if not given, which waits for a GPU.
 
     The backward pass may run once. Raises ValueError for a ratio outside [0, 1].
     """
     _check_ratio(mixing_ratio)
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    rows = (labels != IGNORE).nonzero().squeeze(-1)
+    rows = (labels != IGNORE).nonzero().squeeze(-1) if labelled is None else labelled
     picked = hidden if len(rows) == len(labels) else hidden.index_select(0, rows)
     chunk = chunk_tokens or _default_chunk(picked, lm_head_weight)
     wants_grad = torch.is_grad_enabled()
     loss: Tensor = _FusedMixCE.apply(  # type: ignore[no-untyped-call]
         picked, lm_head_weight, bias, labels.index_select(0, rows), mixing_ratio, softcap, chunk, wants_grad
     )
-    return loss, torch.tensor(len(rows), device=labels.device)
+    return loss, torch.full((), len(rows), device=labels.device)
 
 
 def fused_log_probs(

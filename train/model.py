@@ -10,7 +10,7 @@ NEFTune: Jain et al., arXiv 2310.05914.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.adapter import add_adapter
 from train.batches import Batch
 from train.config import TrainConfig
 from train.contrast.ranking import ranking_loss
@@ -191,7 +192,9 @@ def _reason(error: Exception, model: str, revision: str | None, next_step: str =
 
 def prepare_model(model: Any, config: TrainConfig, *, may_compile: bool = True) -> None:
     """Freeze the embeddings, set activation checkpointing, compile: as the config says, in place."""
-    if config.freeze_embeddings:
+    if config.lora is not None:
+        add_adapter(model, config)
+    elif config.freeze_embeddings:
         freeze_embeddings(model)
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -224,7 +227,7 @@ def notes(model: Any, config: TrainConfig) -> Iterator[str]:
         found = ", ".join(f"{key} {value}" for key, value in dropout.items())
         yield f"Note: dropout is on, as the model's config.json says ({found}). Set it to 0 there to turn it off."
     head = model.get_output_embeddings()
-    if config.freeze_embeddings and getattr(head, "bias", None) is not None:
+    if config.freeze_embeddings and config.lora is None and getattr(head, "bias", None) is not None:
         yield "Note: freeze_embeddings freezes the bias of the output head, too."
 
 
@@ -237,13 +240,14 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def shard_model(model: LossModel, world_size: int, device_type: str) -> None:
     """FSDP2 over all processes: each decoder layer, then the whole. Gradients are summed in float32."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device_type, (world_size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in decoder_layers(model.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "generate")
 
 
 # ---- forward is the loss -------------------------------------------------------------------------------
@@ -270,7 +274,10 @@ class LossModel(nn.Module):
             return mixce_loss(self.plain_logits(batch), batch.labels, mixing_ratio)
         hidden = self._hidden(batch)
         head = self.model.get_output_embeddings()
-        return fused_mixce_loss(hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap)
+        return fused_mixce_loss(
+            hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap,
+            labelled=batch.labelled,
+        )  # fmt: skip
 
     def log_probs(self, batch: Batch) -> Tensor:
         """log q of every label, [rows, tokens], 0 where there is none."""
@@ -304,6 +311,20 @@ class LossModel(nn.Module):
         """The model's own, in full [rows, tokens, vocabulary]."""
         logits: Tensor = self.model(**self._inputs(batch)).logits
         return logits.reshape(*batch.ids.shape, -1)
+
+    def generate(self, tokenizer: Any, ids: Tensor, new_tokens: int, stop: Sequence[str] = ()) -> Tensor:
+        """Greedy continuations [rows, at most new_tokens] of prompts of one length, ids [rows, tokens]."""
+        ids = ids.to(next(self.parameters()).device)
+        options: dict[str, Any] = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
+        written: Tensor = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            **options,
+        )
+        return written[:, ids.shape[1] :]
 
     def logits(self, batch: Batch) -> Tensor:
         """What the fused path implies, in full [rows, tokens, vocabulary]: for checks on tiny batches."""

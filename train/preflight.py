@@ -34,7 +34,6 @@ class Preflight:
     gathered_bytes: int  # several processes: the largest piece that is whole while it is used
     update_bytes: int  # the optimizer's temporaries for the largest parameter
     tokens_per_step: int
-    steps: int
 
     def lines(self) -> str:
         """For people, in GB of 10^9 bytes."""
@@ -55,7 +54,7 @@ class Preflight:
                 "estimated memory per process:",
                 *shown,
                 f"  {'sum':16} {_gb(total)}",
-                f"{self.tokens_per_step:,} tokens per step at most, {self.steps:,} steps",
+                f"{self.tokens_per_step:,} tokens per step at most",
             ]
         )
 
@@ -64,7 +63,7 @@ def _gb(value: int | None) -> str:
     return "unknown" if value is None else f"{value / 1e9:9.3f} GB"
 
 
-def preflight(config: TrainConfig, model_config: Any, dtype: torch.dtype, world_size: int, steps: int) -> Preflight:
+def preflight(config: TrainConfig, model_config: Any, dtype: torch.dtype, world_size: int) -> Preflight:
     """The estimate for one process of `world_size`; reads no weight and allocates nothing."""
     model = build_on_meta(config, model_config, dtype)
     parameters = list(model.parameters())
@@ -74,7 +73,7 @@ def preflight(config: TrainConfig, model_config: Any, dtype: torch.dtype, world_
         trained=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in parameters if not p.requires_grad),
         weight_bytes=sum(p.nbytes for p in parameters) // world_size,
-        gradient_bytes=gradient_bytes(config, trained) // world_size,
+        gradient_bytes=gradient_bytes(config, trained, world_size),
         optimizer_bytes=state_bytes(config.optimizer, (tuple(p.shape) for p in trained)) // world_size,
         activation_bytes=activation_bytes(model, config.rows_at_once, config.sequence_length),
         loss_bytes=_loss_bytes(config, model, size),
@@ -84,7 +83,6 @@ def preflight(config: TrainConfig, model_config: Any, dtype: torch.dtype, world_
         * config.rows_at_once
         // config.micro_batch
         * config.sequence_length,
-        steps=steps,
     )
 
 
@@ -106,10 +104,13 @@ def build_on_meta(config: TrainConfig, model_config: Any, dtype: torch.dtype) ->
     return model.train()
 
 
-def gradient_bytes(config: TrainConfig, trained: list[Any]) -> int:
-    """All gradients, or with fused backward the largest one."""
-    sizes = [int(p.nbytes) for p in trained]
-    return max(sizes, default=0) if config.fused_backward else sum(sizes)
+def gradient_bytes(config: TrainConfig, trained: list[Any], world_size: int) -> int:
+    """All gradients of one process, or with fused backward the largest one; a float32 sum of several is whole."""
+    if config.fused_backward:
+        return max((int(p.nbytes) for p in trained), default=0) // world_size
+    if config.accumulate_in == "float32" and config.accumulates(world_size):
+        return sum(4 * int(p.numel()) for p in trained)
+    return sum(int(p.nbytes) for p in trained) // world_size
 
 
 def activation_bytes(model: Any, rows: int, tokens: int) -> int | None:

@@ -19,7 +19,7 @@ from train.output import publish_text
 # Keys that may change between the sessions of one run: they do not move a weight.
 FREE_KEYS = (
     "output", "resume", "eval_every", "eval_batches", "save_every", "keep_last", "max_shard_bytes",
-    "sample_prompts", "sample_tokens",
+    "sample_prompts", "sample_tokens", "report_to",
 )  # fmt: skip
 
 

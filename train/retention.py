@@ -25,7 +25,7 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def prune(output: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints and the one with the lowest evaluation loss."""
+    """Delete all but the last `keep_last` checkpoints and the best one."""
     folders = list_checkpoints(output)
     keep = set(folders[-keep_last:])
     keep.update([min(scored)[1]] if (scored := _scored(folders)) else [])
@@ -35,12 +35,12 @@ def prune(output: Path, keep_last: int) -> None:
             shutil.rmtree(trash)
 
 
-def lowest_eval_loss(output: Path) -> float:
-    """The lowest of all checkpoints; infinite when none was evaluated."""
-    return min(_scored(list_checkpoints(output)), default=(math.inf, output))[0]
+def best_checkpoint(output: Path) -> tuple[float, Path]:
+    """The lowest score of all checkpoints, and its folder; infinite when none was evaluated."""
+    return min(_scored(list_checkpoints(output)), default=(math.inf, output))
 
 
 def _scored(folders: Iterable[Path]) -> list[tuple[float, Path]]:
-    """(evaluation loss, folder) of those that have a finite one."""
-    losses = ((read_progress(folder).eval_loss, folder) for folder in folders)
-    return [(loss, folder) for loss, folder in losses if loss is not None and math.isfinite(loss)]
+    """(score, folder) of those that have a finite one."""
+    scores = ((read_progress(folder).score, folder) for folder in folders)
+    return [(score, folder) for score, folder in scores if score is not None and math.isfinite(score)]

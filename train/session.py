@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from train.batches import Mixture
-from train.checkpoint import Progress, load_training_state, read_progress, save_checkpoint
+from train.checkpoint import Progress, load_adapter, load_training_state, read_progress, save_checkpoint
 from train.config import TrainConfig
+from train.drift import drift
 from train.evaluate import evaluate, sample
+from train.judge import Judge
 from train.model import LossModel, check_model, prepare_model, shard_model
 from train.optim import Optimizer
 from train.output import first_writes
-from train.retention import checkpoint_path, list_checkpoints, lowest_eval_loss, prune
+from train.retention import best_checkpoint, checkpoint_path, list_checkpoints, prune
 from train.step import StepResult
 from train.watch import Watch
 from train.world import World
@@ -39,9 +41,10 @@ class Session:
     mixture: Mixture
     optimizer: Optimizer
     generators: dict[str, torch.Generator]
+    judges: dict[str, Judge]
     progress: Progress = field(default_factory=lambda: Progress(step=0))
     lr: float = 0.0  # of the step under way
-    lowest_eval_loss: float = math.inf  # the lowest loss of this run's evaluations and of earlier checkpoints
+    best_score: float = math.inf  # the lowest of this run's evaluations and of earlier checkpoints
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -50,35 +53,45 @@ class Session:
 
     @property
     def is_last(self) -> bool:
-        return self.progress.step >= self.mixture.steps
+        return self.progress.step >= self.mixture.steps or self.stops_early
+
+    @property
+    def stops_early(self) -> bool:
+        return self.config.stop_after is not None and self.progress.since_best >= self.config.stop_after
 
     def resume(self, folder: Path) -> bool:
-        """Restore the state that was saved in `folder`, except the weights: the model was loaded from there.
+        """Restore the state that was saved in `folder`, except a whole model's weights: it was loaded from there.
 
         False when the random numbers start anew.
         """
         self.progress = read_progress(folder)
-        self.lowest_eval_loss = self.world.share(lowest_eval_loss(self.output))
+        if self.config.lora is not None:
+            load_adapter(folder, self.model.model)
+        self.best_score = self.world.share(best_checkpoint(self.output)[0])
         return load_training_state(folder, self.optimizer, self.generators, self.world)
 
     def count(self, result: StepResult) -> None:
         """Count one more step, done or skipped."""
         was = self.progress
         if result.is_finite:
-            self.progress = Progress(was.step + 1, was.tokens + result.labelled, was.skipped)
+            tokens, skipped, in_a_row = was.tokens + result.labelled, was.skipped, 0
         else:
-            self.progress = Progress(was.step + 1, was.tokens, was.skipped + 1, was.skipped_in_a_row + 1)
+            tokens, skipped, in_a_row = was.tokens, was.skipped + 1, was.skipped_in_a_row + 1
+        self.progress = Progress(was.step + 1, tokens, skipped, in_a_row, since_best=was.since_best)
 
     def evaluate(self, watch: Watch) -> bool:
-        """Measure the held-out rows and generate the samples; True when the loss beats all before it."""
-        step = self.progress.step
-        loss = evaluate(self.model, self.mixture, self.world, watch, step)
-        sample(self.model.model, self.tokenizer, self.config, self.world, watch, self.output, step)
-        self.progress = replace(self.progress, eval_loss=loss)
-        if loss is None or not loss < self.lowest_eval_loss:
+        """Measure the held-out rows and generate the samples; True when it is the best evaluation so far."""
+        step, config = self.progress.step, self.config
+        metrics = evaluate(self.model, self.mixture, self.tokenizer, config, self.judges, self.world, watch, step)
+        sample(self.model, self.tokenizer, config, self.world, watch, self.output, step)
+        drift(self.model.model, config, self.world, watch, step)
+        if not metrics:
             return False
-        self.lowest_eval_loss = loss
-        return True
+        score = metrics[config.best_by] * (-1 if config.best_by.startswith("accuracy/") else 1)
+        is_best = score < self.best_score
+        self.progress = replace(self.progress, score=score, since_best=0 if is_best else self.progress.since_best + 1)
+        self.best_score = min(score, self.best_score)
+        return is_best
 
     def is_save_due(self) -> bool:
         """By `save_every`, or by the first process's clock. All processes call it."""
@@ -98,7 +111,8 @@ class Session:
             self.world,
             self.config.max_shard_bytes,
         )
-        first_writes(self.world, self.output, lambda: prune(self.output, self.config.keep_last))
+        needed = self.config.average_of if self.config.final == "average" else 1
+        first_writes(self.world, self.output, lambda: prune(self.output, max(needed, self.config.keep_last)))
         self.saved_at = time.monotonic()
 
     def way_back(self) -> str:
@@ -129,5 +143,8 @@ def ready_model(hf_model: Any, config: TrainConfig, world: World) -> LossModel:
     check_model(model, config, hf_model.device)
     prepare_model(hf_model, config)
     if world.size > 1:
-        shard_model(model, world.size, world.device.type)  # from host memory, a layer at a time
+        shard_model(model, world.size, world.device.type)  # from host memory, a layer at a time; sums in float32
+    elif config.accumulates(1) and config.accumulate_in == "float32":
+        for parameter in hf_model.parameters():
+            parameter.grad_dtype = torch.float32
     return model.train()

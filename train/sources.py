@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from train.chat import (
     USER,
@@ -32,6 +33,8 @@ from train.config import SourceConfig, Template
 from train.errors import TrainError
 from train.hub import explain
 from train.selection import Sort, Where
+
+Numbers = NDArray[np.int64]  # of rows
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -54,52 +57,57 @@ class Rows:
 
     def select(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """These rows, in this order."""
-        rows = list(self._dataset.select(list(indices)))
+        rows = list(self._dataset.select(indices))
         for row in rows:
             row.update({name: int(row[name]) for name in self._whole if row[name] is not None})
         return rows
 
-    def split(self, source: SourceConfig, seed: int) -> tuple[list[int], list[int], int]:
+    def split(self, source: SourceConfig, seed: int) -> tuple[Numbers, Numbers, int]:
         """Row numbers to learn from, ordered as `shuffle` and `sort` say; those held out; and how many rows are
-        neither, as a row that is held out says the same."""
+        neither, as a row that is held out says the same. Of a source without weight, none is learned from."""
         self._check_columns(source)
-        kept = list(range(self.count))
+        kept = np.ones(self.count, bool)
         for test in source.where:
-            values = self._column(test.column)
-            kept = [i for i in kept if _holds(values[i], test, self._title)]
-        train, held_out = _hold_out(kept, source, seed)
+            values = zip(kept, self._values(test.column), strict=True)
+            kept = np.fromiter((bool(k) and _holds(v, test, self._title) for k, v in values), bool, self.count)
+        train, held_out = _hold_out(np.flatnonzero(kept), source, seed)
         if source.shuffle is not None:
-            train = [train[i] for i in np.random.default_rng((source.shuffle, 3)).permutation(len(train))]
+            train = train[np.random.default_rng((source.shuffle, 3)).permutation(len(train))]
+        if not source.weight:
+            return train[:0], held_out if len(held_out) else self._sorted(train, source.sort), 0
         learned = self._without(train, held_out, source)
         return self._sorted(learned, source.sort), held_out, len(train) - len(learned)
 
-    def _without(self, rows: list[int], others: list[int], source: SourceConfig) -> list[int]:
+    def _without(self, rows: Numbers, others: Numbers, source: SourceConfig) -> Numbers:
         """The rows that say something else than all of the others, in the columns that become text."""
-        if not others:
+        if not len(others):
             return rows
         columns = sorted(set(_text_columns(source)))
-        known = {content for _, content in self._contents(others, columns)}
-        return [row for row, content in self._contents(rows, columns) if content not in known]
+        known = set(self._contents(others, columns))
+        return rows[np.fromiter((content not in known for content in self._contents(rows, columns)), bool, len(rows))]
 
-    def _contents(self, rows: list[int], columns: list[str]) -> Iterator[tuple[int, bytes]]:
+    def _contents(self, rows: Numbers, columns: list[str]) -> Iterator[bytes]:
         chosen = self._dataset.select_columns(columns)
         for start in range(0, len(rows), 1000):
-            part = rows[start : start + 1000]
-            for number, row in zip(part, chosen.select(part), strict=True):
-                yield number, hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
+            for row in chosen.select(rows[start : start + 1000]):
+                yield hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
+
+    def _values(self, name: str) -> Iterator[Any]:
+        for part in self._dataset.select_columns([name]).iter(1000):
+            yield from part[name]
 
     def _column(self, name: str) -> list[Any]:
         return list(self._dataset[name])
 
-    def _sorted(self, rows: list[int], sort: Sort | None) -> list[int]:
+    def _sorted(self, rows: Numbers, sort: Sort | None) -> Numbers:
         if sort is None:
             return rows
         column = self._column(sort.column)
-        values = {i: _cast(column[i], sort.cast, sort.column, self._title) for i in rows}
-        empty = [i for i in rows if values[i] is None or values[i] != values[i]]  # None, NaN: last, not dropped
-        rest = [i for i in rows if values[i] == values[i] and values[i] is not None]
+        values = {int(i): _cast(column[i], sort.cast, sort.column, self._title) for i in rows}
+        empty = [i for i in values if values[i] is None or values[i] != values[i]]  # None, NaN: last, not dropped
+        rest = [i for i in values if values[i] == values[i] and values[i] is not None]
         try:
-            return [*sorted(rest, key=lambda i: values[i], reverse=sort.descending), *empty]
+            return np.array([*sorted(rest, key=lambda i: values[i], reverse=sort.descending), *empty], np.int64)
         except TypeError as e:
             raise TrainError(f"Source {self._title}: cannot be sorted by {sort.column} ({e}). Add `cast`.") from e
 
@@ -166,7 +174,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0].rstrip('.')}."
 
 
-def _hold_out(rows: list[int], source: SourceConfig, seed: int) -> tuple[list[int], list[int]]:
+def _hold_out(rows: Numbers, source: SourceConfig, seed: int) -> tuple[Numbers, Numbers]:
     """Split by row, before templates: all examples of one row are learned, or all are held out."""
     share = source.held_out
     count = int(share) if share >= 1 else round(share * len(rows))
@@ -174,9 +182,9 @@ def _hold_out(rows: list[int], source: SourceConfig, seed: int) -> tuple[list[in
         raise TrainError(f"Source {source.title}: held_out is {share} of {len(rows)} rows, which is none. Raise it.")
     if count and count >= len(rows):
         raise TrainError(f"Source {source.title}: held_out is {count} of {len(rows)} rows, which is all. Lower it.")
-    chosen = set(np.random.default_rng((seed, 4)).permutation(len(rows))[:count].tolist())
-    train = [row for i, row in enumerate(rows) if i not in chosen]
-    return train, [row for i, row in enumerate(rows) if i in chosen]
+    held_out = np.zeros(len(rows), bool)
+    held_out[np.random.default_rng((seed, 4)).permutation(len(rows))[:count]] = True
+    return rows[~held_out], rows[held_out]
 
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {

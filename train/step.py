@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,15 +47,19 @@ def train_step(
     Raises TrainError when no token of the whole global batch has a label, or fused backward meets a gradient that is
     not finite.
     """
-    batches = [batch.to(world.device) for batch in batches]
+    batches = list(batches)
     counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
-    labelled, tokens = (int(n) for n in world.sum(counts))
+    labelled, tokens = (int(n) for n in world.sum(counts.to(world.device)))
     if labelled == 0:
         raise TrainError(f"no token of the batch has a label (sources {', '.join(titles(batches, world))})")
     scale = world.size / labelled  # FSDP averages gradients over the processes
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in batches:
-        loss, _ = model(batch, config.mixing_ratio)
+    batches = [batch.to(world.device) for batch in batches]
+    sharded: Any = model
+    for number, batch in enumerate(batches, 1):
+        if world.size > 1 and config.accumulate_in == "float32":
+            sharded.set_requires_gradient_sync(number == len(batches))
+        loss, _ = model(batch, config.mixing_ratio)  # no host waits for the device from here to the last backward
         total[0] += loss.detach()
         if config.fused_backward and not math.isfinite(world.sum(total[0].clone())):
             break  # backward would already change weights

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,18 +28,18 @@ from train.output import publish_text
 class Watch:
     """The progress line and the metrics of the first process; in other processes it does nothing."""
 
-    def __init__(self, output: Path, steps: int, done: int, active: bool) -> None:
+    def __init__(self, config: TrainConfig, steps: int, done: int, active: bool) -> None:
         self._active = active
         if not active:
             return
-        self._path = output / "metrics.jsonl"
+        self._path = Path(config.output) / "metrics.jsonl"
         _forget_after(self._path, done)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         # Without a terminal, a line every half minute.
         self._bar = tqdm(
             total=steps, initial=done, unit="step", desc="train", mininterval=0.5 if sys.stderr.isatty() else 30
         )
-        self._board = _tensorboard(output, done)
+        self._reporters = [_reporter(name, config, done) for name in _report_to(config)]
 
     def __enter__(self) -> Watch:
         return self
@@ -52,9 +52,8 @@ class Watch:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         except OSError as e:
             raise TrainError(f"{self._path}: cannot be written ({e.strerror}). Make room, then start again.") from e
-        if self._board is not None:
-            for name, value in _scalars(kind, values):
-                self._board.add_scalar(name, value, step)
+        for report, _ in self._reporters:
+            report(dict(_scalars(kind, values)), step)
 
     def advance(self, loss: float, tokens_per_second: float, lr: float) -> None:
         """Move the progress line by one step; it also shows the time left."""
@@ -72,12 +71,12 @@ class Watch:
             self._bar.close()
             with contextlib.suppress(OSError):  # a full disk was reported when the line was written
                 self._file.close()
-            if self._board is not None:
-                self._board.close()
+            for _, close in self._reporters:
+                close()
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Every number below a record, as TensorBoard names it: eval/nll/SOURCE."""
+    """Every number below a record, with its name for reports: eval/nll/SOURCE."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _scalars(f"{name}/{key}", item)
@@ -104,12 +103,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _tensorboard(output: Path, done: int) -> Any:
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+Reporter = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
 
-    return SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)  # a resumed run draws those steps again
+
+def _report_to(config: TrainConfig) -> Sequence[str]:
+    if config.report_to is None:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    if missing := [name for name in config.report_to if not importlib.util.find_spec(name)]:
+        raise TrainError(f"report_to needs {' and '.join(missing)}, not installed here. pip install {missing[0]}.")
+    return config.report_to
+
+
+def _reporter(name: str, config: TrainConfig, done: int) -> Reporter:
+    """How the library `name` takes numbers, and how it is closed. A resumed run reports its steps again."""
+    output = Path(config.output).resolve()
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(output / name), purge_step=done + 1)
+
+        def add(values: dict[str, float], step: int) -> None:
+            for key, value in values.items():
+                board.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+
+        return add, board.close
+    library: Any = importlib.import_module(name)  # wandb, and trackio, which has its interface
+    settings = {"dir": str(output), "id": output.name} if name == "wandb" else {}
+    library.init(project="mixce-train", name=output.name, config=asdict(config), resume="allow", **settings)
+    return lambda values, step: library.log(values, step=step), library.finish
 
 
 # ---- at the end ----------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def open_world(device: str) -> World:
         torch.cuda.set_device(here)
     owns_group = size > 1 and not dist.is_initialized()
     if owns_group:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
+        device_id = here if kind == "cuda" else None  # NCCL connects at once, and not at the first exchange
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE, device_id=device_id)
     return World(int(os.environ.get("RANK", "0")), size, here, owns_group)
 
 

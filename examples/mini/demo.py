@@ -17,6 +17,7 @@ STORY = Story(
     prose_label="prose perplexity",
     kept=lambda scores, cot, ft: scores["skill"] / max(cot["skill"], 1e-9),
     least_kept=0.9,
+    replay="replay",
     validation_note="200 validation problems; the figures are of 300 others (standard error up to 3 points)",
 )
 

@@ -2,9 +2,10 @@
 
     python examples/mixce_bigram/run.py [--seeds 7 42 ...] [--ratios 1.0 0.99 ...] [--out results.json]
 
-The gold model has 20 symbols, the last of them the end of a sequence; half of the other transitions are
-impossible. A small network learns from its samples with this package's loss. Because both are bigram models
-the learned distribution can be read off row by row, and compared exactly. (arXiv 2305.16958, section 4.1.)
+The gold model has 20 symbols, the last of them the end of a sequence; each of the other transitions is impossible with
+probability 1/2. A small network learns from its samples with this package's loss. Because both are bigram models the
+learned distribution can be read off row by row, and compared exactly. (arXiv 2305.16958, section 4.1; what the paper
+leaves open is as in its published code.)
 """
 
 from __future__ import annotations
@@ -25,30 +26,35 @@ from torch.nn import functional
 
 from train.loss import mixce_loss
 
-VOCAB, END = 20, 19
+VOCAB, END, START = 20, 19, 20
 TRAIN, DEV, LONGEST = 50_000, 5_000, 500
 BATCH, EPOCHS, PATIENCE = 1000, 50, 5
 SEEDS = (7, 42, 777, 4222, 99999)
-RATIOS = (1.0, 0.99, 0.9, 0.5)
+RATIOS = (1.0, 0.99, 0.9, 0.5, 0.1, 0.01, 0.0)
 
 
 def gold_model(generator: torch.Generator) -> Tensor:
-    """Transition matrix [19, 20]: Dirichlet(0.5) rows, half of the non-end entries zeroed, renormalised."""
+    """Transition matrix [21, 20]: Dirichlet(0.5) rows, each non-end entry zeroed with probability 1/2, renormalised.
+
+    Row START is the first symbol's distribution, which is uniform. Row END is never used, and zero."""
     gamma = torch.distributions.Gamma(0.5, 1.0)
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # Gamma draws from the global one
-    rows = gamma.sample((END, VOCAB)).clamp_min(1e-30)
-    zeroed = torch.stack([torch.randperm(END, generator=generator) for _ in range(END)]) < END // 2
-    rows[:, :END].masked_fill_(zeroed, 0.0)
-    return rows / rows.sum(1, keepdim=True)
+    rows = gamma.sample((VOCAB + 1, VOCAB)).clamp_min(1e-30)
+    rows[:, :END].masked_fill_(torch.rand(VOCAB + 1, END, generator=generator) < 0.5, 0.0)
+    rows[START] = 1.0
+    rows[END] = 0.0
+    return rows / rows.sum(1, keepdim=True).clamp_min(1e-30)
 
 
 def sample(gold: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
-    """`count` sequences, the first symbol uniform, each up to its end symbol or 500 long."""
-    last = torch.randint(END, (count,), generator=generator)
-    columns, alive = [last], torch.ones(count, dtype=torch.bool)
-    for _ in range(LONGEST - 1):
+    """`count` sequences from START to END; END is forced as the 500th symbol."""
+    last, alive = torch.full((count,), START), torch.ones(count, dtype=torch.bool)
+    columns = [last]
+    for length in range(1, LONGEST + 1):
         drawn = torch.full((count,), -100)
         drawn[alive] = torch.multinomial(gold[last[alive]], 1, generator=generator)[:, 0]
+        if length == LONGEST:
+            drawn[alive] = END
         columns.append(drawn)
         alive = alive & (drawn != END)
         last = torch.where(alive, drawn, last)
@@ -66,11 +72,11 @@ class Pairs:
         self.targets = torch.cat([s[1:] for s in sequences])
         lengths = torch.tensor([len(s) - 1 for s in sequences])
         self._owner = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
-        self._count = len(sequences)
+        self.count = len(sequences)
 
     def shuffled_batches(self) -> list[Tensor]:
         """Indices of the transitions, in batches of 1000 sequences drawn without replacement."""
-        place = torch.randperm(self._count)
+        place = torch.randperm(self.count)
         batch = place[self._owner] // BATCH
         order = torch.argsort(batch)
         return list(order.split(torch.bincount(batch).tolist()))
@@ -79,12 +85,13 @@ class Pairs:
 class Network(nn.Module):
     """Embedding 50 -> linear 50 -> ReLU -> dropout 0.1 -> vocabulary; input is one symbol.
 
-    The first layers see only 20 different inputs, so they run once per symbol, not once per transition.
+    The first layers see only 21 different inputs, so they run once per symbol, not once per transition.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.hidden, self.out = nn.Embedding(VOCAB, 50), nn.Linear(50, 50), nn.Linear(50, VOCAB)
+        self.embed, self.hidden = nn.Embedding(VOCAB + 1, 50), nn.Linear(50, 50)
+        self.out = nn.Linear(50, VOCAB + 1)
 
     def forward(self, symbols: Tensor) -> Tensor:
         table = torch.relu(self.hidden(self.embed.weight))
@@ -93,7 +100,11 @@ class Network(nn.Module):
 
 
 def learn(train: Pairs, dev: Pairs, ratio: float, seed: int) -> tuple[Tensor, int]:
-    """The learned transition matrix [19, 20] of the best epoch by its own loss on dev, and that epoch."""
+    """The learned transition matrix [21, 21] of the best epoch by its own loss on dev, and that epoch.
+
+    A batch's loss is divided by its sequences, as in the paper's code, not by its tokens: Adam's L2 term is added to
+    the gradient, so the scale of the loss decides how strong it is.
+    """
     torch.manual_seed(seed)
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
@@ -101,32 +112,36 @@ def learn(train: Pairs, dev: Pairs, ratio: float, seed: int) -> tuple[Tensor, in
     for epoch in range(1, EPOCHS + 1):
         network.train()
         for batch in train.shuffled_batches():
-            loss, count = mixce_loss(network(train.inputs[batch]), train.targets[batch], ratio)
+            loss, _ = mixce_loss(network(train.inputs[batch]), train.targets[batch], ratio)
             optimizer.zero_grad()
-            (loss / count).backward()
+            (loss / BATCH).backward()
             optimizer.step()
         network.eval()
         with torch.no_grad():
-            loss, count = mixce_loss(network(dev.inputs), dev.targets, ratio)
-        if (loss / count).item() < best:
-            best, best_epoch, kept = (loss / count).item(), epoch, copy.deepcopy(network.state_dict())
+            loss, _ = mixce_loss(network(dev.inputs), dev.targets, ratio)
+        if (loss / dev.count).item() < best:
+            best, best_epoch, kept = (loss / dev.count).item(), epoch, copy.deepcopy(network.state_dict())
         elif epoch - best_epoch >= PATIENCE:
             break
     network.load_state_dict(kept)
     with torch.no_grad():
-        return torch.softmax(network(torch.arange(END)), -1), best_epoch
+        return torch.softmax(network(torch.arange(VOCAB + 1)), -1), best_epoch
 
 
 def distance(gold: Tensor, learned: Tensor) -> tuple[float, float]:
-    """Mean over rows of the Jensen-Shannon divergence (nats), and mean probability where gold has none."""
-    gold, learned = gold.double(), learned.double()
+    """Mean over the 20 rows (START and every symbol but END) of the Jensen-Shannon divergence (nats), and mean
+    probability where gold has none. START is never a target, so its column is left out."""
+    rows = [row for row in range(VOCAB + 1) if row != END]
+    gold, learned = gold[rows].double(), learned[rows, :VOCAB].double()
+    zeros = learned[gold == 0].mean().item()
+    learned = learned / learned.sum(1, keepdim=True)
     middle = (gold + learned) / 2
 
     def divergence(p: Tensor) -> Tensor:
         return torch.where(p > 0, p * (p / middle).log(), 0.0).sum(1)
 
     js = (divergence(gold) + divergence(learned)) / 2
-    return js.mean().item(), learned[gold == 0].mean().item()
+    return js.mean().item(), zeros
 
 
 def run_seed(seed: int, ratios: list[float]) -> list[dict[str, Any]]:

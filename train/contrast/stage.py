@@ -29,7 +29,7 @@ from train.contrast.questions import read_questions, write_lines, write_question
 from train.contrast.samples import read_responses, sample_responses
 from train.contrast.verify import comparison, verify
 from train.data import open_sources, prepare_sources
-from train.evaluate import held_out_nll
+from train.evaluate import source_nll
 from train.loop import run_training, speaker
 from train.model import (
     LossModel,
@@ -142,7 +142,7 @@ class Stage:
     def evaluate(self, name: str, start: TrainConfig) -> None:
         """`eval`: greedy accuracy on the held-out questions, cross-entropy and perplexity of the sources."""
         questions = read_questions(self.output / "questions", "held_out")
-        has_sources = any(source.held_out for source in self.config.sources)
+        has_sources = any(source.is_evaluated for source in self.config.sources)
         if self._is_done(f"{name}/eval") or not (questions or has_sources):
             return
         voice, report = self._voice(start), dict[str, Any]()
@@ -157,7 +157,9 @@ class Stage:
             names = self.world.first(lambda: prepare_sources(self.config, self.tokenizer, data))
             sources = open_sources(self.config, data, names)
             mixture = Mixture(sources, replace(self.config, max_steps=1), self.pad_id, self.world.size)
-            report["nll"] = held_out_nll(LossModel(voice.model, fused=self.config.fused_loss), mixture, self.world)
+            model = LossModel(voice.model, fused=self.config.fused_loss).eval()
+            held = [source for source in sources if len(source.held_out)]
+            report["nll"] = {s.title: source_nll(model, mixture, s, self.world) for s in held}
             report["perplexity"] = {title: math.exp(min(nll, 700)) for title, nll in report["nll"].items()}
         self.say(f"{name}: {json.dumps(report)}")
         self._publish(f"{name}/eval", lambda folder: (folder / COUNTS).write_text(json.dumps(report, indent=1)))
