@@ -38,7 +38,8 @@ def write_questions(folder: Path, config: TrainConfig, contrast: ContrastConfig,
     )  # fmt: skip
     rows = open_rows(source)
     learned, held_out, _ = rows.split(source, config.seed)
-    for part, numbers in (("train", learned[: q.take]), ("held_out", held_out)):
+    for part, rows_of in (("train", learned[: q.take]), ("held_out", held_out)):
+        numbers = [int(number) for number in rows_of]
         found = []
         for number, row in zip(numbers, rows.select(numbers) if numbers else [], strict=True):
             try:
