@@ -5,6 +5,7 @@
     python bench/train.py optim              bytes per parameter of a step, with and without fused backward
     python bench/train.py loop --trl PYTHON  this loop against TRL's and transformers' trainers; PYTHON has
                                              trl installed; --checkpointing: that case
+    python bench/train.py data               memory to tokenise a source and to make its batches, against its size
     python bench/train.py memory             StableLM 3B per setting, computed: docs/training_memory.md
 
 Every arm runs in a process of its own, so that a peak is that arm's; times are interleaved and repeated.
@@ -380,6 +381,8 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "Adalite, no activation checkpointing": (1, {"activation_checkpointing": False}),
     "Adalite, embeddings trained": (1, {"freeze_embeddings": False}),
     "Adalite": (1, {}),
+    "Adalite, 128 sequences a step": (1, {"global_batch": 128}),
+    "Adalite, 128 sequences, accumulate_in: bfloat16": (1, {"global_batch": 128, "accumulate_in": "bfloat16"}),
     "Adalite, fused backward": (1, {"fused_backward": True}),
     "AdamW, 8 processes": (8, {"optimizer": "adamw"}),
     "Adalite, 8 processes": (8, {}),
@@ -421,12 +424,76 @@ def _fits(total: float, processes: int) -> str:
     return next((f"{size} GB" for size in (24, 80) if total + SPARE <= size), "neither")
 
 
+# ---- sources larger than memory ------------------------------------------------------------------------
+
+
+def anonymous_bytes() -> int:
+    """Resident bytes that no file backs (Linux): pages of a mapped file are the system's to take back."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def data_arm(rows: int) -> dict[str, Any]:
+    """Tokenise `rows` rows of 400 tokens, plan an epoch, make 200 steps' batches: the highest memory above imports."""
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from train.batches import Mixture
+    from train.config import build_config
+    from train.data import open_sources, prepare_sources
+
+    datasets.disable_progress_bars()
+    words = {f"w{number}": number for number in range(1000)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        with open(folder / "d.jsonl", "w") as file:
+            for row in range(rows):
+                file.write(json.dumps({"text": " ".join(f"w{(row * 7 + k * k) % 999 + 1}" for k in range(400))}) + "\n")
+        source = {"path": str(folder / "d.jsonl"), "format": "text", "templates": [{"text": "{text}"}]}
+        config = build_config({"model": "m", "output": "o", "sources": [source], "global_batch": 4})
+        base, top = anonymous_bytes(), 0
+        done = threading.Event()
+
+        def watch() -> None:
+            nonlocal top
+            while not done.wait(0.005):
+                top = max(top, anonymous_bytes())
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        names = prepare_sources(config, tokenizer, folder / "data")
+        tokenised = top
+        top = 0
+        mixture = Mixture(open_sources(config, folder / "data", names), config, 0, 1)
+        for step in range(min(200, mixture.steps)):
+            mixture.step_batches(step, 0)
+        done.set()
+        thread.join()
+    return {"tokens": 400 * rows, "tokenise": (tokenised - base) / 1e6, "batches": (top - base) / 1e6}
+
+
+def bench_data() -> None:
+    """One source and one ten times as large."""
+    small, large = (in_process("data-arm", str(rows)) for rows in (10_000, 100_000))
+    for arm in (small, large):
+        print(f"{arm['tokens']:>12,} tokens: {arm['tokenise']:.0f} MB to tokenise, {arm['batches']:.0f} MB for batches")
+    ratios = (large[part] / small[part] for part in ("tokenise", "batches"))
+    print("ten times the tokens: " + " and ".join(f"{ratio:.2f} x" for ratio in ratios) + " the memory")
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "loss": lambda a: bench_loss("loss", a.repeats),
     "ranking": lambda a: bench_loss("ranking", a.repeats),
     "loss-arm": lambda a: print(json.dumps(loss_arm(*a.rest, 3))),
     "optim": lambda a: bench_optim(a.repeats),
     "optim-arm": lambda a: print(json.dumps(optim_arm(a.rest[0], a.rest[1] == "1"))),
+    "data": lambda a: bench_data(),
+    "data-arm": lambda a: print(json.dumps(data_arm(int(a.rest[0])))),
     "loop": lambda a: bench_loop(a.trl, a.repeats, a.words, a.checkpointing),
     "loop-task": lambda a: loop_task(Path(a.rest[0]), a.words),
     "loop-arm": lambda a: print(json.dumps(loop_arm(a.rest[0], Path(a.rest[1]), a.rest[2] == "1"))),

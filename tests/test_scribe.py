@@ -27,7 +27,7 @@ from train.config import load_config
 SCRIBE = REPO / "examples" / "scribe"
 RECORDED = next((REPO / "tests" / "lm_eval_results").glob("results_*.json"))
 SMALL = (
-    *("--sequence_length", "256", "--global_batch", "4", "--max_steps", "3"),
+    *("--sequence_length", "256", "--global_batch_examples", "4", "--max_steps", "3"),
     *("--eval_batches", "1", "--sample_tokens", "4", "--device", "cpu"),
 )
 
@@ -63,7 +63,8 @@ def test_the_recipe_says_what_is_known() -> None:
     where = {s.title: s.where for s in config.sources if s.where}
     ((test,),) = where.values()
     assert (list(where), test.op, test.value, test.cast) == (["mathoverflow-accepted"], ">", 10, "float")
-    assert (config.mixing_ratio, config.neftune_alpha, config.epochs, config.global_batch) == (0.5, 10, 2, 128)
+    published = (config.mixing_ratio, config.neftune_alpha, config.epochs, config.global_batch_examples)
+    assert published == (0.5, 10, 2, 128)
     settings = (SCRIBE / "train.yaml").read_text().split("# ---- watching")[0].splitlines()
     for line in settings:
         assert not re.match(r"\w", line) or line.startswith("output:") or re.search(r"KNOWN|ASSUMED|# ours", line), line

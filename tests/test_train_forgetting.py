@@ -3,6 +3,7 @@ which weights become the result."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from tests.train_fixtures import (
     make_config,
     make_tokenizer,
     read_metrics,
+    run_two_ranks,
     save_model,
+    write_config,
     write_jsonl,
 )
 from train.batches import Mixture, plan_rows
@@ -150,6 +153,28 @@ def test_a_function_of_your_own_judges(base: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(TrainError, match=r"judge is 'my_judge:nothing', expected number, choice, exact or MODULE:FUN"):
         run(base, tmp_path / "p", old={"judge": "my_judge:nothing"})
     assert not (tmp_path / "p" / "data").exists()
+
+
+def test_two_ranks_judge_and_sample_as_one(base: Path, tmp_path: Path) -> None:
+    """A sharded model generates, too: the answers and samples are those of one process."""
+    source = {"path": str(base / "old.jsonl"), "label": "old", "weight": 0, "judge": "exact", "templates": TEMPLATE}
+    lines = []
+    for name in ("one", "two"):
+        values = config_values(
+            base / "model", base / "d.jsonl", tmp_path / name, max_steps=3, micro_batch=1, sample_prompts=["red cat"],
+            sample_tokens=5,
+        )  # fmt: skip
+        values["sources"] = [*values["sources"], source]
+        if name == "one":
+            finetune(build_config(values))
+        else:
+            done = run_two_ranks(write_config(tmp_path / "c.yaml", values))
+            assert done.returncode == 0, done.stderr[-3000:]
+        (line,) = read_metrics(tmp_path / name, "eval")
+        lines.append((line["accuracy"], (tmp_path / name / "samples.jsonl").read_text()))
+        (moved,) = read_metrics(tmp_path / name, "distance")
+        assert moved["norm"] > 0
+    assert lines[0] == lines[1]
 
 
 def test_a_judge_needs_prompts() -> None:
@@ -296,3 +321,21 @@ def test_what_a_choice_needs_is_said(change: dict[str, Any], message: str) -> No
     source = {"path": "d.jsonl", "templates": TEMPLATE, "held_out": change.pop("held", 0)}
     with pytest.raises(TrainError, match=message):
         make_config(sources=[source], **change)
+
+
+# ---- where numbers go --------------------------------------------------------------------------------------
+
+
+def test_reports_go_where_the_config_says(base: Path, tmp_path: Path) -> None:
+    """A library that is not installed is named before the work; metrics.jsonl is written in any case."""
+    missing = [name for name in ("wandb", "trackio") if find_spec(name) is None]
+    for name in missing:
+        with pytest.raises(TrainError, match=f"report_to needs {name}, not installed here"):
+            run(base, tmp_path / name, report_to=[name])
+        assert not (tmp_path / name / "data").exists()
+    output = run(base, tmp_path / "o", report_to=[], max_steps=1)
+    assert not (output / "tensorboard").exists()
+    assert read_metrics(output)
+    if find_spec("tensorboard"):
+        run(base, tmp_path / "t", report_to=["tensorboard"], max_steps=1)
+        assert list((tmp_path / "t" / "tensorboard").iterdir())

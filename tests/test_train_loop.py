@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,9 @@ EVERYTHING = {"neftune_alpha": 5.0, "save_every": 2, "eval_every": 3, "keep_last
         {"optimizer": "adamw"},
         {**ADALITE, "dtype": "bfloat16"},
         {**ADALITE, "fused_backward": True, "micro_batch": 4},
+        {**ADALITE, "dtype": "bfloat16", "global_batch": None, "global_batch_examples": 10, "micro_batch": 1},
     ],
-    ids=["adamw", "adalite-bfloat16-stochastic", "fused-backward"],
+    ids=["adamw", "adalite-bfloat16-stochastic", "fused-backward", "examples-float32-sums"],
 )
 def test_resumed_equals_uninterrupted_bitwise(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
@@ -226,6 +228,15 @@ def test_a_resume_with_another_config_lists_what_differs(
     with pytest.raises(TrainError, match=r"lr: 0.003 -> 0.001\n  mixing_ratio: 0.5 -> 1.0"):
         train(base, tmp_path / "a", save_every=2, lr=1e-3, mixing_ratio=1.0)
     assert len(train(base, tmp_path / "a", save_every=3, keep_last=1, eval_every=2)) == 6
+
+
+def test_another_model_is_named_before_it_is_loaded(base: Path, tmp_path: Path) -> None:
+    """Not as a checkpoint whose tensors have other shapes."""
+    train(base, tmp_path / "a", save_every=3)
+    save_model(tmp_path / "other", hidden_size=16)
+    shutil.rmtree(tmp_path / "a" / "final")
+    with pytest.raises(TrainError, match=r"holds a run with other settings:\n  model: "):
+        finetune(build_config({**values(base, tmp_path / "a", save_every=3), "model": str(tmp_path / "other")}))
 
 
 def test_a_changed_source_is_named_by_its_leaf(base: Path, tmp_path: Path) -> None:
@@ -397,6 +408,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "adalite-frozen-checkpointed": {**ADALITE, "freeze_embeddings": True, "activation_checkpointing": True},
     "fused-backward": {**ADALITE, "fused_backward": True},
     "padded-uneven-evaluation": {**ADALITE, "packing": False, "eval_batches": 3},
+    "examples-of-uneven-rows": {"global_batch": None, "global_batch_examples": 11, "micro_batch": 1},
+    "exchanged-each-micro-batch": {"micro_batch": 1, "accumulate_in": "bfloat16"},
 }
 
 
@@ -437,8 +450,6 @@ def test_one_process_resumes_what_two_saved(
 ) -> None:
     """A checkpoint does not depend on the number of processes: the losses go on as they would have; a note says that
     the random numbers do not."""
-    import shutil
-
     name = "adamw-clipped"
     shutil.copytree(two_ranks / name, tmp_path / "a")
     shutil.rmtree(tmp_path / "a" / "final")

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,27 +185,27 @@ def _tokenize(
     counts = Counter[str]()
     special = _special_ids(source, tokenizer)
     kinds = {"ids": np.int32, "learned": np.bool_, "offsets": np.int64}
-    files = {name: _Growing(store / f"{part}.{name}.npy", kind) for name, kind in kinds.items()}
-    end = 0
-    files["offsets"].add([end])
-    for is_last_turn, example in _token_lists(source, tokenizer, rows, order, counts):
-        if take is not None and counts["kept"] == take:
-            break
-        tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in example] or [np.empty(0, np.int32)])
-        marks = np.concatenate([np.full(len(t), mark) for t, mark in example] or [np.empty(0, bool)])
-        if len(tokens) > longest:
-            counts["long"] += 1
-        elif not marks[1:].any():  # the first token is predicted from nothing
-            counts["empty"] += 1
-        else:
-            end += len(tokens)
-            for name, values in (("ids", tokens), ("learned", marks), ("offsets", [end])):
-                files[name].add(values)
-            counts["kept"] += 1
-            counts["last_turn_only"] += is_last_turn
-            counts["special_tokens"] += bool(np.isin(tokens, special).any())
-    for file in files.values():
-        file.close()
+    with ExitStack() as stack:
+        paths = {name: store / f"{part}.{name}.npy" for name in kinds}
+        files = {name: stack.enter_context(closing(_Growing(paths[name], kinds[name]))) for name in kinds}
+        end = 0
+        files["offsets"].add([end])
+        for is_last_turn, example in _token_lists(source, tokenizer, rows, order, counts):
+            if take is not None and counts["kept"] == take:
+                break
+            tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in example] or [np.empty(0, np.int32)])
+            marks = np.concatenate([np.full(len(t), mark) for t, mark in example] or [np.empty(0, bool)])
+            if len(tokens) > longest:
+                counts["long"] += 1
+            elif not marks[1:].any():  # the first token is predicted from nothing
+                counts["empty"] += 1
+            else:
+                end += len(tokens)
+                for name, values in (("ids", tokens), ("learned", marks), ("offsets", [end])):
+                    files[name].add(values)
+                counts["kept"] += 1
+                counts["last_turn_only"] += is_last_turn
+                counts["special_tokens"] += bool(np.isin(tokens, special).any())
     names = ("long", "empty", "bad", "last_turn_only", "special_tokens")
     return _Tokenized(_open_examples(store, part), **{name: counts[name] for name in names})
 

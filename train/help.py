@@ -42,7 +42,7 @@ def help_text(width: int) -> str:
 def _lines(config: type[Any], dashes: str, width: int) -> Iterator[str]:
     for key, default, meaning in _keys(config):
         text = f"  {dashes + key:26} [{default}] {meaning}".replace("`", "")
-        yield textwrap.fill(text, width, subsequent_indent=" " * 29)
+        yield textwrap.fill(text, width, subsequent_indent=" " * 29, break_on_hyphens=False)
 
 
 def keys_table(config: type[Any]) -> str:

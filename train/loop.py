@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from train.record import check_resume, check_same_run, write_records
 from train.retention import best_checkpoint, checkpoint_path, list_checkpoints
 from train.session import Session, ready_model, seeded_generators
 from train.step import StepResult, titles, train_step
-from train.watch import Watch, build_card, plot_loss, read_metrics
+from train.watch import Watch, build_card, check_report_to, plot_loss, read_metrics
 from train.world import StopSignals, World, close_world, open_world
 
 MOST_SKIPPED = 3  # steps in a row
@@ -72,9 +73,13 @@ def run_training(
     final = output / "final"
     done = (final / "config.json").exists() or (final / "adapter_config.json").exists()
     check_resume(config, bool(saved or done))
+    record: dict[str, Any] = {**asdict(config), "sequences_per_step": config.sequences_per_step(world.size)}
+    if saved or done:
+        world.first(lambda: check_same_run(output, record))
 
     # ---- model: what it will take; loaded and checked before its text is tokenised, which may take hours ----
     judges = load_judges(config)
+    check_report_to(config)
     model_config = load_model_config(config.model, config.revision, say)
     tokenizer = load_tokenizer(config.model, config.revision, model_config)
     check_context(model_config, config, say)
@@ -97,7 +102,7 @@ def run_training(
     mixture = make_mixture(sources, config, padding_id(tokenizer, say), world.size)
 
     # ---- the same run as before? ----
-    record = {**asdict(config), "data": names, "sequences_per_step": config.sequences_per_step(world.size)}
+    record["data"] = names
     if saved or done:
         world.first(lambda: check_same_run(output, record))
     if done:

@@ -45,7 +45,7 @@ def check_resume(config: TrainConfig, holds_a_run: bool) -> None:
 def check_same_run(output: Path, record: dict[str, Any]) -> None:
     """Raise TrainError listing what differs between `record` and the run in `output`.
 
-    Only FREE_KEYS may differ between sessions.
+    Only FREE_KEYS may differ between sessions. A record without `data` is compared before the data are read.
     """
     path = output / "run.json"
     if not path.exists():
@@ -57,6 +57,8 @@ def check_same_run(output: Path, record: dict[str, Any]) -> None:
             f"{path}: cannot be read ({e}). Delete it to go on without comparing the settings, or set another `output`."
         ) from e
     record = json.loads(json.dumps(record))
+    if "data" not in record:
+        stored.pop("data", None)
     keys = [k for k in sorted({*stored, *record}) if k not in FREE_KEYS and stored.get(k) != record.get(k)]
     if keys:
         lines = [line for k in keys for line in _changes(k, stored.get(k), record.get(k))]

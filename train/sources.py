@@ -84,7 +84,9 @@ class Rows:
             return rows
         columns = sorted(set(_text_columns(source)))
         known = set(self._contents(others, columns))
-        return rows[np.fromiter((content not in known for content in self._contents(rows, columns)), bool, len(rows))]
+        is_new = np.fromiter((content not in known for content in self._contents(rows, columns)), bool, len(rows))
+        learned: Numbers = rows[is_new]
+        return learned
 
     def _contents(self, rows: Numbers, columns: list[str]) -> Iterator[bytes]:
         chosen = self._dataset.select_columns(columns)

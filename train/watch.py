@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +40,7 @@ class Watch:
         self._bar = tqdm(
             total=steps, initial=done, unit="step", desc="train", mininterval=0.5 if sys.stderr.isatty() else 30
         )
-        self._reporters = [_reporter(name, config, done) for name in _report_to(config)]
+        self._reporters = [_reporter(name, config, done) for name in check_report_to(config)]
 
     def __enter__(self) -> Watch:
         return self
@@ -71,8 +72,8 @@ class Watch:
             self._bar.close()
             with contextlib.suppress(OSError):  # a full disk was reported when the line was written
                 self._file.close()
-            for _, close in self._reporters:
-                close()
+            for reporter in self._reporters:
+                reporter[1]()
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -106,7 +107,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 Reporter = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
 
 
-def _report_to(config: TrainConfig) -> Sequence[str]:
+def check_report_to(config: TrainConfig) -> Sequence[str]:
+    """The libraries to report to. Raises TrainError for one that is not installed."""
     if config.report_to is None:
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     if missing := [name for name in config.report_to if not importlib.util.find_spec(name)]:
@@ -124,12 +126,13 @@ def _reporter(name: str, config: TrainConfig, done: int) -> Reporter:
 
         def add(values: dict[str, float], step: int) -> None:
             for key, value in values.items():
-                board.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+                board.add_scalar(key, value, step)
 
         return add, board.close
     library: Any = importlib.import_module(name)  # wandb, and trackio, which has its interface
-    settings = {"dir": str(output), "id": output.name} if name == "wandb" else {}
-    library.init(project="mixce-train", name=output.name, config=asdict(config), resume="allow", **settings)
+    run = f"{output.name}-{zlib.crc32(str(output).encode()):08x}"  # a resumed run is the same run, another folder's not
+    settings = {"dir": str(output), "id": run} if name == "wandb" else {}
+    library.init(project="mixce-train", name=run, config=asdict(config), resume="allow", **settings)
     return lambda values, step: library.log(values, step=step), library.finish
 
 
