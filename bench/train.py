@@ -1,6 +1,7 @@
 """Paired measurements of `train`: prints ratios; never part of the test suite.
 
     python bench/train.py loss               reference against fused loss: extra memory, time
+    python bench/train.py ranking            the ranking loss of pairs, through whole logits and fused: the same
     python bench/train.py optim              bytes per parameter of a step, with and without fused backward
     python bench/train.py loop --trl PYTHON  this loop against TRL's and transformers' trainers; PYTHON has
                                              trl installed; --checkpointing: that case
@@ -53,20 +54,30 @@ class Peak:
         self.extra = self.top - self.base
 
 
-def loss_arm(which: str, head: str, repeats: int) -> dict[str, Any]:
-    """Peak extra bytes and the median time of forward and backward of one loss."""
+def loss_arm(of: str, which: str, head: str, repeats: int) -> dict[str, Any]:
+    """Peak extra bytes and the median time of forward and backward of one loss: `of` is loss (MixCE) or ranking."""
     import torch
+    from torch.nn.functional import cross_entropy
 
-    from train.loss import fused_mixce_loss, mixce_loss
+    from train.contrast.ranking import Ranking, ranking_loss
+    from train.loss import fused_log_probs, fused_mixce_loss, mixce_loss
 
     gen = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, WIDTH, generator=gen).requires_grad_()
     weight = (torch.randn(VOCAB, WIDTH, generator=gen) / WIDTH**0.5).requires_grad_(head == "trained")
     labels = torch.randint(VOCAB, (TOKENS,), generator=gen)
+    rows = torch.arange(8).view(4, 2)  # four pairs
+    ranking = Ranking(torch.arange(8) % 2 == 0, rows[:, 0], rows[:, 1:], torch.full((4,), 0.3))
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        if which == "fused":
+        if of == "ranking":
+            if which == "fused":
+                log_q = fused_log_probs(hidden, weight, labels)
+            else:
+                log_q = -cross_entropy(hidden @ weight.T, labels, reduction="none")
+            loss, count = ranking_loss(log_q.view(8, -1), labels.view(8, -1), ranking, 1.0)
+        elif which == "fused":
             loss, count = fused_mixce_loss(hidden, weight, labels, 0.5)
         else:
             loss, count = mixce_loss(hidden @ weight.T, labels, 0.5)
@@ -91,13 +102,13 @@ def in_process(*arguments: str, python: str = sys.executable) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def bench_loss(repeats: int) -> None:
-    print(f"loss: {TOKENS} tokens x {VOCAB} vocabulary x {WIDTH} hidden, float32, {repeats} interleaved runs")
+def bench_loss(of: str, repeats: int) -> None:
+    print(f"{of}: {TOKENS} tokens x {VOCAB} vocabulary x {WIDTH} hidden, float32, {repeats} interleaved runs")
     for head in ("frozen", "trained"):
         runs: dict[str, list[dict[str, Any]]] = {"reference": [], "fused": []}
         for _ in range(repeats):
             for which, results in runs.items():
-                results.append(in_process("loss-arm", which, head))
+                results.append(in_process("loss-arm", of, which, head))
         row = {}
         for which, results in runs.items():
             extra = statistics.median(r["extra_bytes"] for r in results)
@@ -476,8 +487,9 @@ def bench_data() -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "loss": lambda a: bench_loss(a.repeats),
-    "loss-arm": lambda a: print(json.dumps(loss_arm(a.rest[0], a.rest[1], 3))),
+    "loss": lambda a: bench_loss("loss", a.repeats),
+    "ranking": lambda a: bench_loss("ranking", a.repeats),
+    "loss-arm": lambda a: print(json.dumps(loss_arm(*a.rest, 3))),
     "optim": lambda a: bench_optim(a.repeats),
     "optim-arm": lambda a: print(json.dumps(optim_arm(a.rest[0], a.rest[1] == "1"))),
     "data": lambda a: bench_data(),

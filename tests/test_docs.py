@@ -28,7 +28,7 @@ from merge_tool.recipe.mergekit import read_recipe
 from train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-TRAINING = {"docs/training.md", "docs/training_memory.md"}  # of mixce-train: see test_train_docs.py
+TRAINING = {"docs/training.md", "docs/training_memory.md", "docs/contrast.md"}  # of mixce-train: see test_train_docs.py
 PAGES = sorted(
     page
     for pattern in ("*.md", "docs/*.md", "examples/*/README.md", "bench/*.md")

@@ -16,6 +16,7 @@ import yaml
 
 from tests.train_fixtures import REPO, environment
 from train.config import Lora, SourceConfig, TrainConfig, build_config
+from train.contrast.options import ContrastConfig, QuestionsConfig, VerifyConfig
 from train.help import help_text, keys_table
 
 BIGRAM = REPO / "examples" / "mixce_bigram"
@@ -89,18 +90,20 @@ def test_the_bigram_loss_is_divided_by_sequences() -> None:
 
 
 def test_the_smallest_config_of_the_docs_loads() -> None:
-    """Every YAML block of docs/training.md is a config."""
-    blocks = re.findall(r"```yaml\n(.*?)```", (REPO / "docs" / "training.md").read_text(), re.DOTALL)
+    """Every YAML block of docs/training.md and docs/contrast.md is a config."""
+    text = "".join((REPO / "docs" / page).read_text() for page in ("training.md", "contrast.md"))
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert blocks
     for block in blocks:
         build_config(yaml.safe_load(block))
 
 
-@pytest.mark.parametrize("config", [TrainConfig, SourceConfig, Lora])
+@pytest.mark.parametrize("config", [TrainConfig, SourceConfig, Lora, ContrastConfig, QuestionsConfig, VerifyConfig])
 def test_the_docs_and_the_help_say_what_the_config_says(config: type[Any]) -> None:
     """One source: the docstring explains every key, in order; docs and help show each meaning and default."""
     table = keys_table(config)
-    assert table in (REPO / "docs" / "training.md").read_text(), f"docs/training.md needs this table:\n{table}"
+    page = "docs/contrast.md" if config.__module__.startswith("train.contrast") else "docs/training.md"
+    assert table in (REPO / page).read_text(), f"{page} needs this table:\n{table}"
     explained = re.findall(r"^    (\w+)(?: \[.+\])?: ", config.__doc__ or "", re.MULTILINE)
     assert explained == [field.name for field in fields(config)]
     shown = " ".join(help_text(100).split())

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.config import TrainConfig
+from train.contrast.ranking import Ranking
 from train.data import Examples, Source
 from train.errors import TrainError
 
@@ -29,7 +30,7 @@ class Batch:
     """One micro-batch. All tensors are [rows, tokens], int64.
 
     `labels[:, t]` is the token to predict at t (-100: nothing); `positions` restart with each example;
-    `lengths` is the length of the example a token belongs to, 0 for padding.
+    `lengths` is the length of the example a token belongs to, 0 for padding. `ranking` is of batches of pairs.
     """
 
     ids: Tensor
@@ -38,6 +39,7 @@ class Batch:
     lengths: Tensor
     sources: tuple[str, ...]  # titles, sorted, of the sources inside
     labelled: Tensor | None = None  # flat places of the labels: found on the host, or a GPU would be waited for
+    ranking: Ranking | None = None
 
     def to(self, device: torch.device) -> Batch:
         """This batch on `device`, copied from pinned memory while the GPU computes."""
@@ -45,7 +47,12 @@ class Batch:
         parts = (self.ids, self.labels, self.positions, self.lengths, flat)
         pinned = (part.pin_memory() for part in parts) if device.type == "cuda" else parts
         ids, labels, positions, lengths, labelled = (part.to(device, non_blocking=True) for part in pinned)
-        return Batch(ids, labels, positions, lengths, self.sources, labelled)
+        return Batch(ids, labels, positions, lengths, self.sources, labelled, self.ranking and self.ranking.to(device))
+
+    @property
+    def learned_labels(self) -> Tensor:
+        """The labels whose number divides the loss: all, but not those of responses that are only ranked."""
+        return self.labels if self.ranking is None else self.labels[self.ranking.learned]
 
 
 Row = tuple[tuple[int, int], ...]  # the examples of one sequence, as (source, example)

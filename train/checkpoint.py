@@ -190,7 +190,7 @@ def read_progress(folder: Path) -> Progress:
 def load_adapter(folder: Path, model: Any) -> None:
     """The adapter that was saved in `folder`, into a model that has one. Raises TrainError."""
     try:
-        files = _TensorFiles(folder, "adapter_model")
+        files = TensorFiles(folder, "adapter_model")
         for name, parameter in adapter_tensors(model):
             parameter.data.copy_(_placed(files.read(name), parameter))
     except (TrainError, OSError, SafetensorError, RuntimeError) as e:
@@ -207,9 +207,9 @@ def load_training_state(
     """
     state = _read_state(folder)
     try:
-        files = _TensorFiles(folder, "optimizer")
+        files = TensorFiles(folder, "optimizer")
         optimizer.load(state["updates"], files.names(), lambda name, like: _placed(files.read(name), like))
-        saved = _TensorFiles(folder, "generators")
+        saved = TensorFiles(folder, "generators")
         is_gpu = "cuda|0" in saved.names()
         if state["world_size"] != world.size or is_gpu != ("cuda" in generators):
             return False
@@ -242,7 +242,7 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, shards.device_mesh, shards.placements)
 
 
-class _TensorFiles:
+class TensorFiles:
     """Reads named tensors from `stem.safetensors` or its shards."""
 
     def __init__(self, folder: Path, stem: str) -> None:

@@ -15,30 +15,10 @@ from typing import Any, Literal
 
 import yaml
 
+from train.contrast.options import ContrastConfig, check_contrast
 from train.errors import TrainError
 from train.plain import build, describe
-
-Cast = Literal["int", "float", "str"]
-Op = Literal["==", "!=", "<", "<=", ">", ">=", "in", "not in"]
-
-
-@dataclass(frozen=True)
-class Where:
-    """Keep a row when `column op value` holds; `cast` converts the column first (scores may be strings)."""
-
-    column: str
-    op: Op
-    value: Any
-    cast: Cast | None = None
-
-
-@dataclass(frozen=True)
-class Sort:
-    """Order of the rows, before `take`; stable, so that a `shuffle` decides between equals."""
-
-    column: str
-    descending: bool = False
-    cast: Cast | None = None
+from train.selection import Sort, Where
 
 
 @dataclass(frozen=True)
@@ -136,7 +116,7 @@ class TrainConfig:
 
     model: a local folder (used when it exists) or a Hub id, `org/name` or `org/name@revision`
     output: folder for everything that the run writes
-    sources: the data mixture, see Sources
+    sources [required, but with contrast]: the data mixture, see Sources
     revision [latest]: revision of a model on the Hub
     mixing_ratio: eta of MixCE; 1 is cross-entropy, 0 is pure self-reinforcement
     fused_loss: compute the loss without an array of tokens x vocabulary. A model whose logits need more than its output
@@ -191,11 +171,12 @@ class TrainConfig:
     max_shard_bytes: of a weights file; saving holds one such shard in host memory at a time
     sample_prompts: texts that each evaluation continues greedily, taken as written
     sample_tokens: length of these continuations
+    contrast: iterative training on the model's own verified answers, in place of plain finetuning: see docs/contrast.md
     """
 
     model: str
     output: str
-    sources: tuple[SourceConfig, ...]
+    sources: tuple[SourceConfig, ...] = ()
     revision: str | None = None
     mixing_ratio: float = 0.5
     fused_loss: bool = True
@@ -240,6 +221,12 @@ class TrainConfig:
     max_shard_bytes: int = 4_000_000_000
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
+    contrast: ContrastConfig | None = None
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch, at most: a pair has several."""
+        return self.micro_batch * (self.contrast.unit_rows if self.contrast else 1)
 
     def sequences_per_step(self, world_size: int) -> int:
         """The global batch in sequences, over all processes; default: one micro-batch each. Of examples: at most."""
@@ -321,7 +308,6 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (lambda v: all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     "max_grad_norm": (lambda v: v > 0, "above 0 (leave it out for no clipping)"),
     "neftune_alpha": (lambda v: 0 <= v < 1e4, "0 (off) or above"),
-    "sources": (lambda v: len(v) > 0, "at least one source"),
     "sample_prompts": (lambda v: all(text.strip() for text in v), "texts that are not empty"),
 }
 
@@ -335,6 +321,19 @@ def _check_ranges(config: TrainConfig) -> None:
 
 def _check_together(config: TrainConfig) -> None:
     """Contradictions between keys that are each fine alone."""
+    if config.contrast is not None:
+        check_contrast(config.contrast)
+        if config.contrast.ce_on == "sources" and config.fused_backward:
+            raise TrainError("fused_backward cannot add up the pairs' gradient and the sources'. Turn it off.")
+        refused = {
+            "lora": config.lora,
+            "stop_after": config.stop_after,
+            "global_batch_examples": config.global_batch_examples,
+        }
+        for key in [*(k for k, v in refused.items() if v is not None), *["final: best"] * (config.final == "best")]:
+            raise TrainError(f"{key} does not go with contrast. Remove it (global_batch counts pairs).")
+    if not config.sources and (config.contrast is None or config.contrast.ce_on == "sources"):
+        raise TrainError("sources is missing or empty, expected at least one source.")
     sizes = [k for k in ("global_batch", "global_batch_tokens", "global_batch_examples") if getattr(config, k)]
     if len(sizes) > 1:
         raise TrainError(f"{' and '.join(sizes)} are both given. Give one of them.")
@@ -354,7 +353,7 @@ def _check_together(config: TrainConfig) -> None:
         raise TrainError("weight_decay and betas are for AdamW only. Remove them, or set optimizer: adamw.")
     if config.lora is not None:
         _check_lora(config, config.lora)
-    if not any(source.weight for source in config.sources):
+    if config.sources and not any(source.weight for source in config.sources) and config.contrast is None:
         raise TrainError("Every source has weight 0, so nothing would be learned. Give one a weight.")
     _check_choice(config)
     titles = [source.title for source in config.sources]

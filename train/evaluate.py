@@ -39,7 +39,7 @@ def evaluate(
     if not held:
         return {}
     model.eval()
-    nll = {source.title: _nll(model, mixture, source, world) for source in held}
+    nll = {source.title: source_nll(model, mixture, source, world) for source in held}
     judged = [source for source in held if source.title in judges]
     accuracy = {s.title: solved(model, tokenizer, s, judges[s.title], config) for s in judged}
     model.train()
@@ -54,7 +54,9 @@ def evaluate(
     return {"nll": sum(nll.values()) / len(nll), **each}
 
 
-def _nll(model: LossModel, mixture: Mixture, source: Source, world: World) -> float:
+@torch.no_grad()
+def source_nll(model: LossModel, mixture: Mixture, source: Source, world: World) -> float:
+    """Plain cross-entropy of the held-out examples, in nats per labelled token."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in mixture.held_out_batches(source, world.rank):
         loss, count = model(batch.to(world.device), 1.0)

@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from train.config import Lora, SourceConfig, TrainConfig
+from train.contrast.options import ContrastConfig, QuestionsConfig, VerifyConfig
 
 USAGE = "usage: mixce-train CONFIG.yaml [--key value ...]"
 _HEAD = f"""{USAGE}
@@ -21,11 +22,21 @@ brackets). A flag overrides the key of the file; its value is YAML. docs/trainin
 """
 
 
+_BLOCKS: dict[str, type[Any]] = {
+    "each entry of sources": SourceConfig,
+    "lora": Lora,
+    "contrast": ContrastConfig,
+    "contrast.questions": QuestionsConfig,
+    "contrast.verify": VerifyConfig,
+}
+
+
 def help_text(width: int) -> str:
     """All keys with their defaults and meanings, in lines of `width` characters."""
-    sources = ["", "Keys of each entry of sources:", "", *_lines(SourceConfig, "", width)]
-    lora = ["", "Keys of lora:", "", *_lines(Lora, "", width)]
-    return "\n".join([_HEAD, *_lines(TrainConfig, "--", width), *sources, *lora])
+    parts = [_HEAD, *_lines(TrainConfig, "--", width)]
+    for title, config in _BLOCKS.items():
+        parts += ["", f"Keys of {title}:", "", *_lines(config, "", width)]
+    return "\n".join(parts)
 
 
 def _lines(config: type[Any], dashes: str, width: int) -> Iterator[str]:

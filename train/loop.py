@@ -45,7 +45,12 @@ def finetune(config: TrainConfig) -> None:
     try:
         check_batch(config, world.size)
         with hold_output(Path(config.output), world):
-            _finetune(config, world)
+            if config.contrast is None:
+                run_training(config, world)
+            else:
+                from train.contrast.stage import Stage  # which calls run_training
+
+                Stage(config, config.contrast, world).run()
     except torch.OutOfMemoryError as e:
         raise TrainError(
             f"The GPU is out of memory ({str(e).splitlines()[0]}). Lower micro_batch or sequence_length, turn on "
@@ -55,9 +60,13 @@ def finetune(config: TrainConfig) -> None:
         close_world(world)
 
 
-def _finetune(config: TrainConfig, world: World) -> None:
+def run_training(
+    config: TrainConfig, world: World, data: Path | None = None, make_mixture: Callable[..., Mixture] = Mixture
+) -> None:
+    """One training, in an output that is held. `data` has the tokenised examples (default: `output/data`)."""
     output = Path(config.output)
-    say = _say if world.is_first else lambda text: None
+    data = data or output / "data"
+    say = speaker(world)
 
     # ---- is there something to go on from? ----
     saved = list_checkpoints(output)
@@ -85,11 +94,12 @@ def _finetune(config: TrainConfig, world: World) -> None:
         model = ready_model(hf_model, config, world)
 
     # ---- data ----
-    names = world.first(lambda: prepare_sources(config, tokenizer, output / "data"))
-    sources = open_sources(config, output / "data", names)
+    names = world.first(lambda: prepare_sources(config, tokenizer, data))
+    sources = open_sources(config, data, names)
     reports = [source.report for source in sources]
-    say(report_table(reports))
-    mixture = Mixture(sources, config, padding_id(tokenizer, say), world.size)
+    if reports:
+        say(report_table(reports))
+    mixture = make_mixture(sources, config, padding_id(tokenizer, say), world.size)
 
     # ---- the same run as before? ----
     record["data"] = names
@@ -243,5 +253,6 @@ def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def speaker(world: World) -> Callable[[str], None]:
+    """Prints on stderr, in the first process."""
+    return lambda text: print(text, file=sys.stderr, flush=True) if world.is_first else None

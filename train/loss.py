@@ -14,6 +14,7 @@ Cross-Entropies", ACL 2023, arXiv 2305.16958.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,31 @@ def fused_mixce_loss(
     return loss, torch.full((), len(rows), device=labels.device)
 
 
+def fused_log_probs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """log q of each label, [...] like labels, 0 where it is -100; without ever holding tokens x vocabulary.
+
+    Arguments as for `fused_mixce_loss`. Any loss may be made of the result: the backward pass projects each chunk
+    again, and multiplies the gradient of its cross-entropy by one weight for each token.
+    """
+    shape, labels = labels.shape, labels.flatten()
+    rows = (labels != IGNORE).nonzero().squeeze(-1)
+    hidden = hidden.flatten(0, -2)
+    picked = hidden if len(rows) == len(labels) else hidden.index_select(0, rows)
+    chunk = chunk_tokens or _default_chunk(picked, lm_head_weight)
+    log_q: Tensor = _FusedLogProbs.apply(  # type: ignore[no-untyped-call]
+        picked, lm_head_weight, bias, labels.index_select(0, rows), softcap, chunk
+    )
+    return log_q.new_zeros(len(labels)).index_copy(0, rows, log_q).view(shape)
+
+
 class _FusedMixCE(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,33 +115,21 @@ class _FusedMixCE(torch.autograd.Function):
         wants_grad: bool,
     ) -> Tensor:
         needed = [wants_grad and need for need in ctx.needs_input_grad[:3]]
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.empty_like(hidden) if needed[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needed[2] and bias is not None else None
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grads = _Gradients(needed, hidden, weight, bias)
+        loss = torch.zeros((), dtype=grads.wide, device=hidden.device)
+
+        def weigh(log_q: Tensor) -> Tensor:
+            return mixing_ratio + (1 - mixing_ratio) * log_q.exp()
+
         for start in range(0, len(labels), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            chunk_loss, grad = _chunk_gradient(
-                functional.linear(hidden[part], weight, bias).to(wide), labels[part], mixing_ratio, softcap,
-                any(needed),
-            )  # fmt: skip
-            loss += chunk_loss
-            if grad is None:
-                continue
-            narrow = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(narrow, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_product(grad_weight, narrow, hidden[part])
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            del grad, narrow  # before the next chunk's logits are allocated: one chunk at a time
-        ctx.grads = (
-            grad_hidden,
-            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-            grad_bias if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+            logits = functional.linear(hidden[part], weight, bias).to(grads.wide)
+            log_q, grad = _chunk_gradient(logits, labels[part], weigh, softcap, any(needed))
+            loss -= (weigh(log_q) * log_q).sum()
+            del logits
+            grads.add(part, grad)
+            del grad  # before the next chunk's logits are allocated: one chunk at a time
+        ctx.grads = grads.narrowed()
         return loss
 
     @staticmethod
@@ -128,10 +142,86 @@ class _FusedMixCE(torch.autograd.Function):
         return (*(None if g is None else g.mul_(scale) for g in grads), None, None, None, None, None)
 
 
+class _FusedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+        chunk_tokens: int,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.softcap, ctx.chunk_tokens = softcap, chunk_tokens
+        wide = _wide(hidden)
+        log_q = torch.empty(len(labels), dtype=wide, device=hidden.device)
+        for start in range(0, len(labels), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = functional.linear(hidden[part], weight, bias).to(wide)
+            log_q[part] = _chunk_gradient(logits, labels[part], torch.ones_like, softcap, False)[0].squeeze(1)
+            del logits
+        return log_q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        grads = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
+        for start in range(0, len(labels), ctx.chunk_tokens):
+            part = slice(start, start + ctx.chunk_tokens)
+            logits = functional.linear(hidden[part], weight, bias).to(grads.wide)
+            factor = -upstream[part].unsqueeze(1)  # the gradient of a cross-entropy with this weight for each token
+            grad = _chunk_gradient(logits, labels[part], factor, ctx.softcap, True)[1]
+            del logits
+            grads.add(part, grad)
+            del grad
+        return (*grads.narrowed(), None, None, None)
+
+
+class _Gradients:
+    """Those of hidden, weight and bias that are needed, chunk by chunk; the head's are summed in `wide`."""
+
+    def __init__(self, needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.wide = _wide(hidden)
+        self._inputs = hidden, weight, bias
+        self._hidden = torch.empty_like(hidden) if needed[0] else None
+        self._weight = torch.zeros_like(weight, dtype=self.wide) if needed[1] else None
+        self._bias = torch.zeros_like(bias, dtype=self.wide) if needed[2] and bias is not None else None
+
+    def add(self, part: slice, grad: Tensor | None) -> None:
+        """The gradient by the logits of these rows, if there is one."""
+        if grad is None:
+            return
+        hidden, weight, _ = self._inputs
+        narrow = grad.to(hidden.dtype)
+        if self._hidden is not None:
+            torch.mm(narrow, weight, out=self._hidden[part])
+        if self._weight is not None:
+            _add_product(self._weight, narrow, hidden[part])
+        if self._bias is not None:
+            self._bias += grad.sum(0)
+
+    def narrowed(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtypes of what they belong to."""
+        _, weight, bias = self._inputs
+        return (
+            self._hidden,
+            self._weight if self._weight is None else self._weight.to(weight.dtype),
+            self._bias if self._bias is None or bias is None else self._bias.to(bias.dtype),
+        )
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
 def _chunk_gradient(
-    logits: Tensor, labels: Tensor, mixing_ratio: float, softcap: float | None, wants_grad: bool
+    logits: Tensor, labels: Tensor, weigh: Callable[[Tensor], Tensor] | Tensor, softcap: float | None, wants_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss (scalar) and its gradient by the logits [chunk, vocabulary]; overwrites `logits`.
+    """log q of the labels [chunk, 1], and the gradient of the weighted cross-entropy by the logits [chunk,
+    vocabulary]; `weigh` is the weights [chunk, 1], or gives them from log q. Overwrites `logits`.
 
     d/dz_j of -w log softmax(z)_y, w held fixed, is w (p_j - [j = y]); a soft cap multiplies by 1 - tanh^2.
     """
@@ -146,13 +236,12 @@ def _chunk_gradient(
     exps = logits.exp_()
     total = exps.sum(1, keepdim=True)
     log_q = shifted - total.log()
-    weight = mixing_ratio + (1 - mixing_ratio) * log_q.exp()
-    loss = -(weight * log_q).sum()
     if not wants_grad:
-        return loss, None
+        return log_q, None
+    weight = weigh if isinstance(weigh, Tensor) else weigh(log_q)
     grad = exps.mul_(weight / total)
     grad.scatter_add_(1, column, -weight)
-    return loss, grad if slope is None else grad.mul_(slope)
+    return log_q, grad if slope is None else grad.mul_(slope)
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

@@ -23,9 +23,10 @@ from torch.nn import functional
 from train.adapter import add_adapter
 from train.batches import Batch
 from train.config import TrainConfig
+from train.contrast.ranking import ranking_loss
 from train.errors import DELETE_CHECKPOINT, TrainError
 from train.hub import explain
-from train.loss import fused_mixce_loss, mixce_loss
+from train.loss import fused_log_probs, fused_mixce_loss, mixce_loss
 
 Say = Callable[[str], None]
 _AGAIN = "Save or download the model again."
@@ -266,7 +267,9 @@ class LossModel(nn.Module):
         self._takes_positions = "position_ids" in accepted
 
     def forward(self, batch: Batch, mixing_ratio: float) -> tuple[Tensor, Tensor]:
-        """Sum over the batch's labelled tokens (float32 or better) and their number."""
+        """Sum over the batch's labelled tokens (float32 or better) and their number; of pairs with the ranking loss."""
+        if batch.ranking is not None:
+            return ranking_loss(self.log_probs(batch), batch.labels, batch.ranking, mixing_ratio)
         if not self._fused:
             return mixce_loss(self.plain_logits(batch), batch.labels, mixing_ratio)
         hidden = self._hidden(batch)
@@ -275,6 +278,14 @@ class LossModel(nn.Module):
             hidden, head.weight, batch.labels, mixing_ratio, bias=head.bias, softcap=self._softcap,
             labelled=batch.labelled,
         )  # fmt: skip
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """log q of every label, [rows, tokens], 0 where there is none."""
+        if not self._fused:
+            nll = functional.cross_entropy(self.plain_logits(batch).float().mT, batch.labels, reduction="none")
+            return -nll
+        head = self.model.get_output_embeddings()
+        return fused_log_probs(self._hidden(batch), head.weight, batch.labels, bias=head.bias, softcap=self._softcap)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the inner model. With restarting positions, no attention mask and no cache, transformers

@@ -75,11 +75,14 @@ def preflight(config: TrainConfig, model_config: Any, dtype: torch.dtype, world_
         weight_bytes=sum(p.nbytes for p in parameters) // world_size,
         gradient_bytes=gradient_bytes(config, trained, world_size),
         optimizer_bytes=state_bytes(config.optimizer, (tuple(p.shape) for p in trained)) // world_size,
-        activation_bytes=activation_bytes(model, config.micro_batch, config.sequence_length),
+        activation_bytes=activation_bytes(model, config.rows_at_once, config.sequence_length),
         loss_bytes=_loss_bytes(config, model, size),
         gathered_bytes=_gathered_bytes(model) if world_size > 1 else 0,
         update_bytes=_update_bytes(trained, size) // world_size,
-        tokens_per_step=config.sequences_per_step(world_size) * config.sequence_length,
+        tokens_per_step=config.sequences_per_step(world_size)
+        * config.rows_at_once
+        // config.micro_batch
+        * config.sequence_length,
     )
 
 
@@ -151,7 +154,7 @@ def _saved_bytes(model: Any, rows: int, tokens: int) -> int:
 def _loss_bytes(config: TrainConfig, model: Any, size: int) -> int:
     """The fused loss holds a chunk of logits, the hidden gradient and a trained head's; the plain one all."""
     head: Tensor = model.get_output_embeddings().weight
-    tokens = config.micro_batch * config.sequence_length
+    tokens = config.rows_at_once * config.sequence_length
     if not config.fused_loss:
         return 3 * 4 * tokens * len(head)
     trained_head = 4 * head.numel() if head.requires_grad else 0

@@ -29,9 +29,10 @@ from train.chat import (
     read_messages,
     without_empty,
 )
-from train.config import Sort, SourceConfig, Template, Where
+from train.config import SourceConfig, Template
 from train.errors import TrainError
 from train.hub import explain
+from train.selection import Sort, Where
 
 Numbers = NDArray[np.int64]  # of rows
 
@@ -279,7 +280,7 @@ def _lookup(row: Mapping[str, Any], field: str) -> Any:
     return value
 
 
-def _fill(text: str, row: Mapping[str, Any]) -> str:
+def fill(text: str, row: Mapping[str, Any]) -> str:
     """The template with the row's values, without white space at its ends; an empty cell is empty text."""
     pieces = []
     for literal, name, _, _ in string.Formatter().parse(text):
@@ -303,13 +304,13 @@ def render_row(source: SourceConfig, row: Mapping[str, Any], tokenizer: Any) -> 
 
 def _render_template(source: SourceConfig, template: Template, row: Mapping[str, Any], tokenizer: Any) -> Rendered:
     if source.format == "text":
-        text = _fill(template.text or "", row)
+        text = fill(template.text or "", row)
         return Rendered([Segment(text, True)] if text else [])
-    prompt, response = _fill(template.prompt, row), _fill(template.response, row)
+    prompt, response = fill(template.prompt, row), fill(template.response, row)
     if not response:
         return Rendered()
     if source.format == "tinycot":
-        rationale = _fill(template.rationale or "", row)
+        rationale = fill(template.rationale or "", row)
         # The next turn's header ends the answer, so it is learned too.
         answer = f"{rationale}\n{ANSWER}{response}\n{USER}"
         return Rendered([Segment(f"{USER}{prompt}\n{RATIONALE}", False), Segment(answer, True)])

@@ -80,7 +80,7 @@ def train_step(
 
 
 def _counts(batch: Batch) -> torch.Tensor:
-    return torch.stack([(batch.labels != -100).sum(), (batch.lengths > 0).sum()])
+    return torch.stack([(batch.learned_labels != -100).sum(), (batch.lengths > 0).sum()])
 
 
 def clip(model: torch.nn.Module, most: float | None) -> float:
