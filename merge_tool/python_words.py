@@ -27,7 +27,9 @@ _KEYWORDS: Mapping[str, tuple[str, str]] = {
     "models-dir": ("models_dir", "text"), "set": ("values", "text"), "minimize": ("minimize", "text"),
     "against": ("against", "text"), "t": ("t", "number"), "vary": ("vary", "text"), "sample": ("sample", "number"),
     "eval": ("command", "text"), "batch": ("batch", "number"), "progress": ("progress", "text"),
-    "try": ("prompt", "text"),
+    "try": ("prompt", "text"), "fill": ("fill", "switch"), "executor": ("executor", "text"),
+    "parts": ("num_parts", "number"),
+    "part": ("part", "number"), "of": ("size", "number"), "steal": ("steal", "switch"), "lease": ("lease", "number"),
 }  # fmt: skip
 _NO_VALUES = frozenset(
     [
