@@ -16,6 +16,7 @@ _FACTOR = re.compile(
     r"|lora_magnitude_vector(?=(?:\.weight)?$))(?:\.weight)?"
 )
 _TOKENS = re.compile(r"(.*?)(?:\.token_adapter)?\.(trainable_tokens_delta|trainable_tokens_original)")
+_FOLDERS = ("mlp", "block_sparse_moe", "feed_forward")  # what layers call the module that has the experts
 MAGNITUDE = "lora_magnitude_vector"
 TOKENS, OLD_TOKENS = "trainable_tokens_delta", "trainable_tokens_original"
 
@@ -63,3 +64,9 @@ def parse_name(source: TensorSource) -> AdapterTensor:
         return AdapterTensor(source, found[1], "bias" if found[2] == "lora_B.bias" else "weight", found[2])
     module, _, leaf = _FULL.sub("", name).rpartition(".")
     return AdapterTensor(source, module, leaf)
+
+
+def with_experts_called(name: str) -> list[str]:
+    """A name with each of the names that libraries have for the module in a layer that has the experts."""
+    words = name.split(".")
+    return [".".join(folder if word in _FOLDERS else word for word in words) for folder in _FOLDERS]
