@@ -357,6 +357,34 @@ def test_a_head_of_another_name_is_written_under_it(tmp_path: Path, module: str)
     assert same(merged(**given).logits, expected)
 
 
+MASKED = {"vocab_size": 48, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+MASKED |= {"num_hidden_layers": 2, "max_position_embeddings": 32, "embedding_size": 16, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Albert"])
+def test_a_head_that_comes_apart_keeps_its_bias(tmp_path: Path, family: str) -> None:
+    """BERT's head has a bias that is a copy of another tensor as long as the head is tied."""
+    make = getattr(transformers, f"{family}ForMaskedLM")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = make(getattr(transformers, f"{family}Config")(**MASKED)).eval()
+        torch.nn.init.normal_(plain.get_output_embeddings().bias)
+        plain.save_pretrained(tmp_path / "base")
+        model = make.from_pretrained(tmp_path / "base").eval()
+        live = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query", "decoder"])).eval()
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        live.save_pretrained(tmp_path / "adapter")
+        expected = live(IDS).logits
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", 1)
+        merged, info = make.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert same(merged.eval()(IDS).logits, expected)
+
+
 # ----------------------------------------------------------------------------------------- whole models
 
 

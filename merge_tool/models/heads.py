@@ -86,6 +86,16 @@ def renamed(source: TensorSource, name: str) -> TensorSource:
     return changed
 
 
+def own_bias(model: Checkpoint, head: str) -> dict[str, TensorSource]:
+    """The bias that a head needs where it is a tensor of its own, and that is a copy of another one where it is tied
+    (BERT's decoder): nothing for other heads."""
+    module, _, last = head.removesuffix(".weight").rpartition(".")
+    bias, copy = f"{module}.bias", f"{module}.decoder.bias"
+    if last != "decoder" or bias not in model.tensors or copy in model.tensors:
+        return {}
+    return {copy: renamed(model.source(bias), copy)}
+
+
 def untied_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """config.json of a model whose head is a tensor of its own."""
     return {**_with_ties(config or {}, ()), "tie_word_embeddings": False}
@@ -103,7 +113,7 @@ def _with_ties(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, An
 
 def with_own_head(model: Checkpoint, tie: Tie, head: str, notices: Sequence[str] = ()) -> Checkpoint:
     """A tied model with its embedding as the head, too."""
-    made = {} if tie.copy else {head: renamed(model.source(tie.embedding), head)}
+    made = ({} if tie.copy else {head: renamed(model.source(tie.embedding), head)}) | own_bias(model, head)
     all_notices = (*model.notices, *notices)
     return model.with_made(model.name, (), made, all_notices, config=untied_config(model.config))
 

@@ -15,7 +15,7 @@ from merge_tool.checkpoint.reader import Checkpoint, FileTensor
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import MismatchError, counted, listed, shown
-from merge_tool.models.heads import renamed
+from merge_tool.models.heads import own_bias, renamed
 from merge_tool.models.lora_config import CONFIG, Settings
 from merge_tool.models.lora_ends import ends_notice, find_ends
 from merge_tool.models.lora_experts import match_experts, take_expert_modules
@@ -107,6 +107,7 @@ class Matcher:
         if tie is None or head is None:
             return
         self.notices.append(ends_notice(self.name, self.base, self.ends))
+        self.made |= own_bias(self.base, head)
         if head not in self.made and tie.copy is None:
             source = self._source(tie.embedding) if self.ends.follows else self.base.source(tie.embedding)
             self.made[head] = renamed(source, head)
@@ -217,9 +218,10 @@ class Matcher:
         """Whether products for square layers are transposed: as fan_in_fan_out says, unless the other layers' shapes
         contradict it. Of GPT-2 with its head, peft writes what holds for the head."""
         default = self.settings.transposed
-        inner = [layer for layer in layers if layer.a.name.endswith(".weight") and not is_head(f"{layer.module}.weight")]
+        heads = [layer for layer in layers if is_head(f"{layer.module}.weight")]
+        inner = [layer for layer in layers if layer not in heads and layer.a.name.endswith(".weight")]
         seen = {layer.ways[0] for layer in inner if len(layer.ways) == 1}
-        if len(inner) < len(layers) and seen == {True}:
+        if heads and seen == {True}:
             return True
         square = [layer.module for layer in layers if len(layer.ways) == 2]
         denied = seen == {False} if default else True in seen
