@@ -20,8 +20,8 @@ from merge_tool.models.lora_config import CONFIG, Settings
 from merge_tool.models.lora_ends import ends_notice, find_ends
 from merge_tool.models.lora_experts import match_experts, take_expert_modules
 from merge_tool.models.lora_names import MAGNITUDE, OLD_TOKENS, TOKENS, AdapterTensor, parse_name, with_experts_called
-from merge_tool.models.naming import is_head
 from merge_tool.models.low_rank import Factor, LowRankTensor
+from merge_tool.models.naming import is_head
 from merge_tool.models.renaming import Names
 from merge_tool.models.rescaled import Factors, RescaledTensor
 from merge_tool.models.token_rows import TokenRows
