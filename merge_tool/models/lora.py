@@ -23,6 +23,7 @@ from merge_tool.errors import CheckpointError, listed, reason, shown
 from merge_tool.models.heads import untied_config
 from merge_tool.models.lora_config import CONFIG, Settings, read_settings
 from merge_tool.models.lora_match import Matcher
+from merge_tool.models.lora_names import holds_factors
 
 Coming = Mapping[Path, Mapping[str, ByteSource]]  # by folder, the weights that are still to be fetched
 NOTHING: Coming = {}
@@ -145,10 +146,9 @@ def open_models(
     paths = [local_parts(ref) for ref in refs]
     names = distinct_names(path for several in paths for path in several)
     alone = [len(path) == 1 and is_adapter(path[0], coming) for path in paths]
-    files = [len(path) == 1 and path[0].is_file() and path[0].name in ADAPTER_WEIGHTS for path in paths]
-    if any(files) and not all(files):  # two files of adapters are merged like any two files
-        file = paths[files.index(True)][0]
-        raise CheckpointError(f"{shown(file)}: is the file of an adapter. Give its folder: {shown(file.parent)}.")
+    of_peft = [len(path) == 1 and path[0].is_file() and path[0].name in ADAPTER_WEIGHTS for path in paths]
+    if any(of_peft) and not all(of_peft):  # two files of adapters are merged like any two files
+        raise _is_adapters_file(paths[of_peft.index(True)][0])
     if alone[0] and not all(alone):
         other = shown(names[paths[alone.index(False)][0]])
         raise CheckpointError(
@@ -162,7 +162,19 @@ def open_models(
             models.append(
                 open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable, names=names)
             )
-    if alone[0]:
+    files = [not one and _is_lora_file(path, model) for one, path, model in zip(alone, paths, models, strict=True)]
+    if files[0] and not all(files):
+        raise CheckpointError(
+            f"{shown(models[0].name)}: BASE is a LoRA file, but {shown(models[files.index(False)].name)} is a model. "
+            "Give MODEL+FILE for BASE."
+        )
+    if any(files) and not files[0]:
+        from merge_tool.models.lora_files import apply_file  # for these alone
+
+        models = [
+            apply_file(models[0], model) if is_one else model for model, is_one in zip(models, files, strict=True)
+        ]
+    if alone[0] or files[0]:
         notice = (
             f"{' and '.join(model.name for model in models)} are adapters: their factors are merged one by one, which "
         )
@@ -170,6 +182,18 @@ def open_models(
         models[0] = models[0].with_notices((*models[0].notices, notice))
     _drop_repeated(models)
     return models
+
+
+def _is_lora_file(path: Sequence[Path], model: Checkpoint) -> bool:
+    if len(path) > 1 or not holds_factors(model.tensors):
+        return False
+    from merge_tool.models.lora_files import is_lora_file  # for these alone
+
+    return is_lora_file(model)
+
+
+def _is_adapters_file(file: Path) -> CheckpointError:
+    return CheckpointError(f"{shown(file)}: is the file of an adapter. Give its folder: {shown(file.parent)}.")
 
 
 def _drop_repeated(models: list[Checkpoint]) -> None:
@@ -184,11 +208,18 @@ def _drop_repeated(models: list[Checkpoint]) -> None:
 def apply_adapter(
     base: Checkpoint, path: Path, *, name: str = "", max_header_bytes: int = MAX_HEADER_BYTES
 ) -> Checkpoint:
-    """`base` with the adapter of the folder at `path`.
+    """`base` with the adapter of the folder at `path`, or with a LoRA file of an image model.
 
     Raises CheckpointError for a folder that is no LoRA adapter or cannot be merged, MismatchError with every tensor of
     the adapter that does not fit `base`.
     """
+    if path.name in ADAPTER_WEIGHTS and path.is_file():
+        raise _is_adapters_file(path)
+    if not os.path.lexists(path / CONFIG):
+        from merge_tool.models import lora_files  # for these alone
+
+        if (file := lora_files.find_lora_file(path)) is not None:
+            return lora_files.apply_file(base, lora_files.open_lora_file(file, name, max_header_bytes))
     try:
         folder = Folder(path, name)
         settings = read_settings(folder)

@@ -83,15 +83,15 @@ class Settings:
         return next((rows for end, rows in self.tokens.items() if f".{module}".endswith(end)), None)
 
     def rank_of(self, module: str) -> int:
-        return int(_number(self.where, "rank_pattern", _by_pattern(self.ranks, module, self.rank)))
+        return int(_number(self.where, "rank_pattern", by_pattern(self.ranks, module, self.rank)))
 
     def scale_of(self, module: str) -> float:
-        alpha = _number(self.where, "alpha_pattern", _by_pattern(self.alphas, module, self.alpha))
+        alpha = _number(self.where, "alpha_pattern", by_pattern(self.alphas, module, self.alpha))
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.root_scaled else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name, or its end from a dot on, as in peft."""
     for pattern, value in patterns.items():
         if module == pattern or module.endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module[:500]):
