@@ -230,7 +230,7 @@ OPTIONS = [
     "--allow-different-architectures", "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude",
     "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory", "--method",
     "--names-from", "--on-mismatch", "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--quiet",
-    "--report", "--seed", "--t", "--t-for", "--untie", "--version", "--vocab",
+    "--report", "--seed", "--t", "--t-for", "--untie", "--variant", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",

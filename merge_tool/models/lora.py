@@ -87,6 +87,7 @@ def open_model(
     mergeable: bool = True,
     as_stored: bool = False,
     names: Mapping[Path, str] | None = None,
+    variant: str | None = None,
 ) -> Checkpoint:
     """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has by name the weights that are still to be fetched;
     `names` how models and adapters are called in messages, where that is not by their folder's name."""
@@ -104,6 +105,7 @@ def open_model(
         max_header_bytes=max_header_bytes,
         mergeable=mergeable,
         as_stored=as_stored,
+        variant=variant,
     )
     if mergeable and checkpoint.folder is not None and not is_adapter(model, coming):
         checkpoint = checkpoint.with_notices((*checkpoint.notices, *_unused(checkpoint.folder, checkpoint)))
@@ -140,6 +142,7 @@ def open_models(
     coming: Coming = NOTHING,
     max_header_bytes: int = MAX_HEADER_BYTES,
     mergeable: bool = True,
+    variant: str | None = None,
 ) -> list[Checkpoint]:
     """BASE and the others; an adapter folder alone is applied to BASE. If all are adapter folders, they are opened as
     adapters."""
@@ -159,9 +162,15 @@ def open_models(
         if is_alone and not alone[0]:
             models.append(apply_adapter(models[0], path[0], name=names[path[0]], max_header_bytes=max_header_bytes))
         else:
-            models.append(
-                open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable, names=names)
+            model = open_model(
+                ref,
+                coming=coming,
+                max_header_bytes=max_header_bytes,
+                mergeable=mergeable,
+                names=names,
+                variant=variant,
             )
+            models.append(model)
     files = [not one and _is_lora_file(path, model) for one, path, model in zip(alone, paths, models, strict=True)]
     if files[0] and not all(files):
         raise CheckpointError(

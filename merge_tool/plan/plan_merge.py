@@ -68,7 +68,10 @@ def plan_merge(
     check_stack(recipe, expansion, models, fitted.names)
     scaled = plan_scaled(recipe, method, models)
     jobs = _Jobs(recipe=recipe, method=method, models=models, expansion=expansion, kept=fitted.kept, scaled=scaled)
-    stem, max_bytes = output_stem(first), None if single_file else recipe.options.max_shard_bytes
+    stem, max_bytes = (
+        output_stem(first, recipe.options.variant),
+        None if single_file else recipe.options.max_shard_bytes,
+    )
     shards = lay_out(jobs.infos(fitted), first, stem, max_bytes, single_file, jobs)
     expansion.check_values()
     warnings = [

@@ -7,13 +7,14 @@ Reads headers, side files, and a few bytes of many tensors; writes nothing.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, OutputError, listed, reason, shown
+from merge_tool.errors import CheckpointError, MismatchError, OutputError, RecipeError, listed, reason, shown
 from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -121,7 +122,10 @@ def prepare(
     """
     try:
         check_lent_patterns(recipe, inputs, machine)
-        opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
+        variant = recipe.options.variant
+        opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes, variant=variant)
+        if variant is not None:
+            opened = _with_variant(opened, variant)
         check_architectures(recipe, opened)
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_requested=recipe.options.untie)
         lead = opened[recipe.first]
@@ -161,6 +165,19 @@ def prepare(
         inputs=inputs.paths,
         download=inputs.download,
     )
+
+
+def _with_variant(models: Sequence[Checkpoint], variant: str) -> list[Checkpoint]:
+    """The models, with a warning where one has no such variant. Raises RecipeError if none has."""
+    word = re.compile(rf"\.{re.escape(variant)}[-.]")
+    have = [any(word.search(file.file_name) for file in model.files) for model in models]
+    if not any(have):
+        raise RecipeError(f"--variant {shown(variant)}: no model has weights with .{shown(variant)} in their names.")
+    lacking = f"has no variant {shown(variant)}: its plain weights are merged."
+    return [
+        model if has else model.with_notices((*model.notices, f"{model.name} {lacking}"))
+        for model, has in zip(models, have, strict=True)
+    ]
 
 
 def _plan_for_disk(
