@@ -18,10 +18,10 @@ from merge_tool.checkpoint.header import MAX_HEADER_BYTES
 from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, open_local, open_one_file
 from merge_tool.checkpoint.source import ByteSource
-from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, adapter_files, kind_beside
+from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, MLX_WEIGHTS, adapter_files, kind_beside
 from merge_tool.errors import CheckpointError, listed, reason, shown
 from merge_tool.models.heads import untied_config
-from merge_tool.models.lora_config import CONFIG, Settings, read_settings
+from merge_tool.models.lora_config import CONFIG, Settings, adapter_prefix, read_settings
 from merge_tool.models.lora_match import Matcher
 from merge_tool.models.lora_names import holds_factors
 
@@ -231,6 +231,10 @@ def apply_adapter(
             return lora_files.apply_file(base, lora_files.open_lora_file(file, name, max_header_bytes))
     try:
         folder = Folder(path, name)
+        if folder.has(MLX_WEIGHTS) and folder.has(CONFIG) and not any(map(folder.has, ADAPTER_WEIGHTS)):
+            from merge_tool.models.lora_mlx import apply_mlx  # for these alone
+
+            return apply_mlx(base, folder, max_header_bytes)
         settings = read_settings(folder)
         weights = [open_one_file(folder, name, max_header_bytes=max_header_bytes) for name in settings.weights]
     except OSError as e:
@@ -239,9 +243,7 @@ def apply_adapter(
         raise CheckpointError(f"{empty[0]}: holds no tensors.")
     matched = Matcher(base, folder.name, settings, weights)
     matched.match()
-    prefix = "adapter"
-    while any(file.file_name == f"{prefix}/{CONFIG}" for file in base.files):
-        prefix += "+"  # one adapter upon another
+    prefix = adapter_prefix(base)
     files = (
         *(replace(file, file_name=f"{prefix}/{file.file_name}") for opened in weights for file in opened.files),
         CheckpointFile(f"{prefix}/{CONFIG}", settings.file, settings.sha256),

@@ -12,7 +12,7 @@ from typing import Any
 
 from merge_tool.checkpoint.elsewhere import find_elsewhere
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.reader import files_below
+from merge_tool.checkpoint.reader import Checkpoint, files_below
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, adapter_files
 from merge_tool.errors import CheckpointError, listed, shown
@@ -103,6 +103,14 @@ def _number(where: str, key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise CheckpointError(f"{where}: {key} is '{shown(value)}', expected a number.")
     return value
+
+
+def adapter_prefix(base: Checkpoint) -> str:
+    """What stands before the names of an adapter's files among those of the model that it is applied to."""
+    prefix = "adapter"
+    while any(file.file_name.startswith(f"{prefix}/") for file in base.files):
+        prefix += "+"  # one adapter upon another
+    return prefix
 
 
 def read_settings(folder: Folder) -> Settings:

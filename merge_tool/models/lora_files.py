@@ -25,7 +25,7 @@ from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import CheckpointError, MismatchError, counted, listed, shown
 from merge_tool.models.experts import Pieces
 from merge_tool.models.image_names import Place, Places, find_places
-from merge_tool.models.lora_config import by_pattern
+from merge_tool.models.lora_config import adapter_prefix, by_pattern
 from merge_tool.models.low_rank import Factor, LowRankTensor
 from merge_tool.models.rescaled import Factors, RescaledTensor
 
@@ -145,9 +145,7 @@ def apply_file(base: Checkpoint, file: Checkpoint) -> Checkpoint:
             else:
                 made[place.tensor] = _changed(base.source(place.tensor), change, scales.of(change))
     made |= {name: _joined(base.source(name), parts) for name, parts in thirds.items()}
-    prefix = "adapter"
-    while any(one.file_name.startswith(f"{prefix}/") for one in base.files):
-        prefix += "+"
+    prefix = adapter_prefix(base)
     files = tuple(replace(one, file_name=f"{prefix}/{Path(one.file_name).name}") for one in file.files)
     notices = (*base.notices, *file.notices, *_notices(base, file, by_component, whole))
     return base.with_made(f"{base.name}+{file.name}", files, made, notices)
