@@ -48,7 +48,7 @@ def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool, 
             below.setdefault(folder, []).append(rest)
     if any(file.endswith(("adapters.safetensors", "adapters.npz")) for file in top):
         return (
-            "is an adapter of MLX (adapters.safetensors). Give MODEL+ADAPTER, with its adapter_config.json in the folder. "
+            "is an adapter of MLX (adapters.safetensors). Give MODEL+ADAPTER, with adapter_config.json in its folder. "
             f"Or make a model of it: mlx_lm.fuse --model MODEL --adapter-path {where.path} --save-path FUSED (with "
             "--dequantize, if MODEL is quantised), and give FUSED."
         )

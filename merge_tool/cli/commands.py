@@ -44,7 +44,8 @@ from merge_tool.cli.show import (
     verification_json,
     verification_lines,
 )
-from merge_tool.errors import shown
+from merge_tool.errors import MismatchError, OutputError, counted, reason, shown
+from merge_tool.files import write_whole
 from merge_tool.methods.registry import METHODS
 from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.options import Options
@@ -72,9 +73,15 @@ from merge_tool.recipe.recipe import Recipe, label_t
 @with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
+@click.option(
+    "--names-to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="If FT has other names than BASE: write the pairs that shapes suggest to FILE, for --names-from.",
+)
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
 @print_errors(CONTINUES)
-def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], **options: Any) -> None:
+def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], names_to: Path | None, **options: Any) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
     BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
@@ -83,7 +90,25 @@ def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], **options:
     A merge that was stopped continues with the same command.
     """
     run, chosen = _parted(options)
-    _make(lambda: pair(base, ft, ts, **chosen), out, **run)
+    try:
+        _make(lambda: pair(base, ft, ts, **chosen), out, **run)
+    except MismatchError as e:
+        raise e if names_to is None else _with_names_written(e, names_to) from e
+
+
+def _with_names_written(error: MismatchError, file: Path) -> MismatchError:
+    """The error, after the names that it suggests have been written. Raises OutputError where that cannot be."""
+    if not error.suggested:
+        return MismatchError(f"{error}\n--names-to: shapes suggest no pairs of names; nothing is written.")
+    if os.path.lexists(file):
+        raise OutputError(f"--names-to {shown(file)}: is there already. Choose another name.")
+    text = json.dumps(dict(sorted(error.suggested.items())), indent=2, ensure_ascii=False)
+    try:
+        write_whole(file, [text.encode(), b"\n"])
+    except OSError as e:
+        raise OutputError(f"--names-to {shown(file)}: cannot be written ({reason(e)}).") from e
+    pairs = counted(len(error.suggested), "pair")
+    return MismatchError(f"{error}\n{shown(file)} has {pairs}: check them, then give --names-from {shown(file)}.")
 
 
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

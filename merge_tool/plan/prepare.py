@@ -206,7 +206,7 @@ def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Me
     try:
         plan = plan_merge(recipe, models, methods=methods, single_file=target.single_file)
     except MismatchError as e:
-        raise MismatchError(f"{e}{explain_rows(models)}") from e
+        raise MismatchError(f"{e}{explain_rows(models)}", e.suggested) from e
     if recipe.tokenizer is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
         check_vocabularies(recipe, models)
     asked = recipe.options.chat_template or recipe.chat_template
