@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # from the top; those in one set stand side by side
-    {"__init__", "__main__"}, {"cli"}, {"verify", "sweep"}, {"api"}, {"output", "diff"}, {"run"},
+    {"__init__", "__main__"}, {"cli"}, {"verify", "sweep", "chain"}, {"api"}, {"output", "diff"}, {"run"},
     {"plan"}, {"vocabulary"}, {"models"}, {"checkpoint", "recipe"}, {"methods"}, {"arrays"}, {"apart", "files"},
     {"streams"}, {"errors", "_version"},
 ]  # fmt: skip

@@ -13,7 +13,9 @@ from merge_tool.files import leads_out
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
 MLX_WEIGHTS = "adapters.safetensors"
-TRAINED_BESIDE = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")  # whole tensors of LLaVA's adapters
+TRAINED_BESIDE = (  # whole tensors that LLaVA trains beside an adapter
+    "non_lora_trainables.bin", "non_lora_trainables.safetensors", "mm_projector.bin", "mm_projector.safetensors",
+)  # fmt: skip
 _STATE_FILES = re.compile(  # of a training
     r"(optimizer|scheduler|scaler|rng_state|random_states?_|training_args|sampler|dl_state_dict)[^/]*", re.IGNORECASE
 )

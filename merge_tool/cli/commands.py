@@ -11,9 +11,9 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -44,13 +44,16 @@ from merge_tool.cli.show import (
     verification_json,
     verification_lines,
 )
-from merge_tool.errors import MismatchError, OutputError, counted, reason, shown
+from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
 from merge_tool.files import write_whole
 from merge_tool.methods.registry import METHODS
 from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
+
+if TYPE_CHECKING:
+    from merge_tool.recipe.parts import Part
 
 # --------------------------------------------------------------------------------------- slerp-merge
 
@@ -167,6 +170,17 @@ def _make(
         click.echo("\n".join(summary_lines(report)))
 
 
+def _make_parts(parts: Sequence[Part], out: Path, run: dict[str, Any]) -> None:
+    """Run the merges of a file of several recipes; what is printed as JSON is the last one's report."""
+    from merge_tool.chain import merge_parts
+
+    def make(recipe: Recipe, target: Path, name: str) -> None:
+        of_part = {"report_path": None, "as_json": False, "quiet": run["quiet"] or run["as_json"]} if name else {}
+        _make(lambda: recipe, target, **{**run, **of_part})
+
+    merge_parts(parts, out, make)
+
+
 class _Bar:
     """One tqdm bar in bytes on stderr; no bar unless wanted."""
 
@@ -226,11 +240,20 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
     """Merge the models that RECIPE, a YAML file as mergekit reads it, names into OUT.
 
     Any number of models, by any of the methods in docs/methods.md. BASE is base_model, or else the first one listed.
+    Several recipes in one file, with a name each but for the last, are made one after the other.
     A merge that was stopped continues with the same command.
     """
     from merge_tool.recipe.mergekit import read_recipe
+    from merge_tool.recipe.parts import read_parts
 
     run, chosen = _parted(options)
+    values, models_dir = chosen.get("values"), chosen.get("models_dir")
+    if parts := read_parts(recipe, METHODS, **{k: v for k, v in chosen.items() if k not in ("values", "models_dir")}):
+        for option, is_given in (("--set", values), ("--models-dir", models_dir), ("--dry-run", run["dry_run"])):
+            if is_given:
+                raise RecipeError(f"{option} is for a file of one recipe. Give each part a file of its own.")
+        _make_parts(parts, out, run)
+        return
     _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
 
 
