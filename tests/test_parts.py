@@ -63,7 +63,7 @@ def test_the_output_is_what_the_recipes_make_one_after_the_other(order: tuple[in
 
 def test_an_output_that_no_later_part_needs_is_removed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last part begins, the first one's output is gone."""
-    import merge_tool.cli.commands as commands
+    import merge_tool.api as commands
 
     seen, real = list[list[str]](), commands.merge_recipe
 

@@ -1,7 +1,7 @@
 """The two commands: parse, call, print, exit code. Never a tensor, an offset or a default value.
 
-`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. A module that only one command
-needs is imported inside that command, which saves the merge time and memory.
+`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. What only a running command needs
+is imported inside it: `--help` needs no numpy, and each command only its own modules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import click
 from click.core import ParameterSource
 
 from merge_tool._version import __version__
-from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
 from merge_tool.cli.frame import CONTINUES, READS, Command, Group, print_errors
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
@@ -30,29 +29,13 @@ from merge_tool.cli.options import (
     recipe_options,
     with_options,
 )
-from merge_tool.cli.show import (
-    diff_lines,
-    health_json,
-    health_lines,
-    inspection_lines,
-    plan_json,
-    plan_lines,
-    report_json,
-    scores_line,
-    summary_lines,
-    sweep_lines,
-    verification_json,
-    verification_lines,
-)
 from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
-from merge_tool.files import write_whole
-from merge_tool.methods.registry import METHODS
-from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
 
 if TYPE_CHECKING:
+    from merge_tool.plan.prepare import Prepared
     from merge_tool.recipe.parts import Part
 
 # --------------------------------------------------------------------------------------- slerp-merge
@@ -96,7 +79,9 @@ def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], names_to: 
     try:
         _make(lambda: pair(base, ft, ts, **chosen), out, **run)
     except MismatchError as e:
-        raise e if names_to is None else _with_names_written(e, names_to) from e
+        if names_to is None:
+            raise
+        raise _with_names_written(e, names_to) from e
 
 
 def _with_names_written(error: MismatchError, file: Path) -> MismatchError:
@@ -105,6 +90,8 @@ def _with_names_written(error: MismatchError, file: Path) -> MismatchError:
         return MismatchError(f"{error}\n--names-to: shapes suggest no pairs of names; nothing is written.")
     if os.path.lexists(file):
         raise OutputError(f"--names-to {shown(file)}: is there already. Choose another name.")
+    from merge_tool.files import write_whole
+
     text = json.dumps(dict(sorted(error.suggested.items())), indent=2, ensure_ascii=False)
     try:
         write_whole(file, [text.encode(), b"\n"])
@@ -145,6 +132,9 @@ def _make(
     quiet: bool,
 ) -> None:
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
+    from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
+    from merge_tool.cli.show import report_json, summary_lines
+
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe = recipe_of()
@@ -243,6 +233,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
     Several recipes in one file, with a name each but for the last, are made one after the other.
     A merge that was stopped continues with the same command.
     """
+    from merge_tool.methods.registry import METHODS
     from merge_tool.recipe.mergekit import read_recipe
     from merge_tool.recipe.parts import read_parts
 
@@ -270,6 +261,7 @@ def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
 
     The same weights as `slerp-merge BASE ADAPTER OUT --t 1`, but BASE is read once.
     """
+    from merge_tool.methods.registry import METHODS
     from merge_tool.recipe.mergekit import read_recipe
 
     run, chosen = _parted(options)
@@ -288,6 +280,7 @@ def inspect_command(path: str, health: bool, as_json: bool) -> None:
 
     With --health the exit code is 1 if a value is NaN or infinite.
     """
+    from merge_tool.cli.show import health_json, health_lines, inspection_lines
     from merge_tool.verify.inspection import check_health, inspect_checkpoint
 
     inspection = inspect_checkpoint(path)
@@ -338,6 +331,7 @@ def verify_command(out: Path, against: tuple[str, str] | None, as_json: bool, **
 
     The exit code is 1 if anything is wrong. Nothing is written.
     """
+    from merge_tool.cli.show import verification_json, verification_lines
     from merge_tool.verify.verify import verify
 
     if against is not None and options["recipe"] is not None:
@@ -377,6 +371,7 @@ def diff_command(
     vectors, the norm ratio |FT| / |BASE|, the relative change |FT - BASE| / |BASE|.
     """
     from merge_tool.cli.plot import check_plot_path, plot_diff
+    from merge_tool.cli.show import diff_lines
     from merge_tool.diff import diff_checkpoints
 
     if picture is not None:
@@ -420,6 +415,7 @@ def sweep_command(
     command; more values of t may be added. COMMAND is not run through a shell; for pipes use sh -c '...'.
     """
     from merge_tool.cli.plot import can_plot, plot_sweep
+    from merge_tool.cli.show import scores_line, sweep_lines
     from merge_tool.sweep import sweep
 
     try:
@@ -434,6 +430,8 @@ def sweep_command(
 
 
 def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:
+    from merge_tool.cli.show import plan_json, plan_lines
+
     for warning in prepared.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if as_json:
