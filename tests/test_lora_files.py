@@ -133,7 +133,9 @@ DIFFUSERS = dict(UNET.values())
 AUTHORS = {name: shape for name, (_, shape) in UNET.items()}
 
 
-@pytest.mark.parametrize("spelling", ["kohya", "kohya, the authors' names", "kohya, no alpha", "peft", "old", "bare"])
+@pytest.mark.parametrize(
+    "spelling", ["kohya", "kohya, the authors' names", "kohya, no alpha", "peft", "old", "of the authors, dotted"]
+)
 def test_a_lora_of_a_unet_is_applied_to_the_folder_of_diffusers(tmp_path: Path, spelling: str) -> None:
     lora = {
         "kohya": lambda: Lora().kohya("unet", DIFFUSERS),
@@ -141,7 +143,7 @@ def test_a_lora_of_a_unet_is_applied_to_the_folder_of_diffusers(tmp_path: Path, 
         "kohya, no alpha": lambda: Lora().kohya("unet", DIFFUSERS, None),
         "peft": lambda: Lora().diffusers("unet.", DIFFUSERS, PEFT),
         "old": lambda: Lora().diffusers("unet.", DIFFUSERS, OLD),
-        "bare": lambda: Lora().diffusers("", DIFFUSERS, PEFT),
+        "of the authors, dotted": lambda: Lora().diffusers("diffusion_model.", AUTHORS, PEFT),
     }[spelling]()
     before = diffusers_unet()
     unet, file = save_model(tmp_path / "unet", before), lora.save(tmp_path / "style.safetensors")
@@ -333,6 +335,21 @@ def test_a_unet_with_other_blocks_takes_only_names_of_its_own(tmp_path: Path) ->
     shapes = {**DIFFUSERS, "down_blocks.0.resnets.2.conv1": (8, 8, 3, 3)}
     unet = save_model(tmp_path / "unet", weights(shapes))
     assert "no place for 19 modules" in refusal(unet, Lora().kohya("unet", AUTHORS), tmp_path / "out")
+
+
+def test_a_file_of_peft_without_its_settings_is_refused(tmp_path: Path) -> None:
+    """Its scale is in adapter_config.json: by names alone it would be applied with another one."""
+    modules = {"model.layers.0.self_attn.q_proj": (8, 8)}
+    base = save_model(tmp_path / "base", weights(modules))
+    for prefix, problem in (
+        ("", "has no alpha, and its name no component"),
+        ("base_model.model.", "no place for 1 module"),
+    ):
+        assert problem in refusal(base, Lora().diffusers(prefix, modules, PEFT), tmp_path / "out")
+    lora = Lora().diffusers("", modules, PEFT, scale=2.0)
+    lora.tensors["model.layers.0.self_attn.q_proj.alpha"] = np.array(6, np.float32)
+    merge(base, lora.save(tmp_path / "lora.safetensors"), tmp_path / "out", 1)
+    check(load_folder(tmp_path / "out"), load_folder(base), {f"{m}.weight": c for m, c in lora.changes.items()})
 
 
 def test_two_lora_files_are_merged_factor_by_factor_with_a_warning(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import Array, load_folder, save_file
+from checkpoints import Array, contents, load_folder, save_file
 from hub_replica import Replica, run, serve
 from merge_tool import MergeToolError, RecipeError, merge, merge_models
 from merge_tool.verify.verify import verify
@@ -108,3 +108,14 @@ def test_of_a_model_of_the_hub_only_the_variant_is_fetched(hub: Replica, tmp_pat
     fetched = {path.name for path in tmp_path.rglob("snapshots/*/*.safetensors")}
     assert len(fetched) == 3
     assert all(".fp16-" in name for name in fetched)
+
+
+def test_a_published_recipe_has_the_variant(tmp_path: Path) -> None:
+    base, ft = component(tmp_path / "base", 1), component(tmp_path / "ft", 2)
+    recipe = {"merge_method": "slerp", "base_model": str(base), "parameters": {"t": 0.4},
+              "models": [{"model": str(base)}, {"model": str(ft)}]}  # fmt: skip
+    merge_models(recipe, tmp_path / "out", variant="fp16")
+    merge_models(tmp_path / "out/mergekit_config.yml", tmp_path / "again", models_dir=tmp_path)
+    assert contents(tmp_path / "again")[f"{STEM}.safetensors"] == contents(tmp_path / "out")[f"{STEM}.safetensors"]
+    check(tmp_path / "again", 101, 102)
+    assert "--variant fp16" in (tmp_path / "out/README.md").read_text()

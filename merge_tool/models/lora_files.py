@@ -47,7 +47,7 @@ _REFUSED = (  # what is no product of two factors, or not of these alone
 )  # fmt: skip
 _KOHYA = re.compile(r"lora_(unet|transformer|te[123]?)_([^.]+)")
 _DOTTED = re.compile(r"(?:base_model\.model\.)?(unet|transformer|diffusion_model|text_encoder(?:_[23])?)\.(.+)")
-_COMPONENTS = {"transformer": "unet", "diffusion_model": "unet", "te": "te1", "text_encoder": "te1",
+_COMPONENTS = {"": "unet", "transformer": "unet", "diffusion_model": "unet", "te": "te1", "text_encoder": "te1",
                "text_encoder_2": "te2", "text_encoder_3": "te3"}  # fmt: skip
 _IN_WORDS = {"unet": "the UNet or transformer", "te1": "the first text encoder", "te2": "the second text encoder",
              "te3": "the third text encoder"}  # fmt: skip
@@ -115,7 +115,7 @@ def _refused(name: str) -> str | None:
 def apply_file(base: Checkpoint, file: Checkpoint) -> Checkpoint:
     """`base` with the changes of a LoRA file. Raises MismatchError with all that have no place or do not fit."""
     changes = _changes(file)
-    scales = _Scales(file.metadata)
+    scales = _Scales(file)
     places = find_places(base.tensors)
     by_component: dict[str, list[_Change]] = {}
     for change in changes:
@@ -236,7 +236,7 @@ def _split(stem: str) -> tuple[str, str]:
     """(the component's word, the module) of the name of a change."""
     if found := _KOHYA.fullmatch(stem):
         return found[1], found[2]
-    word, module = (found[1], found[2]) if (found := _DOTTED.fullmatch(stem)) else ("unet", stem)
+    word, module = (found[1], found[2]) if (found := _DOTTED.fullmatch(stem)) else ("", stem)
     module = module.replace(".processor.", ".")
     return word, f"{module}.0" if module.endswith(".to_out") else module
 
@@ -244,9 +244,10 @@ def _split(stem: str) -> tuple[str, str]:
 class _Scales:
     """alpha / rank of each change: alpha beside the factors, else in diffusers' metadata, else the rank."""
 
-    def __init__(self, metadata: Mapping[str, str]) -> None:
+    def __init__(self, file: Checkpoint) -> None:
+        self.name = file.name
         try:
-            found = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            found = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
         except ValueError:
             found = {}
         self.settings: Mapping[str, Any] = found if isinstance(found, dict) else {}
@@ -254,6 +255,12 @@ class _Scales:
     def of(self, change: _Change) -> float:
         if (alpha := change.parts.get("alpha")) is not None:
             return _value(alpha) / change.rank
+        if not change.word:
+            raise MismatchError(
+                f"{self.name}: {shown(change.module)} has no alpha, and its name no component (unet., transformer. and "
+                "so on): by what the change is multiplied is not known. If the file is peft's, give its folder with "
+                "adapter_config.json."
+            )
         settings = {k.partition(".")[2]: v for k, v in self.settings.items() if k.partition(".")[0] == change.word}
         value = by_pattern(settings.get("alpha_pattern") or {}, change.module, settings.get("lora_alpha", change.rank))
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
