@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.reader import Checkpoint
@@ -51,6 +51,7 @@ from merge_tool.plan.target import Target, existing_folder
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import Alignment, align, settings_warnings, side_files_of
 from merge_tool.vocabulary.chat_template import choose_template, template_warnings, with_template
+from merge_tool.vocabulary.differences import same_bytes
 from merge_tool.vocabulary.row_tensors import has_row_tensors
 
 
@@ -227,6 +228,7 @@ def _side_files(
         donor.weight_files,
         card=BASE_CARD if recipe.donor == recipe.first else FT_CARD,
     )
+    warnings += _module_warnings(side_files, donor, models)
     side_files = replace(side_files, layers=plan.layers, keeps_quantization=plan.is_scaled)
     if alignment is not None:
         side_files = side_files_of(alignment, side_files)
@@ -247,6 +249,21 @@ def _side_files(
     copied, renamed = named_apart(side_files.copied, ours)
     check_names(file.target for file in copied)
     return replace(side_files, copied=copied), [*warnings, *renamed]
+
+
+def _module_warnings(side_files: SideFiles, donor: Checkpoint, models: Sequence[Checkpoint]) -> Iterator[str]:
+    """Warnings about parts of the model with weights of their own (sentence-transformers) that differ in the models."""
+    own = donor.folder
+    for file in side_files.unmerged if own is not None else ():
+        there = ((m.name, m.folder) for m in models if m.folder is not None and m.folder is not own)
+        unlike = [name for name, folder in there if folder.has(file) and own and not same_bytes(own, folder, file)]
+        if unlike:
+            part = str(PurePosixPath(file).parent)
+            command = f"slerp-merge {shown(donor.name)}/{shown(part)} {shown(unlike[0])}/{shown(part)} PART"
+            yield (
+                f"{shown(file)} of {unlike[0]} has other weights than {donor.name}'s, which are copied. Merge that part "
+                f"by itself ({command}), and put PART's weights into {shown(part)} of the output."
+            )
 
 
 def _file_warnings(side_files: SideFiles) -> Iterable[str]:
