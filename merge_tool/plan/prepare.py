@@ -261,8 +261,8 @@ def _module_warnings(side_files: SideFiles, donor: Checkpoint, models: Sequence[
             part = str(PurePosixPath(file).parent)
             command = f"slerp-merge {shown(donor.name)}/{shown(part)} {shown(unlike[0])}/{shown(part)} PART"
             yield (
-                f"{shown(file)} of {unlike[0]} has other weights than {donor.name}'s, which are copied. Merge that part "
-                f"by itself ({command}), and put PART's weights into {shown(part)} of the output."
+                f"{shown(file)} of {unlike[0]} has other weights than {donor.name}'s, which are copied. Merge that "
+                f"part by itself ({command}), and put PART's weights into {shown(part)} of the output."
             )
 
 
