@@ -3,13 +3,13 @@ OUT.parts until the last part that uses them is done."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from merge_tool.checkpoint.folder import is_there
 from merge_tool.errors import CheckpointError, OutputError, reason, shown
 from merge_tool.plan.published import check_places
 from merge_tool.recipe.parts import Part
@@ -39,7 +39,7 @@ def merge_parts(parts: Sequence[Part], out: Path, make: Callable[[Recipe, Path, 
 def _check(part: Part) -> None:
     check_places(_without_parts(part))
     for name in part.uses:
-        if os.path.lexists(name):
+        if is_there(name):
             raise CheckpointError(
                 f"{shown(part.recipe.where)}: {shown(name)} is a part of the recipe, and a file or folder here. Give "
                 "the part another name."

@@ -7,7 +7,6 @@ for a plan. They go into an unnamed temporary file, which the system removes how
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from merge_tool.apart import ask
-from merge_tool.checkpoint.folder import is_weight_file, meant_path, snapshot_of
+from merge_tool.checkpoint.folder import is_there, is_weight_file, meant_path, snapshot_of
 from merge_tool.checkpoint.source import ComingFile
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
@@ -36,9 +35,9 @@ def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     """
     text = ref.as_posix() if isinstance(ref, PurePath) else ref
     match = _HUB_ID.fullmatch(text)
-    if match is None or is_weight_file(match[1]) or os.path.lexists(text) or os.path.lexists(match[1]):
+    if match is None or is_weight_file(match[1]) or is_there(text) or is_there(match[1]):
         return None
-    if match[2] is None and os.path.lexists(match[1].partition("/")[0]):
+    if match[2] is None and is_there(match[1].partition("/")[0]):
         return None
     return match[1], match[2]
 
@@ -54,7 +53,7 @@ def local_path(ref: str | Path) -> Path:
 
 def _there(ref: str | Path) -> Path:
     """A local path that is there. Raises CheckpointError: later a Path would not show that it was local by its form."""
-    if not os.path.lexists(ref):
+    if not is_there(ref):
         raise CheckpointError(f"{shown(ref)}: no such file or folder.{meant_path(ref)}")
     return snapshot_of(Path(ref))
 
@@ -73,6 +72,11 @@ class Snapshot:
     repo: tuple[str, str | None] | None = None
     variant: str | None = None
     held: IO[bytes] | None = None
+
+    @property
+    def pinned(self) -> str:
+        """The model's absolute path, or its id at the commit."""
+        return str(self.folder.absolute()) if self.repo is None else f"{self.repo[0]}@{self.folder.name}"
 
     def close(self) -> None:
         if self.held is not None:
@@ -96,7 +100,9 @@ def look(ref: str | Path, variant: str | None = None) -> Snapshot:
         folder, coming, held_offset = Path(answer["folder"]), {}, held.tell()
         for name, size, length in answer["coming"]:
             full = f"{repo[0]}/{name}"
-            coming[name] = ComingFile(name=full, size=size, held=held, held_offset=held_offset, length=length)
+            coming[name] = ComingFile(
+                path=folder / name, name=full, size=size, held=held, held_offset=held_offset, length=length
+            )
             held_offset += length
         cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
         return Snapshot(

@@ -31,6 +31,10 @@ class ByteSource(Protocol):
     def name(self) -> str: ...
 
     @property
+    def path(self) -> Path:
+        """Where the file is, or will be once it is fetched."""
+
+    @property
     def size(self) -> int: ...
 
     @property
@@ -150,10 +154,10 @@ class LocalFile:
     def _is_another(self, status: os.stat_result) -> bool:
         """Whether a file is not the one that was planned, by size and time; by inode only where that is a file's own:
         some drivers number a file anew whenever they are asked (sshfs, mergerfs, exfat-fuse)."""
-        found = _identity(status)
-        if found[1:] != self.identity[1:]:
+        now = _identity(status)
+        if now[1:] != self.identity[1:]:
             return True
-        if found[0] != self.identity[0] and self._keeps_inode:
+        if now[0] != self.identity[0] and self._keeps_inode:
             self._keeps_inode = has_stable_inodes(mounted_kinds(status.st_dev))
             return self._keeps_inode
         return False
@@ -220,8 +224,8 @@ class ComingFile:
     A ByteSource for planning: reading behind these bytes is an error. For one thread only.
     """
 
-    def __init__(self, name: str, size: int, held: IO[bytes], held_offset: int, length: int) -> None:
-        self.name, self.size = name, size
+    def __init__(self, path: Path, name: str, size: int, held: IO[bytes], held_offset: int, length: int) -> None:
+        self.path, self.name, self.size = path, name, size
         self.mtime_ns = time.time_ns()  # newer than any output: no output can be made of this file
         self._held, self._held_offset, self._length = held, held_offset, length
 
