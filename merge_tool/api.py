@@ -218,7 +218,7 @@ def merge_recipe(
     target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path)
 
     # ------------------------------------------------------------------------- look, check, fetch, plan
-    with Inputs(map(str, recipe.models)) as inputs:
+    with Inputs(map(str, recipe.models), recipe.options.variant) as inputs:
         check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
         if inputs.coming:
             check_output(prepare(recipe, inputs, target, limits, methods=methods), overwrite=overwrite)
@@ -294,7 +294,7 @@ def plan_recipe(
     """Plan the merge that a recipe asks for, from headers alone (with `read_samples` also from a few bytes of weights).
     Fetches no weights and writes nothing. Raises a MergeToolError."""
     target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None)
-    with Inputs(map(str, recipe.models)) as inputs:
+    with Inputs(map(str, recipe.models), recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         if read_samples and inputs.coming:
             prepare(recipe, inputs, target, limits, methods=methods).download.check_room()

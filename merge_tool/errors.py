@@ -18,7 +18,7 @@ bug of this package and may show a traceback.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # What a network, FUSE or unplugged disk says once it is gone
@@ -57,7 +57,11 @@ class FetchError(CheckpointError):
 
 
 class MismatchError(MergeToolError):
-    """The inputs do not fit together."""
+    """The inputs do not fit together. `suggested`: names of one model's tensors, and what the other may call them."""
+
+    def __init__(self, message: str, suggested: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.suggested = suggested or {}
 
 
 class DataError(MergeToolError):

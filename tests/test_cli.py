@@ -229,12 +229,14 @@ def test_other_sizes_are_refused(text: str) -> None:
 OPTIONS = [
     "--allow-different-architectures", "--chat-template", "--check-resumed", "--dry-run", "--dtype", "--exclude",
     "--executor", "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json", "--max-shard-size", "--memory",
-    "--method", "--names-from", "--on-mismatch", "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of",
-    "--progress", "--quiet", "--report", "--seed", "--t", "--t-for", "--try", "--untie", "--version", "--vocab",
+    "--method", "--names-from", "--names-to", "--on-mismatch", "--on-missing", "--only", "--overwrite",
+    "--pad-vocab-to-multiple-of", "--progress", "--quiet", "--report", "--seed", "--t", "--t-for", "--try", "--untie",
+    "--variant", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
     "--names-from",
+    "--names-to",
     "--pad-vocab-to-multiple-of",
     "--t",
     "--t-for",

@@ -215,8 +215,24 @@ UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "one kind of layers": (
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
         {"rope_parameters": {"full_attention": {"rope_theta": 1e5}, "sliding_attention": {"rope_theta": 1e4}}},
+        "rope_theta",
+    ),
+    "the other kind, in an older form": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e5}}},
+        {"rope_theta": 1e4, "rope_local_base_freq": 1e4},
+        "rope_local_base_freq",
+    ),
+    "what only the layers with a window scale": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e4}}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4},
+                             "sliding_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}},
         "rope_scaling",
     ),
+    "sections": ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1]}},
+                 {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 0]}},
+                 "rope_scaling"),
+    "base, by its oldest name": ({"rope_theta": "absent", "rotary_emb_base": 10_000}, {"rope_theta": 5e5},
+                                 "rope_theta"),
     "activation": ({}, {"hidden_act": "gelu"}, "hidden_act"),
     "epsilon": ({}, {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
     "cap": ({"final_logit_softcapping": 30.0}, {"final_logit_softcapping": None}, "final_logit_softcapping"),
@@ -247,9 +263,22 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
+    "a base for each kind of layers": (
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_theta": "absent", "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }},
+    ),
+    "sections": ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1]}},
+                 {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1]}}),
+    "older names": ({"rope_theta": "absent", "rotary_emb_base": 10_000, "rotary_pct": 0.25},
+                    {"rope_parameters": {"rope_theta": 10_000, "partial_rotary_factor": 0.25}}),
+    "long positions": ({"rope_scaling": {"type": "su", "long_factor": [1.0, 2.0]}},
+                       {"rope_scaling": {"type": "longrope", "long_factor": [1.0, 2.0]}}),
     "a default that one writes": ({}, {"head_dim": 2, "attention_bias": False, "use_cache": True}),
     "what no weight means": ({"max_position_embeddings": 8}, {"max_position_embeddings": 16, "_name_or_path": "x"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", ALIKE)

@@ -25,6 +25,7 @@ import yaml
 from merge_tool.cli import merge_tool, slerp_merge
 from merge_tool.methods.registry import METHODS
 from merge_tool.recipe.mergekit import read_recipe
+from merge_tool.recipe.parts import read_parts
 from train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -163,10 +164,14 @@ def check_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_recipes_and_json_are_read(page: str) -> None:
+def test_recipes_and_json_are_read(page: str, tmp_path: Path) -> None:
     for block in blocks(page, "json"):
         json.loads(block)
     for block in blocks(page, "yaml"):
+        if "\n---\n" in block:
+            (tmp_path / "recipe.yaml").write_text(block)
+            assert len(read_parts(tmp_path / "recipe.yaml", METHODS)) == block.count("\n---\n") + 1
+            continue
         found = yaml.safe_load(block)
         if isinstance(found, dict) and "merge_method" in found:
             read_recipe(found, METHODS)

@@ -66,6 +66,25 @@ def test_a_file_beside_the_adapter_with_a_tensor_that_has_no_place_is_refused(tm
         merge(base, adapter, tmp_path / "out", 1)
 
 
+def test_a_projector_of_llava_beside_the_adapter_belongs_to_the_model(tmp_path: Path) -> None:
+    """Where BASE has its tensors; two files of such tensors leave open which is meant."""
+    names = ("model.mm_projector.0.weight", "model.mm_projector.0.bias")
+    base = save_model(tmp_path / "base", {"q.weight": normal(6, 5), names[0]: normal(4, 3), names[1]: normal(4)})
+    adapter = save_adapter(tmp_path / "lora", {"q.lora_A.weight": normal(4, 5), "q.lora_B.weight": normal(6, 4)})
+    projector = {names[0]: torch.from_numpy(normal(4, 3)), names[1]: torch.from_numpy(normal(4))}
+    torch.save(projector, adapter / "mm_projector.bin")
+    merge(base, adapter, tmp_path / "out", 1)
+    found = load_folder(tmp_path / "out")
+    for name, tensor in projector.items():
+        assert found[name].tobytes() == tensor.numpy().tobytes()
+    without = save_model(tmp_path / "text", {"q.weight": normal(6, 5)})
+    with pytest.raises(MergeToolError, match=r"no place there for 2 tensors: model\.mm_projector\.0\.bias"):
+        merge(without, adapter, tmp_path / "x", 1)
+    torch.save(projector, adapter / "non_lora_trainables.bin")
+    with pytest.raises(CheckpointError, match=r"has mm_projector\.bin beside the adapter"):
+        merge(base, adapter, tmp_path / "x", 1)
+
+
 def test_a_tensor_beside_the_adapter_and_in_it_is_refused(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", {"q.weight": normal(6, 5), "norm.weight": normal(5)})
     found = {"q.lora_A.weight": normal(4, 5), "q.lora_B.weight": normal(6, 4), "norm.weight": normal(5)}
@@ -79,7 +98,6 @@ OTHERS = {
     "new_embeddings.safetensors": "embeddings of tokens that were added to the vocabulary",
     "value_head.bin": "a value head, which the language model does not use",
     "value_head.safetensors": "a value head",
-    "mm_projector.bin": "tensors that were trained beside an adapter",
     "pytorch_model.bin": r"perhaps a whole model.*If it is the adapter's base, give MODEL\+ADAPTER",
     "pytorch_model-00001-of-00002.bin": "perhaps a whole model",
     "model-00001-of-00002.safetensors": "perhaps a whole model",

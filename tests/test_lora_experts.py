@@ -104,6 +104,47 @@ def test_the_merge_at_t_1_is_the_live_model(tmp_path: Path, family: str, width: 
     assert same(logits(tmp_path / "out"), live)
 
 
+def deepseek(width: int) -> Any:
+    """Dense layers and shared experts have modules of the same names as the experts' parameters."""
+    more = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 8}
+    more |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_shared_experts": 1}
+    sizes = SIZES | {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": width}
+    return transformers.DeepseekV3Config(**sizes, **more, first_k_dense_replace=1)
+
+
+def granite(width: int) -> Any:
+    """Its checkpoints call the experts input_linear and output_linear."""
+    return transformers.GraniteMoeConfig(**SIZES, **EXPERTS, hidden_size=16, intermediate_size=width)
+
+
+ALL = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mixtral", {"target_parameters": ["down_proj"]}),
+        ("mixtral", {"target_parameters": ["gate_up_proj", "down_proj"], "r": 3}),
+        ("mixtral", {"target_modules": ["q_proj", "gate", "w1", "w2", "w3"]}),
+        ("mixtral", {"target_modules": "all-linear"}),
+        ("deepseek", {"target_modules": ALL}),
+        ("deepseek", {"target_modules": ALL, "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"gate_proj": 3}}),
+        ("granite", {"target_parameters": ["down_proj"]}),
+        ("granite", {"target_parameters": ["gate_up_proj", "down_proj"]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_targets_by_their_last_word_are_those_of_the_live_model(
+    tmp_path: Path, family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As peft itself writes them, where it is given the names of the experts' layers."""
+    for name, make in (("deepseek", deepseek), ("granite", granite)):
+        monkeypatch.setitem(FAMILIES, name, make)
+    base, adapter, live = adapted(tmp_path, family, 12, **settings)
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+
+
 @pytest.mark.parametrize("family", ["qwen", "gpt-oss"])
 def test_an_element_of_an_expert_has_the_same_bits_in_whatever_range_it_is_read(tmp_path: Path, family: str) -> None:
     base, adapter, _ = adapted(tmp_path, family, 12, **CASES["both"])

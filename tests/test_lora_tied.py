@@ -72,10 +72,11 @@ def adapted(folder: Path, family: str, saved: str, factors: str, **settings: Any
         warnings.simplefilter("ignore")
         make().save_pretrained(folder / "base")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+        targets = [layer, *(names[k] for k in factors)]
+        whole = [names[k] for k in saved] or None
         asked = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=2, target_modules=[layer, *(names[k] for k in factors)],
-            modules_to_save=[names[k] for k in saved] or None, **settings,
-        )  # fmt: skip
+            **{"task_type": "CAUSAL_LM", "r": 2, "target_modules": targets, "modules_to_save": whole, **settings}
+        )
         live = peft.get_peft_model(model, asked)
         with torch.no_grad():
             for parameter in live.parameters():
@@ -221,6 +222,51 @@ def test_an_adapter_that_keeps_the_tie_leaves_one_tensor(tmp_path: Path, case: s
     assert "lm_head.weight" not in load_folder(tmp_path / "out")
 
 
+@pytest.mark.parametrize("case", ["embedding saved", "embedding by factors"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_a_tie_that_peft_does_not_keep_although_it_is_asked_to_is_none(tmp_path: Path, family: str, case: str) -> None:
+    """peft knows the embedding by the names of Llama's alone: what it stores shows whether it tied the two."""
+    base, adapter, live = adapted(tmp_path, family, *TRAINED[case], ensure_weight_tying=True)
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def neox_untied() -> Any:
+    config = transformers.GPTNeoXConfig(**SIZES, intermediate_size=24, num_hidden_layers=2, tie_word_embeddings=False)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def gpt2_square() -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0, n_inner=16
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("case", ["head saved", "head by factors"])
+def test_a_head_that_the_checkpoint_has_under_its_older_name_is_found(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 calls GPT-NeoX's embed_out lm_head, and saves it as embed_out."""
+    monkeypatch.setitem(FAMILIES, "neox", (neox_untied, *FAMILIES["neox"][1:]))
+    base, adapter, live = adapted(tmp_path, "neox", *TRAINED[case])
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+
+
+def test_square_layers_beside_a_head_of_gpt2_are_those_of_the_live_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft writes fan_in_fan_out as the last layer has it, which is the head; the others have it otherwise."""
+    monkeypatch.setitem(FAMILIES, "gpt2", (gpt2_square, "wte", "lm_head", "c_attn"))
+    settings = {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "c_fc", "lm_head"]}
+    base, adapter, live = adapted(tmp_path, "gpt2", "", "h", **settings)
+    assert json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    merge(base, adapter, tmp_path / "out", 1)
+    assert same(logits(tmp_path / "out"), live)
+
+
 @pytest.mark.parametrize("case", TRAINED)
 def test_between_the_two_each_end_is_merged_with_its_own(tmp_path: Path, case: str) -> None:
     base, adapter, _ = adapted(tmp_path, "llama", *TRAINED[case])
@@ -309,6 +355,34 @@ def test_a_head_of_another_name_is_written_under_it(tmp_path: Path, module: str)
         merged, info = make.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert same(merged(**given).logits, expected)
+
+
+MASKED = {"vocab_size": 48, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+MASKED |= {"num_hidden_layers": 2, "max_position_embeddings": 32, "embedding_size": 16, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Albert"])
+def test_a_head_that_comes_apart_keeps_its_bias(tmp_path: Path, family: str) -> None:
+    """BERT's head has a bias that is a copy of another tensor as long as the head is tied."""
+    make = getattr(transformers, f"{family}ForMaskedLM")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = make(getattr(transformers, f"{family}Config")(**MASKED)).eval()
+        torch.nn.init.normal_(plain.get_output_embeddings().bias)
+        plain.save_pretrained(tmp_path / "base")
+        model = make.from_pretrained(tmp_path / "base").eval()
+        live = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query", "decoder"])).eval()
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        live.save_pretrained(tmp_path / "adapter")
+        expected = live(IDS).logits
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", 1)
+        merged, info = make.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert same(merged.eval()(IDS).logits, expected)
 
 
 # ----------------------------------------------------------------------------------------- whole models

@@ -714,12 +714,30 @@ def test_names_that_only_shapes_suggest_are_in_the_error(tmp_path: Path) -> None
     base, ft, _ = named_pair(tmp_path)
     error = run(base, ft, tmp_path / "out").stderr
     lines = "\n    ".join(f"{a} {b}" for a, b in sorted(NAMES.items()))
-    assert f"--names-from FILE with these lines, if they are the same tensors:\n    {lines}" in error
+    expected = "--names-from FILE with these lines, if they are the same tensors (--names-to FILE writes them)"
+    assert f"{expected}:\n    {lines}" in error
     other = save_model(tmp_path / "o", {"p": np.zeros(3), "q": np.zeros(3)})
     assert (
         "--names-from"
         not in run(save_model(tmp_path / "b2", {"r": np.zeros(3), "s": np.zeros(3)}), other, "out").stderr
     )
+
+
+def test_suggested_names_are_written_on_request_and_then_read(tmp_path: Path) -> None:
+    base, ft, _ = named_pair(tmp_path)
+    names = tmp_path / "names.json"
+    result = run(base, ft, tmp_path / "out", "--names-to", names)
+    assert result.exit_code == 1
+    assert f"names.json has {len(NAMES)} pairs: check them, then give --names-from" in result.stderr
+    assert json.loads(names.read_text()) == NAMES
+    assert run(base, ft, tmp_path / "out", "--names-from", names, "--names-to", names).exit_code == 0
+    before = names.read_text()
+    assert "is there already. Choose another name" in run(base, ft, tmp_path / "x", "--names-to", names).stderr
+    assert names.read_text() == before
+    other = save_model(tmp_path / "o", {"p": np.zeros(3), "q": np.zeros(3)})
+    more = run(base, other, tmp_path / "x", "--names-to", tmp_path / "more.json")
+    assert "--names-to: shapes suggest no pairs of names; nothing is written." in more.stderr
+    assert not (tmp_path / "more.json").exists()
 
 
 @pytest.mark.parametrize("ft_tied", [None, False])

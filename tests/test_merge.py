@@ -516,6 +516,27 @@ def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     assert "Python code" in out["README.md"].decode()
 
 
+def test_a_part_with_other_weights_in_the_finetune_is_said_and_can_be_merged_by_itself(tmp_path: Path) -> None:
+    """2_Dense of sentence-transformers: the command of the warning makes the part."""
+    modules = {"modules.json": '[{"path": ""}, {"path": "2_Dense"}]'}
+    base, ft = (save_model(tmp_path / n, language_model(k), side_files=modules) for k, n in enumerate(("base", "ft")))
+    parts = [{"linear.weight": np.full((3, 2), value, np.float32)} for value in (1.0, 3.0)]
+    for model, tensors in zip((base, ft), parts, strict=True):
+        save_model(model / "2_Dense", tensors, config={"in_features": 2})
+    told: list[str] = []
+    merge(base, ft, tmp_path / "out", on_warning=told.append)
+    (line,) = (
+        text for text in told if text.startswith("2_Dense/model.safetensors of ft has other weights than base's")
+    )
+    assert "slerp-merge base/2_Dense ft/2_Dense PART" in line
+    merge(base / "2_Dense", ft / "2_Dense", tmp_path / "part", method="linear")
+    assert (load_folder(tmp_path / "part")["linear.weight"] == 2).all()
+    shutil.copytree(base / "2_Dense", ft / "2_Dense", dirs_exist_ok=True)
+    told.clear()
+    merge(base, ft, tmp_path / "same", on_warning=told.append)
+    assert not any("has other weights" in text for text in told)
+
+
 def test_files_from_ft_copies_the_finetunes(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", language_model(0), side_files={"only_base.json": "{}"})
     ft = save_model(tmp_path / "ft", language_model(1), side_files={"only_ft.json": "{}"})

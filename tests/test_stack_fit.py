@@ -215,6 +215,22 @@ def test_a_models_own_rows_are_its_own_affair(tmp_path: Path) -> None:
     assert len(load_folder(tmp_path / "out")["lm_head.weight"]) == 8
 
 
+@pytest.mark.parametrize("under_the_heads_name", [(), "a", "b", "ab"])
+def test_a_tied_matrix_is_the_first_slices_whatever_its_name(tmp_path: Path, under_the_heads_name: str) -> None:
+    """The embedding comes before the layers, be it stored under the head's name only. Its shape is another's, too."""
+    paths = []
+    for name, value in (("a", 0.0), ("b", 10.0)):
+        path = model(tmp_path / name, value, width=6, config={"tie_word_embeddings": True})
+        tensors = load_folder(path)
+        del tensors["model.embed_tokens.weight" if name in under_the_heads_name else "lm_head.weight"]
+        paths.append(save_model(path, tensors, config=config_of(path)))
+    merge_models(stack((paths[0], 0, 2), (paths[1], 1, 3)), tmp_path / "out")
+    out = load_folder(tmp_path / "out")
+    (matrix,) = (tensor for name, tensor in out.items() if "layers" not in name and tensor.ndim == 2)
+    assert (matrix == 0).all()
+    assert (out["model.norm.weight"] == 10).all()
+
+
 def test_a_table_with_a_part_for_each_layer_is_not_stacked(tmp_path: Path) -> None:
     """Gemma 3n has one embedding for all layers: its columns would have to be restacked, too."""
     a = model(tmp_path / "a", 0.0)

@@ -48,9 +48,9 @@ def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool, 
             below.setdefault(folder, []).append(rest)
     if any(file.endswith(("adapters.safetensors", "adapters.npz")) for file in top):
         return (
-            "is an adapter of MLX (adapters.safetensors), which is not read. Make a model of it: "
-            f"mlx_lm.fuse --model MODEL --adapter-path {where.path} --save-path FUSED (with --dequantize, if MODEL is "
-            "quantised), and give FUSED."
+            "is an adapter of MLX (adapters.safetensors). Give MODEL+ADAPTER, with adapter_config.json in its folder. "
+            f"Or make a model of it: mlx_lm.fuse --model MODEL --adapter-path {where.path} --save-path FUSED (with "
+            "--dequantize, if MODEL is quantised), and give FUSED."
         )
     if has_safetensors:
         return None

@@ -36,20 +36,22 @@ def main() -> None:
     answer(lambda request: look_ahead(*request[1:]) if request[0] == "look" else (fetch(*request[1:]), ()))
 
 
-def fetch(repo: str, revision: str | None = None, commit: str | None = None) -> str:
+def fetch(repo: str, revision: str | None = None, commit: str | None = None, variant: str | None = None) -> str:
     """The snapshot folder of `repo` with all files that a merge needs: the small files, then the weights that they
-    name. `commit` is the commit that `revision` meant when the model was planned. Raises FetchError.
+    name, of a `variant`. `commit` is the commit that `revision` meant when the model was planned. Raises FetchError.
     """
     with _explaining(repo, revision):
-        folder, _, wanted = _fetch_small(repo, commit or revision)
+        folder, _, wanted = _fetch_small(repo, commit or revision, variant)
         return _download(repo, folder.name, wanted)
 
 
-def look_ahead(repo: str, revision: str | None = None) -> tuple[dict[str, Any], list[bytes]]:
+def look_ahead(
+    repo: str, revision: str | None = None, variant: str | None = None
+) -> tuple[dict[str, Any], list[bytes]]:
     """As `fetch`, but only the headers of safetensors that are not in the cache: the fields of a Snapshot, and the
     headers."""
     with _explaining(repo, revision):
-        folder, listing, wanted = _fetch_small(repo, revision)
+        folder, listing, wanted = _fetch_small(repo, revision, variant)
         lacking = [name for name in _lacking(folder, wanted) if name in listing]
         may_wait = can_ask() and not _is_adapter(listing)
         coming = [name for name in lacking if may_wait and _can_wait(name)]
@@ -87,7 +89,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("No files matched")
 
 
-def _fetch_small(repo: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
+def _fetch_small(repo: str, revision: str | None, variant: str | None) -> tuple[Path, list[str], list[str]]:
     """The snapshot folder without the weights, the files of the repository, and the names of the weights to fetch."""
     from huggingface_hub import snapshot_download
 
@@ -95,7 +97,7 @@ def _fetch_small(repo: str, revision: str | None) -> tuple[Path, list[str], list
     listing, error = _listing(repo, folder.name, folder)
     if error is not None and not listing:  # empty: made below by a run that then failed
         raise error
-    wanted = _weights(repo, folder, listing, folder.name)
+    wanted = _weights(repo, folder, listing, folder.name, variant)
     if error is not None and _lacking(folder, wanted):
         raise error  # fail at once: the library would try to fetch them for half a minute
     folder.mkdir(parents=True, exist_ok=True)  # a repository without small files has none yet
@@ -143,11 +145,11 @@ def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), e
 
 
-def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str) -> list[str]:
+def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str, variant: str | None) -> list[str]:
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
     if _is_adapter(listing) and (adapter := adapter_files(repo, listing, of_hub=True)):
         return adapter
-    files, index = find_weights(repo, listing, of_hub=True)
+    files, index = find_weights(repo, listing, of_hub=True, variant=variant)
     if index:
         files = _indexed_files(repo, folder, index, commit)
     if "modules.json" in listing:

@@ -70,6 +70,7 @@ class Snapshot:
     fetched_bytes: int = 0
     begun_bytes: int = 0
     repo: tuple[str, str | None] | None = None
+    variant: str | None = None
     held: IO[bytes] | None = None
 
     @property
@@ -84,18 +85,18 @@ class Snapshot:
     def fetch(self) -> None:
         """Fetch the remaining weights, from the commit whose headers were read. Raises FetchError."""
         if self.coming and self.repo is not None:
-            _fetch_whole(*self.repo, commit=self.folder.name)
+            _fetch_whole(*self.repo, commit=self.folder.name, variant=self.variant)
 
 
-def look(ref: str | Path) -> Snapshot:
+def look(ref: str | Path, variant: str | None = None) -> Snapshot:
     """As `local_path`, but only the headers of safetensors that are not in the cache are fetched; pickles and adapters
-    are fetched whole. The caller closes the Snapshot."""
+    are fetched whole. `variant` chooses among files (fp16). The caller closes the Snapshot."""
     repo = hub_id(ref)
     if repo is None:
         return Snapshot(_there(ref))
     held = _unnamed_file(repo[0])
     try:
-        answer = _ask_apart(held, "look", *repo)
+        answer = _ask_apart(held, "look", *repo, variant)
         folder, coming, held_offset = Path(answer["folder"]), {}, held.tell()
         for name, size, length in answer["coming"]:
             full = f"{repo[0]}/{name}"
@@ -111,6 +112,7 @@ def look(ref: str | Path) -> Snapshot:
             fetched_bytes=fetched,
             begun_bytes=begun,
             repo=repo,
+            variant=variant,
             held=held,
         )
     except BaseException:
@@ -118,9 +120,9 @@ def look(ref: str | Path) -> Snapshot:
         raise
 
 
-def _fetch_whole(repo: str, revision: str | None, commit: str | None = None) -> Path:
+def _fetch_whole(repo: str, revision: str | None, commit: str | None = None, variant: str | None = None) -> Path:
     with _unnamed_file(repo) as held:
-        return Path(_ask_apart(held, "fetch", repo, revision, commit))
+        return Path(_ask_apart(held, "fetch", repo, revision, commit, variant))
 
 
 def _unnamed_file(repo: str) -> IO[bytes]:

@@ -25,7 +25,7 @@ from merge_tool.checkpoint.lookalikes import START_BYTES, lookalike
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.quantised import why_quantised
 from merge_tool.checkpoint.source import ByteSource, LocalFile, TensorSource
-from merge_tool.checkpoint.weight_files import find_weights, unread_format
+from merge_tool.checkpoint.weight_files import find_weights, unread_format, variants_beside
 from merge_tool.errors import CheckpointError, HeaderError, counted, listed, reason, shown
 from merge_tool.files import leads_out
 
@@ -218,12 +218,13 @@ def open_local(
     max_header_bytes: int = MAX_HEADER_BYTES,
     mergeable: bool = True,
     as_stored: bool = False,
+    variant: str | None = None,
 ) -> Checkpoint:
     """As open_checkpoint, for a local path; `coming` has by name the weights that are still to be fetched into the
-    folder, `name` is for messages."""
+    folder, `name` is for messages, `variant` chooses among files (fp16)."""
     try:
         if path.is_dir():
-            checkpoint = _open_folder(Folder(path, name), coming, max_header_bytes)
+            checkpoint = _open_folder(Folder(path, name), coming, max_header_bytes, variant)
         elif path.is_file():
             checkpoint = _open_file(path, name or path.name, max_header_bytes)
         elif path.exists():
@@ -273,11 +274,14 @@ def _alone(source: LocalFile, file_name: str, max_header_bytes: int) -> Checkpoi
     )
 
 
-def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_bytes: int) -> Checkpoint:
+def _open_folder(
+    folder: Folder, coming: Mapping[str, ByteSource], max_header_bytes: int, variant: str | None = None
+) -> Checkpoint:
     listing = sorted({*(entry.name for entry in folder.root.iterdir()), *coming})
     notices: list[str] = []
     weight_map: dict[str, str] = {}
-    names, index = find_weights(folder.name, [*listing, *files_below(folder, listing)], of_hub=folder.is_of_hub)
+    found = [*listing, *files_below(folder, listing)]
+    names, index = find_weights(folder.name, found, of_hub=folder.is_of_hub, variant=variant)
     if index:
         weight_map = _load_weight_map(folder, index)
     shards = names or sorted(set(weight_map.values()))
@@ -288,6 +292,11 @@ def _open_folder(folder: Folder, coming: Mapping[str, ByteSource], max_header_by
         )
     if names and f"{names[0]}.index.json" in listing:
         notices.append(f"{folder.name} has both {names[0]} and an index: {names[0]} is used, as transformers does.")
+    if beside := [one for one in variants_beside(index or names[0], listing) if one != variant]:
+        notices.append(
+            f"{folder.name} has {listed(beside)} beside its plain weights, which are merged. --variant {beside[0]} "
+            "takes the other."
+        )
     if len(names) > 1:
         notices.append(f"{folder.name} has {len(names):,} shards and no index: all their tensors are read.")
     made: dict[str, TensorSource] = {}

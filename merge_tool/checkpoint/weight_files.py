@@ -12,7 +12,10 @@ from merge_tool.errors import CheckpointError, listed, shown
 from merge_tool.files import leads_out
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # what peft writes, and wrote; the first wins
-TRAINED_BESIDE = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")  # whole tensors of LLaVA's adapters
+MLX_WEIGHTS = "adapters.safetensors"
+TRAINED_BESIDE = (  # whole tensors that LLaVA trains beside an adapter
+    "non_lora_trainables.bin", "non_lora_trainables.safetensors", "mm_projector.bin", "mm_projector.safetensors",
+)  # fmt: skip
 _STATE_FILES = re.compile(  # of a training
     r"(optimizer|scheduler|scaler|rng_state|random_states?_|training_args|sampler|dl_state_dict)[^/]*", re.IGNORECASE
 )
@@ -22,26 +25,36 @@ _KINDS_BESIDE = (  # what lies beside an adapter or a model and is neither
     (re.compile(r"non_lora_trainables.*|mm_projector.*"), "tensors that were trained beside an adapter"),
 )
 _WHOLE_MODEL = re.compile(r"(pytorch_model|model|consolidated|tf_model|flax_model)\b.*")
+_INDEX = re.compile(r"\.index(?:\.[A-Za-z0-9_]+)?\.json$")
+_VARIANT = re.compile(
+    r"(.+?)\.(?:([A-Za-z][A-Za-z0-9_]*)(?:-[0-9]+-of-[0-9]+)?\.(?:safetensors|bin)"
+    r"|(?:safetensors|bin)\.index\.([A-Za-z0-9_]+)\.json)"
+)
 _SHARD = re.compile(r"(.+)-0*([0-9]+)-of-0*([0-9]+)(\.[a-z]+)")  # model-00001-of-00003.safetensors
 
 
-def find_weights(name: str, listing: Sequence[str], *, of_hub: bool = False) -> tuple[list[str], str | None]:
+def find_weights(
+    name: str, listing: Sequence[str], *, of_hub: bool = False, variant: str | None = None
+) -> tuple[list[str], str | None]:
     """The files of weights, or the index that names them: safetensors before pickles, as transformers does; of either,
     model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind, else all shards
     (model-00001-of-00003.safetensors and so on), if they are complete.
 
-    `name` is the folder's name, for messages. Files in sub-folders of the listing serve to say where weights are.
+    With a `variant` (fp16), the files that have it in their names, if there are any. `name` is the folder's name, for
+    messages. Files in sub-folders of the listing serve to say where weights are.
     Raises CheckpointError when there is neither.
     """
     everything, listing = listing, [file for file in listing if "/" not in file]
-    safetensors = [file for file in listing if file.endswith((".safetensors", ".safetensors.index.json"))]
+    if variant is not None and variant in map(_variant_of, listing):
+        listing = [file for file in listing if _variant_of(file) == variant]
+    safetensors = [file for file in listing if file.endswith(".safetensors") or ".safetensors.index." in file]
     has_model = bool({"model.safetensors", "model.safetensors.index.json"} & {*safetensors})
     if not has_model and (what := find_elsewhere(name, everything, has_safetensors=bool(safetensors), of_hub=of_hub)):
         raise CheckpointError(f"{name}: {what}")
     if safetensors:
         return _choose(name, safetensors, "model.safetensors", ".safetensors")
     states = [file for file in listing if is_pickle(file) and not _STATE_FILES.match(file)]
-    states += [file for file in listing if file.endswith(".bin.index.json")]
+    states += [file for file in listing if ".bin.index." in file]
     if states:
         return _choose(name, states, "pytorch_model.bin", ".bin")
     if others := [file for file in listing if is_weight_file(file)]:
@@ -86,8 +99,8 @@ def kind_beside(file: str) -> str | None:
 
 
 def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[list[str], str | None]:
-    indexes = [file for file in files if file.endswith(".index.json")]
-    singles = [file for file in files if not file.endswith(".index.json")]
+    indexes = [file for file in files if _INDEX.search(file)]
+    singles = [file for file in files if file not in indexes]
     if usual in singles:
         return [usual], None
     if f"{usual}.index.json" in indexes:
@@ -101,10 +114,27 @@ def _choose(name: str, files: list[str], usual: str, suffix: str) -> tuple[list[
     if len(singles) == 1 and not indexes:
         return singles, None
     kind = f"{suffix} files" if suffix == ".safetensors" else "pickled files of weights"
-    raise CheckpointError(
-        f"{name}: has {len(singles)} {kind} but neither {usual} nor one index "
-        f"({listed(indexes or singles)}). Name one file instead of the folder, or add its index."
+    variants = sorted({variant for file in files if (variant := _variant_of(file))})
+    way = (
+        f"Choose one: --variant {variants[0]}" if variants else "Name one file instead of the folder, or add its index"
     )
+    raise CheckpointError(
+        f"{name}: has {len(singles)} {kind} but neither {usual} nor one index ({listed(indexes or singles)}). {way}."
+    )
+
+
+def _variant_of(file: str) -> str | None:
+    """The variant in a file's name: fp16 in x.fp16.safetensors, x.fp16-00001-of-00002.safetensors and
+    x.safetensors.index.fp16.json; None for other files."""
+    match = _VARIANT.fullmatch(file)
+    return match and (match[2] or match[3])
+
+
+def variants_beside(chosen: str, listing: Sequence[str]) -> list[str]:
+    """The variants of a file of weights, or of an index, that lie beside it in the same format."""
+    stem, end = re.fullmatch(r"(.*?)(\.safetensors|\.bin|)(?:\.index\.json)?", chosen).groups()  # type: ignore[union-attr]
+    found = (_VARIANT.fullmatch(file) for file in listing if file.endswith(end))
+    return sorted({match[2] for match in found if match and match[2] and match[1] == stem})
 
 
 def _without_variant(files: Sequence[str], suffix: str) -> str | None:

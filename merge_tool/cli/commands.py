@@ -6,6 +6,7 @@ is imported inside it: `--help` needs no numpy, and each command only its own mo
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from merge_tool.cli.options import (
     with_options,
 )
 from merge_tool.cli.sweep import sweep_command
+from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
@@ -69,9 +71,15 @@ if TYPE_CHECKING:
 @with_options(MACHINE_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
+@click.option(
+    "--names-to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="If FT has other names than BASE: write the pairs that shapes suggest to FILE, for --names-from.",
+)
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
 @print_errors(CONTINUES)
-def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], **options: Any) -> None:
+def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], names_to: Path | None, **options: Any) -> None:
     """Merge the models BASE (t=0) and FT (t=1) into OUT, tensor by tensor, in bounded memory.
 
     BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
@@ -80,7 +88,29 @@ def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], **options:
     A merge that was stopped continues with the same command.
     """
     run, chosen = _parted(options)
-    _make(lambda: pair(base, ft, ts, **chosen), out, **run)
+    try:
+        _make(lambda: pair(base, ft, ts, **chosen), out, **run)
+    except MismatchError as e:
+        if names_to is None:
+            raise
+        raise _with_names_written(e, names_to) from e
+
+
+def _with_names_written(error: MismatchError, file: Path) -> MismatchError:
+    """The error, after the names that it suggests have been written. Raises OutputError where that cannot be."""
+    if not error.suggested:
+        return MismatchError(f"{error}\n--names-to: shapes suggest no pairs of names; nothing is written.")
+    if os.path.lexists(file):
+        raise OutputError(f"--names-to {shown(file)}: is there already. Choose another name.")
+    from merge_tool.files import write_whole
+
+    text = json.dumps(dict(sorted(error.suggested.items())), indent=2, ensure_ascii=False)
+    try:
+        write_whole(file, [text.encode(), b"\n"])
+    except OSError as e:
+        raise OutputError(f"--names-to {shown(file)}: cannot be written ({reason(e)}).") from e
+    pairs = counted(len(error.suggested), "pair")
+    return MismatchError(f"{error}\n{shown(file)} has {pairs}: check them, then give --names-from {shown(file)}.")
 
 
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -182,6 +212,18 @@ def _answers(recipe: Recipe, outputs: Iterable[Path], prompt: str) -> list[Answe
     return list(answers([*map(str, recipe.models), *outputs], prompt))
 
 
+def _make_parts(parts: Sequence[Part], out: Path, run: dict[str, Any]) -> None:
+    """Run the merges of a file of several recipes; what is printed as JSON is the last one's report."""
+    from merge_tool.chain import merge_parts
+
+    def make(recipe: Recipe, target: Path, name: str) -> None:
+        quiet = run["quiet"] or run["as_json"]
+        of_part = {"report_path": None, "prompt": None, "as_json": False, "quiet": quiet} if name else {}
+        _make(lambda: recipe, target, **{**run, **of_part})
+
+    merge_parts(parts, out, make)
+
+
 # ----------------------------------------------------------------------------------------- merge-tool
 
 
@@ -216,12 +258,21 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
     """Merge the models that RECIPE, a YAML file as mergekit reads it, names into OUT.
 
     Any number of models, by any of the methods in docs/methods.md. BASE is base_model, or else the first one listed.
+    Several recipes in one file, with a name each but for the last, are made one after the other.
     A merge that was stopped continues with the same command.
     """
     from merge_tool.methods.registry import METHODS
     from merge_tool.recipe.mergekit import read_recipe
+    from merge_tool.recipe.parts import read_parts
 
     run, chosen = _parted(options)
+    values, models_dir = chosen.get("values"), chosen.get("models_dir")
+    if parts := read_parts(recipe, METHODS, **{k: v for k, v in chosen.items() if k not in ("values", "models_dir")}):
+        for option, is_given in (("--set", values), ("--models-dir", models_dir), ("--dry-run", run["dry_run"])):
+            if is_given:
+                raise RecipeError(f"{option} is for a file of one recipe. Give each part a file of its own.")
+        _make_parts(parts, out, run)
+        return
     _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
 
 

@@ -14,7 +14,7 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.checkpoint.sub_configs import is_of_text, is_sub_config
 from merge_tool.errors import MismatchError, RecipeError, shown
-from merge_tool.models.naming import COPIES, head_of, is_embedding, is_head, own_name, predicts_tokens
+from merge_tool.models.naming import COPIES, head_of, is_embedding, is_head, is_in_layer, own_name, predicts_tokens
 from merge_tool.models.renaming import says_tied, tied_embedding
 
 # Models that scale what goes into a tied head: an untied head would have to be another matrix.
@@ -40,6 +40,16 @@ def find_tie(model: Checkpoint) -> Tie | None:
     if says_tied(model.config or {}) and len(heads) == len(names) == 1:
         return Tie(names[0], heads[0])
     return None
+
+
+def lone_head(model: Checkpoint) -> str | None:
+    """The head under whose name a tied model has the matrix that is its embedding, too; None for other models."""
+    heads = [name for name in model.tensors if is_head(name)]
+    if len(heads) != 1 or says_tied(model.config or {}) is False:
+        return None
+    shape = model.tensors[heads[0]].shape
+    alike = [name for name, info in model.tensors.items() if info.shape == shape and not is_in_layer(name)]
+    return heads[0] if alike == heads else None
 
 
 def architecture(model: Checkpoint) -> str:
@@ -86,6 +96,16 @@ def renamed(source: TensorSource, name: str) -> TensorSource:
     return changed
 
 
+def own_bias(model: Checkpoint, head: str) -> dict[str, TensorSource]:
+    """The bias that a head needs where it is a tensor of its own, and that is a copy of another one where it is tied
+    (BERT's decoder): nothing for other heads."""
+    module, _, last = head.removesuffix(".weight").rpartition(".")
+    bias, copy = f"{module}.bias", f"{module}.decoder.bias"
+    if last != "decoder" or bias not in model.tensors or copy in model.tensors:
+        return {}
+    return {copy: renamed(model.source(bias), copy)}
+
+
 def untied_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """config.json of a model whose head is a tensor of its own."""
     return {**_with_ties(config or {}, ()), "tie_word_embeddings": False}
@@ -103,7 +123,7 @@ def _with_ties(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, An
 
 def with_own_head(model: Checkpoint, tie: Tie, head: str, notices: Sequence[str] = ()) -> Checkpoint:
     """A tied model with its embedding as the head, too."""
-    made = {} if tie.copy else {head: renamed(model.source(tie.embedding), head)}
+    made = ({} if tie.copy else {head: renamed(model.source(tie.embedding), head)}) | own_bias(model, head)
     all_notices = (*model.notices, *notices)
     return model.with_made(model.name, (), made, all_notices, config=untied_config(model.config))
 

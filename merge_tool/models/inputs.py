@@ -52,11 +52,12 @@ class Inputs:
     absolute paths or commits of the Hub; `paths` are all models and adapters. `coming` has the weights that folders
     still lack; their headers can be read until `close`.
 
-    A model that is named twice is looked up once. Raises FetchError, CheckpointError.
+    A model that is named twice is looked up once. `variant` chooses among files of weights. Raises FetchError,
+    CheckpointError.
     """
 
-    def __init__(self, refs: Iterable[str | Path]) -> None:
-        self._held = ExitStack()
+    def __init__(self, refs: Iterable[str | Path], variant: str | None = None) -> None:
+        self._held, self._variant = ExitStack(), variant
         self._snapshots: dict[str, Snapshot] = {}
         with ExitStack() as held:  # closed if a model cannot be fetched
             parts = [[self._find(held, part) for part in known_parts(ref)] for ref in refs]
@@ -67,7 +68,7 @@ class Inputs:
 
     def _find(self, held: ExitStack, part: str) -> Snapshot:
         if part not in self._snapshots:
-            self._snapshots[part] = look(part)
+            self._snapshots[part] = look(part, self._variant)
             held.callback(self._snapshots[part].close)
         return self._snapshots[part]
 

@@ -17,11 +17,12 @@ from merge_tool.checkpoint.header import MAX_HEADER_BYTES
 from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, open_local, open_one_file
 from merge_tool.checkpoint.source import ByteSource
-from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, adapter_files, kind_beside
+from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, MLX_WEIGHTS, adapter_files, kind_beside
 from merge_tool.errors import CheckpointError, listed, reason, shown
 from merge_tool.models.heads import untied_config
-from merge_tool.models.lora_config import CONFIG, Settings, read_settings
+from merge_tool.models.lora_config import CONFIG, Settings, adapter_prefix, read_settings
 from merge_tool.models.lora_match import Matcher
+from merge_tool.models.lora_names import holds_factors
 
 Coming = Mapping[Path, Mapping[str, ByteSource]]  # by folder, the weights that are still to be fetched
 NOTHING: Coming = {}
@@ -85,6 +86,7 @@ def open_model(
     mergeable: bool = True,
     as_stored: bool = False,
     names: Mapping[Path, str] | None = None,
+    variant: str | None = None,
 ) -> Checkpoint:
     """As open_checkpoint, for `MODEL+ADAPTER`, too. `coming` has by name the weights that are still to be fetched;
     `names` how models and adapters are called in messages, where that is not by their folder's name."""
@@ -102,6 +104,7 @@ def open_model(
         max_header_bytes=max_header_bytes,
         mergeable=mergeable,
         as_stored=as_stored,
+        variant=variant,
     )
     if mergeable and checkpoint.folder is not None and not is_adapter(model, coming):
         checkpoint = checkpoint.with_notices((*checkpoint.notices, *_unused(checkpoint.folder, checkpoint)))
@@ -138,16 +141,16 @@ def open_models(
     coming: Coming = NOTHING,
     max_header_bytes: int = MAX_HEADER_BYTES,
     mergeable: bool = True,
+    variant: str | None = None,
 ) -> list[Checkpoint]:
     """BASE and the others; an adapter folder alone is applied to BASE. If all are adapter folders, they are opened as
     adapters."""
     paths = [local_parts(ref) for ref in refs]
     names = distinct_names(path for several in paths for path in several)
     alone = [len(path) == 1 and is_adapter(path[0], coming) for path in paths]
-    files = [len(path) == 1 and path[0].is_file() and path[0].name in ADAPTER_WEIGHTS for path in paths]
-    if any(files) and not all(files):  # two files of adapters are merged like any two files
-        file = paths[files.index(True)][0]
-        raise CheckpointError(f"{shown(file)}: is the file of an adapter. Give its folder: {shown(file.parent)}.")
+    of_peft = [len(path) == 1 and path[0].is_file() and path[0].name in ADAPTER_WEIGHTS for path in paths]
+    if any(of_peft) and not all(of_peft):  # two files of adapters are merged like any two files
+        raise _is_adapters_file(paths[of_peft.index(True)][0])
     if alone[0] and not all(alone):
         other = shown(names[paths[alone.index(False)][0]])
         raise CheckpointError(
@@ -158,10 +161,28 @@ def open_models(
         if is_alone and not alone[0]:
             models.append(apply_adapter(models[0], path[0], name=names[path[0]], max_header_bytes=max_header_bytes))
         else:
-            models.append(
-                open_model(ref, coming=coming, max_header_bytes=max_header_bytes, mergeable=mergeable, names=names)
+            model = open_model(
+                ref,
+                coming=coming,
+                max_header_bytes=max_header_bytes,
+                mergeable=mergeable,
+                names=names,
+                variant=variant,
             )
-    if alone[0]:
+            models.append(model)
+    files = [not one and _is_lora_file(path, model) for one, path, model in zip(alone, paths, models, strict=True)]
+    if files[0] and not all(files):
+        raise CheckpointError(
+            f"{shown(models[0].name)}: BASE is a LoRA file, but {shown(models[files.index(False)].name)} is a model. "
+            "Give MODEL+FILE for BASE."
+        )
+    if any(files) and not files[0]:
+        from merge_tool.models.lora_files import apply_file  # for these alone
+
+        models = [
+            apply_file(models[0], model) if is_one else model for model, is_one in zip(models, files, strict=True)
+        ]
+    if alone[0] or files[0]:
         notice = (
             f"{' and '.join(model.name for model in models)} are adapters: their factors are merged one by one, which "
         )
@@ -169,6 +190,18 @@ def open_models(
         models[0] = models[0].with_notices((*models[0].notices, notice))
     _drop_repeated(models)
     return models
+
+
+def _is_lora_file(path: Sequence[Path], model: Checkpoint) -> bool:
+    if len(path) > 1 or not holds_factors(model.tensors):
+        return False
+    from merge_tool.models.lora_files import is_lora_file  # for these alone
+
+    return is_lora_file(model)
+
+
+def _is_adapters_file(file: Path) -> CheckpointError:
+    return CheckpointError(f"{shown(file)}: is the file of an adapter. Give its folder: {shown(file.parent)}.")
 
 
 def _drop_repeated(models: list[Checkpoint]) -> None:
@@ -183,13 +216,24 @@ def _drop_repeated(models: list[Checkpoint]) -> None:
 def apply_adapter(
     base: Checkpoint, path: Path, *, name: str = "", max_header_bytes: int = MAX_HEADER_BYTES
 ) -> Checkpoint:
-    """`base` with the adapter of the folder at `path`.
+    """`base` with the adapter of the folder at `path`, or with a LoRA file of an image model.
 
     Raises CheckpointError for a folder that is no LoRA adapter or cannot be merged, MismatchError with every tensor of
     the adapter that does not fit `base`.
     """
+    if path.name in ADAPTER_WEIGHTS and path.is_file():
+        raise _is_adapters_file(path)
+    if not is_there(path / CONFIG):
+        from merge_tool.models import lora_files  # for these alone
+
+        if (file := lora_files.find_lora_file(path)) is not None:
+            return lora_files.apply_file(base, lora_files.open_lora_file(file, name, max_header_bytes))
     try:
         folder = Folder(path, name)
+        if folder.has(MLX_WEIGHTS) and folder.has(CONFIG) and not any(map(folder.has, ADAPTER_WEIGHTS)):
+            from merge_tool.models.lora_mlx import apply_mlx  # for these alone
+
+            return apply_mlx(base, folder, max_header_bytes)
         settings = read_settings(folder)
         weights = [open_one_file(folder, name, max_header_bytes=max_header_bytes) for name in settings.weights]
     except OSError as e:
@@ -198,9 +242,7 @@ def apply_adapter(
         raise CheckpointError(f"{empty[0]}: holds no tensors.")
     matched = Matcher(base, folder.name, settings, weights)
     matched.match()
-    prefix = "adapter"
-    while any(file.file_name == f"{prefix}/{CONFIG}" for file in base.files):
-        prefix += "+"  # one adapter upon another
+    prefix = adapter_prefix(base)
     files = (
         *(replace(file, file_name=f"{prefix}/{file.file_name}") for opened in weights for file in opened.files),
         CheckpointFile(f"{prefix}/{CONFIG}", settings.file, settings.sha256),

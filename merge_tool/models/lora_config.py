@@ -12,7 +12,7 @@ from typing import Any
 
 from merge_tool.checkpoint.elsewhere import find_elsewhere
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.reader import files_below
+from merge_tool.checkpoint.reader import Checkpoint, files_below
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, adapter_files
 from merge_tool.errors import CheckpointError, listed, shown
@@ -83,15 +83,15 @@ class Settings:
         return next((rows for end, rows in self.tokens.items() if f".{module}".endswith(end)), None)
 
     def rank_of(self, module: str) -> int:
-        return int(_number(self.where, "rank_pattern", _by_pattern(self.ranks, module, self.rank)))
+        return int(_number(self.where, "rank_pattern", by_pattern(self.ranks, module, self.rank)))
 
     def scale_of(self, module: str) -> float:
-        alpha = _number(self.where, "alpha_pattern", _by_pattern(self.alphas, module, self.alpha))
+        alpha = _number(self.where, "alpha_pattern", by_pattern(self.alphas, module, self.alpha))
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.root_scaled else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name, or its end from a dot on, as in peft."""
     for pattern, value in patterns.items():
         if module == pattern or module.endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module[:500]):
@@ -103,6 +103,14 @@ def _number(where: str, key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise CheckpointError(f"{where}: {key} is '{shown(value)}', expected a number.")
     return value
+
+
+def adapter_prefix(base: Checkpoint) -> str:
+    """What stands before the names of an adapter's files among those of the model that it is applied to."""
+    prefix = "adapter"
+    while any(file.file_name.startswith(f"{prefix}/") for file in base.files):
+        prefix += "+"  # one adapter upon another
+    return prefix
 
 
 def read_settings(folder: Folder) -> Settings:

@@ -50,7 +50,8 @@ def find_ends(base: Checkpoint, names: Names, settings: Settings, tensors: Itera
             "it. What peft computes for both is not read; merge the adapter with peft."
         )
     trained = (p.is_tokens or p.is_factor or settings.saves(p.module) for p in (*embedding, *head))
-    repeats = settings.keeps_tie or not any(trained) or tokens == [True, False]
+    keeps_tie = settings.keeps_tie and bool(head)  # peft stores both ends where it ties them, as it does not for GPT-2
+    repeats = keeps_tie or not any(trained) or tokens == [True, False]
     if embedding and repeats:
         return Ends(tie, skipped=frozenset(part.module for part in head) if tie.copy is None else frozenset())
     name = tie.copy or (f"{head[0].module}.weight" if head else named_head(base, tie.embedding))

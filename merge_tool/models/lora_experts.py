@@ -18,7 +18,7 @@ from merge_tool.checkpoint.source import ByteSource, TensorSource
 from merge_tool.errors import shown
 from merge_tool.models.experts import Pieces
 from merge_tool.models.lora_config import EXPERT_PARAMETERS, Settings
-from merge_tool.models.lora_names import AdapterTensor
+from merge_tool.models.lora_names import AdapterTensor, with_experts_called
 from merge_tool.models.low_rank import Factor, LowRankTensor
 from merge_tool.models.renaming import Names
 
@@ -27,7 +27,7 @@ _OF_ONE = {  # for a parameter: the weights of one expert that it consists of, r
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-_FOLDERS = ("mlp", "block_sparse_moe", "feed_forward")  # what layers call the module that has the experts
+_AS_LAYERS = {"gate_up_proj": "input_linear", "down_proj": "output_linear"}  # what Granite's checkpoints call them
 _TRANSPOSED = {"gpt_oss"}  # model_type of classes whose parameters are [experts, in, out]
 _Factors = Mapping[str, AdapterTensor]
 
@@ -156,7 +156,8 @@ def take_expert_modules(
         stem = module
         while stem.endswith(_WRAPPED):
             stem = stem.removesuffix(_WRAPPED)
-        if any(settings.targets(f"{stem}.{name}") for name in EXPERT_PARAMETERS):
+        is_of_experts = stem.rpartition(".")[2] == "experts"  # a target may be the last word alone
+        if is_of_experts and any(settings.targets(f"{stem}.{name}") for name in EXPERT_PARAMETERS):
             taken.setdefault(stem, []).append(modules.pop(module))
     return taken
 
@@ -212,11 +213,11 @@ def match_experts(
 
 def _find(base: Checkpoint, names: Names, stem: str, parameter: str) -> _Parameter:
     """The tensors of BASE that a parameter is. Raises ValueError where there are none."""
-    fused = names.find(f"{stem}.{parameter}")
+    beside = f"{stem.rpartition('.')[0]}.{_AS_LAYERS[parameter]}.weight"
+    fused = names.find(f"{stem}.{parameter}") or names.find(beside)
     if fused is not None and len(shape := base.tensors[fused].shape) == 3:
         return _Parameter(parameter, (_Part(fused, None, 0),), shape[0], (shape[1], shape[2]))
-    for folder in _FOLDERS:
-        module = ".".join(folder if word in _FOLDERS else word for word in stem.split("."))
+    for module in with_experts_called(stem):
         for words in _OF_ONE[parameter]:
             if matrices := _of_each(base, names, module, parameter, words):
                 return matrices

@@ -15,12 +15,13 @@ from merge_tool.checkpoint.reader import Checkpoint, FileTensor
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.checkpoint.strided import StridedTensor
 from merge_tool.errors import MismatchError, counted, listed, shown
-from merge_tool.models.heads import renamed
+from merge_tool.models.heads import own_bias, renamed
 from merge_tool.models.lora_config import CONFIG, Settings
 from merge_tool.models.lora_ends import ends_notice, find_ends
 from merge_tool.models.lora_experts import match_experts, take_expert_modules
-from merge_tool.models.lora_names import MAGNITUDE, OLD_TOKENS, TOKENS, AdapterTensor, parse_name
+from merge_tool.models.lora_names import MAGNITUDE, OLD_TOKENS, TOKENS, AdapterTensor, parse_name, with_experts_called
 from merge_tool.models.low_rank import Factor, LowRankTensor
+from merge_tool.models.naming import is_head
 from merge_tool.models.renaming import Names
 from merge_tool.models.rescaled import Factors, RescaledTensor
 from merge_tool.models.token_rows import TokenRows
@@ -85,7 +86,15 @@ class Matcher:
 
     def _find(self, name: str) -> str | None:
         """The tensor of BASE, or of what the adapter makes of it, that a name of the adapter's means."""
-        return name if name == self.ends.head else self.names.find(name)
+        return name if name == self.ends.head else self.names.find(name) or self._as_stored(name)
+
+    def _as_stored(self, name: str) -> str | None:
+        """What the checkpoint calls a tensor that transformers 5 has another name for: the head, what lies beside
+        experts."""
+        heads = [own for own in self.names.names if is_head(own)]
+        if is_head(name):
+            return heads[0] if len(heads) == 1 else None
+        return next(filter(None, map(self.names.find, with_experts_called(name))), None)
 
     def _begin_head(self) -> None:
         """Where a tied head is a tensor of its own now: what it is before the adapter adds to it."""
@@ -98,6 +107,7 @@ class Matcher:
         if tie is None or head is None:
             return
         self.notices.append(ends_notice(self.name, self.base, self.ends))
+        self.made |= own_bias(self.base, head)
         if head not in self.made and tie.copy is None:
             source = self._source(tie.embedding) if self.ends.follows else self.base.source(tie.embedding)
             self.made[head] = renamed(source, head)
@@ -206,9 +216,13 @@ class Matcher:
 
     def _is_transposed(self, layers: Sequence[_Layer]) -> bool:
         """Whether products for square layers are transposed: as fan_in_fan_out says, unless the other layers' shapes
-        contradict it."""
+        contradict it. Of GPT-2 with its head, peft writes what holds for the head."""
         default = self.settings.transposed
-        seen = {layer.ways[0] for layer in layers if len(layer.ways) == 1 and layer.a.name.endswith(".weight")}
+        heads = [layer for layer in layers if is_head(f"{layer.module}.weight")]
+        inner = [layer for layer in layers if layer not in heads and layer.a.name.endswith(".weight")]
+        seen = {layer.ways[0] for layer in inner if len(layer.ways) == 1}
+        if heads and seen == {True}:
+            return True
         square = [layer.module for layer in layers if len(layer.ways) == 2]
         denied = seen == {False} if default else True in seen
         if square and denied:

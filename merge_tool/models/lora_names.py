@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from merge_tool.checkpoint.header import TensorInfo
@@ -16,6 +17,8 @@ _FACTOR = re.compile(
     r"|lora_magnitude_vector(?=(?:\.weight)?$))(?:\.weight)?"
 )
 _TOKENS = re.compile(r"(.*?)(?:\.token_adapter)?\.(trainable_tokens_delta|trainable_tokens_original)")
+_FOLDERS = ("mlp", "block_sparse_moe", "feed_forward")  # what layers call the module that has the experts
+_FACTORS = (".lora_A.weight", ".lora_down.weight", "lora.down.weight", ".lora_linear_layer.down.weight")
 MAGNITUDE = "lora_magnitude_vector"
 TOKENS, OLD_TOKENS = "trainable_tokens_delta", "trainable_tokens_original"
 
@@ -63,3 +66,14 @@ def parse_name(source: TensorSource) -> AdapterTensor:
         return AdapterTensor(source, match[1], "bias" if match[2] == "lora_B.bias" else "weight", match[2])
     module, _, leaf = _FULL.sub("", name).rpartition(".")
     return AdapterTensor(source, module, leaf)
+
+
+def with_experts_called(name: str) -> list[str]:
+    """A name with each of the names that libraries have for the module in a layer that has the experts."""
+    words = name.split(".")
+    return [".".join(folder if word in _FOLDERS else word for word in words) for folder in _FOLDERS]
+
+
+def holds_factors(names: Iterable[str]) -> bool:
+    """Whether a checkpoint has factors of LoRA, by the names that peft, kohya and diffusers give them."""
+    return any(name.endswith(_FACTORS) for name in names)

@@ -54,6 +54,7 @@ _BIASES = ("cls.predictions.bias", "predictions.bias", "final_logits_bias")
 COPIES = {
     "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
     "lm_head.decoder.bias": "lm_head.bias", "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "predictions.decoder.bias": "predictions.bias",
 }  # fmt: skip
 # Modules after the layers that are not output heads: other heads, and final norms.
 _AFTER = re.compile(

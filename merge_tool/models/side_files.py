@@ -31,7 +31,7 @@ _COPY_BYTES = 1 << 20
 _SKIPPED_FOLDERS = re.compile(r"original|checkpoint-[^/]*|\.git|\.cache|\.ipynb_checkpoints|__pycache__")
 _SKIPPED_FILES = re.compile(
     r"(optimizer|scheduler|scaler|rng_state)[^/]*\.[^/]+|training_args\.bin|trainer_state\.json"
-    r"|[^/]*\.(safetensors|bin)\.index\.json",
+    r"|[^/]*\.(safetensors|bin)\.index(\.[A-Za-z0-9_]+)?\.json",
     re.IGNORECASE,
 )
 # What systems leave in folders that they show: macOS, Windows

@@ -58,7 +58,8 @@ class Expansion:
 
     `names` are each model's tensors. `renamings` has, by model, its names for the first model's tensors, and the
     `copies` that the first model does not store. `num_layers` are the language models' numbers of layers by
-    config.json: layers beyond that lie outside the stack. `range_problems` are messages about layers that models lack.
+    config.json: layers beyond that lie outside the stack. `lone_head` is the first model's only name for the matrix
+    that is embedding and head. `range_problems` are messages about layers that models lack.
     Raises RecipeError for ambiguous stacks.
     """
 
@@ -69,8 +70,9 @@ class Expansion:
         names: Sequence[Collection[str]],
         renamings: Mapping[int, Renaming] | None = None,
         num_layers: Sequence[int | None] = (),
+        lone_head: str | None = None,
     ) -> None:
-        self._num_layers = num_layers or [None] * len(names)
+        self._num_layers, self._lone_head = num_layers or [None] * len(names), lone_head
         self._recipe, self._method = recipe, method
         first = names[recipe.first]
         self.known = [_Names(own, first, (renamings or {}).get(k, Renaming())) for k, own in enumerate(names)]
@@ -148,10 +150,13 @@ class Expansion:
             stack, _ = self._sliced[module.name or ""]
             for part, last in ((module.slices[0], False), (module.slices[-1], True)):
                 for name in self._names_in(module, part):
-                    if (split_layer(name) or ("",))[0] != stack and comes_last(name) is last:
+                    if (split_layer(name) or ("",))[0] != stack and self._comes_last(name) is last:
                         yield name
             yield from self._layer_names(module, stack)
             yield from self._names_behind(module, stack)
+
+    def _comes_last(self, name: str) -> bool:
+        return comes_last(name) and name != self._lone_head
 
     def _names_behind(self, module: Module, stack: str) -> Iterator[str]:
         """The tensors of layers outside the stack, of the last slice's models, numbered on behind the output's
@@ -210,7 +215,7 @@ class Expansion:
         layer = split_layer(name)
         stack, starts = self._sliced[module.name or ""]
         if layer is None or layer[0] != stack:
-            part = module.slices[-1 if comes_last(name) else 0]
+            part = module.slices[-1 if self._comes_last(name) else 0]
             names = (name,) * len(part.sources)
             return OutputTensor(name=name, names=names, position=0.0, part=part, module=module)
         if layer[1] >= starts[-1]:

@@ -121,6 +121,7 @@ def _vocabulary(a: TensorInfo, b: TensorInfo) -> str:
 def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], differences: _Differences) -> None:
     """Raise MismatchError for the differences that the recipe does not allow, and name the options that allow them."""
     problems, ways = list[str](), list[str]()
+    suggested = _suggested(recipe, models, differences)
     if differences.lacking:
         for model, names in differences.lacking.items():
             others = [k for k in sorted(recipe.sources) if k != model]
@@ -131,7 +132,12 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
         )
         if recipe.first in differences.lacking:
             ways.append("--on-missing ft: the same, but tensors that BASE lacks are copied from a model that has them.")
-        ways += _names_way(recipe, models, differences)
+        lines = [f"{shown(their)} {shown(our)}" for their, our in sorted(suggested.items())]
+        if lines:
+            ways.append(
+                "--names-from FILE with these lines, if they are the same tensors (--names-to FILE writes them):\n    "
+                + _first_lines(lines)
+            )
     if differences.codes:
         lines = [f"{shown(name)}: {differences.codes[name]}" for name in _natural(differences.codes)]
         problems.append(
@@ -159,7 +165,8 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
             + sizes
             + "\nAll must be the same architecture, with one vocabulary. To merge them anyway:\n  "
             + "\n  ".join([*ways, "--exclude PATTERN: matching tensors are copied from BASE."])
-            + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ.")
+            + ("" if recipe.is_strict else "\nGive `slices` where the numbers of layers differ."),
+            suggested,
         )
 
 
@@ -178,20 +185,16 @@ def _check_depth(base: Checkpoint, added: Sequence[str]) -> None:
         )
 
 
-def _names_way(recipe: Recipe, models: Sequence[Checkpoint], differences: _Differences) -> list[str]:
-    """The way out where both models of a pair have tensors of their own whose shapes fit each other in one way only."""
+def _suggested(recipe: Recipe, models: Sequence[Checkpoint], differences: _Differences) -> dict[str, str]:
+    """FT's names and BASE's, where both have tensors of their own whose shapes fit each other in one way only."""
     other = max(recipe.sources)
     if not recipe.is_strict or not {recipe.first, other} <= differences.lacking.keys():
-        return []
+        return {}
     ours, theirs = (
         [models[k].tensors[name] for name in differences.lacking[lacking] if name in models[k].tensors]
         for k, lacking in ((recipe.first, other), (other, recipe.first))
     )
-    names = suggested_names(ours, theirs)
-    lines = [f"{shown(their)} {shown(our)}" for their, our in sorted(names.items())]
-    if not lines:
-        return []
-    return [f"--names-from FILE with these lines, if they are the same tensors:\n    {_first_lines(lines)}"]
+    return suggested_names(ours, theirs)
 
 
 def _all(models: Sequence[Checkpoint]) -> str:

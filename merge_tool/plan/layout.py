@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
@@ -60,12 +61,14 @@ def output_dtype(recipe: Recipe, dtype: str) -> str:
     return recipe.dtype_code or dtype
 
 
-def output_stem(first: Checkpoint) -> str:
+def output_stem(first: Checkpoint, variant: str | None) -> str:
     """The names of the output's files, chosen so that a loader of BASE also loads the output: by the index, or the only
-    file."""
+    file, without a variant."""
     if first.folder is None:
         return "model"
     name = first.index_name or first.files[0].file_name
+    if variant is not None:
+        name = re.sub(rf"(\.index)?\.{re.escape(variant)}(?:-[0-9]+-of-[0-9]+)?(?=\.)", r"\1", name, count=1)
     if is_pickle(name.removesuffix(".index.json")):  # written as safetensors, under the name that loaders look for
         name = PurePosixPath(name.removesuffix(".index.json")).stem
         return name if name in _PICKLED_STEMS else "model"

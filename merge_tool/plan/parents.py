@@ -26,9 +26,9 @@ _SETTINGS: Mapping[str, str] = {
     **dict.fromkeys(("architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"), _KIND),
     **dict.fromkeys(("num_key_value_heads", "num_heads", "tie_word_embeddings", "head_dim", "position_embedding_type"),
                     _KIND),
-    **dict.fromkeys(("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_dim", "alibi",
-                     "rope_interleave", "no_rope_layers", "no_rope_layer_interval", "rope_local_base_freq",
-                     "global_rope_theta", "local_rope_theta", "original_max_position_embeddings"), _POSITIONS),
+    **dict.fromkeys(("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim", "alibi", "rope_interleave",
+                     "no_rope_layers", "no_rope_layer_interval", "rope_local_base_freq",
+                     "original_max_position_embeddings"), _POSITIONS),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function", "hidden_activation_function"),
                     "the weights were trained for another activation"),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon",
@@ -40,6 +40,10 @@ _SETTINGS: Mapping[str, str] = {
                      "layer_types", "attention_chunk_size", "is_causal"), _REACH),
     **dict.fromkeys(("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group",
                      "topk_group", "topk_method", "moe_top_k"), _EXPERTS),
+}  # fmt: skip
+_SAME_ROPE = {  # older names
+    "rotary_emb_base": "rope_theta", "global_rope_theta": "rope_theta", "local_rope_theta": "rope_local_base_freq",
+    "rotary_pct": "partial_rotary_factor",
 }  # fmt: skip
 _ONE_SIDED = frozenset(
     {"num_attention_heads", "num_key_value_heads", "rope_theta", "rope_scaling"}
@@ -157,21 +161,25 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_rope(part: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with its rotary positions as `rope_theta` and `rope_scaling`, whatever version wrote it."""
-    settings = dict(part)
+    settings = {_SAME_ROPE.get(key, key): value for key, value in part.items()}
     rope = part.get("rope_parameters") or part.get("rope_scaling")
     if not isinstance(rope, dict):
         return settings
-    if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layers
-        return {**settings, "rope_scaling": rope}
-    if "rope_theta" in rope:
-        settings["rope_theta"] = rope["rope_theta"]
+    if not any(isinstance(value, dict) for value in rope.values()):
+        return settings | _of_rope(rope)
+    full, window = rope.get("full_attention"), rope.get("sliding_attention")  # one for each kind of layers
+    if isinstance(full, dict) and isinstance(window, dict) and len(rope) == 2:
+        there = _of_rope(window)
+        if there.pop("rope_scaling") is None and there.keys() <= {"rope_theta"}:
+            return settings | _of_rope(full) | {"rope_local_base_freq": there.get("rope_theta")}
+    return {**settings, "rope_scaling": rope}
+
+
+def _of_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and partial_rotary_factor, if they are there; rope_scaling, which is None where it scales nothing."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    rest = {
-        key: value
-        for key, value in rope.items()
-        if key not in ("rope_theta", "rope_type", "type") and value is not None
-    }
-    if "partial_rotary_factor" in rest:
-        settings["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
-    settings["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **dict(sorted(rest.items()))}
-    return settings
+    kind = {"mrope": "default", "su": "longrope"}.get(kind, kind)
+    known = ("rope_theta", "partial_rotary_factor")
+    rest = {k: v for k, v in rope.items() if k not in (*known, "rope_type", "type") and v is not None}
+    scaling = None if kind == "default" and not rest else {"rope_type": kind, **dict(sorted(rest.items()))}
+    return {**{key: rope[key] for key in known if key in rope}, "rope_scaling": scaling}

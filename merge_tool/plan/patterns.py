@@ -21,7 +21,9 @@ def check_lent_patterns(recipe: Recipe, inputs: Inputs, machine: Machine) -> Non
     """Raise OutputError for a regular expression in a published recipe that takes too long on the models' names."""
     patterns = [Pattern(text) for text in recipe.lent_patterns]
     if texts := [pattern.text.removeprefix("re:") for pattern in patterns if pattern.is_regex]:
-        models = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
+        models = open_models(
+            inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes, variant=recipe.options.variant
+        )
         check_patterns(texts, (name for model in models for name in model.tensors), recipe.where)
 
 

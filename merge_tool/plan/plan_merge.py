@@ -18,6 +18,7 @@ from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.methods.passes import check_spec
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
+from merge_tool.models.heads import lone_head
 from merge_tool.models.layer_counts import num_layers
 from merge_tool.models.renaming import find_renaming, renaming_warnings
 from merge_tool.plan.expand import Expansion, OutputTensor
@@ -61,12 +62,16 @@ def plan_merge(
         )
     renamings = {k: find_renaming(first, model) for k, model in enumerate(models) if k != recipe.first}
     counts = [num_layers((model.stored or model).config) for model in models]
-    expansion = Expansion(recipe, method, [model.tensors.keys() for model in models], renamings, counts)
+    names = [model.tensors.keys() for model in models]
+    expansion = Expansion(recipe, method, names, renamings, counts, lone_head(first))
     fitted = fit(recipe, expansion, models)
     check_stack(recipe, expansion, models, fitted.names)
     scaled = plan_scaled(recipe, method, models)
     jobs = _Jobs(recipe=recipe, method=method, models=models, expansion=expansion, kept=fitted.kept, scaled=scaled)
-    stem, max_bytes = output_stem(first), None if single_file else recipe.options.max_shard_bytes
+    stem, max_bytes = (
+        output_stem(first, recipe.options.variant),
+        None if single_file else recipe.options.max_shard_bytes,
+    )
     shards = lay_out(jobs.infos(fitted), first, stem, max_bytes, single_file, jobs)
     expansion.check_values()
     warnings = [

@@ -7,14 +7,15 @@ Reads headers, side files, and a few bytes of many tensors; writes nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
 from merge_tool.checkpoint.folder import folder_name
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import MismatchError, OutputError, input_failed, listed, shown, sized
+from merge_tool.errors import MismatchError, OutputError, RecipeError, input_failed, listed, shown, sized
 from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -51,6 +52,7 @@ from merge_tool.plan.target import Target, existing_folder
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import Alignment, align, settings_warnings, side_files_of
 from merge_tool.vocabulary.chat_template import choose_template, template_warnings, with_template
+from merge_tool.vocabulary.differences import same_bytes
 from merge_tool.vocabulary.row_tensors import has_row_tensors
 
 
@@ -132,7 +134,10 @@ def prepare(
     """
     try:
         check_lent_patterns(recipe, inputs, machine)
-        opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes)
+        variant = recipe.options.variant
+        opened = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=machine.header_bytes, variant=variant)
+        if variant is not None:
+            opened = _with_variant(opened, variant)
         check_architectures(recipe, opened)
         opened = untie(opened, recipe.first, frozenset(recipe.sources), is_requested=recipe.options.untie)
         lead = opened[recipe.first]
@@ -176,6 +181,19 @@ def prepare(
     )
 
 
+def _with_variant(models: Sequence[Checkpoint], variant: str) -> list[Checkpoint]:
+    """The models, with a warning where one has no such variant. Raises RecipeError if none has."""
+    word = re.compile(rf"\.{re.escape(variant)}[-.]")
+    have = [any(word.search(file.file_name) for file in model.files) for model in models]
+    if not any(have):
+        raise RecipeError(f"--variant {shown(variant)}: no model has weights with .{shown(variant)} in their names.")
+    lacking = f"has no variant {shown(variant)}: its plain weights are merged."
+    return [
+        model if has else model.with_notices((*model.notices, f"{model.name} {lacking}"))
+        for model, has in zip(models, have, strict=True)
+    ]
+
+
 def _name_of(e: OSError, inputs: Sequence[Path]) -> str:
     """The file that the system refused, by the name of its input: `base/tokenizer.json`."""
     if not isinstance(e.filename, str):
@@ -216,7 +234,7 @@ def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Me
     try:
         plan = plan_merge(recipe, models, methods=methods, single_file=target.single_file)
     except MismatchError as e:
-        raise MismatchError(f"{e}{explain_rows(models)}") from e
+        raise MismatchError(f"{e}{explain_rows(models)}", e.suggested) from e
     if recipe.tokenizer is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
         check_vocabularies(recipe, models)
     wanted = recipe.options.chat_template or recipe.chat_template
@@ -237,6 +255,7 @@ def _side_files(
         donor.weight_files,
         card=BASE_CARD if recipe.donor == recipe.first else FT_CARD,
     )
+    warnings += _module_warnings(side_files, donor, models)
     side_files = replace(side_files, layers=plan.layers, keeps_quantization=plan.is_scaled)
     if alignment is not None:
         side_files = side_files_of(alignment, side_files)
@@ -257,6 +276,21 @@ def _side_files(
     copied, renamed = named_apart(side_files.copied, ours)
     check_names(file.target for file in copied)
     return replace(side_files, copied=copied), [*warnings, *renamed]
+
+
+def _module_warnings(side_files: SideFiles, donor: Checkpoint, models: Sequence[Checkpoint]) -> Iterator[str]:
+    """Warnings about parts of the model with weights of their own (sentence-transformers) that differ in the models."""
+    own = donor.folder
+    for file in side_files.unmerged if own is not None else ():
+        there = ((m.name, m.folder) for m in models if m.folder is not None and m.folder is not own)
+        unlike = [name for name, folder in there if folder.has(file) and own and not same_bytes(own, folder, file)]
+        if unlike:
+            part = str(PurePosixPath(file).parent)
+            command = f"slerp-merge {shown(donor.name)}/{shown(part)} {shown(unlike[0])}/{shown(part)} PART"
+            yield (
+                f"{shown(file)} of {unlike[0]} has other weights than {donor.name}'s, which are copied. Merge that "
+                f"part by itself ({command}), and put PART's weights into {shown(part)} of the output."
+            )
 
 
 def _file_warnings(side_files: SideFiles) -> Iterable[str]:

@@ -47,8 +47,9 @@ class Options:
     tensors that some model lacks. `files_from` names the model whose configuration and tokenizer files are copied:
     "base", "ft" for the second model of a pair, or a model as the recipe names it. `chat_template` is the name of a
     model, a template's known name, or a template in Jinja. `allow_different_architectures` permits what is nearly
-    always a mistake. `untie` gives the output a head of its own if the base's head is its embedding. `ids` name local
-    models as the Hub has them. `seed` decides the random bits of methods that have any.
+    always a mistake. `untie` gives the output a head of its own if the base's head is its embedding. `variant` chooses
+    among the files of a folder's weights. `ids` name local models as the Hub has them. `seed` decides the random bits
+    of methods that have any.
     """
 
     only: Sequence[str] = option(
@@ -101,6 +102,12 @@ class Options:
         "Give the output a head of its own where BASE's head is its embedding, and say so in config.json.",
         is_flag=True,
     )  # fmt: skip
+    variant: str | None = option(
+        None, "--variant",
+        "Merge the weights of this variant (fp16) where a folder has them beside the plain ones.  [default: the plain "
+        "ones]",
+        metavar="NAME",
+    )  # fmt: skip
     ids: Sequence[str] = option(
         (), "--id",
         "What a local model or adapter is called on the Hub, for the links of the model card. NAME is base, ft, "
@@ -116,6 +123,8 @@ class Options:
             check_choice("dtype", self.dtype, OUTPUT_DTYPES)
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", read_template(self.chat_template))
+        if self.variant is not None and not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.variant):
+            raise RecipeError(f"--variant is '{shown(self.variant)}', expected a word such as fp16.")
         check_choice("on_mismatch", self.on_mismatch, STOP_OR_BASE)
         check_choice("on_missing", self.on_missing, STOP_BASE_OR_FT)
         if self.max_shard_bytes < 1:

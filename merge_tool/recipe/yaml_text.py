@@ -97,7 +97,7 @@ def _nodes(node: Any) -> Iterator[int]:
 
 def _hint(e: Any) -> str:
     if "expected a single document" in str(e.context):
-        return " A recipe is one document: give each part after a `---` a file of its own."
+        return " A recipe is one document; only `merge-tool run` takes several, each with a `name` but one."
     return " Indent with spaces, please." if "'\\t'" in str(e.problem) else ""
 
 

@@ -72,12 +72,17 @@ def plan_again(
     no weights of the Hub are downloaded, and none are read."""
     recipe, target = _recipe_again(report.head, against, recipe_path, models_dir), Target(out)
     limits = machine(memory_bytes, jobs)
-    with Inputs(map(str, recipe.models)) as inputs:
+    with Inputs(map(str, recipe.models), recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         if fetch:
             inputs.fetch()
         if patterns := _regular_expressions(recipe):
-            models = open_models(inputs.refs, coming=inputs.coming, max_header_bytes=limits.header_bytes)
+            models = open_models(
+                inputs.refs,
+                coming=inputs.coming,
+                max_header_bytes=limits.header_bytes,
+                variant=recipe.options.variant,
+            )
             check_patterns(patterns, (name for model in models for name in model.tensors), REPORT)
             del models
         return prepare(recipe, inputs, target, limits, read_samples=fetch)
