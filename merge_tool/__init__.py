@@ -40,6 +40,7 @@ _HOMES = {
     "merge": "merge_tool.api",
     "merge_models": "merge_tool.api",
     "merge_recipe": "merge_tool.api",
+    "push": "merge_tool.output.upload",
     "plan_recipe": "merge_tool.api",
     "Checkpoint": "merge_tool.checkpoint.reader",
     "open_checkpoint": "merge_tool.checkpoint.reader",
@@ -97,6 +98,7 @@ __all__ = [
     "plan_layout",
     "plan_merge",
     "plan_recipe",
+    "push",
     "read_recipe",
     "run_plan",
 ]

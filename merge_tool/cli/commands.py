@@ -25,6 +25,7 @@ from merge_tool.cli.options import (
     MACHINE_OPTIONS,
     MODELS_DIR,
     OUTPUT_OPTIONS,
+    STREAM_OPTIONS,
     parse_share,
     parse_ts,
     recipe_options,
@@ -37,6 +38,7 @@ from merge_tool.cli.show import (
     inspection_lines,
     plan_json,
     plan_lines,
+    push_lines,
     report_json,
     scores_line,
     summary_lines,
@@ -46,6 +48,7 @@ from merge_tool.cli.show import (
 )
 from merge_tool.errors import shown
 from merge_tool.methods.registry import METHODS
+from merge_tool.models.inputs import Streaming
 from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
@@ -71,6 +74,7 @@ from merge_tool.recipe.recipe import Recipe, label_t
 )
 @with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
+@with_options(STREAM_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @click.version_option(__version__, "--version", prog_name="slerp-merge")
 @print_errors(CONTINUES)
@@ -88,7 +92,7 @@ def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], **options:
 
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What says how a merge is made, and what says which."""
-    names = [option.name for option in _params((*MACHINE_OPTIONS, *OUTPUT_OPTIONS))]
+    names = [option.name for option in _params((*MACHINE_OPTIONS, *STREAM_OPTIONS, *OUTPUT_OPTIONS))]
     return {n: options.pop(n) for n in names}, _given(options)
 
 
@@ -111,6 +115,9 @@ def _make(
     jobs: int | None,
     overwrite: bool,
     check_resumed: bool,
+    stream: bool | None,
+    downloads: int,
+    spool_bytes: int | None,
     report_path: Path | None,
     dry_run: bool,
     as_json: bool,
@@ -119,9 +126,11 @@ def _make(
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    recipe = recipe_of()
+    recipe, streaming = recipe_of(), Streaming(stream, downloads, spool_bytes)
     if dry_run:
-        prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
+        prepared = plan_recipe(
+            recipe, out, memory_bytes=memory_bytes, jobs=jobs, overwrite=overwrite, streaming=streaming
+        )
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
         return
     with _Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
@@ -133,6 +142,7 @@ def _make(
             jobs=jobs,
             overwrite=overwrite,
             check_resumed=check_resumed,
+            streaming=streaming,
             report_path=report_path,
             watch=watch,
         )
@@ -195,6 +205,7 @@ merge_tool.add_command(slerp_merge, "merge")
 @with_options([MODELS_DIR])
 @with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)
+@with_options(STREAM_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @print_errors(CONTINUES)
 def run_command(recipe: Path, out: Path, **options: Any) -> None:
@@ -215,6 +226,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)
+@with_options(STREAM_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @print_errors(CONTINUES)
 def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
@@ -305,6 +317,27 @@ def verify_command(out: Path, against: tuple[str, str] | None, as_json: bool, **
         click.echo("\n".join(line for one in verifications for line in verification_lines(one)))
     if any(one.problems for one in verifications):
         sys.exit(1)
+
+
+@merge_tool.command("push", context_settings={"show_default": True})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("target", metavar="hub:ORG/NAME")
+@click.option("--private", is_flag=True, help="If the repository is not there: make it a private one.")
+@click.option("--publish/--no-publish", default=True, help="Merge the pull request, or leave it open.")
+@click.option("--overwrite", is_flag=True, help="Replace the model that the repository has.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@print_errors(CONTINUES)
+def push_command(out: Path, target: str, quiet: bool, **options: bool) -> None:
+    """Push the output OUT of a merge to the Hub's repository ORG/NAME, which shows all of it at once.
+
+    Everything goes to a pull request, which is merged last. A push that was stopped continues with the same command,
+    also on another machine.
+    """
+    from merge_tool.output.upload import push
+
+    pushed = push(out, target, **options)
+    if not quiet:
+        click.echo("\n".join(push_lines(pushed)))
 
 
 @merge_tool.command("diff", context_settings={"show_default": True})
