@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from merge_tool.checkpoint.streaming import DOWNLOADS, Streaming
 from merge_tool.errors import (
     DataError,
     FetchError,
@@ -29,7 +30,7 @@ from merge_tool.errors import (
 from merge_tool.files import write_whole
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
-from merge_tool.models.inputs import DOWNLOADS, Inputs, Streaming
+from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import parts
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
@@ -46,7 +47,6 @@ from merge_tool.plan.target import Target, check_report_path, check_target, exis
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.run.findings import Findings, from_record
-from merge_tool.run.read_order import read_order
 from merge_tool.run.run import progress_bytes, run_plan
 from merge_tool.run.work import check_exact_tensors
 
@@ -137,7 +137,7 @@ def merge(
     layers; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
     including what it holds before the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed`
     hashes the shards that an earlier run finished before it keeps them. `stream`, `downloads` and `spool_bytes` say how
-    weights of the Hub are read (`merge_tool.models.inputs.Streaming`). `on_start(total)` and
+    weights of the Hub are read (`merge_tool.checkpoint.streaming.Streaming`). `on_start(total)` and
     `on_progress(nbytes, tensor)` drive a progress bar.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
@@ -262,7 +262,10 @@ def merge_recipe(
                     return _already_complete(prepared, report, started)
                 if not work.is_durable:
                     watch.warn([_NOT_DURABLE])
-                inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
+                if inputs.is_streamed:
+                    from merge_tool.run.read_order import read_order  # most merges need none
+
+                    inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
                 _run(prepared, work, watch)
                 inputs.close()  # the process that downloads
                 findings = work.findings()

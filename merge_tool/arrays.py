@@ -45,9 +45,6 @@ SCALE_DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 STORED_DTYPES: Mapping[str, np.dtype[Any]] = {**NUMPY_DTYPES, **SCALE_DTYPES}  # scales included: copied or made
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8_DTYPES})
-NAMES: Mapping[str, str] = {  # the names of output dtypes in torch, config.json and recipes
-    "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64",
-}  # fmt: skip
 LARGEST_CODES = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in FLOAT8_DTYPES.values()}  # type: ignore[no-untyped-call]
 FLOAT8_TABLES = {  # the value of every code, in float32
     dtype: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for dtype in FLOAT8_DTYPES.values()

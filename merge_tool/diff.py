@@ -27,7 +27,8 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import RecipeError
 from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
 from merge_tool.models.lora import open_models
-from merge_tool.plan.memory import LEAST_BYTES, default_budget, default_jobs
+from merge_tool.plan.limits import LEAST_BYTES
+from merge_tool.plan.memory import default_budget, default_jobs
 from merge_tool.plan.stacks import natural_key
 from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.run.buffers import cannot_start

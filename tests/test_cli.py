@@ -315,8 +315,8 @@ def test_a_terminal_code_in_a_name_is_not_printed(tmp_path: Path) -> None:
     ("command", "work", "told"),
     [
         ("verify", "verify.verify.verify", "Nothing was changed."),
-        ("merge", "cli.commands.merge_recipe", "Run the same command"),
-        ("run", "cli.commands.merge_recipe", "Run the same command"),
+        ("merge", "api.merge_recipe", "Run the same command"),
+        ("run", "api.merge_recipe", "Run the same command"),
     ],
 )
 def test_an_interrupt_says_what_it_means_for_the_work(

@@ -15,7 +15,8 @@ from checkpoints import contents
 from merge_tool import OutputError, files, merge
 from merge_tool.output.marks import check_names
 from merge_tool.plan import disk, system_memory
-from merge_tool.plan.memory import LEAST_BYTES, default_budget
+from merge_tool.plan.limits import LEAST_BYTES
+from merge_tool.plan.memory import default_budget
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,7 @@
 """The two commands: parse, call, print, exit code. Never a tensor, an offset or a default value.
 
-`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. A module that only one command
-needs is imported inside that command, which saves the merge time and memory.
+`slerp-merge` is the main job; `merge-tool` a group whose `merge` is the same command. What only a running command needs
+is imported inside it: `--help` needs no numpy, and each command only its own modules.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from merge_tool._version import __version__
-from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
+from merge_tool.checkpoint.streaming import Streaming
 from merge_tool.cli.frame import CONTINUES, READS, Command, Group, print_errors
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
@@ -31,28 +31,13 @@ from merge_tool.cli.options import (
     recipe_options,
     with_options,
 )
-from merge_tool.cli.show import (
-    diff_lines,
-    health_json,
-    health_lines,
-    inspection_lines,
-    plan_json,
-    plan_lines,
-    push_lines,
-    report_json,
-    scores_line,
-    summary_lines,
-    sweep_lines,
-    verification_json,
-    verification_lines,
-)
 from merge_tool.errors import shown
-from merge_tool.methods.registry import METHODS
-from merge_tool.models.inputs import Streaming
-from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
+
+if TYPE_CHECKING:
+    from merge_tool.plan.prepare import Prepared
 
 # --------------------------------------------------------------------------------------- slerp-merge
 
@@ -124,6 +109,9 @@ def _make(
     quiet: bool,
 ) -> None:
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
+    from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
+    from merge_tool.cli.show import report_json, summary_lines
+
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe, streaming = recipe_of(), Streaming(stream, downloads, spool_bytes)
@@ -214,6 +202,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
     Any number of models, by any of the methods in docs/methods.md. BASE is base_model, or else the first one listed.
     A merge that was stopped continues with the same command.
     """
+    from merge_tool.methods.registry import METHODS
     from merge_tool.recipe.mergekit import read_recipe
 
     run, chosen = _parted(options)
@@ -234,6 +223,7 @@ def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
 
     The same weights as `slerp-merge BASE ADAPTER OUT --t 1`, but BASE is read once.
     """
+    from merge_tool.methods.registry import METHODS
     from merge_tool.recipe.mergekit import read_recipe
 
     run, chosen = _parted(options)
@@ -252,6 +242,7 @@ def inspect_command(path: str, health: bool, as_json: bool) -> None:
 
     With --health the exit code is 1 if a value is NaN or infinite.
     """
+    from merge_tool.cli.show import health_json, health_lines, inspection_lines
     from merge_tool.verify.inspection import check_health, inspect_checkpoint
 
     inspection = inspect_checkpoint(path)
@@ -302,6 +293,7 @@ def verify_command(out: Path, against: tuple[str, str] | None, as_json: bool, **
 
     The exit code is 1 if anything is wrong. Nothing is written.
     """
+    from merge_tool.cli.show import verification_json, verification_lines
     from merge_tool.verify.verify import verify
 
     if against is not None and options["recipe"] is not None:
@@ -333,6 +325,7 @@ def push_command(out: Path, target: str, quiet: bool, **options: bool) -> None:
     Everything goes to a pull request, which is merged last. A push that was stopped continues with the same command,
     also on another machine.
     """
+    from merge_tool.cli.show import push_lines
     from merge_tool.output.upload import push
 
     pushed = push(out, target, **options)
@@ -362,6 +355,7 @@ def diff_command(
     vectors, the norm ratio |FT| / |BASE|, the relative change |FT - BASE| / |BASE|.
     """
     from merge_tool.cli.plot import check_plot_path, plot_diff
+    from merge_tool.cli.show import diff_lines
     from merge_tool.diff import diff_checkpoints
 
     if picture is not None:
@@ -405,6 +399,7 @@ def sweep_command(
     command; more values of t may be added. COMMAND is not run through a shell; for pipes use sh -c '...'.
     """
     from merge_tool.cli.plot import can_plot, plot_sweep
+    from merge_tool.cli.show import scores_line, sweep_lines
     from merge_tool.sweep import sweep
 
     try:
@@ -419,6 +414,8 @@ def sweep_command(
 
 
 def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:
+    from merge_tool.cli.show import plan_json, plan_lines
+
     for warning in prepared.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if as_json:

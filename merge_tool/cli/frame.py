@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ def print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]
         @wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
+                _load_numpy()
                 with _terminable():
                     result = function(*args, **kwargs)
                 if after_signal == READS:
@@ -60,6 +62,16 @@ def print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]
         return wrapped
 
     return decorate
+
+
+def _load_numpy() -> None:
+    """Load numpy with one thread: its BLAS starts one a core, of which we use none, and some boxes allow only two."""
+    has_choice = "OPENBLAS_NUM_THREADS" in os.environ
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    import numpy  # noqa: F401
+
+    if not has_choice:  # not for the programs that a sweep starts
+        del os.environ["OPENBLAS_NUM_THREADS"]
 
 
 def _check_written() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
+from merge_tool.checkpoint.streaming import DOWNLOADS
 from merge_tool.errors import shown
-from merge_tool.models.inputs import DOWNLOADS
-from merge_tool.plan.memory import LEAST_BYTES, MAX_JOBS
+from merge_tool.plan.limits import LEAST_BYTES, MAX_JOBS
 
 _UNITS = {
     "": 1,

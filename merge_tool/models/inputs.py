@@ -11,41 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from merge_tool.checkpoint import blocks
-from merge_tool.checkpoint.blocks import Use
 from merge_tool.checkpoint.hub import Snapshot, look
 from merge_tool.checkpoint.source import ByteSource
-from merge_tool.errors import FetchError, RecipeError, shown, sized
+from merge_tool.checkpoint.streaming import Streaming
+from merge_tool.errors import FetchError, shown, sized
 from merge_tool.files import free_bytes
 from merge_tool.models.lora import Coming, known_parts
 
 if TYPE_CHECKING:  # most merges read no file by range
+    from merge_tool.checkpoint.blocks import Use
     from merge_tool.checkpoint.range_file import Ranges
-
-DOWNLOADS = 4  # ranges in flight, if the user says nothing
-_MOST_SPOOL_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Streaming:
-    """How weights that are not here are read: by range if `stream`, from the Hub's cache if not; None: by range only
-    if the disk lacks the room. `downloads` ranges are in flight; `spool_bytes` bounds what is kept of them on disk
-    (None: a quarter of the free disk, at most 5 GB). Raises RecipeError for values out of range."""
-
-    stream: bool | None = None
-    downloads: int = DOWNLOADS
-    spool_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.downloads <= 64:
-            raise RecipeError(f"--downloads is {self.downloads}, expected 1 to 64.")
-
-    def spool_slots(self, num_files: int, free: int | None) -> int:
-        """The blocks that the spool holds; never so few that blocks would be thrown away before they are read."""
-        nbytes = self.spool_bytes
-        if nbytes is None:
-            nbytes = _MOST_SPOOL_BYTES if free is None else min(_MOST_SPOOL_BYTES, free // 4)
-        return max(self.downloads + 2 * num_files + 2, nbytes // blocks.BLOCK_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +136,14 @@ class Inputs:
     def choose_streaming(self, folder: Path) -> None:
         """From here on, the missing weights count as read by range, with the spool in `folder`."""
         if self.coming:
+            from merge_tool.checkpoint import blocks
+
             nbytes = sum(file.size for files in self.coming.values() for file in files.values())
             for one in self._snapshots.values():
                 for file in one.coming.values():
                     file.identify()
             self._spool = folder
-            self._spool_slots = self.streaming.spool_slots(len(self._snapshots), free_bytes(folder))
+            self._spool_slots = self.streaming.spool_slots(blocks.BLOCK_BYTES, len(self._snapshots), free_bytes(folder))
             self._spool_bytes = min(self._spool_slots * blocks.BLOCK_BYTES, nbytes)
 
     def stream(self) -> None:
@@ -183,7 +160,12 @@ class Inputs:
                 streamed[one.folder] = dict(zip(one.coming, files, strict=True))
         self._streamed = streamed
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether weights are read by range."""
+        return self._ranges is not None
+
     def read_ahead(self, uses: Iterable[Use]) -> None:
-        """Download ahead for these tensors, in this order, if any weights are read by range."""
-        if self._ranges is not None:
-            self._ranges.read_ahead(uses)
+        """Download ahead for these tensors, in this order."""
+        assert self._ranges is not None
+        self._ranges.read_ahead(uses)

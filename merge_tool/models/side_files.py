@@ -20,6 +20,7 @@ from merge_tool.checkpoint.sub_configs import KeyPath, is_of_text, is_sub_config
 from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS
 from merge_tool.errors import CheckpointError, reason, shown
 from merge_tool.models.layer_counts import PREDICTED
+from merge_tool.recipe.options import DTYPE_NAMES
 
 CARD, REPORT, SUMS = "README.md", "merge_report.json", "SHA256SUMS"
 RECIPE = "mergekit_config.yml"  # the file where other tools look for a recipe; verbatim
@@ -36,7 +37,7 @@ _SKIPPED_FILES = re.compile(
 # What systems leave in folders that they show: macOS, Windows
 SYSTEM_FILES = re.compile(r"\._.*|\.DS_Store|desktop\.ini|Thumbs\.db|\.Trashes|\.Spotlight-V100", re.IGNORECASE)
 _SPACE = re.compile(r"[ \t\n\r]*")
-_CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_CONFIG_NAMES = {code: name for name, code in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)

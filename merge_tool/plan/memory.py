@@ -10,10 +10,10 @@ from merge_tool.arrays import STORED_DTYPES, TILE
 from merge_tool.checkpoint.quantise import extra_bytes
 from merge_tool.errors import RecipeError, counted
 from merge_tool.methods.inner import Scratch
+from merge_tool.plan.limits import LEAST_BYTES, MAX_JOBS
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.plan.system_memory import available_bytes, resident_bytes
 
-LEAST_BYTES = 64_000_000
 DEFAULT_MOST_BYTES = 256_000_000
 _COMMAND_BYTES = 48_000_000  # interpreter, imports and headers of a usual model: about 40 MB
 _RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's overhead, the journal: at most 2.0 MB measured
@@ -22,7 +22,6 @@ _CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after
 _LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
 _STEPS_ROWS = 6  # float64 tiles that a method's expressions hold at a time, beside its inputs
 _SLACK_BYTES = 2_000_000  # run-to-run variation of one command's resident memory
-MAX_JOBS = 8
 
 
 @dataclass(frozen=True, slots=True)

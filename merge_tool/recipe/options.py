@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from merge_tool.arrays import NAMES
 from merge_tool.errors import RecipeError, reason, shown
 from merge_tool.recipe.settings import Pattern
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-OUTPUT_DTYPES: Mapping[str, str | None] = {"base": None, **NAMES}
+DTYPE_NAMES: Mapping[str, str] = {  # in torch, config.json and recipes -> in safetensors
+    "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
+OUTPUT_DTYPES: Mapping[str, str | None] = {"base": None, **DTYPE_NAMES}
 QUANTISE_LATER = (
     "8 bits are written only as BASE has them, by --dtype base. Otherwise write bfloat16 (the default) and quantise it "
     "afterwards, with llm-compressor or the tool that made the inputs."

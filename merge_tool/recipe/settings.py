@@ -6,7 +6,6 @@ values with a pattern; the first choice that fits a tensor's name counts.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 import re
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from merge_tool.apart import answer
 from merge_tool.errors import RecipeError, shown
 
 # What Python users may give: {"self_attn": [0, 0.5, 1], "mlp": 0.2}, or the command line's "PATTERN=VALUES" texts.
@@ -84,6 +82,8 @@ def meant(text: str, names: Iterable[str]) -> str:
         for start in range(len(pieces) - length + 1):
             part = ".".join(pieces[start : start + length])
             parts.setdefault(part.lower(), part)
+    import difflib
+
     close = difflib.get_close_matches(wanted.lower(), parts, 2, cutoff=0.7)
     return f" Did you mean {' or '.join(shown(parts[one]) for one in close)}?" if close else ""
 
@@ -195,4 +195,6 @@ def _rule(pattern: str, values: Any) -> Choice:
 
 def main() -> None:
     """Try regular expressions on names. This may never end; the caller sets the time limit."""
+    from merge_tool.apart import answer
+
     answer(lambda request: ([any(re.search(p, name) for name in request[1]) for p in request[0]], ()))
