@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +18,14 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
+import corpus
 from checkpoints import contents, language_model, save_model, save_pickles
+from corpus_cases import CASES
 from hub_replica import TOKEN, Replica, refusal, run, serve
 from merge_tool import CheckpointError, OutputError, merge
 from merge_tool.checkpoint import blocks, fetcher
 from merge_tool.checkpoint.fetcher import Patience
+from test_corpus import recorded_here
 from test_lora import normal, save_adapter
 
 COMMAND = ("merge", "org/base", "org/ft", "merged", "--t", "0.4")
@@ -167,6 +172,46 @@ def test_a_file_at_an_address_is_a_model(hub: Replica, tmp_path: Path) -> None:
     }
     assert not any(b"secret" in content for content in merged.values())
     assert "is always read by range" in refusal(hub, tmp_path, "merge", "org/base", address, "other", "--no-stream")
+
+
+def streamed(name: str, hub: Replica, folder: Path) -> dict[str, str]:
+    """The files of a case of the corpus, its folders of models being on the Hub."""
+    case, models = CASES[name], hub.root / "models/c"
+    models.mkdir(exist_ok=True)
+    folder.mkdir()
+    with contextlib.chdir(folder):
+        case.make()
+        for path in [path.parent for path in Path().glob("*/*.safetensors")]:
+            if path.exists():
+                shutil.move(path, models / path)
+        if case.recipe:
+            there = "|".join(sorted((path.name for path in models.iterdir()), key=len, reverse=True))
+            Path("recipe.yaml").write_text(re.sub(rf"(model: )({there})\b", r"\1c/\2", case.recipe))
+        inputs = set(Path().rglob("*"))
+        program, *words = case.command.split()
+        for k in range(2) if program == "slerp-merge" else ():
+            words[k] = "+".join(f"c/{part}" if (models / part).is_dir() else part for part in words[k].split("+"))
+        exit_code, output = corpus._run_here(program, [*words, "--stream"])
+        assert exit_code == 0, output
+        written = sorted(path for path in Path().rglob("*") if path not in inputs and path.is_file())
+        return {path.as_posix(): corpus._digest(path) for path in written}
+
+
+SOME = ("fp8-out", "vocab-union-unigram", "adapter-both", "renamed-copies", "method-dare-ties", "shards")
+LATER = [name for name, case in CASES.items() if not re.search("pickle|one-file$", name) and not case.apart]
+
+
+@recorded_here
+@pytest.mark.parametrize(
+    "name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER if name not in SOME)]
+)
+def test_every_kind_of_merge_can_be_streamed(
+    name: str, here: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are those that corpus.json records for the local merge."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 60_000)
+    assert streamed(name, here, tmp_path / "case") == corpus.recorded()[name]
+    assert not [path for path in (tmp_path / "home").rglob("model*.safetensors") if "lora" not in str(path)]
 
 
 # --------------------------------------------------------------------------------------------- faults

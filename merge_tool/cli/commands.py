@@ -315,11 +315,11 @@ def verify_command(out: Path, against: tuple[str, str] | None, as_json: bool, **
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("target", metavar="hub:ORG/NAME")
 @click.option("--private", is_flag=True, help="If the repository is not there: make it a private one.")
-@click.option("--publish/--no-publish", default=True, help="Merge the pull request, or leave it open.")
+@click.option("--no-publish", is_flag=True, help="Leave the pull request open.")
 @click.option("--overwrite", is_flag=True, help="Replace the model that the repository has.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @print_errors(CONTINUES)
-def push_command(out: Path, target: str, quiet: bool, **options: bool) -> None:
+def push_command(out: Path, target: str, no_publish: bool, quiet: bool, **options: bool) -> None:
     """Push the output OUT of a merge to the Hub's repository ORG/NAME, which shows all of it at once.
 
     Everything goes to a pull request, which is merged last. A push that was stopped continues with the same command,
@@ -328,7 +328,7 @@ def push_command(out: Path, target: str, quiet: bool, **options: bool) -> None:
     from merge_tool.cli.show import push_lines
     from merge_tool.output.upload import push
 
-    pushed = push(out, target, **options)
+    pushed = push(out, target, publish=not no_publish, **options)
     if not quiet:
         click.echo("\n".join(push_lines(pushed)))
 
