@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -71,9 +72,13 @@ def assert_nothing_was_kept(tmp_path: Path) -> None:
 
 
 def test_a_streamed_merge_is_the_local_one_and_keeps_nothing(hub: Replica, tmp_path: Path) -> None:
-    """Every file the same, report and card included; each byte is served once; a second run is complete."""
-    done = run(hub, tmp_path, *COMMAND, "--stream")
+    """Every file the same, report and card included; each byte is served once; a second run is complete. The host of
+    large files is given no token."""
+    hub.private = {"org/ft"}
+    done = run(hub, tmp_path, *COMMAND, "--stream", HF_TOKEN=TOKEN)
     assert (done.returncode, done.stderr) == (0, "")
+    assert not hub.has_leaked
+    hub.private = set()
     assert_nothing_was_kept(tmp_path)
     assert sum(hub.weights().values()) <= 1.02 * weights_of(hub)
     assert "already complete" in run(hub, tmp_path, *COMMAND, "--stream").stdout
@@ -310,7 +315,7 @@ def test_a_file_that_changes_at_its_address_stops_the_merge(here: Replica) -> No
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_kill_leaves_nothing_but_the_work_folder_and_the_same_command_continues(
     hub: Replica, tmp_path: Path, number: int
 ) -> None:
@@ -337,3 +342,43 @@ def test_a_kill_leaves_nothing_but_the_work_folder_and_the_same_command_continue
     assert done.returncode == 0, done.stderr
     assert expected["config.json"] == contents(tmp_path / "cwd/merged")["config.json"]
     assert run(hub, tmp_path, "verify", "merged", "--against", "org/base", "org/ft", "--full").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_kills_of_a_streamed_merge(hub: Replica, tmp_path: Path) -> None:
+    """At 50 random moments, each followed by the same command until it is through: the bytes of the local merge."""
+    words = [*COMMAND, "--max-shard-size", "1MB"]
+    run(hub, tmp_path, *words[:3], "by-hand", *words[4:], "--no-stream")
+    expected = contents(tmp_path / "cwd/by-hand")
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    shutil.rmtree(tmp_path / "home")
+    moments, hub.rate, kills = random.Random(0), 4_000_000.0, 0
+    while kills < 50:
+        command = [sys.executable, "-m", "merge_tool", *words, "--stream"]
+        program = subprocess.Popen(command, cwd=tmp_path / "cwd", env=environment, stderr=subprocess.DEVNULL)
+        try:
+            program.wait(moments.uniform(0.2, 6))
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.wait()
+            kills += 1
+            continue
+        assert program.returncode == 0
+        assert contents(tmp_path / "cwd/merged") == expected
+        shutil.rmtree(tmp_path / "cwd/merged")
+    assert run(hub, tmp_path, *words, "--stream").returncode == 0
+    assert contents(tmp_path / "cwd/merged") == expected
+    assert_nothing_was_kept(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_streamed_merge_keeps_its_memory(hub: Replica, tmp_path: Path) -> None:
+    """--memory 64MB, with tensors that do not fit: the merging process; what it starts is beside that."""
+    for seed in range(2):
+        tensors = {f"layers.{k}.weight": np.full((4096, 4096), seed + k, bfloat16) for k in range(4)}
+        save_model(hub.root / f"models/wide/m{seed}", tensors)
+    command = ("merge", "wide/m0", "wide/m1", "merged", "--stream", "--memory", "64MB", "--json")
+    done = run(hub, tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["peak_bytes"] < 64_000_000
