@@ -50,7 +50,12 @@ $(BIN)/lm_eval: $(VENV)/.installed
 	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt 'lm-eval[hf]'
 	@touch $@
 
-test-slow: $(BIN)/lm_eval $(VENV)/.smollm2 ## the longer checks
+$(VENV)/.engines: $(VENV)/.installed
+	@echo "== Ray and Dask into $(VENV)"
+	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[ray,dask]'
+	@touch $@
+
+test-slow: $(BIN)/lm_eval $(VENV)/.smollm2 $(VENV)/.engines ## the longer checks
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/.installed ## damaged files for every reader, FUZZ_SECONDS for each; headers by libFuzzer as well

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_tool.checkpoint.streaming import DOWNLOADS, Streaming
 from merge_tool.errors import (
@@ -50,10 +50,16 @@ from merge_tool.run.findings import Findings, from_record
 from merge_tool.run.run import progress_bytes, run_plan
 from merge_tool.run.work import check_exact_tensors
 
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from merge_tool.hosts.plan_file import PlanFile
+
+DEFAULT_PARTS = 16  # of an executor's merge
 _FLUSH_BYTES = 8_000_000
 _MAY_SHARE = (
-    "The unfinished merge in OUT was begun on another machine, or in another container, which has not written here for "
-    "a while. It is continued; the SHA-256 of its finished shards is checked first."
+    "The unfinished merge in OUT was begun on another machine, in another container, or before a restart, and has not "
+    "been written to for a while. It is continued; the SHA-256 of its finished shards is checked first."
 )
 _NOT_DURABLE = (
     "The file system of OUT cannot sync folders. The merge is safe from kills; after a power cut, verify it "
@@ -125,6 +131,8 @@ def merge(
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
+    executor: Executor | None = None,
+    num_parts: int = DEFAULT_PARTS,
     **options: Any,
 ) -> MergeReport:
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
@@ -138,7 +146,9 @@ def merge(
     including what it holds before the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed`
     hashes the shards that an earlier run finished before it keeps them. `stream`, `downloads` and `spool_bytes` say how
     weights of the Hub are read (`merge_tool.checkpoint.streaming.Streaming`). `on_start(total)` and
-    `on_progress(nbytes, tensor)` drive a progress bar.
+    `on_progress(nbytes, tensor)` drive a progress bar. With an `executor` (of concurrent.futures, Dask, MPI, or
+    `merge_tool.hosts.engines.RayExecutor`) its tasks make the weights in `num_parts` parts, each within `memory_bytes`;
+    they must all see `out`.
 
     Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with
     the same call.
@@ -155,6 +165,8 @@ def merge(
         streaming=Streaming(stream, downloads, spool_bytes),
         report_path=report_path,
         watch=Watch(on_warning, on_start, on_progress),
+        executor=executor,
+        num_parts=num_parts,
     )
 
 
@@ -177,6 +189,8 @@ def merge_models(
     on_warning: Callable[[str], None] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
+    executor: Executor | None = None,
+    num_parts: int = DEFAULT_PARTS,
     **options: Any,
 ) -> MergeReport:
     """Merge the models that `recipe` names into `out`, tensor by tensor, in bounded memory.
@@ -206,6 +220,8 @@ def merge_models(
         streaming=Streaming(stream, downloads, spool_bytes),
         report_path=report_path,
         watch=Watch(on_warning, on_start, on_progress),
+        executor=executor,
+        num_parts=num_parts,
     )
 
 
@@ -221,10 +237,24 @@ def merge_recipe(
     streaming: Streaming | None = None,
     report_path: str | Path | None = None,
     watch: Watch | None = None,
+    executor: Executor | None = None,
+    num_parts: int = DEFAULT_PARTS,
+    plan_file: PlanFile | None = None,
+    fill: bool = False,
 ) -> MergeReport:
-    """Make the merge that a recipe asks for. Raises a MergeToolError."""
+    """Make the merge that a recipe asks for. Raises a MergeToolError.
+
+    With an `executor` its tasks make the weights, in `num_parts` parts; OUT must be a folder that they all see, and
+    each keeps `memory_bytes` and `jobs`. With a `plan_file` the finished parts of its workers are taken; what they lack
+    is an error, or is made here with `fill`.
+    """
     started, watch = time.monotonic(), watch or Watch()
     target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path)
+
+    if executor is not None or plan_file is not None:
+        if streaming is not None and streaming.stream:
+            raise RecipeError("--stream: workers in other processes read the Hub's cache. Leave out --stream.")
+        streaming = Streaming(stream=False)
 
     # ------------------------------------------------------------------------- look, check, fetch, plan
     with Inputs(map(str, recipe.models), streaming) as inputs:
@@ -262,6 +292,21 @@ def merge_recipe(
                     return _already_complete(prepared, report, started)
                 if not work.is_durable:
                     watch.warn([_NOT_DURABLE])
+                if executor is not None:
+                    plan_file = _run_on(
+                        executor,
+                        num_parts,
+                        prepared,
+                        work,
+                        watch,
+                        overwrite=overwrite,
+                        memory_bytes=memory_bytes,
+                        jobs=jobs,
+                    )
+                if plan_file is not None:
+                    from merge_tool.hosts.adopt import adopt_parts
+
+                    adopt_parts(work, plan_file, fill=fill, check=check_resumed)
                 if inputs.is_streamed:
                     from merge_tool.run.read_order import read_order  # most merges need none
 
@@ -342,6 +387,64 @@ def plan_recipe(
         return _by_range(prepared, inputs) if is_by_range else prepared
 
 
+def plan_parts(
+    recipe: Recipe,
+    out: str | Path,
+    num_parts: int,
+    *,
+    methods: Mapping[str, Method] = METHODS,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> PlanFile:
+    """Plan a merge for `num_parts` workers, and begin its work folder in OUT, which they must all see. Reads headers,
+    and a few bytes of local weights. Raises a MergeToolError."""
+    from merge_tool.hosts.plan_file import make_plan_file
+    from merge_tool.hosts.worker import share_plan
+
+    watch = watch or Watch()
+    target, limits, _ = _check_request(recipe, out, None, None, None)
+    if target.is_file:
+        raise RecipeError(f"{shown(out)}: is one file. Many hosts need a folder: give OUT without .safetensors.")
+    with Inputs(map(str, recipe.models)) as inputs:
+        check_target(target, inputs.paths)
+        prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=not inputs.coming)
+        check_output(prepared, overwrite=overwrite)
+    plan_file = make_plan_file(prepared, num_parts, overwrite=overwrite)
+    watch.warn(prepared.warnings)
+    with WorkFolder(
+        target, prepared.plan, samples=prepared.samples, inputs=prepared.inputs, names=final_names(prepared)
+    ) as work:
+        if _begin(prepared, work, overwrite=overwrite):
+            raise OutputError(f"{shown(target.path)}: holds this merge already. Give --overwrite to merge again.")
+        share_plan(plan_file, work.path, work.plan.labels)
+    return plan_file
+
+
+def finish_parts(
+    plan_file: PlanFile,
+    *,
+    fill: bool = False,
+    check: bool = False,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    watch: Watch | None = None,
+) -> MergeReport:
+    """Take the finished parts of a plan's workers, and complete and publish the merge: the same bytes as on one
+    machine. With `fill` make what is missing; with `check` hash every shard again. Raises a MergeToolError."""
+    plan_file.check_versions()
+    return merge_recipe(
+        plan_file.recipe_again(),
+        plan_file.out,
+        memory_bytes=memory_bytes,
+        jobs=jobs,
+        overwrite=plan_file.overwrite,
+        check_resumed=check,
+        watch=watch,
+        plan_file=plan_file,
+        fill=fill,
+    )
+
+
 def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
     """Whether OUT already holds this merge. Raises OutputError if OUT cannot take the output. For a dry run."""
     check_apart(prepared)
@@ -414,6 +517,42 @@ def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
             f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
             "Give a smaller --memory or fewer --jobs, then run the same command: it continues."
         ) from e
+
+
+def _run_on(
+    executor: Executor,
+    num_parts: int,
+    prepared: Prepared,
+    work: WorkFolder,
+    watch: Watch,
+    *,
+    overwrite: bool,
+    memory_bytes: int | None,
+    jobs: int | None,
+) -> PlanFile:
+    """Have the tasks of an executor make the parts that are not finished; returns their plan."""
+    from merge_tool.hosts.engines import make_on
+    from merge_tool.hosts.plan_file import make_plan_file
+    from merge_tool.hosts.worker import share_plan
+
+    plan_file = make_plan_file(prepared, num_parts, overwrite=overwrite)
+    pieces = plan_file.pieces
+    parts, path = share_plan(plan_file, work.path, work.plan.labels)
+    missing = [number for number in parts.missing(range(len(pieces))) if pieces[number].shard not in work.done_shards]
+    if watch.on_start is not None:
+        watch.on_start(sum(pieces[number].read_bytes for number in missing))
+
+    def on_piece(number: int) -> None:
+        work.beat()
+        if watch.on_progress is not None:
+            watch.on_progress(pieces[number].read_bytes, plan_file.shards[pieces[number].shard][0])
+
+    try:
+        make_on(executor, path, parts, missing, on_piece=on_piece, memory_bytes=memory_bytes, jobs=jobs)
+    except DataError:
+        work.discard()
+        raise
+    return plan_file
 
 
 def _named(e: OSError, prepared: Prepared) -> MergeToolError:

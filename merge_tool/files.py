@@ -140,7 +140,7 @@ def write_failed(path: Path, e: OSError) -> OutputError:
         next_step = "Free some space, then run the same command: it continues from the last finished shard."
     if e.errno == errno.EFBIG:
         next_step = (
-            "The disk, or a limit (ulimit -f), takes no file so large. Give a smaller --max-shard-size (4GB for FAT32) "
-            "or another disk."
+            "The disk, or a limit (ulimit -f), takes no file so large. Give a smaller --max-shard-size (4GB for FAT32; "
+            "OUT is then a folder) or another disk."
         )
     return OutputError(f"{shown(path)}: writing failed ({reason(e)}). {next_step}")

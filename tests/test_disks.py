@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoints import contents, language_model, save_file, save_model
@@ -39,6 +41,7 @@ from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan import prepare
 from merge_tool.recipe.pair import pair as pair_recipe
 from merge_tool.sweep import sweep
+from merge_tool.verify.inspection import inspect_checkpoint
 from merge_tool.verify.verify import verify
 from test_faults import small_disk
 from test_overlap import REFUSED, mount
@@ -47,6 +50,10 @@ __all__ = ["mount", "small_disk"]  # fixtures
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs FUSE")
 SMALL: dict[str, Any] = {"max_shard_bytes": 20_000}
+
+
+def big(seed: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).standard_normal((200, 256)).astype("float32")
 
 
 def models(folder: Path) -> tuple[Path, Path]:
@@ -417,6 +424,12 @@ def test_the_record_of_a_run_changes_while_it_works_and_goes_with_it(
     assert not path.exists()
 
 
+def test_a_work_folder_that_another_run_has_just_removed_is_said(tmp_path: Path) -> None:
+    """No advice to correct anything: that run has finished."""
+    with pytest.raises(OutputError, match=r"out: another merge has just ended here\. Run the same command"):
+        owner.Owner(tmp_path / "out/.slerp-merge")
+
+
 def test_a_share_without_locks_is_used_on_every_system(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,7 +532,7 @@ def test_shards_are_no_larger_than_the_disk_takes(
         merge(*pair, tmp_path / "whole", max_shard_bytes=28_125)
         assert contents(place / "out") == contents(tmp_path / "whole")
         assert not verify(place / "out", pair, full=True)[0].problems
-        with pytest.raises(OutputError, match=r"files of at most 30,000 bytes, this one has .*Choose a folder as OUT"):
+        with pytest.raises(OutputError, match=r"files of at most 30,000 bytes, this one has .*, or give a folder"):
             merge(*pair, place / "out.safetensors")
     monkeypatch.setattr(prepare, "largest_file", lambda folder: 1_000)
     with pytest.raises(OutputError, match=r"files of at most 1,000 bytes, and .* alone needs a larger one"):
@@ -528,6 +541,22 @@ def test_shards_are_no_larger_than_the_disk_takes(
     warned: list[str] = []
     merge(*pair, tmp_path / "one", on_warning=warned.append)
     assert not any("its disk holds" in line for line in warned)
+
+
+def test_shards_are_no_larger_than_a_limit_of_the_process(tmp_path: Path) -> None:
+    """`ulimit -f` can be asked beforehand, too."""
+    base, ft = (save_model(tmp_path / name, {"a": big(n), "b": big(n + 2)}) for n, name in enumerate(("base", "ft")))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))  # noqa: E731
+
+    def run(out: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "merge_tool", "merge", base, ft, tmp_path / out]
+        return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+
+    done = run("out")
+    assert done.returncode == 0, done.stderr
+    assert "ulimit -f allows files of at most 250,000 bytes, so the shards have at most 234,375" in done.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    assert "Raise that limit, or give a folder as OUT" in run("out.safetensors").stderr
 
 
 def test_a_limit_that_was_not_known_is_told_as_one(tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -652,6 +681,59 @@ def test_a_disk_that_dies_is_named_by_its_input(tmp_path: Path, pair: tuple[Path
         assert not str(caught.value).startswith(str(tmp_path / "out")), str(caught.value)
         assert "None" not in str(caught.value)
         assert "ft" in str(caught.value)
+        assert "mount it again" in str(caught.value)
+
+
+def test_a_hidden_input_is_not_called_missing(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Nor looked up on the Hub: behind a dead mount nothing can be seen, so the spelling is not to blame."""
+    with disk(tmp_path / "real", tmp_path / "disk") as place, pytest.MonkeyPatch.context() as patch:
+        models(place)
+        DRIVERS[place].kill()
+        DRIVERS[place].wait()
+        patch.chdir(tmp_path)
+        for ref in ("disk/ft", "disk/ft/model-00001-of-00003.safetensors", f"{pair[0]}+disk/adapter", place / "ft"):
+            for act in (lambda ref: merge(pair[0], ref, tmp_path / "out"), inspect_checkpoint):
+                with pytest.raises(CheckpointError, match=r"disk/(ft|adapter).*: cannot be read .* mount it again"):
+                    act(ref)
+
+
+@pytest.mark.parametrize("victim", ["base", "ft"])
+@pytest.mark.parametrize("vocab", [None, "union"])
+def test_a_tokenizer_that_cannot_be_read_is_named_with_its_model(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, victim: str, vocab: str | None
+) -> None:
+    for path in pair:
+        (path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    real = Path.open
+
+    def fail(self: Path, *words: Any, **more: Any) -> Any:
+        if self.parts[-2:] == (victim, "tokenizer.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *words, **more)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(CheckpointError, match=rf"{victim}/tokenizer\.json: cannot be read \(Permission denied\)"):
+        merge(*pair, tmp_path / "out", vocab=vocab)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_missing(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The output would silently be another one: a model without its configuration, for example."""
+    (pair[0] / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (pair[0] / "tokenizer.json").write_text("{}")
+    real, victim = os.lstat, str(pair[0].resolve() / name)
+
+    def fail(path: Any, **more: Any) -> os.stat_result:
+        if os.fspath(path) == victim:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, **more)
+
+    monkeypatch.setattr(os, "lstat", fail)
+    with pytest.raises(CheckpointError, match=rf"base/{name}: cannot be "):
+        merge(*pair, tmp_path / "out", vocab="base" if name == "tokenizer.json" else None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_shows_other_machines_that_it_works(

@@ -232,15 +232,15 @@ def test_short_reads_and_writes_are_gone_on_with(
 
 @linux_only
 def test_a_limit_on_file_size_is_an_error_and_the_next_run_continues(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """As the system enforces it (RLIMIT_FSIZE), in a process of its own, at many sizes."""
+    """Asked beforehand (RLIMIT_FSIZE), in a process of its own: no tensor of the model fits."""
     merge(*pair, tmp_path / "whole", **SMALL)
-    for most in (0, 1_000, 5_000, 10_000):
+    for most in (0, 1_000, 5_000):
         limit = lambda most=most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # noqa: E731
         command = [*COMMAND, *map(str, pair), str(tmp_path / "out"), "--max-shard-size", "20kB"]
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
         assert done.returncode == 1, (most, done.stderr)
         assert "Error: " in done.stderr
-        assert "File too large" in done.stderr
+        assert f"ulimit -f allows files of at most {most:,} bytes" in done.stderr
         assert not list((tmp_path / "out").glob("model*"))
     subprocess.run(command, check=True, capture_output=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -292,6 +292,7 @@ def test_a_disk_that_fills_up_is_an_error_and_room_continues(
 # The command, which says on a pipe that all its imports are done: what fails before that fails in the interpreter.
 BEGIN = """
 import os, sys
+import numpy  # its OpenBLAS ends the process by itself where memory is short
 from merge_tool.cli import merge_tool, options
 options.LEAST_SHARD_BYTES = 1
 os.write(int(sys.argv.pop(1)), b"begun")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # from the top; those in one set stand side by side
-    {"__init__", "__main__"}, {"cli"}, {"verify", "sweep"}, {"api"}, {"output", "diff"}, {"run"},
+    {"__init__", "__main__"}, {"cli"}, {"verify", "sweep"}, {"api"}, {"hosts"}, {"output", "diff"}, {"run"},
     {"plan"}, {"vocabulary"}, {"models"}, {"checkpoint", "recipe"}, {"methods"}, {"arrays"}, {"apart", "files"},
     {"streams"}, {"errors", "_version"},
 ]  # fmt: skip
@@ -19,6 +19,7 @@ OUTSIDE = {  # who alone may import a package that is not Python's own
     "click": {"cli"}, "tqdm": {"cli"}, "matplotlib": {"cli.plot"}, "torch": {"checkpoint.unpickle"},
     "huggingface_hub": {"checkpoint", "output.card", "output.pushing"}, "safetensors": {"output", "verify"},
     "yaml": {"recipe", "models.cards"}, "numpy": set(), "ml_dtypes": {"arrays"},
+    "ray": {"hosts"}, "distributed": {"hosts"},
 }  # fmt: skip
 FILES = {
     path.relative_to(ROOT / "merge_tool").with_suffix("").as_posix().replace("/", "."): path

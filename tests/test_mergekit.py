@@ -706,9 +706,9 @@ def test_a_clean_recipe_has_no_warnings() -> None:
         ("merge_method: slrp\nmodels: [{model: A}]", "merge_method is 'slrp' (did you mean 'slerp'?)"),
         ("merge_method: [slerp]\nmodels: [{model: A}]", "merge_method is a list, expected text"),
         # counts
-        ("merge_method: linear", "there is none of them, expected exactly one of: models, slices, modules"),
-        (CLASSIC + "models: [{model: A}]", "there is models and slices, expected exactly one of"),
-        (linear("1", more="modules: {a: {}}"), "there is models and modules"),
+        ("merge_method: linear", "the recipe has no model, expected exactly one of: models, slices, modules"),
+        (CLASSIC + "models: [{model: A}]", "the recipe has models and slices, expected exactly one of"),
+        (linear("1", more="modules: {a: {}}"), "the recipe has models and modules"),
         ("merge_method: linear\nmodels: []", "models is an empty list"),
         ("merge_method: linear\nmodules: {}", "modules is empty"),
         ("merge_method: linear\nmodules: {a: {parameters: {}}}", "needs either models or slices"),

@@ -87,6 +87,33 @@ def test_a_mount_of_an_input_is_the_input(
     assert {path: contents(path) for path in pair} == before
 
 
+@pytest.mark.parametrize("layer", ["lower", "upper"])
+def test_a_layer_of_an_overlay_is_the_input_that_shows_it(tmp_path: Path, layer: str) -> None:
+    """Another device, other inodes; and the overlay remembers the names that it did not find."""
+    for name in ("lower", "upper", "work", "shown"):
+        (tmp_path / name).mkdir()
+    under = tmp_path / layer / "m"
+    for path in (under / "model.safetensors", tmp_path / "ft.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        save_file(language_model(len(path.name)), path)
+    options = f"lowerdir={tmp_path / 'lower'},upperdir={tmp_path / 'upper'},workdir={tmp_path / 'work'}"
+    made = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "overlay", "overlay", "-o", options, tmp_path / "shown"], capture_output=True
+    )
+    if not made or made.returncode:
+        pytest.skip("this user may not mount an overlay")
+    try:
+        shown, before = tmp_path / "shown/m", contents(under)
+        for name in (".slerp-merge", ".slerp-merge/lock", ".slerp-merge-mark", "model.safetensors.partial"):
+            assert not (shown / name).exists()
+        for base, out in (shown, under), (shown / "model.safetensors", under / "model.safetensors"):
+            with pytest.raises(OutputError, match=REFUSED):
+                merge(base, tmp_path / "ft.safetensors", out, overwrite=True)
+        assert contents(under) == contents(shown) == before
+    finally:
+        subprocess.run(["umount", tmp_path / "shown"], check=True)
+
+
 def test_a_mount_in_place_of_one_output_of_several_is_seen(
     tmp_path: Path, pair: tuple[Path, Path], mount: Callable[[Path, Path], Path]
 ) -> None:

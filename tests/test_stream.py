@@ -203,7 +203,7 @@ def streamed(name: str, hub: Replica, folder: Path) -> dict[str, str]:
 
 
 SOME = ("fp8-out", "vocab-union-unigram", "adapter-both", "renamed-copies", "method-dare-ties", "shards")
-LATER = [name for name, case in CASES.items() if not re.search("pickle|one-file$", name) and not case.apart]
+LATER = [name for name, case in CASES.items() if not re.search("pickle|one-file$|^files-", name) and not case.apart]
 
 
 @recorded_here

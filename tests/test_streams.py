@@ -105,6 +105,27 @@ def test_our_processes_speak_utf_8_whatever_the_terminal_speaks(
         assert found == ("\u00e8\udc80\u6a21", b"x\xc3\xa9")
 
 
+@posix_only
+def test_a_dry_run_whose_plan_cannot_be_written_says_so(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Its plan is all that it makes."""
+    words = [*COMMAND, "merge", *map(str, pair), str(tmp_path / "out"), "--dry-run"]
+    done = subprocess.run(["sh", "-c", '"$@" >/dev/full', "sh", *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: The output cannot be written")
+
+
+@posix_only
+def test_a_current_folder_that_is_gone_is_an_error_of_one_line(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Full paths need none; others are relative to it."""
+    (tmp_path / "gone").mkdir()
+    start = 'cd "$1" && rmdir "$1" && shift && "$@"'
+    words = ["sh", "-c", start, "sh", str(tmp_path / "gone"), *COMMAND, "merge", "../base", "../ft", "../out"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: The current folder is gone. Change to one that exists.\n")
+    (tmp_path / "gone").mkdir()
+    subprocess.run([*words[:-3], *map(str, pair), str(tmp_path / "out")], check=True, capture_output=True)
+
+
 def test_a_stream_that_is_no_file_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = io.StringIO()
     monkeypatch.setattr(sys, "stdout", mine)

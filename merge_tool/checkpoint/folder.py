@@ -7,6 +7,7 @@ Nothing else outside the folder is ever opened.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import stat
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.lookalikes import known_start
-from merge_tool.errors import CheckpointError, listed, reason, shown
+from merge_tool.errors import CheckpointError, input_failed, listed, reason, shown
 from merge_tool.files import leads_out
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".jit"})
@@ -24,6 +25,7 @@ WEIGHT_SUFFIXES = PICKLE_SUFFIXES | frozenset(
     | {".nemo", ".distcp"}
 )
 _DEEPEST_JSON = 100  # a configuration has about 5 levels
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP})
 LARGEST_JSON = 32_000_000  # bytes; an index of 100,000 tensors has about 12,000,000
 
 
@@ -93,7 +95,7 @@ class Folder:
         return CheckpointError(f"{self.name}/{shown(relative)}: cannot be read ({reason(e)}).")
 
     def has(self, relative: str) -> bool:
-        return os.path.lexists(self.root / relative)
+        return is_there(self.root / relative, f"{self.name}/{shown(relative)}")
 
     def listing(self) -> list[str]:
         """The names of the files and folders in the folder, sorted."""
@@ -165,6 +167,20 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def is_there(path: str | Path, name: str = "") -> bool:
+    """Whether a file, folder or link is at `path`; `name` is for the message. Raises CheckpointError where the system
+    cannot tell (a dead mount, a folder that may not be entered): os.path.lexists says no there."""
+    try:
+        os.lstat(path)
+    except ValueError:  # a zero byte
+        return False
+    except OSError as e:
+        if e.errno in _MISSING:
+            return False
+        raise input_failed(name or path, e) from e
+    return True
+
+
 def meant_path(path: str | Path) -> str:
     """For a path that is not there: ` Did you mean ...?`, with the nearest name in the deepest folder that is there."""
     wanted = Path(path)
@@ -194,8 +210,8 @@ def snapshot_of(path: Path) -> Path:
     if named in snapshots:
         return named
     if len(snapshots) != 1:
-        found = listed(p.name for p in snapshots) or "none"
-        raise CheckpointError(f"{shown(path)}: is a model in the Hub's cache; give one of its snapshots: {found}.")
+        names = listed(p.name for p in snapshots) or "none"
+        raise CheckpointError(f"{shown(path)}: is a model in the Hub's cache; give one of its snapshots: {names}.")
     return snapshots[0]
 
 

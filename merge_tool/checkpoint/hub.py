@@ -8,7 +8,6 @@ safetensors at an address (https://...) is looked at in the same way.
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from merge_tool.apart import ask
-from merge_tool.checkpoint.folder import is_weight_file, meant_path, snapshot_of
+from merge_tool.checkpoint.folder import is_there, is_weight_file, meant_path, snapshot_of
 from merge_tool.checkpoint.source import ComingFile, Place
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
@@ -37,9 +36,9 @@ def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     """
     text = ref.as_posix() if isinstance(ref, PurePath) else ref
     match = _HUB_ID.fullmatch(text)
-    if match is None or is_weight_file(match[1]) or os.path.lexists(text) or os.path.lexists(match[1]):
+    if match is None or is_weight_file(match[1]) or is_there(text) or is_there(match[1]):
         return None
-    if match[2] is None and os.path.lexists(match[1].partition("/")[0]):
+    if match[2] is None and is_there(match[1].partition("/")[0]):
         return None
     return match[1], match[2]
 
@@ -65,7 +64,7 @@ def local_path(ref: str | Path) -> Path:
 
 def _there(ref: str | Path) -> Path:
     """A local path that is there. Raises CheckpointError: later a Path would not show that it was local by its form."""
-    if not os.path.lexists(ref):
+    if not is_there(ref):
         raise CheckpointError(f"{shown(ref)}: no such file or folder.{meant_path(ref)}")
     return snapshot_of(Path(ref))
 
@@ -88,6 +87,11 @@ class Snapshot:
     @property
     def is_url(self) -> bool:
         return self.made is not None
+
+    @property
+    def pinned(self) -> str:
+        """The model's absolute path, or its id at the commit."""
+        return str(self.folder.absolute()) if self.repo is None else f"{self.repo[0]}@{self.folder.name}"
 
     def close(self) -> None:
         if self.held is not None:
@@ -115,7 +119,7 @@ def look(ref: str | Path, *, by_range: bool = False) -> Snapshot:
         cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
         return Snapshot(
             folder=Path(answer["folder"]),
-            coming=_coming(answer, held),
+            coming=_coming(answer, Path(answer["folder"]), held),
             cached_bytes=cached,
             fetched_bytes=fetched,
             begun_bytes=begun,
@@ -131,21 +135,23 @@ def _look_at_url(url: str) -> Snapshot:
     held = _unnamed_file(url.partition("?")[0])
     try:
         answer = _ask_apart(held, "url", url)
-        coming = _coming(answer, held)
         made = tempfile.TemporaryDirectory(prefix="slerp-merge-", ignore_cleanup_errors=True)
-        folder = Path(made.name) / Path(*coming).stem
+        folder = Path(made.name) / Path(url.partition("?")[0]).stem
         folder.mkdir()
+        coming = _coming(answer, folder, held)
         return Snapshot(folder=folder, coming=coming, held=held, made=made)
     except BaseException:
         held.close()
         raise
 
 
-def _coming(answer: Any, held: IO[bytes]) -> dict[str, ComingFile]:
-    """The files that are to be fetched, whose headers are in `held` from its position on."""
+def _coming(answer: Any, folder: Path, held: IO[bytes]) -> dict[str, ComingFile]:
+    """The files that are to be fetched into a folder, whose headers are in `held` from its position on."""
     coming, offset = {}, held.tell()
     for name, size, etag, length, place in answer["coming"]:
-        coming[name] = ComingFile(place["where"], size, held, offset, length, etag=etag, place=Place(**place))
+        coming[name] = ComingFile(
+            folder / name, place["where"], size, held, offset, length, etag=etag, place=Place(**place)
+        )
         offset += length
     return coming
 

@@ -148,7 +148,7 @@ def is_integer_weight(info: TensorInfo) -> bool:
 def _codes(tensors: _Names) -> str | None:
     """Integers that are a weight or have scales beside them: no model counts or lists anything in these places."""
     scales = (_SCALE.fullmatch(name[-500:]) for name, info in tensors.items() if info.dtype in _WIDE_FLOATS)
-    scaled = {found[1] or "" for found in scales if found}
+    scaled = {match[1] or "" for match in scales if match}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
         is_weight = leaf.endswith("weight") and is_integer_weight(info)

@@ -29,7 +29,7 @@ class RangeFile:
     """A ByteSource: one file on a server. Its first bytes are here already."""
 
     def __init__(self, ranges: Ranges, number: int, coming: ComingFile) -> None:
-        self.name, self.size, self.number = coming.name, coming.size, number
+        self.path, self.name, self.size, self.number = coming.path, coming.name, coming.size, number
         self.mtime_ns = coming.mtime_ns
         self._ranges, self._coming = ranges, coming
 

@@ -32,6 +32,10 @@ class ByteSource(Protocol):
     def name(self) -> str: ...
 
     @property
+    def path(self) -> Path:
+        """Where the file is, or will be once it is fetched."""
+
+    @property
     def size(self) -> int: ...
 
     @property
@@ -178,10 +182,10 @@ class LocalFile:
     def _is_another(self, status: os.stat_result) -> bool:
         """Whether a file is not the one that was planned, by size and time; by inode only where that is a file's own:
         some drivers number a file anew whenever they are asked (sshfs, mergerfs, exfat-fuse)."""
-        found = _identity(status)
-        if found[1:] != self.identity[1:]:
+        now = _identity(status)
+        if now[1:] != self.identity[1:]:
             return True
-        if found[0] != self.identity[0] and self._keeps_inode:
+        if now[0] != self.identity[0] and self._keeps_inode:
             self._keeps_inode = has_stable_inodes(mounted_kinds(status.st_dev))
             return self._keeps_inode
         return False
@@ -261,6 +265,7 @@ class ComingFile:
 
     def __init__(
         self,
+        path: Path,
         name: str,
         size: int,
         held: IO[bytes],
@@ -270,7 +275,8 @@ class ComingFile:
         etag: str = "",
         place: Place | None = None,
     ) -> None:
-        self.name, self.size, self.length, self.etag, self.place = name, size, length, etag, place
+        self.path, self.name, self.size = path, name, size
+        self.length, self.etag, self.place = length, etag, place
         self.mtime_ns = time.time_ns()  # newer than any output: none was made of the file that is to be fetched
         self._held, self._held_offset = held, held_offset
 

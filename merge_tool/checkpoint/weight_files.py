@@ -118,12 +118,12 @@ def _without_variant(files: Sequence[str], suffix: str) -> str | None:
 def _all_shards(name: str, files: Sequence[str]) -> list[str]:
     """The shards of one model, if the files are nothing else. Raises CheckpointError where some are missing."""
     files = [file for file in files if kind_beside(file) is None]
-    found = [_SHARD.fullmatch(file) for file in files]
-    models = {(match[1], int(match[3]), match[4]) for match in found if match}
-    if None in found or len(models) != 1:
+    matches = [_SHARD.fullmatch(file) for file in files]
+    models = {(match[1], int(match[3]), match[4]) for match in matches if match}
+    if None in matches or len(models) != 1:
         return []
     ((_, count, _),) = models
-    numbers = [int(match[2]) for match in found if match]
+    numbers = [int(match[2]) for match in matches if match]
     if lacking := sorted({*range(1, count + 1)} - {*numbers}):
         raise CheckpointError(
             f"{name}: has {listed(files)}, but {'shards' if len(lacking) > 1 else 'shard'} {listed(lacking)} of "

@@ -98,3 +98,37 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # the file is given up
                 os.close(self._fd)
             self._fd = -1
+
+
+class RegionWriter(ShardWriter):
+    """Writes a region of a file that others write at the same time: the bytes of consecutive tensors, or with `header`
+    also the file's beginning. The file has all of its `size` from the start, and no name of its own. The digest is that
+    of the region."""
+
+    def __init__(
+        self, path: Path, size: int, header: bytes | bytearray = b"", *, flush_bytes: int | None = None
+    ) -> None:
+        self.path = self.part = path
+        self._flush_bytes = flush_bytes
+        self._hash = hashlib.sha256()
+        self._lock = threading.Lock()
+        self._unflushed = self.size = 0
+        flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        try:
+            self._fd = os.open(path, flags, 0o666)
+        except OSError as e:
+            raise write_failed(path, e) from e
+        try:
+            if os.fstat(self._fd).st_size < size:
+                os.ftruncate(self._fd, size)
+            self.write(0, memoryview(header))
+            self.hash_next(memoryview(header))
+        except OSError as e:
+            self.abandon()
+            raise write_failed(path, e) from e
+        except BaseException:
+            self.abandon()
+            raise
+
+    def publish(self) -> None:
+        """The region is where it belongs."""

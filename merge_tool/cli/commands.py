@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from click.core import ParameterSource
 
 from merge_tool._version import __version__
 from merge_tool.checkpoint.streaming import Streaming
-from merge_tool.cli.frame import CONTINUES, READS, Command, Group, print_errors
+from merge_tool.cli import hosts
+from merge_tool.cli.frame import CONTINUES, READS, Command, Group, check_written, print_errors
 from merge_tool.cli.options import (
     MACHINE_OPTIONS,
     MODELS_DIR,
@@ -37,6 +39,7 @@ from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
 
 if TYPE_CHECKING:
+    from merge_tool.api import MergeReport, Watch
     from merge_tool.plan.prepare import Prepared
 
 # --------------------------------------------------------------------------------------- slerp-merge
@@ -78,10 +81,10 @@ def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], **options:
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What says how a merge is made, and what says which."""
     names = [option.name for option in _params((*MACHINE_OPTIONS, *STREAM_OPTIONS, *OUTPUT_OPTIONS))]
-    return {n: options.pop(n) for n in names}, _given(options)
+    return {n: options.pop(n) for n in names}, given(options)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options of the command line without their defaults: what a recipe says counts before a default."""
     source = click.get_current_context().get_parameter_source
     return {n: value for n, value in options.items() if source(n) is not ParameterSource.DEFAULT}
@@ -104,13 +107,13 @@ def _make(
     downloads: int,
     spool_bytes: int | None,
     report_path: Path | None,
+    executor: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
-    from merge_tool.api import Watch, check_plan, merge_recipe, plan_recipe
-    from merge_tool.cli.show import report_json, summary_lines
+    from merge_tool.api import check_plan, merge_recipe, plan_recipe
 
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -120,9 +123,9 @@ def _make(
             recipe, out, memory_bytes=memory_bytes, jobs=jobs, overwrite=overwrite, streaming=streaming
         )
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
+        check_written()
         return
-    with _Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
-        watch = Watch(lambda message: click.echo(f"Warning: {message}", err=True), bar.start, bar.advance)
+    with watched(quiet=quiet) as watch, _engine(executor, memory_bytes, jobs) as on_engine:
         report = merge_recipe(
             recipe,
             out,
@@ -133,14 +136,42 @@ def _make(
             streaming=streaming,
             report_path=report_path,
             watch=watch,
+            **on_engine,
         )
+    print_report(report, as_json=as_json, quiet=quiet)
+
+
+@contextmanager
+def watched(*, quiet: bool) -> Iterator[Watch]:
+    """Warnings on standard error, and a progress bar if that is a terminal."""
+    from merge_tool.api import Watch
+
+    with Bar(wanted=not quiet and sys.stderr.isatty()) as bar:
+        yield Watch(lambda message: click.echo(f"Warning: {message}", err=True), bar.start, bar.advance)
+
+
+@contextmanager
+def _engine(name: str | None, memory_bytes: int | None, jobs: int | None) -> Iterator[dict[str, Any]]:
+    """The executor of that name as arguments of merge_recipe."""
+    if name is None:
+        yield {}
+        return
+    from merge_tool.hosts.engines import PARTS_A_WORKER, engine
+
+    with engine(name, memory_bytes=memory_bytes, jobs=jobs) as (executor, workers):
+        yield {"executor": executor, "num_parts": PARTS_A_WORKER * workers}
+
+
+def print_report(report: MergeReport, *, as_json: bool, quiet: bool) -> None:
+    from merge_tool.cli.show import report_json, summary_lines
+
     if as_json:
         click.echo(json.dumps(report_json(report), indent=2))
     elif not quiet:
         click.echo("\n".join(summary_lines(report)))
 
 
-class _Bar:
+class Bar:
     """One tqdm bar in bytes on stderr; no bar unless wanted."""
 
     def __init__(self, *, wanted: bool) -> None:
@@ -148,7 +179,7 @@ class _Bar:
         self._bar: Any = None
         self._lock = threading.Lock()
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -407,7 +438,7 @@ def sweep_command(
     except ValueError as e:
         raise click.BadParameter(f"'{shown(command)}' cannot be split into words ({e}).", param_hint="--eval") from e
     on_scores = lambda point: click.echo(f"  {scores_line(point)}", err=True)  # noqa: E731
-    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **_given(options))
+    report = sweep(base, ft, out, ts, words, on_scores=on_scores, **given(options))
     if can_plot():
         plot_sweep(report, out / "sweep.png")
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(sweep_lines(report)))
@@ -422,3 +453,7 @@ def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:
         click.echo(json.dumps(plan_json(prepared, complete), indent=2))
     else:
         click.echo("\n".join(plan_lines(prepared, complete)))
+
+
+for command in hosts.COMMANDS:
+    merge_tool.add_command(command)

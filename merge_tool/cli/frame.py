@@ -36,7 +36,7 @@ def print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]
                 with _terminable():
                     result = function(*args, **kwargs)
                 if after_signal == READS:
-                    _check_written()
+                    check_written()
                 return result
             except MergeToolError as e:
                 raise click.ClickException(str(e)) from e
@@ -46,6 +46,8 @@ def print_errors(after_signal: str) -> Callable[[Callable[P, R]], Callable[P, R]
                     "smaller --memory, then run the same command."
                 ) from e
             except Exception as e:
+                if isinstance(e, OSError) and not _has_current_folder():
+                    raise click.ClickException("The current folder is gone. Change to one that exists.") from e
                 if not _is_in_import(e):
                     raise
                 raise click.ClickException(
@@ -74,7 +76,7 @@ def _load_numpy() -> None:
         del os.environ["OPENBLAS_NUM_THREADS"]
 
 
-def _check_written() -> None:
+def check_written() -> None:
     """Exit with 1 if what a command is there to print could not be written. A merge is there to write OUT."""
     if (e := write_error()) is not None:
         if e.errno != errno.EPIPE:  # else the reader (`head`) has seen enough
@@ -86,6 +88,13 @@ def _is_in_import(error: Exception) -> bool:
     """Whether an error was raised while a module was loaded: some are loaded when they are first needed."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return isinstance(error, ImportError) or any(frame.f_code.co_name == "<module>" for frame in frames)
+
+
+def _has_current_folder() -> bool:
+    try:
+        return bool(os.getcwd())  # noqa: PTH109 - a Path of it asks the same
+    except OSError:
+        return False
 
 
 class _TerminatedError(BaseException):

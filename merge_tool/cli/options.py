@@ -190,6 +190,11 @@ OUTPUT_OPTIONS = [
         help="Also write merge_report.json to this path. (If OUT is one file, it has no report of its own.)",
     ),
     click.option(
+        "--executor",
+        metavar="ENGINE",
+        help="Have processes of an engine make the weights: processes:N, ray, ray:ADDRESS or dask:ADDRESS.",
+    ),
+    click.option(
         "--dry-run",
         is_flag=True,
         help="Read headers only: show the plan and the size of the download; write nothing.",

@@ -60,10 +60,10 @@ class Licences:
 
 def licences(cards: Cards) -> Licences:
     """The licences of all models. Without two cards that state one, no card's licence can differ."""
-    found = {name: {k: v for k, v in inherited(card).items() if k in _LICENCE} for name, card in cards.items()}
-    stated = {name: _licence(fields) for name, fields in found.items() if "license" in fields}
+    terms = {name: {k: v for k, v in inherited(card).items() if k in _LICENCE} for name, card in cards.items()}
+    stated = {name: _licence(fields) for name, fields in terms.items() if "license" in fields}
     silent = tuple(name for name in cards if name not in stated)
-    fields: Mapping[str, Any] = next((found[name] for name in stated), {})
+    fields: Mapping[str, Any] = next((terms[name] for name in stated), {})
     result = Licences(stated, silent, fields)
     if not result.differ:
         return result
@@ -85,13 +85,13 @@ _INHERITED = (*_LICENCE, "language", "pipeline_tag", "library_name")
 
 def inherited(first_card: Path | None) -> dict[str, Any]:
     """Licence, language, task and library from a model's card, if they are plain strings or lists of them."""
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for key, value in front_matter(first_card).items():
         is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
         is_text = isinstance(value, str) and value not in _NOTHING
         if key in _INHERITED and (is_text or is_list) and len(str(value)) < 4000:
-            found[key] = value
-    return found
+            facts[key] = value
+    return facts
 
 
 def front_matter(card: Path | None) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class Download:
 
 
 class Inputs:
-    """The models of a merge, each `MODEL[+ADAPTER...]`, as local paths. `refs` name them by local paths, `paths` are
-    all models and adapters, `coming` has the weights that folders still lack: of them, headers can be read until
-    `close`, and after `stream` everything.
+    """The models of a merge, each `MODEL[+ADAPTER...]`, as local paths. `refs` name them by local paths, `pinned` by
+    absolute paths or commits of the Hub; `paths` are all models and adapters. `coming` has the weights that folders
+    still lack: of them, headers can be read until `close`, and after `stream` everything.
 
     A model that is named twice is looked up once. Raises FetchError, CheckpointError.
     """
@@ -82,14 +82,15 @@ class Inputs:
         with ExitStack() as held:  # closed if a model cannot be fetched
             parts = [[self._find(held, part) for part in known_parts(ref)] for ref in refs]
             self._held = held.pop_all()
-        self.refs = tuple(Path("+".join(map(str, several))) for several in parts)
-        self.paths = tuple(path for several in parts for path in several)
+        self.refs = tuple(Path("+".join(str(one.folder) for one in several)) for several in parts)
+        self.pinned = tuple("+".join(one.pinned for one in several) for several in parts)
+        self.paths = tuple(one.folder for several in parts for one in several)
 
-    def _find(self, held: ExitStack, part: str) -> Path:
+    def _find(self, held: ExitStack, part: str) -> Snapshot:
         if part not in self._snapshots:
             self._snapshots[part] = look(part, by_range=self.streaming.stream is True)
             held.callback(self._snapshots[part].close)
-        return self._snapshots[part].folder
+        return self._snapshots[part]
 
     def __enter__(self) -> Inputs:
         return self

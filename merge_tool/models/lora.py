@@ -7,13 +7,12 @@ B A is refused by name: applied in part, it would be another model.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_tool.checkpoint.folder import Folder, distinct_names, meant_path
+from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, meant_path
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
 from merge_tool.checkpoint.hub import hub_id, is_url, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, open_local, open_one_file
@@ -34,7 +33,7 @@ def parts(ref: str | Path) -> tuple[str, ...]:
     """A model and the adapters that follow it: `MODEL+ADAPTER` is two parts. A path that exists is one part, even with
     a + in its name. Texts, because their form says whether they are local: a Path has no `./` and no last `/`."""
     text = str(ref)
-    if os.path.lexists(text) or is_url(text):
+    if is_there(text) or is_url(text):
         return (text,)
     for plus in reversed([match.start() for match in re.finditer(r"\+", text)]):
         model, adapter = text[:plus], text[plus + 1 :]
@@ -44,7 +43,7 @@ def parts(ref: str | Path) -> tuple[str, ...]:
 
 
 def _may_exist(ref: str | Path) -> bool:
-    return str(ref) != "" and (os.path.lexists(ref) or is_url(ref) or hub_id(ref) is not None)
+    return str(ref) != "" and (is_there(ref) or is_url(ref) or hub_id(ref) is not None)
 
 
 def known_parts(ref: str | Path) -> tuple[str, ...]:
@@ -71,8 +70,8 @@ def is_adapter(path: Path, coming: Coming = NOTHING) -> bool:
     """Whether a folder holds an adapter and no model."""
     names = ("model.safetensors", "model.safetensors.index.json")
     have = coming.get(path, {})
-    has_config = os.path.isfile(path / CONFIG)  # noqa: PTH113 - which raises where a name is too long
-    return has_config and not any(name in have or os.path.lexists(path / name) for name in names)
+    has_config = is_there(path / CONFIG) and (path / CONFIG).is_file()
+    return has_config and not any(name in have or is_there(path / name) for name in names)
 
 
 # ---------------------------------------------------------------------------------------------- opening

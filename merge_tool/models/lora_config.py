@@ -162,13 +162,13 @@ def _tokens(where: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
     """The tokens whose rows are trained, by the end of the modules' names; "" for whatever module has such rows."""
     key = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
     value = config.get(key) or {}
-    found = value if isinstance(value, dict) else {"": value}
-    for rows in found.values():
+    by_module = value if isinstance(value, dict) else {"": value}
+    for rows in by_module.values():
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             raise CheckpointError(f"{where}: {key} is '{shown(value)}', expected numbers of tokens.")
         if len({*rows}) < len(rows):
             raise CheckpointError(f"{where}: {key} has a token twice; which row is right is not known.")
-    return {name: tuple(rows) for name, rows in found.items()}
+    return {name: tuple(rows) for name, rows in by_module.items()}
 
 
 def _check_patterns(where: str, key: str, patterns: Any) -> None:

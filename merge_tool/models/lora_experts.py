@@ -218,18 +218,18 @@ def _find(base: Checkpoint, names: Names, stem: str, parameter: str) -> _Paramet
     for folder in _FOLDERS:
         module = ".".join(folder if word in _FOLDERS else word for word in stem.split("."))
         for words in _OF_ONE[parameter]:
-            if found := _of_each(base, names, module, parameter, words):
-                return found
+            if matrices := _of_each(base, names, module, parameter, words):
+                return matrices
     raise ValueError(f"no place there for {shown(parameter)}: neither one tensor of all experts nor one for each")
 
 
 def _of_each(base: Checkpoint, names: Names, module: str, parameter: str, words: tuple[str, ...]) -> _Parameter | None:
     parts: list[_Part] = []
     expert, shape = 0, (0, 0)
-    while all(found := [names.find(f"{module}.{expert}.{word}.weight") for word in words]):
-        shapes = {base.tensors[name].shape for name in found if name is not None}
+    while all(weights := [names.find(f"{module}.{expert}.{word}.weight") for word in words]):
+        shapes = {base.tensors[name].shape for name in weights if name is not None}
         if len(shapes) > 1 or len(one := shapes.pop()) != 2 or (expert and one[0] * len(words) != shape[0]):
-            raise ValueError(f"{shown(found[0])}: has another shape than the other experts")
-        parts += [_Part(name, expert, number * one[0]) for number, name in enumerate(found) if name is not None]
+            raise ValueError(f"{shown(weights[0])}: has another shape than the other experts")
+        parts += [_Part(name, expert, number * one[0]) for number, name in enumerate(weights) if name is not None]
         expert, shape = expert + 1, (one[0] * len(words), one[1])
     return _Parameter(parameter, tuple(parts), expert, shape) if parts else None

@@ -233,13 +233,13 @@ class Matcher:
 
     def _add_experts(self, stem: str, levels: list[dict[str, AdapterTensor]]) -> None:
         try:
-            found = dict(match_experts(self.base, self.names, self.settings, stem, levels))
+            experts = dict(match_experts(self.base, self.names, self.settings, stem, levels))
         except ValueError as e:
             self.unfit.append(f"{shown(stem)}: {e}")
             return
-        if twice := found.keys() & self.made.keys():
+        if twice := experts.keys() & self.made.keys():
             self.unfit.append(f"{shown(stem)}: {listed(twice)} has another value in the adapter already")
-        self.made |= found
+        self.made |= experts
 
     def _replace_rows(self, module: str, part: AdapterTensor, *, with_factors: bool) -> None:
         """Rows of some tokens, in place of the embedding's or head's."""

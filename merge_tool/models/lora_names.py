@@ -57,9 +57,9 @@ class AdapterTensor:
 
 def parse_name(source: TensorSource) -> AdapterTensor:
     name = source.info.name.removeprefix(_PREFIX)
-    if found := _TOKENS.fullmatch(name):
-        return AdapterTensor(source, found[1], "weight", found[2])
-    if found := _FACTOR.fullmatch(name):
-        return AdapterTensor(source, found[1], "bias" if found[2] == "lora_B.bias" else "weight", found[2])
+    if match := _TOKENS.fullmatch(name):
+        return AdapterTensor(source, match[1], "weight", match[2])
+    if match := _FACTOR.fullmatch(name):
+        return AdapterTensor(source, match[1], "bias" if match[2] == "lora_B.bias" else "weight", match[2])
     module, _, leaf = _FULL.sub("", name).rpartition(".")
     return AdapterTensor(source, module, leaf)

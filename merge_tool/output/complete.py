@@ -62,9 +62,9 @@ def is_complete(prepared: Prepared) -> bool:
 
 def _way_on(prepared: Prepared, way: str) -> str:
     """`way`, unless OUT seems to hold a file of an input, which must not be replaced."""
-    if (found := find_look_alike(prepared.target.path, prepared.inputs)) is None:
+    if (alike := find_look_alike(prepared.target.path, prepared.inputs)) is None:
         return way
-    return f"It may be an input under another name: it has {shown(found.name)}. Choose another one."
+    return f"It may be an input under another name: it has {shown(alike.name)}. Choose another one."
 
 
 def _is_output(prepared: Prepared, folder: Path, output: int) -> bool:

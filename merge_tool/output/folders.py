@@ -12,7 +12,9 @@ from merge_tool.output.marks import MARK
 from merge_tool.output.owner import OWNER
 from merge_tool.plan.target import existing_folder
 
-_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", "files", "names", MARK, OWNER})
+FILES = "files"  # the finished files of each output
+PARTS = "parts"  # what many workers share
+_OWN_ENTRIES = frozenset({"lock", "journal.jsonl", FILES, "names", PARTS, MARK, OWNER})
 
 
 def refuse_foreign(work: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from merge_tool.output.older import older_labels, outdated
 from merge_tool.plan.overlap import find_shared, find_showing, holds
 from merge_tool.plan.target import Target, shared_with
 
-MARK = ".slerp-merge-mark"
+MARK = ".slerp-merge-mark"  # and in the folder that is looked at, some letters of its own, see `_fresh`
 _LONG_PATH = 240  # Windows ends at 259, unless long paths are enabled
 _NAME_ERRORS = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT})
 
@@ -52,20 +53,23 @@ def check_marks(
     if (source := find_showing(lock.path, content, inputs, above=not target.is_file)) is not None:
         raise shared_with(target.path, source)
     if target.is_file:
+        check_apart_by_mark(target.path.parent, inputs, name=target.path.name)
         return
-    written = _inner_folders(target.path, labels, new)
+    written = [target.path, *_inner_folders(target.path, labels, new)]
     for folder in dict.fromkeys((*written, *_inner_folders(target.path, older_labels(target.path)))):
-        _check_mark(folder, lock.path.with_name(MARK), content, inputs, is_written=folder in written)
+        _check_mark(folder, lock.path.with_name(MARK), content, inputs, folder in written, folder == target.path)
 
 
 def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, name: str = "") -> None:
     """Raise OutputError if a mark in this folder shows up in an input. Without a `name` also if inputs are below the
     folder, whose content is removed; with it only if the file of that name there is an input."""
-    mark, content, inputs = folder / MARK, new_mark(), tuple(inputs)
+    mark, content, inputs = _fresh(folder), new_mark(), tuple(inputs)
     try:
         mark.write_bytes(content)
         source = find_showing(mark, content, inputs, above=not name)
-        beside = [path for path in inputs if folded(path.name) == folded(name) and holds(path.parent / MARK, content)]
+        beside = [
+            path for path in inputs if folded(path.name) == folded(name) and holds(path.parent / mark.name, content)
+        ]
     finally:
         mark.unlink(missing_ok=True)
     if source is not None or beside:
@@ -113,10 +117,20 @@ def _inner_folders(out: Path, labels: Iterable[str], names: Iterable[str] | None
     return [folder for folder in dict.fromkeys(folders) if folder != out and folder.is_dir()]
 
 
-def _check_mark(folder: Path, made: Path, content: bytes, inputs: tuple[Path, ...], *, is_written: bool) -> None:
+def _fresh(folder: Path) -> Path:
+    """A path for a mark that nobody has looked for yet: an overlay mount, or a share, remembers for a while that there
+    was no file of a name."""
+    return folder / f"{MARK}-{secrets.token_hex(4)}"
+
+
+def _check_mark(
+    folder: Path, made: Path, content: bytes, inputs: tuple[Path, ...], is_written: bool, is_out: bool
+) -> None:
     """Move a mark into a folder as its files will be moved, and look for it in the inputs."""
-    mark = folder / MARK
+    mark = _fresh(folder)
     try:
+        for left in folder.glob(f"{MARK}*"):  # by a run that was killed
+            left.unlink(missing_ok=True)
         try:
             made.write_bytes(content)
             patiently(lambda: made.replace(mark))
@@ -129,7 +143,7 @@ def _check_mark(folder: Path, made: Path, content: bytes, inputs: tuple[Path, ..
             if e.errno != errno.EXDEV:
                 raise output_failed(folder, e) from e
             mark.write_bytes(content)
-        source = find_showing(mark, content, inputs)
+        source = find_showing(mark, content, inputs, is_in_out=is_out)
     finally:
         for path in (made, mark):
             with contextlib.suppress(OSError):

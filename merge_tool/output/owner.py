@@ -43,6 +43,11 @@ class Owner:
                 with contextlib.suppress(OSError):
                     self.path.unlink(missing_ok=True)
                     continue
+            except FileNotFoundError as e:  # the run that worked here has just removed the folder
+                out = self.path.parent.parent
+                raise OutputError(
+                    f"{shown(out)}: another merge has just ended here. Run the same command again."
+                ) from e
             except OSError as e:
                 raise output_failed(self.path, e) from e
             with contextlib.suppress(OSError), os.fdopen(fd, "wb") as file:  # an empty record is one, too

@@ -167,10 +167,10 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
 
 
 def _by_name(plan: MergePlan, numbers: Counter[int]) -> Mapping[str, int]:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for model in sorted(numbers):
-        found[plan.names[model]] += numbers[model]
-    return found
+        counts[plan.names[model]] += numbers[model]
+    return counts
 
 
 def _is_across_layers(job: TensorJob) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.files import is_part_of_run, part_path, patiently, rename_synced, sync_file, sync_folder
 from merge_tool.models.side_files import SYSTEM_FILES
 from merge_tool.output.audit import check_with_library
-from merge_tool.output.folders import make_folders, refuse_foreign, remove_empty, remove_folders
+from merge_tool.output.folders import FILES, make_folders, refuse_foreign, remove_empty, remove_folders
 from merge_tool.output.journal import Journal, inside
 from merge_tool.output.lock import FolderLock
 from merge_tool.output.marks import check_marks, check_names
@@ -34,6 +36,8 @@ from merge_tool.plan.plan import MergePlan, ShardPlan, differences
 from merge_tool.plan.target import Target
 from merge_tool.run.findings import Findings, from_record, to_record
 from merge_tool.run.run import ShardDone
+
+_COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")  # in the path of a file in the Hub's cache
 
 # ------------------------------------------------------------------------------------------ the work
 
@@ -103,7 +107,7 @@ class WorkFolder:
         self._lock.release()
 
     def folder(self, label: str) -> Path:
-        return self.path / "files" / label
+        return self.path / FILES / label
 
     # --------------------------------------------------------------------- starting and resuming
 
@@ -116,12 +120,12 @@ class WorkFolder:
         stored = next(self.journal.records(), None)
         if stored is not None and stored.get("record") != "plan":
             stored = None
-        ours = self._plan_record(overwrite)
-        same = stored is not None and all(stored.get(key) == ours[key] for key in ("facts", "modified", "samples"))
+        ours = plan_record(self.plan, self.samples, overwrite=overwrite)
+        same = stored is not None and is_same_merge(stored, ours)
         if stored is not None and not same and not overwrite and not self._is_same_but_for_shards(stored, ours):
             raise OutputError(
                 f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
-                f"{_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
+                f"{record_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
             )
         if stored is not None and same and stored.get("overwrite") and not overwrite:
             raise OutputError(
@@ -143,10 +147,10 @@ class WorkFolder:
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
             # else a power cut could leave a journal without the folders that it names
-            folders = (self.path / "files", self.path, *(made.parent for made in self._made))
+            folders = (self.path / FILES, self.path, *(made.parent for made in self._made))
             self.is_durable = False not in [sync_folder(folder) for folder in folders]
             self.done_shards = frozenset(self._recover())
-            for part in [path for path in (self.path / "files").rglob("*.part") if is_part_of_run(path.name)]:
+            for part in [path for path in (self.path / FILES).rglob("*.part") if is_part_of_run(path.name)]:
                 part.unlink(missing_ok=True)
         except OSError as e:
             raise output_failed(self.path, e) from e
@@ -173,26 +177,6 @@ class WorkFolder:
         """Files that a publishing which is now given up may have moved into OUT already."""
         left: dict[str, list[str]] = inside(self.journal.path, (stored or {}).get("leftover", {}))
         return left | (self.journal.publishing() or {"files": {}})["files"]
-
-    def _plan_record(self, overwrite: bool) -> dict[str, Any]:
-        changed = {
-            f"{side}/{job_file.name}": job_file.mtime_ns for side, files in self._inputs().items() for job_file in files
-        }
-        return {
-            "record": "plan",
-            "facts": dict(self.plan.facts),
-            "modified": changed,
-            "samples": list(self.samples),
-            "overwrite": overwrite,
-        }
-
-    def _inputs(self) -> dict[str, list[ByteSource]]:
-        sides: dict[str, dict[int, ByteSource]] = {side: {} for side in self.plan.recipe.names}
-        for job in self.plan.jobs():
-            for side, source in zip(job.sides, job.sources, strict=True):
-                for file in source.files:
-                    sides[self.plan.recipe.names[side]].setdefault(id(file), file)
-        return {side: list(files.values()) for side, files in sides.items()}
 
     def _wipe(self) -> None:
         for entry in self.path.iterdir():
@@ -253,13 +237,25 @@ class WorkFolder:
 
     def finish_shard(self, done: ShardDone, writers: list[ShardWriter]) -> None:
         """Record a shard whose files are synced, then give them their names."""
+        self._record(done)
+        for writer in writers:
+            writer.publish()
+
+    def _record(self, done: ShardDone) -> None:
         tensors = ({"record": "tensor", "number": n, **to_record(done.findings[n])} for n in sorted(done.findings))
         last = {"record": "shard", "number": done.shard.number, "sha256": list(done.sha256), "run": self._owner.run}
         self._owner.confirm()
         with self._finishing:
             self.journal.append(chain(tensors, [last]))
-        for writer in writers:
-            writer.publish()
+
+    def adopt(self, shard: ShardPlan, files: Sequence[Path], sha256: Sequence[str], findings: Findings) -> None:
+        """Record a shard that other processes have made and synced; `files` are its files, one an output, some
+        perhaps here already."""
+        for label, path in zip(self.plan.labels, files, strict=True):
+            if path != (own := self.folder(label) / shard.file_name):
+                rename_synced(path, own)
+        self._record(ShardDone(shard, tuple(sha256), findings))
+        self.done_shards |= {shard.number}
 
     def findings(self) -> Findings:
         """The findings of this run and earlier ones, from the journal."""
@@ -272,10 +268,10 @@ class WorkFolder:
 
     def digests(self) -> dict[int, list[str]]:
         """The SHA-256 of every finished shard, one an output."""
-        found = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
-        if len(found) < len(self.plan.shards):
+        digests = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        if len(digests) < len(self.plan.shards):
             raise self._replaced()
-        return found
+        return digests
 
     def _replaced(self) -> OutputError:
         """The error for a journal that lacks what this run wrote into it."""
@@ -388,16 +384,53 @@ class WorkFolder:
         remove_folders(self._made)
 
 
+def plan_record(plan: MergePlan, samples: Sequence[str], *, overwrite: bool) -> dict[str, Any]:
+    """What identifies a merge, for the first line of its journal: what decides the output's bytes, and of every input
+    file its time, or its commit on the Hub."""
+    modified = {f"{side}/{file.name}": _version(file) for side, files in _inputs(plan).items() for file in files}
+    return {
+        "record": "plan",
+        "facts": json.loads(json.dumps(dict(plan.facts))),
+        "modified": modified,
+        "samples": list(samples),
+        "overwrite": overwrite,
+    }
+
+
+def _inputs(plan: MergePlan) -> dict[str, list[ByteSource]]:
+    sides: dict[str, dict[int, ByteSource]] = {side: {} for side in plan.recipe.names}
+    for job in plan.jobs():
+        for side, source in zip(job.sides, job.sources, strict=True):
+            for file in source.files:
+                sides[plan.recipe.names[side]].setdefault(id(file), file)
+    return {side: list(files.values()) for side, files in sides.items()}
+
+
+def _version(file: ByteSource) -> int | str:
+    """A file's time; its commit if it is in the Hub's cache, whose times say when each host has fetched it."""
+    match = _COMMIT.search(str(file.path))
+    return match[1] if match else file.mtime_ns
+
+
+def is_same_merge(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether two records are of one merge. A merge that was planned by headers alone has no samples."""
+    samples = stored.get("samples")
+    return all(stored.get(key) == ours[key] for key in ("facts", "modified")) and samples in ([], ours["samples"])
+
+
 def _is_no_output(name: str) -> bool:
     """Whether a file in the work folder is a system's, or another run's unfinished one."""
     return SYSTEM_FILES.fullmatch(name) is not None or is_part_of_run(name)
 
 
-def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def record_differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs between two records, in words; nothing if they are of one merge."""
+    if is_same_merge(stored, ours):
+        return ""
     parts = differences(stored.get("facts", {}), ours["facts"])
     if not parts:
         times = ours["modified"]
-        changed = listed(k for k in times if stored.get("modified", {}).get(k) != times[k])
+        changed = listed(k for k in times if stored.get("modified", {}).get(k) != times[k]) or "the inputs"
         parts = [
             f"{changed} changed since" + (", or the clocks differ" if stored["samples"] == ours["samples"] else "")
         ]

@@ -26,6 +26,16 @@ def largest_file(folder: Path) -> int | None:
     return largest_of_bits(bits)
 
 
+def largest_of_process() -> int | None:
+    """The largest file that this process may write, by its limit (`ulimit -f`); None without a limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def largest_of(kind: str) -> int | None:
     """By the name of a file system.
 
@@ -50,7 +60,7 @@ def shard_limit(largest: int) -> int:
     >>> shard_limit(2**32 - 1), shard_limit(30_000)
     (4000000000, 28125)
     """
-    return largest // 10**9 * 10**9 if largest > 2 * 10**9 else largest * 15 // 16
+    return largest // 10**9 * 10**9 if largest > 2 * 10**9 else max(1, largest * 15 // 16)
 
 
 def _linux_kind(folder: Path) -> str:
@@ -67,5 +77,5 @@ def _windows_kind(folder: Path) -> str:
 
     name = ctypes.create_unicode_buffer(64)
     root = f"{folder.resolve().anchor}"
-    found = ctypes.windll.kernel32.GetVolumeInformationW(root, None, 0, None, None, None, name, len(name))
-    return name.value if found else ""
+    is_known = ctypes.windll.kernel32.GetVolumeInformationW(root, None, 0, None, None, None, name, len(name))
+    return name.value if is_known else ""

@@ -52,27 +52,31 @@ def find_shared(paths: Iterable[Path], inputs: Iterable[Path]) -> tuple[Path, Pa
     return None
 
 
-def find_showing(mark: Path, content: bytes, inputs: Iterable[Path], *, above: bool = True) -> Path | None:
+def find_showing(
+    mark: Path, content: bytes, inputs: Iterable[Path], *, above: bool = True, is_in_out: bool = False
+) -> Path | None:
     """The input in which the file `mark` with that content shows up. The file was just made two levels below an output
-    (`OUT/.slerp-merge/lock`) or one level (`OUT/t-0.3/.mark`): `mark.name` and perhaps its folder's name are ours.
+    (`OUT/.slerp-merge/lock`) or one level (`OUT/t-0.3/.mark`): `mark.name` and perhaps its folder's name are ours. Or
+    it `is_in_out` itself: a folder beside the input may have the name of OUT.
 
     The output is then that input, or inside it, or, unless `above` is false, around it.
     """
     real = mark.parent.resolve() / mark.name
     for source in inputs:
         with _reading(source):
-            if any(holds(place, content) for place in _places(real, source.resolve(), above=above)):
+            if any(holds(place, content) for place in _places(real, source.resolve(), above, not is_in_out)):
                 return source
     return None
 
 
-def _places(real: Path, source: Path, *, above: bool) -> Iterator[Path]:
+def _places(real: Path, source: Path, above: bool, has_folder: bool) -> Iterator[Path]:
     """Where a mark would be if the output were this input, or inside or around it."""
     yield from (source / real.relative_to(parent) for parent in real.parents)
     folders = [source, *_folders_in(source)] if source.is_dir() else []
     for folder in (*folders, *(source.parents if above else ())):
         yield folder / real.name
-        yield folder / real.parent.name / real.name
+        if has_folder:
+            yield folder / real.parent.name / real.name
     yield source.with_name(f"{source.name}{real.parent.suffix}") / real.name  # the work beside a single file
 
 
@@ -83,8 +87,8 @@ def find_look_alike(out: Path, inputs: Iterable[Path]) -> Path | None:
     ours = {_look(path) for path in here}
     for source in inputs:
         with _reading(source):
-            if (found := _looks_like(out, ours, source.resolve())) is not None:
-                return found
+            if (alike := _looks_like(out, ours, source.resolve())) is not None:
+                return alike
     return None
 
 
@@ -92,8 +96,8 @@ def _looks_like(out: Path, ours: set[tuple[str, int, int]], source: Path) -> Pat
     files = [source]
     if source.is_dir():
         files = sorted(f for folder in (source, *_folders_in(source)) for f in folder.iterdir() if f.is_file())
-    if found := next((file for file in files if _look(file) in ours), None):
-        return found
+    if alike := next((file for file in files if _look(file) in ours), None):
+        return alike
     for parent in source.parents if files and out.is_dir() else ():
         if (there := out / files[0].relative_to(parent)).is_file() and _look(there) == _look(files[0]):
             return source

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path, PurePosixPath
 
 from merge_tool.arrays import NUMPY_DTYPES, as_bytes
+from merge_tool.checkpoint.folder import folder_name
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.errors import CheckpointError, MismatchError, OutputError, listed, reason, shown
+from merge_tool.errors import MismatchError, OutputError, input_failed, listed, shown
 from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
@@ -39,7 +40,7 @@ from merge_tool.models.side_files import (
 from merge_tool.models.side_names import check_names, named_apart
 from merge_tool.plan.architectures import check_architectures
 from merge_tool.plan.config_fit import fit_config
-from merge_tool.plan.disk import largest_file, shard_limit
+from merge_tool.plan.disk import largest_file, largest_of_process, shard_limit
 from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
 from merge_tool.plan.patterns import check_lent_patterns
@@ -58,10 +59,10 @@ class Prepared:
     """A planned merge, checked by headers: `--dry-run` shows it and `merge` runs it.
 
     `samples` are digests of a few bytes of many tensors of each input, which distinguish two finetunes of one layout; a
-    dry run, which reads no weights, has none. `refs` are the models by local paths, `inputs` all of these paths,
-    including adapters; `download` is what is still to be fetched, after a dry run. `first_card` is the card of the
-    model whose language the output inherits; `cards` are those of all models, for their licences. `has_own_rows`: rows
-    were matched by token.
+    dry run, which reads no weights, has none. `refs` are the models by local paths, `pinned` by absolute paths or
+    commits of the Hub, `inputs` all of these paths, including adapters; `download` is what is still to be fetched,
+    after a dry run. `first_card` is the card of the model whose language the output inherits; `cards` are those of all
+    models, for their licences. `has_own_rows`: rows were matched by token.
     """
 
     plan: MergePlan
@@ -77,6 +78,7 @@ class Prepared:
     warnings: tuple[str, ...]
     samples: tuple[str, ...]
     refs: tuple[Path, ...]
+    pinned: tuple[str, ...]
     inputs: tuple[Path, ...]
     download: Download
 
@@ -139,8 +141,7 @@ def prepare(
         first = models[recipe.first]
         first_card = first.folder.regular(card) if first.folder and (card := card_name(first.folder)) else None
     except OSError as e:
-        file = f"{PurePath(e.filename).name} of" if isinstance(e.filename, str) else "A file of"
-        raise CheckpointError(f"{shown(file)} the inputs cannot be read ({reason(e)}).") from e
+        raise input_failed(_name_of(e, inputs.paths), e) from e
     is_transformers = "architectures" in (first.config or {})
     del opened, models, first, lead  # for 10,000 tensors it takes 2 MB, which the plan does not need
     held = resident_bytes()
@@ -158,28 +159,43 @@ def prepare(
         warnings=tuple(dict.fromkeys((*warnings, *_file_warnings(side_files), *more))),
         samples=samples,
         refs=inputs.refs,
+        pinned=inputs.pinned,
         inputs=inputs.paths,
         download=inputs.download,
     )
 
 
+def _name_of(e: OSError, inputs: Sequence[Path]) -> str:
+    """The file that the system refused, by the name of its input: `base/tokenizer.json`."""
+    if not isinstance(e.filename, str):
+        return "a file of the inputs"
+    path = Path(e.filename)
+    root = next((root for root in (source.resolve() for source in inputs) if path.is_relative_to(root)), None)
+    return path.name if root is None else str(PurePosixPath(folder_name(root)) / path.relative_to(root).as_posix())
+
+
 def _plan_for_disk(
     recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target
 ) -> MergePlan:
-    """The plan, with smaller shards if the disk of OUT holds no file so large. Raises OutputError if a single tensor is
-    too large for it."""
+    """The plan, with smaller shards if the disk of OUT, or a limit of this process, allows no file so large. Raises
+    OutputError if a single tensor is too large for it."""
     plan = _plan(recipe, models, methods, target)
-    largest = largest_file(existing_folder(target.path))
+    limits = {
+        ("its disk holds", "Choose another disk"): largest_file(existing_folder(target.path)),
+        ("ulimit -f allows", "Raise that limit"): largest_of_process(),
+    }
+    known = [(size, words) for words, size in limits.items() if size is not None]
+    largest, (what, way) = min(known, default=(None, ("", "")))
     if largest is None or all(shard.size <= largest for shard in plan.shards):
         return plan
-    where = f"{shown(target.path)}: its disk holds files of at most {largest:,} bytes"
+    where = f"{shown(target.path)}: {what} files of at most {largest:,} bytes"
     if target.is_file:
-        raise OutputError(f"{where}, this one has {plan.shards[0].size:,}. Choose a folder as OUT, or another disk.")
+        raise OutputError(f"{where}, this one has {plan.shards[0].size:,}. {way}, or give a folder as OUT.")
     limit = shard_limit(largest)
     plan = _plan(replace(recipe, options=replace(recipe.options, max_shard_bytes=limit)), models, methods, target)
     if too_large := [shard for shard in plan.shards if shard.size > largest]:
         name = max(too_large[0].jobs, key=lambda job: job.out.nbytes).out.name
-        raise OutputError(f"{where}, and {shown(name)} alone needs a larger one. Choose another disk.")
+        raise OutputError(f"{where}, and {shown(name)} alone needs a larger one. {way}.")
     smaller = f"{where}, so the shards have at most {limit:,} bytes, as with --max-shard-size {limit}."
     return replace(plan, warnings=(*plan.warnings, smaller))
 
@@ -192,8 +208,8 @@ def _plan(recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Me
         raise MismatchError(f"{e}{explain_rows(models)}") from e
     if recipe.tokenizer is None and has_row_tensors(job.out for job in plan.jobs() if not job.is_copied):
         check_vocabularies(recipe, models)
-    asked = recipe.options.chat_template or recipe.chat_template
-    if asked is None:
+    wanted = recipe.options.chat_template or recipe.chat_template
+    if wanted is None:
         return plan
     template = choose_template(recipe, models) or ""
     lacking = () if template else ("chat_template: no model has one, so the output has none.",)

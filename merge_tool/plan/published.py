@@ -6,13 +6,12 @@ their ids. `merge-tool run mergekit_config.yml OUT --models-dir FOLDER` finds th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_tool.checkpoint.folder import Folder, distinct_names, meant_path, snapshot_of
+from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, meant_path, snapshot_of
 from merge_tool.checkpoint.hub import hub_id, is_url
 from merge_tool.errors import CheckpointError, RecipeError, shown
 from merge_tool.models.lora import lacking, parts
@@ -34,7 +33,7 @@ def published(recipe: Recipe) -> str:
 def local_names(recipe: Recipe) -> dict[str, str]:
     """The name of each local model and adapter, by its path in the recipe. A name with a / begins with `./`: it must
     not be taken for an id of the Hub."""
-    paths = list(dict.fromkeys(path for path in _all_parts(recipe) if os.path.lexists(path)))
+    paths = list(dict.fromkeys(path for path in _all_parts(recipe) if is_there(path)))
     names = distinct_names(map(Path, paths))
     addresses = {path: path.partition("?")[0] for path in _all_parts(recipe) if is_url(path)}  # without a signature
     return {path: _local(names[Path(path)], Path(path)) for path in paths} | addresses
@@ -99,8 +98,8 @@ def check_ids(recipe: Recipe) -> None:
 
 def _ids(recipe: Recipe) -> dict[str, str]:
     known = _callable(recipe)
-    given = (text.partition("=") for text in recipe.options.ids)
-    return {known[name]: repo for name, _, repo in given if name in known}
+    pairs = (text.partition("=") for text in recipe.options.ids)
+    return {known[name]: repo for name, _, repo in pairs if name in known}
 
 
 def _callable(recipe: Recipe) -> dict[str, str]:
@@ -119,7 +118,7 @@ def check_places(recipe: Recipe) -> None:
     current folder. One that is beside the recipe is not looked up on the Hub, even if it has the form of an id."""
     for path in _all_parts(recipe) if recipe.text else ():
         beside = recipe.folder is not None and Path(recipe.folder, path).exists()
-        if os.path.lexists(path) or is_url(path) or (hub_id(path) is not None and not beside):
+        if is_there(path) or is_url(path) or (hub_id(path) is not None and not beside):
             continue
         ends = [place.end for place in recipe.places if path.partition("@")[0] in str(place.ref)]
         line = f", line {recipe.text[: ends[0]].rstrip().count(chr(10)) + 1}" if ends else ""

@@ -164,29 +164,29 @@ def _kernel32() -> Any:
 
 def windows_process(kernel32: Any) -> tuple[int, int]:
     """The resident memory of this process on Windows, and its peak; zeros if Windows does not say."""
-    found = ProcessMemory(cb=ctypes.sizeof(ProcessMemory))
+    counters = ProcessMemory(cb=ctypes.sizeof(ProcessMemory))
     kernel32.GetCurrentProcess.restype = ctypes.c_void_p
     process = ctypes.c_void_p(kernel32.GetCurrentProcess())
-    if not kernel32.K32GetProcessMemoryInfo(process, ctypes.byref(found), found.cb):
+    if not kernel32.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb):
         return 0, 0
-    return found.WorkingSetSize, found.PeakWorkingSetSize
+    return counters.WorkingSetSize, counters.PeakWorkingSetSize
 
 
 def windows_available(kernel32: Any) -> int | None:
-    found = SystemMemory(dwLength=ctypes.sizeof(SystemMemory))
-    return found.ullAvailPhys if kernel32.GlobalMemoryStatusEx(ctypes.byref(found)) else None
+    counters = SystemMemory(dwLength=ctypes.sizeof(SystemMemory))
+    return counters.ullAvailPhys if kernel32.GlobalMemoryStatusEx(ctypes.byref(counters)) else None
 
 
 def mac_resident(libc: Any) -> int:
     """The resident memory of this process on macOS; 0 if macOS does not say."""
-    found, count = TaskMemory(), ctypes.c_uint32(ctypes.sizeof(TaskMemory) // 4)
-    refused = libc.task_info(libc.mach_task_self(), _TASK_BASIC_INFO, ctypes.byref(found), ctypes.byref(count))
-    return 0 if refused else found.resident_size
+    counters, count = TaskMemory(), ctypes.c_uint32(ctypes.sizeof(TaskMemory) // 4)
+    refused = libc.task_info(libc.mach_task_self(), _TASK_BASIC_INFO, ctypes.byref(counters), ctypes.byref(count))
+    return 0 if refused else counters.resident_size
 
 
 def mac_available(libc: Any) -> int | None:
     """Free and inactive pages: what macOS gives without swapping."""
-    found, count = HostMemory(), ctypes.c_uint32(ctypes.sizeof(HostMemory) // 4)
-    if libc.host_statistics64(libc.mach_host_self(), _HOST_VM_INFO64, ctypes.byref(found), ctypes.byref(count)):
+    counters, count = HostMemory(), ctypes.c_uint32(ctypes.sizeof(HostMemory) // 4)
+    if libc.host_statistics64(libc.mach_host_self(), _HOST_VM_INFO64, ctypes.byref(counters), ctypes.byref(count)):
         return None
-    return int((found.free_count + found.inactive_count) * libc.getpagesize())
+    return int((counters.free_count + counters.inactive_count) * libc.getpagesize())

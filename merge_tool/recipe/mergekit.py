@@ -250,8 +250,8 @@ class _Parser:
     def _modules(self, top: Value, fields: Fields, base: ModelRef | None, parameters: Settings) -> tuple[Module, ...]:
         kinds = [key for key in _KINDS if key in fields and fields[key].plain is not None]
         if len(kinds) != 1:
-            found = " and ".join(kinds) or "none of them"
-            raise self._text.error(top.line, f"there is {found}, expected exactly one of: {', '.join(_KINDS)}.")
+            has = " and ".join(kinds) or "no model"
+            raise self._text.error(top.line, f"the recipe has {has}, expected exactly one of: {', '.join(_KINDS)}.")
         if kinds != ["modules"]:
             return (self._module(None, fields, base, [parameters]),)
         modules = []

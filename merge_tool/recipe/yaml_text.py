@@ -196,8 +196,8 @@ class _AllErrors(RecipeError):
 
 
 def _line_number(error: str) -> int:
-    found = re.match(r"line (\d+):", error)
-    return int(found[1]) if found else 0
+    match = re.match(r"line (\d+):", error)
+    return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class Copied:
     """One source as it is, or in the output's dtype.
 
     The bytes pass through this process anyway, because they are hashed; so copy_file_range saves nothing
-    (bench/copy.py).
+    (bench/copy_files.py).
     """
 
     tile, needs_chunks, in_order = TILE, False, False

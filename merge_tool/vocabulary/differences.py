@@ -11,7 +11,7 @@ from typing import Any
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.checkpoint.sub_configs import text_configs
-from merge_tool.errors import CheckpointError, listed, reason, shown
+from merge_tool.errors import CheckpointError, listed, shown
 from merge_tool.vocabulary.align import TOKENIZER_FILES, explain
 from merge_tool.vocabulary.chat_template import template_of
 from merge_tool.vocabulary.join import Joined, compare_tokenizers
@@ -164,14 +164,18 @@ def _words(value: Any) -> str:
 
 def same_bytes(here: Folder, there: Folder, name: str) -> bool:
     """Whether two folders have the same file of this name. Raises CheckpointError where one cannot be read."""
-    paths = here.regular(name), there.regular(name)
+    if here.size(name) != there.size(name):
+        return False
+    pieces = zip(_pieces(here, name), _pieces(there, name), strict=False)
+    return all(left == right for left, right in pieces)
+
+
+def _pieces(folder: Folder, name: str) -> Iterator[bytes]:
+    """A file in pieces, then an empty one. Raises CheckpointError where it cannot be read."""
     try:
-        if paths[0].stat().st_size != paths[1].stat().st_size:
-            return False
-        with paths[0].open("rb") as a, paths[1].open("rb") as b:
-            while True:
-                left, right = a.read(65_536), b.read(65_536)
-                if left != right or not left:
-                    return left == right
+        with folder.regular(name).open("rb") as file:
+            while piece := file.read(65_536):
+                yield piece
+        yield b""
     except OSError as e:
-        raise CheckpointError(f"{name} of {here.name} or {there.name}: cannot be read ({reason(e)}).") from e
+        raise folder.unreadable(name, e) from e

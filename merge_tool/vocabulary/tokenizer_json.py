@@ -210,11 +210,13 @@ _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 def _parts(members: Mapping[str, Any]) -> dict[str, str]:
     """A digest of each step beside the model's vocabulary; not of padding and truncation, which callers choose."""
     model = members["model"]
-    found = {key: _plain(members.get(key)) for key in _STEPS}
-    found["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
-    found["scores"] = [entry[1] for entry in model["vocab"]] if isinstance(model["vocab"], list) else []
-    found["model"] = _plain({key: value for key, value in model.items() if key not in ("vocab", "merges")})
-    return {key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in found.items()}
+    settings = {key: _plain(members.get(key)) for key in _STEPS}
+    settings["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
+    settings["scores"] = [entry[1] for entry in model["vocab"]] if isinstance(model["vocab"], list) else []
+    settings["model"] = _plain({key: value for key, value in model.items() if key not in ("vocab", "merges")})
+    return {
+        key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in settings.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """What copy_file_range would spare a tensor that is only copied: seconds with it, as a share of those with pwrite.
 
-    python bench/copy.py [--megabytes 1000] [--rounds 5]
+    python bench/copy_files.py [--megabytes 1000] [--rounds 5]
 
 Both read the file by the merge's chunks and hash it, as a merge must for SHA256SUMS; then one writes what it has read,
 the other has the kernel copy the range. The ratio is the median over rounds, each arm once per round.
