@@ -316,7 +316,7 @@ class Ranges:
                 del self._on_the_way[number]
                 if block.is_small:
                     self._small_on_the_way -= 1
-                    if self._small_waiting:
+                    if self._small_waiting and self._error is None:
                         self._small_on_the_way += 1
                         self._ask(self._small_waiting.popleft())
                 self._settle(block)
