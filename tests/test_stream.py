@@ -176,6 +176,9 @@ def test_a_file_at_an_address_is_a_model(hub: Replica, tmp_path: Path) -> None:
         k: v for k, v in expected.items() if "safetensors" in k
     }
     assert not any(b"secret" in content for content in merged.values())
+    wrong = refusal(hub, tmp_path, "merge", "org/base", address.replace("model.s", "no.s"), "other")
+    assert "/no.safetensors: cannot be read (" in wrong
+    assert "secret" not in wrong
     assert "is always read by range" in refusal(hub, tmp_path, "merge", "org/base", address, "other", "--no-stream")
 
 

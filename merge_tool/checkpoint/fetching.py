@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -208,9 +209,11 @@ def _module_weights(listing: Sequence[str]) -> list[str]:
 
 
 def explained(error: Exception, repo: str, revision: str | None) -> str:
-    """One sentence about the problem and one about the next step."""
+    """One sentence about the problem and one about the next step. `repo` may be an address."""
     from huggingface_hub import constants
 
+    if "://" in repo:
+        return f"{repo}: cannot be read ({_root(error)}). Check the address and the connection, then run it again."
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     name = repo if revision is None else f"{repo}@{shown(revision)}"
     local = f"{name}: is not a local path, and"
@@ -262,4 +265,6 @@ def _root(error: Exception) -> str:
 
 
 def _first_line(error: Any) -> str:
-    return shown(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+    """The first line of a message, without what follows a ? in addresses: it may be a signature."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return shown(re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", line))
