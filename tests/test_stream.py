@@ -194,7 +194,7 @@ def streamed(name: str, hub: Replica, folder: Path) -> dict[str, str]:
                 shutil.move(path, models / path)
         if case.recipe:
             there = "|".join(sorted((path.name for path in models.iterdir()), key=len, reverse=True))
-            Path("recipe.yaml").write_text(re.sub(rf"(model: )({there})\b", r"\1c/\2", case.recipe))
+            Path("recipe.yaml").write_text(re.sub(rf"((?:model|source): )({there})\b", r"\1c/\2", case.recipe))
         inputs = set(Path().rglob("*"))
         program, *words = case.command.split()
         for k in range(2) if program == "slerp-merge" else ():
