@@ -41,7 +41,7 @@ def ask(
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _START.format(module=module), json.dumps(sys.path)],
+            command_of(module),
             input=json.dumps(question).encode(),
             stdout=into or subprocess.PIPE,
             stderr=subprocess.PIPE if keep_errors else None if has_descriptor(2) else subprocess.DEVNULL,
@@ -63,6 +63,11 @@ def ask(
     if done.returncode:
         raise error(f"{what}: reading it {_ending(done.returncode, done.stderr or b'')}. {hint}")
     return json.loads(line), rest
+
+
+def command_of(module: str) -> list[str]:
+    """The command that runs a module's `main` in a process of its own."""
+    return [sys.executable, "-c", _START.format(module=module), json.dumps(sys.path)]
 
 
 def _ending(code: int, errors: bytes) -> str:

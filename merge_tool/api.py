@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_tool.checkpoint.streaming import DOWNLOADS, Streaming
 from merge_tool.errors import (
     DataError,
+    FetchError,
     MergeToolError,
     OutputError,
     RecipeError,
@@ -43,7 +45,7 @@ from merge_tool.plan.memory import Machine, machine
 from merge_tool.plan.prepare import Prepared, prepare
 from merge_tool.plan.published import check_ids, check_places, recipe_file
 from merge_tool.plan.system_memory import peak_bytes, resident_bytes, under_pressure
-from merge_tool.plan.target import Target, check_report_path, check_target
+from merge_tool.plan.target import Target, check_report_path, check_target, existing_folder
 from merge_tool.progress import Progress
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
@@ -79,6 +81,9 @@ def merge(
     jobs: int | None = None,
     overwrite: bool = False,
     check_resumed: bool = False,
+    stream: bool | None = None,
+    downloads: int = DOWNLOADS,
+    spool_bytes: int | None = None,
     report_path: str | Path | None = None,
     progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
@@ -97,8 +102,9 @@ def merge(
     `t_for={"self_attn": [0, 0.5, 1], "mlp": 0.2}` some tensors have a t of their own; a list of t runs along the
     layers; the first pattern that matches counts. `memory_bytes` bounds the peak resident memory of the whole process,
     including what it holds before the call (default: see `merge_tool.plan.memory.default_budget`). `check_resumed`
-    hashes the shards that an earlier run finished before it keeps them. `progress` is "bar", "log" (a line every half
-    minute), "none" or "auto": a bar in a notebook and on a terminal, unless `on_start(total)` or
+    hashes the shards that an earlier run finished before it keeps them. `stream`, `downloads` and `spool_bytes` say how
+    weights of the Hub are read (`merge_tool.checkpoint.streaming.Streaming`). `progress` is "bar", "log" (a line every
+    half minute), "none" or "auto": a bar in a notebook and on a terminal, unless `on_start(total)` or
     `on_progress(nbytes, tensor)` is given, which drive a progress bar of the caller's. `on_warning(message)` gets the
     warnings, which otherwise go to the logger `merge_tool`. With an `executor` (of concurrent.futures, Dask, MPI, or
     `merge_tool.hosts.engines.RayExecutor`) its tasks make the weights in `num_parts` parts, each within `memory_bytes`;
@@ -117,6 +123,7 @@ def merge(
             jobs=jobs,
             overwrite=overwrite,
             check_resumed=check_resumed,
+            streaming=Streaming(stream, downloads, spool_bytes),
             report_path=report_path,
             watch=watch,
             executor=executor,
@@ -136,6 +143,9 @@ def merge_models(
     jobs: int | None = None,
     overwrite: bool = False,
     check_resumed: bool = False,
+    stream: bool | None = None,
+    downloads: int = DOWNLOADS,
+    spool_bytes: int | None = None,
     report_path: str | Path | None = None,
     progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
@@ -170,6 +180,7 @@ def merge_models(
             jobs=jobs,
             overwrite=overwrite,
             check_resumed=check_resumed,
+            streaming=Streaming(stream, downloads, spool_bytes),
             report_path=report_path,
             watch=watch,
             executor=executor,
@@ -201,6 +212,7 @@ def merge_recipe(
     jobs: int | None = None,
     overwrite: bool = False,
     check_resumed: bool = False,
+    streaming: Streaming | None = None,
     report_path: str | Path | None = None,
     watch: Watch | None = None,
     executor: Executor | None = None,
@@ -217,69 +229,119 @@ def merge_recipe(
     started, watch = time.monotonic(), watch or Watch()
     target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path)
 
+    if executor is not None or plan_file is not None:
+        if streaming is not None and streaming.stream:
+            raise RecipeError("--stream: workers in other processes read the Hub's cache. Leave out --stream.")
+        streaming = Streaming(stream=False)
+
     # ------------------------------------------------------------------------- look, check, fetch, plan
-    with Inputs(map(str, recipe.models), recipe.options.variant) as inputs:
+    with Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
         if inputs.coming:
-            check_output(prepare(recipe, inputs, target, limits, methods=methods), overwrite=overwrite)
-            inputs.fetch()
+            planned = prepare(recipe, inputs, target, limits, methods=methods)
+            if why := _why_by_range(planned, inputs, overwrite=overwrite):
+                watch.warn([why] if inputs.streaming.stream is None else [])
+                planned = _by_range(planned, inputs)
+            check_output(planned, overwrite=overwrite)
+            del planned
+            inputs.stream() if why else inputs.fetch()
         prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=True)
-    watch.warn(prepared.warnings)
+        watch.warn(prepared.warnings)
 
-    # ------------------------------------------------------------------------------------- run, publish
-    try:
-        check_apart(prepared)
-        if not overwrite and not os.path.lexists(target.work) and is_complete(prepared):
-            return _already_complete(prepared, report, started)
-        check_room(prepared, overwrite=overwrite)
-        check_exact_tensors(prepared.plan)
-        with WorkFolder(
-            target,
-            prepared.plan,
-            samples=prepared.samples,
-            flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
-            check_resumed=check_resumed,
-            inputs=prepared.inputs,
-            names=final_names(prepared),
-        ) as work:
-            if work.may_share:
-                watch.warn([_MAY_SHARE])
-            if _begin(prepared, work, overwrite=overwrite):
+        # --------------------------------------------------------------------------------- run, publish
+        try:
+            check_apart(prepared)
+            if not overwrite and not os.path.lexists(target.work) and is_complete(prepared):
                 return _already_complete(prepared, report, started)
-            if not work.is_durable:
-                watch.warn([_NOT_DURABLE])
-            num_resumed = len(work.done_shards)
-            _say_what_is_done(prepared, work, watch)
-            if executor is not None:
-                plan_file = _run_on(
-                    executor,
-                    num_parts,
-                    prepared,
-                    work,
-                    watch,
-                    overwrite=overwrite,
-                    memory_bytes=memory_bytes,
-                    jobs=jobs,
-                )
-            if plan_file is not None:
-                from merge_tool.hosts.adopt import adopt_parts
+            check_room(prepared, overwrite=overwrite)
+            check_exact_tensors(prepared.plan)
+            with WorkFolder(
+                target,
+                prepared.plan,
+                samples=prepared.samples,
+                flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
+                check_resumed=check_resumed,
+                inputs=prepared.inputs,
+                names=final_names(prepared),
+            ) as work:
+                if work.may_share:
+                    watch.warn([_MAY_SHARE])
+                if _begin(prepared, work, overwrite=overwrite):
+                    return _already_complete(prepared, report, started)
+                if not work.is_durable:
+                    watch.warn([_NOT_DURABLE])
+                num_resumed = len(work.done_shards)
+                _say_what_is_done(prepared, work, watch)
+                if executor is not None:
+                    plan_file = _run_on(
+                        executor,
+                        num_parts,
+                        prepared,
+                        work,
+                        watch,
+                        overwrite=overwrite,
+                        memory_bytes=memory_bytes,
+                        jobs=jobs,
+                    )
+                if plan_file is not None:
+                    from merge_tool.hosts.adopt import adopt_parts
 
-                adopt_parts(work, plan_file, fill=fill, check=check_resumed)
-            _run(prepared, work, watch)
-            findings = work.findings()
-            summary = summarise(prepared.plan, findings)
-            _write_side_files(prepared, work, findings, summary)
-            if report is not None:
-                _write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
-            strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
-    except OSError as e:  # one of the many reads of OUT that have no message of their own
-        raise _named(e, prepared) from e
+                    adopt_parts(work, plan_file, fill=fill, check=check_resumed)
+                if inputs.is_streamed:
+                    from merge_tool.run.read_order import read_order  # most merges need none
+
+                    inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
+                _run(prepared, work, watch)
+                inputs.close()  # the process that downloads
+                findings = work.findings()
+                summary = summarise(prepared.plan, findings)
+                _write_side_files(prepared, work, findings, summary)
+                if report is not None:
+                    _write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
+                strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
+        except OSError as e:  # one of the many reads of OUT that have no message of their own
+            raise _named(e, prepared) from e
     if strangers:
         watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
     watch.warn(alarms(summary))
     moved = progress_bytes(prepared.plan, work.done_shards)
     report_of = _report(prepared, summary, started)
     return replace(report_of, moved_bytes=moved, num_resumed=num_resumed)
+
+
+def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str:
+    """Why the missing weights are read by range; an empty text if they are fetched into the cache first."""
+    stream, download = inputs.streaming.stream, prepared.download
+    if inputs.must_stream:
+        if stream is False:
+            raise RecipeError("--no-stream: a model at an address (https://...) is always read by range.")
+        return "It is at an address."
+    if stream is not None:
+        return "It was asked for." if stream else ""
+    try:
+        check_room(prepared, overwrite=overwrite)
+    except (OutputError, FetchError):
+        if _is_taken(prepared, overwrite=overwrite):
+            return ""  # which is said instead
+        return (
+            f"The disk lacks the room for {sized(download.nbytes)} of weights from the Hub: they are read by range, "
+            "and not kept. (--no-stream insists on the cache.)"
+        )
+    return ""
+
+
+def _is_taken(prepared: Prepared, *, overwrite: bool) -> bool:
+    """Whether OUT holds this merge, or something else."""
+    try:
+        return not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared)
+    except OutputError:
+        return True
+
+
+def _by_range(prepared: Prepared, inputs: Inputs) -> Prepared:
+    """The same merge, with the missing weights read by range."""
+    inputs.choose_streaming(existing_folder(prepared.target.path))
+    return replace(prepared, download=inputs.download)
 
 
 def plan_recipe(
@@ -290,16 +352,20 @@ def plan_recipe(
     memory_bytes: int | None = None,
     jobs: int | None = None,
     read_samples: bool = False,
+    overwrite: bool = False,
+    streaming: Streaming | None = None,
 ) -> Prepared:
     """Plan the merge that a recipe asks for, from headers alone (with `read_samples` also from a few bytes of weights).
     Fetches no weights and writes nothing. Raises a MergeToolError."""
     target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None)
-    with Inputs(map(str, recipe.models), recipe.options.variant) as inputs:
+    with Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         if read_samples and inputs.coming:
             prepare(recipe, inputs, target, limits, methods=methods).download.check_room()
             inputs.fetch()
-        return prepare(recipe, inputs, target, limits, methods=methods, read_samples=read_samples)
+        prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=read_samples)
+        is_by_range = inputs.coming and _why_by_range(prepared, inputs, overwrite=overwrite)
+        return _by_range(prepared, inputs) if is_by_range else prepared
 
 
 def plan_parts(
@@ -320,7 +386,7 @@ def plan_parts(
     target, limits, _ = _check_request(recipe, out, None, None, None)
     if target.is_file:
         raise RecipeError(f"{shown(out)}: is one file. Many hosts need a folder: give OUT without .safetensors.")
-    with Inputs(map(str, recipe.models)) as inputs:
+    with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=not inputs.coming)
         check_output(prepared, overwrite=overwrite)

@@ -2,7 +2,8 @@
 
 Repositories are folders: `root/models/ORG/NAME` and `root/datasets/ORG/NAME`. Each has one commit (the digest of its
 files) under `main` and the tags given. Gated and private ones answer 401 without the token. Every request is kept.
-Large files are, as on the Hub, behind a redirect to another host, which asks for no token and wants none.
+Large files are, as on the Hub, behind a redirect to another host, which asks for no token and wants none. That
+address is signed, and may expire. Any request can be made to fail, in many ways.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import hashlib
 import json
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +27,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from hub_writes import WRITES, Writes, answer
 
 TOKEN = "hf_thetokenofthetests"
 LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".parquet", ".gguf", ".h5"})
@@ -47,6 +53,17 @@ class Replica:
     ignores_ranges: bool = False
     hides_sizes: bool = False  # of whole files, as a proxy does that passes pieces on
     stalls: set[str] = field(default_factory=set)  # not answered before the end
+    faults: dict[int, str] = field(default_factory=dict)  # requests, by their number from 0 on, fail in these ways
+    count: int = 0  # requests so far
+    uses: int | None = None  # of a signed address, until it expires
+    address_uses: Counter[str] = field(default_factory=Counter)
+    latency: float = 0.0  # seconds before each answer
+    rate: float | None = None  # bytes of bodies a second, all together
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    digests: dict[tuple[str, int, int], tuple[str, str]] = field(default_factory=dict)
+    of_others: set[str] = field(default_factory=set)  # repositories that the token cannot write to
+    writes: Writes = field(default_factory=Writes)
+    free_at: float = 0.0  # when the line has sent what it was given
     stalled: threading.Event = field(default_factory=threading.Event)  # somebody waits for one of them
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -69,8 +86,27 @@ class Replica:
     def commit(self, folder: Path) -> str:
         digest = hashlib.sha1()
         for path in self.files(folder):
-            digest.update(path.relative_to(folder).as_posix().encode() + hashlib.sha1(path.read_bytes()).digest())
+            digest.update(path.relative_to(folder).as_posix().encode() + self.digests_of(path)[0].encode())
         return digest.hexdigest()
+
+    def digests_of(self, path: Path) -> tuple[str, str]:
+        """SHA-1 and SHA-256 of a file, made once for each content."""
+        status = path.stat()
+        key = (str(path), status.st_size, status.st_mtime_ns)
+        if key not in self.digests:
+            with path.open("rb") as one, path.open("rb") as two:
+                sha1, sha256 = hashlib.file_digest(one, "sha1"), hashlib.file_digest(two, "sha256")
+                self.digests[key] = sha1.hexdigest(), sha256.hexdigest()
+        return self.digests[key]
+
+    def send(self, nbytes: int) -> None:
+        """Wait until the line, which is slow, has sent so many bytes."""
+        if self.rate is None:
+            return
+        with self.lock:
+            self.free_at = max(self.free_at, time.monotonic()) + nbytes / self.rate
+            until = self.free_at
+        time.sleep(max(0.0, until - time.monotonic()))
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """Variables for a client that has never been anywhere: an empty cache, no token, this endpoint."""
@@ -148,21 +184,55 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        raise _Refused(status, code, message)
+
+    def check_token(self, repo: str | None) -> None:
+        """Writing needs the token, and a repository that is not of others; what was uploaded is at a signed address."""
+        has_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if not has_token and not self.path.startswith("/lfs/"):
+            raise _Refused(401, "", "Invalid credentials")
+        if repo in self.replica.of_others:
+            raise _Refused(403, "", "You have no write permission")
+
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
         path = unquote(url.path)
-        self.replica.asked.append((self.command, path))
+        with self.replica.lock:
+            number, self.replica.count = self.replica.count, self.replica.count + 1
+            self.replica.asked.append((self.command, path))
+        time.sleep(self.replica.latency)
+        self.fault = self.replica.faults.get(number, "")
         try:
+            if self.fault.isdecimal():
+                raise _Refused(int(self.fault), "", "this request fails")
+            if self.fault == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                raise ConnectionResetError
+            if self.fault == "stall":
+                self.replica.over.wait(30)
+                raise ConnectionResetError
+            is_read = self.command in ("GET", "HEAD") and not re.search("/(auth-check|discussions)(/|$)", path)
+            if not is_read and (match := WRITES.fullmatch(path)):
+                return self._json(answer(self, match, parse_qs(url.query), body))
             if path.startswith("/api/"):
                 self._api(path.removeprefix("/api/"), parse_qs(url.query), body)
             elif path.startswith("/cdn/"):
                 self.replica.has_leaked |= "Authorization" in self.headers
+                self.replica.address_uses[url.query] += 1
+                if self.replica.uses is not None and self.replica.address_uses[url.query] > self.replica.uses:
+                    raise _Refused(403, "", "this address has expired")
                 self._resolve(path.removeprefix("/cdn"), is_signed=True)
             else:
                 self._resolve(path)
         except _Refused as e:
-            headers = {"X-Error-Code": e.code, "X-Error-Message": e.message}
+            headers = {"X-Error-Code": e.code, "X-Error-Message": e.message} if e.code else {}
+            headers |= {"Retry-After": "0"} if e.status == 429 else {}
             self._send(e.status, json.dumps({"error": e.message}).encode(), headers)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
@@ -170,9 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------ the two kinds
 
     def _api(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
-        if write := re.fullmatch(r"repos/create|validate-yaml|models/([^/]+/[^/]+)/(preupload|commit)/main", path):
-            return self._write(write, body)
-        match = re.fullmatch(r"(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
+        match = re.fullmatch(
+            r"(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(refs/pr/[0-9]+|[^/]+)(?:/(.*))?)?", path
+        )
         if match is None:
             raise _Refused(404, "EntryNotFound", "Entry not found")
         kind, repo, what, revision, below = match.groups()
@@ -224,10 +294,12 @@ class _Handler(BaseHTTPRequestHandler):
             if path.is_dir():
                 found.append({"type": "directory", "path": name, "oid": "0" * 40, "size": 0})
                 continue
-            data = path.read_bytes()
-            entry = {"type": "file", "path": name, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)}
+            (sha1, sha256), size = self.replica.digests_of(path), path.stat().st_size
+            data = b"blob %d\0" % size + path.read_bytes() if size < 10_000_000 else b""
+            blob = hashlib.sha1(data).hexdigest() if data else sha1
+            entry = {"type": "file", "path": name, "oid": blob, "size": size}
             if path.suffix in LFS_SUFFIXES:
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+                entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
             found.append(entry)
         return found
 
@@ -241,30 +313,36 @@ class _Handler(BaseHTTPRequestHandler):
         file = folder / name
         if not file.is_file():
             raise _Refused(404, "EntryNotFound", "Entry not found")
-        data = file.read_bytes()
+        size = file.stat().st_size
         is_large = file.suffix in LFS_SUFFIXES
-        etag = hashlib.sha256(data).hexdigest() if is_large else hashlib.sha1(data).hexdigest()
+        etag = self.replica.digests_of(file)[is_large]
+        if self.fault == "etag":
+            etag = "0" * len(etag)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.replica.commit(folder), "Accept-Ranges": "bytes"}
         if is_large:
-            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{etag}"'}
+            headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": f'"{etag}"'}
         if is_large and not is_signed:
             port = urlsplit(self.replica.url).port
-            headers["Location"] = f"http://localhost:{port}/cdn{quote(path)}"
+            headers["Location"] = f"http://localhost:{port}/cdn{quote(path)}?signature={self.replica.count}"
             return self._send(302, b"", headers)
         if name in self.replica.stalls:
             self.replica.stalled.set()
             self.replica.over.wait(60)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None or self.replica.ignores_ranges:
-            return self._send(200, data, headers, f"{repo}/{name}")
-        start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else len(data)
-        whole = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
-        headers["Content-Range"] = self.replica.claims.get(name, whole)
-        return self._send(206, data[start:stop], headers, f"{repo}/{name}")
+            return self._send_file(200, file, 0, size, headers, f"{repo}/{name}")
+        start, stop = int(asked[1]), min(int(asked[2]) + 1 if asked[2] else size, size)
+        if self.fault == "range":
+            start, stop = start + 1, stop + 1
+        headers["Content-Range"] = self.replica.claims.get(name, f"bytes {start}-{stop - 1}/{size}")
+        return self._send_file(206, file, start, stop, headers, f"{repo}/{name}")
 
     def _repo(self, kind: str, repo: str, revision: str | None) -> Path:
         """The folder of a repository; refuses as the Hub does."""
         folder = self.replica.root / kind / repo
+        pull = self.replica.root / "pulls" / repo / (revision or "").removeprefix("refs/pr/")
+        if (revision or "").startswith("refs/pr/") and pull.is_dir():
+            return pull
         has_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if not folder.is_dir() or (repo in self.replica.private and not has_token):
             raise _Refused(401 if not has_token else 404, "RepoNotFound", "Repository not found")
@@ -281,22 +359,36 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str], name: str = "") -> None:
+    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self._head(status, {**headers, "Content-Length": str(len(data))})
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        is_hidden = self.replica.hides_sizes and self.command == "GET" and status == 200 and name
-        length = {"Connection": "close"} if is_hidden else {"Content-Length": str(len(data))}
-        for key, value in {**headers, **length}.items():
+        for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
+
+    def _send_file(self, status: int, path: Path, start: int, stop: int, headers: dict[str, str], name: str) -> None:
+        """Bytes [start, stop) of a file, or fewer, if the line is to break."""
+        is_hidden = self.replica.hides_sizes and self.command == "GET" and status == 200
+        self._head(status, headers | ({"Connection": "close"} if is_hidden else {"Content-Length": str(stop - start)}))
         if self.command == "HEAD":
             return
         file = name.rpartition("/")[2]
-        limit = min(len(data), self.replica.fails_after.get(file, len(data)))
-        for start in range(0, limit, 65_536):
-            piece = data[start : min(start + 65_536, limit)]
-            self.wfile.write(piece)
-            self.replica.served[name] += len(piece)
-        if limit < len(data):
+        limit = start + min(stop - start, self.replica.fails_after.get(file, stop - start))
+        if self.fault == "short":
+            limit = (start + stop) // 2
+        with path.open("rb") as source:
+            source.seek(start)
+            for begin in range(start, limit, 65_536):
+                piece = source.read(min(65_536, limit - begin))
+                self.replica.send(len(piece))
+                self.wfile.write(piece)
+                with self.replica.lock:
+                    self.replica.served[name] += len(piece)
+        if limit < stop:
             self.close_connection = True
             if not self.replica.fails_again:
-                del self.replica.fails_after[file]
+                self.replica.fails_after.pop(file, None)

@@ -255,7 +255,12 @@ def test_the_page_of_commands_has_every_option_and_default(name: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_that_is_named_exists(page: str) -> None:
-    known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    known = {
+        option
+        for command in COMMANDS.values()
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     known |= {"--help", "--check", "--nproc-per-node", "--no-python"}  # everybody's, sha256sum's, torchrun's
     known |= {"--outfile"}  # of convert_hf_to_gguf.py
     known |= {"--limit", "--num_fewshot", "--batch_size", "--model_args", "--apply_chat_template"}  # lm_eval's

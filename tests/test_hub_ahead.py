@@ -271,7 +271,7 @@ def test_no_room_in_the_cache_is_said_before_the_download(
 ) -> None:
     free_space(monkeypatch, home=1000)
     with pytest.raises(FetchError, match=rf"take {sized(size_of(here, *FILES))}, .* has 1 kB free.* HF_HUB_CACHE"):
-        merge("org/base", "org/ft", "merged", 0.4)
+        merge("org/base", "org/ft", "merged", 0.4, stream=False)
     assert_only_headers(here, tmp_path)
     assert not Path("merged").exists()
 
@@ -282,7 +282,7 @@ def test_output_and_cache_on_one_disk_must_fit_together(
     """Room for either alone is not enough; what is in the cache takes no more."""
     free_space(monkeypatch, cwd=300_000)
     with pytest.raises(OutputError, match="what is fetched into the Hub's cache"):
-        merge("org/base", "org/ft", "merged", 0.4)
+        merge("org/base", "org/ft", "merged", 0.4, stream=False)
     assert_only_headers(here, tmp_path)
     done = run(here, tmp_path, "diff", "org/base", "org/ft")
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ ORDER = [  # from the top; those in one set stand side by side
 ]  # fmt: skip
 OUTSIDE = {  # who alone may import a package that is not Python's own
     "click": {"cli"}, "tqdm": {"progress"}, "matplotlib": {"cli.plot"}, "torch": {"checkpoint.unpickle", "prompting"},
-    "huggingface_hub": {"checkpoint", "output.card"}, "safetensors": {"output", "verification"},
+    "huggingface_hub": {"checkpoint", "output.card", "output.pushing"}, "safetensors": {"output", "verification"},
     "yaml": {"recipe", "models.cards"}, "transformers": {"prompting"}, "numpy": set(), "ml_dtypes": {"arrays"},
     "ray": {"hosts"}, "distributed": {"hosts"},
 }  # fmt: skip

@@ -9,17 +9,20 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.apart import answer
-from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES
+from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES, is_pickle
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
+from merge_tool.checkpoint.source import Place
 from merge_tool.checkpoint.weight_files import adapter_files, find_weights, weight_map_files
-from merge_tool.errors import CheckpointError, FetchError, reason, shown
+from merge_tool.errors import CheckpointError, FetchError, listed, reason, shown
 from merge_tool.files import leads_out
 
 # Never part of a merge, and often larger than the model: other formats, training checkpoints, original weights.
@@ -33,7 +36,10 @@ _MODEL = frozenset({"model.safetensors", "model.safetensors.index.json"})
 
 def main() -> None:
     """Carry out the request. Returns the answer, and the bytes of headers that follow it."""
-    answer(lambda request: look_ahead(*request[1:]) if request[0] == "look" else (fetch(*request[1:]), ()))
+    kinds: dict[str, Callable[..., tuple[Any, Sequence[bytes]]]] = {
+        "look": look_ahead, "url": look_at_url, "fetch": lambda *request: (fetch(*request), ()),
+    }  # fmt: skip
+    answer(lambda request: kinds[request[0]](*request[1:]))
 
 
 def fetch(repo: str, revision: str | None = None, commit: str | None = None, variant: str | None = None) -> str:
@@ -46,26 +52,51 @@ def fetch(repo: str, revision: str | None = None, commit: str | None = None, var
 
 
 def look_ahead(
-    repo: str, revision: str | None = None, variant: str | None = None
+    repo: str, revision: str | None = None, by_range: bool = False, variant: str | None = None
 ) -> tuple[dict[str, Any], list[bytes]]:
     """As `fetch`, but only the headers of safetensors that are not in the cache: the fields of a Snapshot, and the
-    headers."""
+    headers. With `by_range`, weights that can only be fetched whole are refused."""
     with _explaining(repo, revision):
         folder, listing, wanted = _fetch_small(repo, revision, variant)
         lacking = [name for name in _lacking(folder, wanted) if name in listing]
         may_wait = can_ask() and not _is_adapter(listing)
         coming = [name for name in lacking if may_wait and _can_wait(name)]
-        if whole := sorted({*lacking} - {*coming}):
+        whole = sorted({*lacking} - {*coming})
+        if by_range and (pickles := [name for name in whole if is_pickle(name)]):
+            raise FetchError(
+                f"{repo}: its weights are pickles ({listed(pickles)}), which are read whole, by torch, and cannot be "
+                "read by range. Give --no-stream, or another model in safetensors."
+            )
+        if whole:
             _download(repo, folder.name, whole)
-        starts = fetch_headers(repo, folder.name, coming)
+        places = [_place(repo, folder.name, name) for name in coming]
+        starts = fetch_headers(places)
     answer = {
         "folder": str(folder),
-        "coming": [(name, size, len(start)) for name, (size, start) in zip(coming, starts, strict=True)],
+        "coming": [
+            (name, start.size, start.etag, len(start.data), asdict(place))
+            for name, start, place in zip(coming, starts, places, strict=True)
+        ],
         "cached_bytes": sum((folder / name).stat().st_size for name in wanted if (folder / name).is_file()),
         "fetched_bytes": sum((folder / name).stat().st_size for name in whole),
         "begun_bytes": _begun_bytes(folder) if coming else 0,
     }
-    return answer, [start for _, start in starts]
+    return answer, [start.data for start in starts]
+
+
+def look_at_url(url: str) -> tuple[dict[str, Any], list[bytes]]:
+    """As `look_ahead`, for one file of safetensors at an address."""
+    place = Place(url.partition("?")[0], url)
+    with _explaining(place.where, None):
+        (start,) = fetch_headers([place])
+    name = PurePosixPath(place.where).name
+    return {"coming": [(name, start.size, start.etag, len(start.data), asdict(place))]}, [start.data]
+
+
+def _place(repo: str, commit: str, name: str) -> Place:
+    from huggingface_hub import hf_hub_url
+
+    return Place(f"{repo}/{name}", hf_hub_url(repo, name, revision=commit), repo, commit)
 
 
 @contextmanager
@@ -82,7 +113,7 @@ def _explaining(repo: str, revision: str | None) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as e:  # several libraries' errors, which differ between versions; each means: cannot be fetched
-        raise FetchError(_explained(e, repo, revision)) from e
+        raise FetchError(explained(e, repo, revision)) from e
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -179,10 +210,12 @@ def _module_weights(listing: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------ what went wrong
 
 
-def _explained(error: Exception, repo: str, revision: str | None) -> str:
-    """One sentence about the problem and one about the next step."""
+def explained(error: Exception, repo: str, revision: str | None) -> str:
+    """One sentence about the problem and one about the next step. `repo` may be an address."""
     from huggingface_hub import constants
 
+    if "://" in repo:
+        return f"{repo}: cannot be read ({_root(error)}). Check the address and the connection, then run it again."
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     name = repo if revision is None else f"{repo}@{shown(revision)}"
     local = f"{name}: is not a local path, and"
@@ -234,4 +267,6 @@ def _root(error: Exception) -> str:
 
 
 def _first_line(error: Any) -> str:
-    return shown(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+    """The first line of a message, without what follows a ? in addresses: it may be a signature."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return shown(re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", line))

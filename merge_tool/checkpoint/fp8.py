@@ -79,6 +79,8 @@ class ScaledTensor:
 
     def prefetch(self, start: int, stop: int) -> None:
         self.codes.prefetch(start, stop)
+        if start == 0:
+            self.scales.prefetch(0, self.scales.info.numel)
 
     def forget(self, start: int, stop: int) -> None:
         self.codes.forget(start, stop)

@@ -2,7 +2,8 @@
 
 huggingface_hub does the work (fetching.py), in a process of its own: importing it takes 15 MB, downloading more, and
 the merge needs that memory. For weights that are not in the cache, `look` fetches only the headers, which are enough
-for a plan. They go into an unnamed temporary file, which the system removes however this process ends.
+for a plan. They go into an unnamed temporary file, which the system removes however this process ends. A file of
+safetensors at an address (https://...) is looked at in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 from merge_tool.apart import ask
 from merge_tool.checkpoint.folder import is_there, is_weight_file, meant_path, snapshot_of
-from merge_tool.checkpoint.source import ComingFile
+from merge_tool.checkpoint.source import ComingFile, Place
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
@@ -40,6 +41,16 @@ def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     if match[2] is None and is_there(match[1].partition("/")[0]):
         return None
     return match[1], match[2]
+
+
+def is_url(ref: str | Path) -> bool:
+    """Whether `ref` is the address of a file of safetensors.
+
+    >>> is_url("https://host/a/model.safetensors?x=1"), is_url("https://host/a")
+    (True, False)
+    """
+    text = str(ref)
+    return re.match(r"https?://[^/?#]+/", text) is not None and text.partition("?")[0].endswith(".safetensors")
 
 
 def local_path(ref: str | Path) -> Path:
@@ -72,6 +83,11 @@ class Snapshot:
     repo: tuple[str, str | None] | None = None
     variant: str | None = None
     held: IO[bytes] | None = None
+    made: tempfile.TemporaryDirectory[str] | None = None  # an empty folder that stands for a file at an address
+
+    @property
+    def is_url(self) -> bool:
+        return self.made is not None
 
     @property
     def pinned(self) -> str:
@@ -81,6 +97,8 @@ class Snapshot:
     def close(self) -> None:
         if self.held is not None:
             self.held.close()
+        if self.made is not None:
+            self.made.cleanup()
 
     def fetch(self) -> None:
         """Fetch the remaining weights, from the commit whose headers were read. Raises FetchError."""
@@ -88,26 +106,22 @@ class Snapshot:
             _fetch_whole(*self.repo, commit=self.folder.name, variant=self.variant)
 
 
-def look(ref: str | Path, variant: str | None = None) -> Snapshot:
+def look(ref: str | Path, *, by_range: bool = False, variant: str | None = None) -> Snapshot:
     """As `local_path`, but only the headers of safetensors that are not in the cache are fetched; pickles and adapters
-    are fetched whole. `variant` chooses among files (fp16). The caller closes the Snapshot."""
+    are fetched whole, but with `by_range` pickles are refused. `variant` chooses among files (fp16). The caller closes
+    the Snapshot."""
+    if is_url(ref):
+        return _look_at_url(str(ref))
     repo = hub_id(ref)
     if repo is None:
         return Snapshot(_there(ref))
     held = _unnamed_file(repo[0])
     try:
-        answer = _ask_apart(held, "look", *repo, variant)
-        folder, coming, held_offset = Path(answer["folder"]), {}, held.tell()
-        for name, size, length in answer["coming"]:
-            full = f"{repo[0]}/{name}"
-            coming[name] = ComingFile(
-                path=folder / name, name=full, size=size, held=held, held_offset=held_offset, length=length
-            )
-            held_offset += length
+        answer = _ask_apart(held, "look", *repo, by_range, variant)
         cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
         return Snapshot(
-            folder=folder,
-            coming=coming,
+            folder=Path(answer["folder"]),
+            coming=_coming(answer, Path(answer["folder"]), held),
             cached_bytes=cached,
             fetched_bytes=fetched,
             begun_bytes=begun,
@@ -118,6 +132,31 @@ def look(ref: str | Path, variant: str | None = None) -> Snapshot:
     except BaseException:
         held.close()
         raise
+
+
+def _look_at_url(url: str) -> Snapshot:
+    held = _unnamed_file(url.partition("?")[0])
+    try:
+        answer = _ask_apart(held, "url", url)
+        made = tempfile.TemporaryDirectory(prefix="slerp-merge-", ignore_cleanup_errors=True)
+        folder = Path(made.name) / Path(url.partition("?")[0]).stem
+        folder.mkdir()
+        coming = _coming(answer, folder, held)
+        return Snapshot(folder=folder, coming=coming, held=held, made=made)
+    except BaseException:
+        held.close()
+        raise
+
+
+def _coming(answer: Any, folder: Path, held: IO[bytes]) -> dict[str, ComingFile]:
+    """The files that are to be fetched into a folder, whose headers are in `held` from its position on."""
+    coming, offset = {}, held.tell()
+    for name, size, etag, length, place in answer["coming"]:
+        coming[name] = ComingFile(
+            folder / name, place["where"], size, held, offset, length, etag=etag, place=Place(**place)
+        )
+        offset += length
+    return coming
 
 
 def _fetch_whole(repo: str, revision: str | None, commit: str | None = None, variant: str | None = None) -> Path:
@@ -132,7 +171,7 @@ def _unnamed_file(repo: str) -> IO[bytes]:
         raise FetchError(f"{shown(repo)}: no temporary file can be made to fetch it ({reason(e)}).") from e
 
 
-def _ask_apart(held: IO[bytes], *request: str | None) -> Any:
+def _ask_apart(held: IO[bytes], *request: str | bool | None) -> Any:
     """The answer of fetching.main, in a process of its own. It shows progress bars on our standard error. The bytes
     that follow the answer go into `held`, from its position on."""
     repo = shown(request[1])

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from typing import Any
 
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
+from merge_tool.checkpoint.source import Place
 from merge_tool.errors import FetchError, shown
 
 _NEEDED = ("build_hf_headers", "get_session", "hf_raise_for_status")
 _LENGTH_BYTES = 8
 _THREADS = 8
 _WAITS = (0.5, 1.0, 2.0)  # seconds before another try: a large model takes hundreds of requests
-_PASSING = frozenset({429, 500, 502, 503, 504})
+PASSING = frozenset({429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes 0-\d+/(\d{1,18}|\*)", re.ASCII)
 
 
@@ -36,23 +38,32 @@ def _hub() -> Any:
     return utils
 
 
-def fetch_headers(repo: str, commit: str, names: Sequence[str]) -> list[tuple[int, bytes]]:
-    """(the file's size, its first bytes up to the header's end) of each safetensors file, in order.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A file's size, its ETag without quotes (empty if the server gives none), and its first bytes."""
+
+    size: int
+    etag: str
+    data: bytes
+
+
+def fetch_headers(places: Sequence[Place]) -> list[Start]:
+    """Size, ETag and the first bytes up to the header's end of each safetensors file, in order.
 
     If a header's length is impossible, only the first 8 bytes, which the reader then refuses. Raises FetchError for
     answers that cannot be used, and the errors of the session.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        starts = list(pool.map(lambda name: _fetch(repo, commit, name, _LENGTH_BYTES), names))
-        ends = [_header_end(size, start) for size, start in starts]
+        starts = list(pool.map(lambda place: _fetch(place, _LENGTH_BYTES), places))
+        ends = [_header_end(start.size, start.data) for start in starts]
         if (total := sum(ends)) > MAX_HEADER_BYTES:
             raise FetchError(
-                f"{repo}: the headers of its weights have {total:,} bytes, at most {MAX_HEADER_BYTES:,} are fetched "
-                "ahead of the rest. Download the model, then give its folder."
+                f"{places[0].repo or places[0].where}: the headers of its weights have {total:,} bytes, at most "
+                f"{MAX_HEADER_BYTES:,} are fetched ahead of the rest. Download the model, then give its folder."
             )
-        longer = [(name, end) for name, end in zip(names, ends, strict=True) if end > _LENGTH_BYTES]
-        whole = dict(zip(longer, pool.map(lambda one: _fetch(repo, commit, *one), longer), strict=True))
-    return [whole.get(key, first) for key, first in zip(zip(names, ends, strict=True), starts, strict=True)]
+        longer = [(place, end) for place, end in zip(places, ends, strict=True) if end > _LENGTH_BYTES]
+        whole = dict(zip(longer, pool.map(lambda one: _fetch(*one), longer), strict=True))
+    return [whole.get(key, first) for key, first in zip(zip(places, ends, strict=True), starts, strict=True)]
 
 
 def _header_end(size: int, start: bytes) -> int:
@@ -60,43 +71,57 @@ def _header_end(size: int, start: bytes) -> int:
     return end if end <= min(size, MAX_HEADER_BYTES) else _LENGTH_BYTES
 
 
-def _fetch(repo: str, commit: str, name: str, count: int) -> tuple[int, bytes]:
-    """The size of a file and its first `count` bytes, or the whole file if it is shorter."""
+def _fetch(place: Place, count: int) -> Start:
+    """The first `count` bytes of a file, or the whole file if it is shorter."""
     for wait in (*_WAITS, None):
         try:
-            return _ask(repo, commit, name, count)
+            return _ask(place, count)
         except Exception as e:
             status = getattr(getattr(e, "response", None), "status_code", None)
-            if wait is None or isinstance(e, FetchError) or (status is not None and status not in _PASSING):
+            if wait is None or isinstance(e, FetchError) or (status is not None and status not in PASSING):
                 raise
             time.sleep(wait)
     raise AssertionError("the last try raises")
 
 
-def _ask(repo: str, commit: str, name: str, count: int) -> tuple[int, bytes]:
-    from huggingface_hub import hf_hub_url
-
-    where = f"{repo}/{shown(name)}"
-    headers = {**_hub().build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
-    url = hf_hub_url(repo, name, revision=commit)
-    with _opened(url, headers) as response:
+def _ask(place: Place, count: int) -> Start:
+    where = shown(place.where)
+    headers = {**request_headers(with_token=place.repo is not None), "Range": f"bytes=0-{count - 1}"}
+    with opened(place.url, headers) as response:
         _hub().hf_raise_for_status(response)
-        size = _size(where, url, response)
+        size = _size(where, place.url, response)
         start = _read(response, min(count, size))
     if len(start) < min(count, size):
         raise OSError(f"{where}: the answer ended after {len(start):,} bytes, expected {min(count, size):,}")
-    return size, start
+    return Start(size, etag_of(response), start)
 
 
-def _opened(url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
-    """The answer to a GET, its body not read yet."""
+def request_headers(*, with_token: bool) -> dict[str, str]:
+    """The headers of a request for bytes as they are. The token is for the Hub alone."""
+    token = {} if with_token else {"token": False}
+    return {**_hub().build_hf_headers(**token), "Accept-Encoding": "identity"}
+
+
+def etag_of(response: Any) -> str:
+    """What the server calls the file's content: of a file behind a redirect, as the Hub names it."""
+    answers = [*response.history, response]
+    linked = next((one.headers["X-Linked-ETag"] for one in answers if "X-Linked-ETag" in one.headers), None)
+    return plain_etag(linked or response.headers.get("ETag", ""))
+
+
+def plain_etag(text: str | None) -> str:
+    return (text or "").removeprefix("W/").strip('"')
+
+
+def opened(url: str, headers: dict[str, str], timeout: float | None = None) -> AbstractContextManager[Any]:
+    """The answer to a GET, its body not read yet. `timeout`: seconds without a byte (default: the library's)."""
     from huggingface_hub import constants
 
     session = _hub().get_session()
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    timeout = timeout or constants.HF_HUB_DOWNLOAD_TIMEOUT
     if callable(getattr(session, "stream", None)):
-        opened: AbstractContextManager[Any] = session.stream("GET", url, headers=headers, timeout=timeout)
-        return opened
+        stream: AbstractContextManager[Any] = session.stream("GET", url, headers=headers, timeout=timeout)
+        return stream
     return closing(session.get(url, headers=headers, timeout=timeout, stream=True))  # of requests
 
 
@@ -121,8 +146,12 @@ def _size(where: str, url: str, response: Any) -> int:
 
 def _read(response: Any, count: int) -> bytes:
     """The body's first `count` bytes; the rest is not received."""
-    body = bytearray()
-    pieces = response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(65_536)
+    body, pieces = bytearray(), pieces_of(response)
     while len(body) < count and (piece := next(pieces, None)) is not None:
         body += piece
     return bytes(body[:count])
+
+
+def pieces_of(response: Any) -> Iterator[bytes]:
+    """The body, piece by piece."""
+    return iter(response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(65_536))

@@ -14,6 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -91,6 +92,33 @@ class TensorSource(Protocol):
 
     def extra_bytes(self, count: int) -> int:
         """The memory that reading `count` elements takes in addition to the array that gets them."""
+
+
+class _Hints(threading.local):
+    """What gets this thread's hints while they are only collected."""
+
+    collect: Callable[[Any, int, int], None] | None = None
+
+
+_HINTS = _Hints()
+
+
+def collect_hints(source: TensorSource, collect: Callable[[Any, int, int], None]) -> None:
+    """Call `collect(file, offset, length)` for what a source prefetches for all its elements; nothing is read."""
+    _HINTS.collect = collect
+    try:
+        source.prefetch(0, source.info.numel)
+    finally:
+        _HINTS.collect = None
+
+
+def is_collected(file: Any, offset: int, length: int) -> bool:
+    """Whether this thread's hints are only collected, as this one now is."""
+    if _HINTS.collect is None:
+        return False
+    if length > 0:
+        _HINTS.collect(file, offset, length)
+    return True
 
 
 @contextlib.contextmanager
@@ -206,7 +234,8 @@ class LocalFile:
         return len(chunk)
 
     def prefetch(self, offset: int, length: int) -> None:
-        self._advise(offset, length, "POSIX_FADV_WILLNEED")
+        if not is_collected(self, offset, length):
+            self._advise(offset, length, "POSIX_FADV_WILLNEED")
 
     def forget(self, offset: int, length: int) -> None:
         self._advise(offset, length, "POSIX_FADV_DONTNEED")
@@ -217,21 +246,49 @@ class LocalFile:
                 os.posix_fadvise(self._fd, offset, length, getattr(os, advice))
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file is on a server. `where` is its name in messages; a file of the Hub has a repository and a commit."""
+
+    where: str
+    url: str
+    repo: str | None = None
+    commit: str | None = None
+
+
 class ComingFile:
     """A file that is still to be fetched: its size is known, and its first `length` bytes are in `held`, at
-    `held_offset`.
+    `held_offset`. `etag` is what the server calls its content, `place` where it is.
 
     A ByteSource for planning: reading behind these bytes is an error. For one thread only.
     """
 
-    def __init__(self, path: Path, name: str, size: int, held: IO[bytes], held_offset: int, length: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        size: int,
+        held: IO[bytes],
+        held_offset: int,
+        length: int,
+        *,
+        etag: str = "",
+        place: Place | None = None,
+    ) -> None:
         self.path, self.name, self.size = path, name, size
-        self.mtime_ns = time.time_ns()  # newer than any output: no output can be made of this file
-        self._held, self._held_offset, self._length = held, held_offset, length
+        self.length, self.etag, self.place = length, etag, place
+        self.mtime_ns = time.time_ns()  # newer than any output: none was made of the file that is to be fetched
+        self._held, self._held_offset = held, held_offset
+
+    def identify(self) -> None:
+        """Let `mtime_ns` stand for the content: a negative number, made of what the server calls it, because the time
+        of its last change is not known. An output may have been made of it, by range."""
+        digest = hashlib.sha256(f"{self.etag} {self.size}".encode()).digest()
+        self.mtime_ns = -int.from_bytes(digest[:7], "little")
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         count = len(buffer.cast("B"))
-        if offset + count > self._length or self._held.closed:
+        if offset + count > self.length or self._held.closed:
             raise CheckpointError(f"{shown(self.name)}: is not fetched yet, only its header is.")
         self._held.seek(self._held_offset + offset)
         buffer.cast("B")[:] = self._held.read(count)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from merge_tool._version import __version__
+from merge_tool.checkpoint.streaming import Streaming
 from merge_tool.cli import hosts
 from merge_tool.cli.frame import (
     CONTINUES,
@@ -33,11 +34,13 @@ from merge_tool.cli.options import (
     MODELS_DIR,
     OUTPUT_OPTIONS,
     PRINT_OPTIONS,
+    STREAM_OPTIONS,
     field_options,
     parse_ts,
     recipe_options,
     with_options,
 )
+from merge_tool.cli.push import push_command
 from merge_tool.cli.sweep import sweep_command
 from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
 from merge_tool.recipe.options import Options
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from merge_tool.merge_report import MergeReport, Watch
     from merge_tool.plan.prepare import Prepared
     from merge_tool.prompting import Answer
+    from merge_tool.recipe.parts import Part
 
 # --------------------------------------------------------------------------------------- slerp-merge
 
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
 )
 @with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
+@with_options(STREAM_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
 @click.option(
@@ -115,7 +120,7 @@ def _with_names_written(error: MismatchError, file: Path) -> MismatchError:
 
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What says how a merge is made, and what says which."""
-    names = [option.name for option in _params((*MACHINE_OPTIONS, *OUTPUT_OPTIONS, *PRINT_OPTIONS))]
+    names = [option.name for option in _params((*MACHINE_OPTIONS, *STREAM_OPTIONS, *OUTPUT_OPTIONS, *PRINT_OPTIONS))]
     return {n: options.pop(n) for n in names}, given(options)
 
 
@@ -132,6 +137,9 @@ def _make(
     jobs: int | None,
     overwrite: bool,
     check_resumed: bool,
+    stream: bool | None,
+    downloads: int,
+    spool_bytes: int | None,
     report_path: Path | None,
     executor: str | None,
     prompt: str | None,
@@ -146,13 +154,15 @@ def _make(
 
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    recipe = recipe_of()
+    recipe, streaming = recipe_of(), Streaming(stream, downloads, spool_bytes)
     if prompt is not None:
         from merge_tool.prompting import check_can_answer
 
         check_can_answer(prompt)
     if dry_run:
-        prepared = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs)
+        prepared = plan_recipe(
+            recipe, out, memory_bytes=memory_bytes, jobs=jobs, overwrite=overwrite, streaming=streaming
+        )
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
         check_written()
         return
@@ -164,6 +174,7 @@ def _make(
             jobs=jobs,
             overwrite=overwrite,
             check_resumed=check_resumed,
+            streaming=streaming,
             report_path=report_path,
             watch=watch,
             **on_engine,
@@ -234,7 +245,7 @@ def merge_tool() -> None:
 
 
 merge_tool.add_command(slerp_merge, "merge")
-for command in (sweep_command, diff_command, inspect_command, verify_command, *hosts.COMMANDS):
+for command in (sweep_command, diff_command, inspect_command, verify_command, push_command, *hosts.COMMANDS):
     merge_tool.add_command(command)
 
 
@@ -251,6 +262,7 @@ for command in (sweep_command, diff_command, inspect_command, verify_command, *h
 @with_options([MODELS_DIR])
 @with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)
+@with_options(STREAM_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
 @print_errors(CONTINUES)
@@ -282,6 +294,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @with_options(field_options(Options))
 @with_options(MACHINE_OPTIONS)
+@with_options(STREAM_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
 @print_errors(CONTINUES)

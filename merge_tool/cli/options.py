@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from merge_tool.checkpoint.streaming import DOWNLOADS
 from merge_tool.errors import shown
 from merge_tool.plan.limits import LEAST_BYTES, MAX_JOBS
 from merge_tool.progress import KINDS
@@ -133,6 +134,32 @@ MODELS_DIR = click.option(
     metavar="FOLDER",
     help="Where the recipe's models are, by their names: for the mergekit_config.yml of an output.",
 )
+
+
+STREAM_OPTIONS = [
+    click.option(
+        "--stream/--no-stream",
+        "stream",
+        default=None,
+        help="Read weights of the Hub by range and keep nothing of them; or insist on the Hub's cache.  "
+        "[default: by range if the disk lacks the room]",
+    ),
+    click.option(
+        "--downloads",
+        type=click.IntRange(1, 64),
+        default=DOWNLOADS,
+        metavar="N",
+        help="Ranges that are downloaded at a time.",
+    ),
+    click.option(
+        "--spool",
+        "spool_bytes",
+        callback=parse_size,
+        metavar="SIZE",
+        help="Most disk for weights that are read by range and needed twice; with 0 they are downloaded twice.  "
+        "[default: a quarter of the free disk, at most 5GB]",
+    ),
+]
 
 
 OUTPUT_OPTIONS = [

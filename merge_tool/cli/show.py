@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
     from merge_tool.compare.diff import Diff, DiffPlan, GroupDiff, TensorDiff
     from merge_tool.merge_report import MergeReport
     from merge_tool.models.inputs import Download
+    from merge_tool.output.upload import Push
     from merge_tool.plan.prepare import Prepared
     from merge_tool.prompting import Answer
     from merge_tool.sweeps.results import SweepReport
@@ -96,6 +97,21 @@ def verification_lines(result: Verification) -> Iterator[str]:
     )
 
 
+def push_lines(pushed: Push) -> Iterator[str]:
+    kept = f", {counted(pushed.kept_files, 'file was', 'files were')} there already" if pushed.kept_files else ""
+    if pushed.number is None:
+        yield f"{shown(pushed.url)}: has this output already."
+    elif pushed.is_published:
+        yield f"{shown(pushed.url)}: published; {sized(pushed.uploaded_bytes)} uploaded{kept}"
+    else:
+        yield (
+            f"{shown(pushed.url)}/discussions/{pushed.number}: {sized(pushed.uploaded_bytes)} uploaded{kept}; not "
+            "published. Merge that pull request, or run the same command without --no-publish."
+        )
+    if pushed.others:
+        yield f"The repository also has {listed(pushed.others)}."
+
+
 def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
     plan, layout = prepared.plan, prepared.layout
     return {
@@ -111,6 +127,8 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
         "free_disk_bytes": prepared.free_disk_bytes,
         "download_bytes": prepared.download.nbytes,
         "cached_bytes": prepared.download.cached_bytes,
+        "is_streamed": prepared.download.is_streamed,
+        "spool_bytes": prepared.download.spool_bytes,
         "shards": [{"name": s.file_name, "bytes": s.size, "num_tensors": len(s.jobs)} for s in plan.shards],
         "jobs": layout.jobs,
         "memory_budget_bytes": prepared.budget,
@@ -159,7 +177,8 @@ def _download(download: Download) -> str:
     cached = f"{sized(download.cached_bytes)} {'more ' * (download.nbytes > 0)}are in its cache"
     if not download.nbytes:
         return f"nothing from the Hub ({cached})" if download.cached_bytes else ""
-    return f"{sized(download.nbytes)} from the Hub" + (f" ({cached})" if download.cached_bytes else "")
+    how = f", by range; a spool of at most {sized(download.spool_bytes)}" if download.is_streamed else ""
+    return f"{sized(download.nbytes)} from the Hub{how}" + (f" ({cached})" if download.cached_bytes else "")
 
 
 def _what_was_read(fetched_bytes: int) -> str:

@@ -43,7 +43,7 @@ class Worker:
 
     def _prepared(self, memory_bytes: int | None, jobs: int | None) -> Prepared:
         recipe, limits = self.plan_file.recipe_again(), machine(memory_bytes, jobs)
-        with Inputs(map(str, recipe.models), recipe.options.variant) as inputs:
+        with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
             inputs.fetch()
             prepared = prepare(recipe, inputs, self.target, limits, read_samples=True)
         self.plan_file.check(prepared)

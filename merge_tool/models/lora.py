@@ -14,7 +14,7 @@ from pathlib import Path
 
 from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, meant_path
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
-from merge_tool.checkpoint.hub import hub_id, local_path
+from merge_tool.checkpoint.hub import hub_id, is_url, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, open_local, open_one_file
 from merge_tool.checkpoint.source import ByteSource
 from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, MLX_WEIGHTS, adapter_files, kind_beside
@@ -34,7 +34,7 @@ def parts(ref: str | Path) -> tuple[str, ...]:
     """A model and the adapters that follow it: `MODEL+ADAPTER` is two parts. A path that exists is one part, even with
     a + in its name. Texts, because their form says whether they are local: a Path has no `./` and no last `/`."""
     text = str(ref)
-    if is_there(text):
+    if is_there(text) or is_url(text):
         return (text,)
     for plus in reversed([match.start() for match in re.finditer(r"\+", text)]):
         model, adapter = text[:plus], text[plus + 1 :]
@@ -44,7 +44,7 @@ def parts(ref: str | Path) -> tuple[str, ...]:
 
 
 def _may_exist(ref: str | Path) -> bool:
-    return str(ref) != "" and (is_there(ref) or hub_id(ref) is not None)
+    return str(ref) != "" and (is_there(ref) or is_url(ref) or hub_id(ref) is not None)
 
 
 def known_parts(ref: str | Path) -> tuple[str, ...]:

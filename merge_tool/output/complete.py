@@ -134,17 +134,19 @@ def check_output(prepared: Prepared, *, overwrite: bool) -> None:
 def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     """Raise OutputError unless the disk has room for the outputs, without the shards that a resumed run already has. If
     the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
-    prepared.download.check_room()
+    download = prepared.download
+    download.check_room()
     have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
     spare = min(
         _SPARE_DISK_BYTES,
         100_000 + prepared.disk_bytes // 50 + 4_000 * prepared.plan.num_tensors * len(prepared.plan.labels),
     )
     need = max(0, prepared.disk_bytes - have)
-    coming = prepared.download.disk_bytes if _is_on_the_disk_of(prepared.target, prepared.download.cache) else 0
+    coming = download.disk_bytes if _is_on_the_disk_of(prepared.target, download.cache) else 0
     free = prepared.free_disk_bytes
     if free is not None and need + spare + coming > free:
-        besides = f", what is fetched into the Hub's cache {sized(coming)}" if coming else ""
+        what = "the spool of what is read by range" if download.is_streamed else "what is fetched into the Hub's cache"
+        besides = f", {what} {sized(coming)}" if coming else ""
         beside = " The old output stays until the new one is complete." if overwrite else ""
         raise OutputError(
             f"{shown(prepared.target.path)}: the output takes {sized(need)}{besides}, its report and journal up to "

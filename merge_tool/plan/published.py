@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, meant_path, snapshot_of
-from merge_tool.checkpoint.hub import hub_id
+from merge_tool.checkpoint.hub import hub_id, is_url
 from merge_tool.errors import CheckpointError, RecipeError, shown
 from merge_tool.models.lora import lacking, parts
 from merge_tool.plan.plan import MergePlan
@@ -35,7 +35,8 @@ def local_names(recipe: Recipe) -> dict[str, str]:
     not be taken for an id of the Hub."""
     paths = list(dict.fromkeys(path for path in _all_parts(recipe) if is_there(path)))
     names = distinct_names(map(Path, paths))
-    return {path: _local(names[Path(path)], Path(path)) for path in paths}
+    addresses = {path: path.partition("?")[0] for path in _all_parts(recipe) if is_url(path)}  # without a signature
+    return {path: _local(names[Path(path)], Path(path)) for path in paths} | addresses
 
 
 def _local(name: str, path: Path) -> str:
@@ -78,6 +79,8 @@ def hub_names(recipe: Recipe) -> list[str]:
 
 
 def _hub_name(path: str, names: Mapping[str, str]) -> str:
+    if is_url(path):
+        return PurePosixPath(names[path]).stem
     if path in names:
         is_id = names[path].count("/") == 1 and not names[path].startswith("./")
         return names[path].partition("@")[0] if is_id else names[path].removeprefix("./").replace("/", "-")
@@ -115,7 +118,7 @@ def check_places(recipe: Recipe) -> None:
     current folder. One that is beside the recipe is not looked up on the Hub, even if it has the form of an id."""
     for path in _all_parts(recipe) if recipe.text else ():
         beside = recipe.folder is not None and Path(recipe.folder, path).exists()
-        if is_there(path) or (hub_id(path) is not None and not beside):
+        if is_there(path) or is_url(path) or (hub_id(path) is not None and not beside):
             continue
         ends = [place.end for place in recipe.places if path.partition("@")[0] in str(place.ref)]
         line = f", line {recipe.text[: ends[0]].rstrip().count(chr(10)) + 1}" if ends else ""

@@ -72,7 +72,7 @@ def plan_again(
     no weights of the Hub are downloaded, and none are read."""
     recipe, target = _recipe_again(report.head, against, recipe_path, models_dir), Target(out)
     limits = machine(memory_bytes, jobs)
-    with Inputs(map(str, recipe.models), recipe.options.variant) as inputs:
+    with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         if fetch:
             inputs.fetch()

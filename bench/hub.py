@@ -1,0 +1,134 @@
+"""Two models of a Hub on this machine, merged by range: bytes, memory, disk and time, against `hf download` of both.
+
+    python bench/hub.py [--megabytes 300] [--latency 0.1] [--rate 25] [--spool 5GB] [--memory 64MB]
+
+The server (tests/hub_replica.py) waits `latency` seconds before each answer, and sends `rate` MB/s in all. Both arms
+have the same server in one run: first the real `hf download` of both models, then the merge, which keeps nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from checkpoints import save_model
+from hub_replica import Replica, serve
+
+HIDDEN, MODULES = 2048, ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj")
+
+
+class Watched:
+    """The processes that a command starts: the largest resident memory of each module, and the largest file without a
+    name (the spool), in bytes."""
+
+    def __init__(self, root: int) -> None:
+        self.root, self.peaks, self.spool, self.over = root, dict[str, int](), 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.05):
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    fields = (process / "stat").read_text().rpartition(")")[2].split()
+                    if int(fields[1]) != self.root and int(process.name) != self.root:
+                        continue
+                    words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    name = "downloading" if "downloading" in words else "looking" if "fetching" in words else "merging"
+                    status = (process / "status").read_text()
+                    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+                    self.peaks[name] = max(self.peaks.get(name, 0), peak)
+                    for file in (process / "fd").iterdir() if name == "merging" else ():
+                        if "(deleted)" in str(file.readlink()):
+                            self.spool = max(self.spool, file.stat().st_blocks * 512)
+                except (OSError, IndexError, ValueError):
+                    continue
+
+    def close(self) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def make(folder: Path, seed: int, megabytes: int) -> None:
+    rng = np.random.default_rng(seed)
+    layers = max(1, megabytes * 10**6 // (len(MODULES) * HIDDEN * HIDDEN * 2))
+    tensors = {
+        f"model.layers.{layer}.{module}.weight": rng.standard_normal((HIDDEN, HIDDEN), np.float32).astype(
+            ml_dtypes.bfloat16
+        )
+        for layer in range(layers)
+        for module in MODULES
+    }
+    save_model(folder, tensors, shards=2, config={"num_hidden_layers": layers})
+
+
+def timed(command: list[str], environment: dict[str, str]) -> tuple[float, str, Watched]:
+    began = time.monotonic()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    watched = Watched(process.pid)
+    printed, _ = process.communicate()
+    watched.close()
+    if process.returncode:
+        sys.exit(f"{command} ended with {process.returncode}")
+    return time.monotonic() - began, printed, watched
+
+
+def measure(hub: Replica, place: Path, options: argparse.Namespace) -> None:
+    nbytes = sum(path.stat().st_size for path in hub.root.rglob("*.safetensors"))
+    hub.latency, hub.rate = options.latency, options.rate * 1e6
+    environment = {**os.environ, **hub.environment(place / "home")}
+    download = sum(
+        timed([str(Path(sys.executable).with_name("hf")), "download", f"org/{name}", "--quiet"], environment)[0]
+        for name in ("base", "ft")
+    )
+    hub.served.clear()
+    hub.asked.clear()
+    environment |= hub.environment(place / "empty")
+    merge, printed, watched = timed(
+        [
+            *(sys.executable, "-m", "merge_tool", "merge", "org/base", "org/ft", str(place / "merged")),
+            *("--stream", "--memory", options.memory, "--spool", options.spool, "--json"),
+        ],
+        environment,
+    )
+    report = json.loads(printed)
+    served = sum(hub.weights().values())
+    kept = sum(p.stat().st_size for p in (place / "empty").rglob("*") if p.is_file() and not p.is_symlink())
+    print(f"inputs                  {nbytes / 1e6:,.0f} MB, {len(hub.asked):,} requests of the merge")
+    print(f"bytes served / inputs   {served / nbytes:.4f}")
+    print(f"peak of the merge       {report['peak_bytes'] / 1e6:.1f} MB, with --memory {options.memory}")
+    for name in ("downloading", "looking"):
+        print(f"peak of the process {name:12s} {watched.peaks.get(name, 0) / 1e6:.0f} MB")
+    print(f"spool                   {watched.spool / 1e6:.0f} MB; left in the cache {kept / 1e6:.2f} MB")
+    print(f"merge / hf download     {merge / download:.2f} ({merge:.0f} s, {download:.0f} s)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=300, help="of each model")
+    parser.add_argument("--latency", type=float, default=0.1)
+    parser.add_argument("--rate", type=float, default=25.0, help="MB/s: 25 are 200 Mbit/s")
+    parser.add_argument("--spool", default="5GB")
+    parser.add_argument("--memory", default="64MB")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        place = Path(folder).absolute()
+        for seed, name in enumerate(("base", "ft")):
+            make(place / "hub/models/org" / name, seed, options.megabytes)
+        with serve(place / "hub") as hub:
+            measure(hub, place, options)
+
+
+if __name__ == "__main__":
+    main()
