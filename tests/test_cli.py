@@ -228,10 +228,10 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 OPTIONS = [
     "--allow-different-architectures", "--chat-template", "--check-resumed", "--downloads", "--dry-run", "--dtype",
-    "--exclude", "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json", "--max-shard-size",
-    "--memory", "--method", "--names-from", "--on-mismatch", "--on-missing", "--only", "--overwrite",
-    "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--spool", "--stream", "--t", "--t-for",
-    "--untie", "--version", "--vocab",
+    "--exclude", "--executor", "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json",
+    "--max-shard-size", "--memory", "--method", "--names-from", "--on-mismatch", "--on-missing", "--only",
+    "--overwrite", "--pad-vocab-to-multiple-of", "--quiet", "--report", "--seed", "--spool", "--stream", "--t",
+    "--t-for", "--untie", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
@@ -254,7 +254,9 @@ def test_the_options_are_frozen() -> None:
     assert options_of(slerp_merge) == OPTIONS
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
     assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS})
-    assert sorted(merge_tool.commands) == ["diff", "fold", "inspect", "merge", "push", "run", "sweep", "verify"]
+    assert sorted(merge_tool.commands) == sorted(
+        ["diff", "finish", "fold", "inspect", "merge", "plan", "push", "run", "sweep", "verify", "work"]
+    )
 
 
 def test_merge_tool_merge_is_slerp_merge(tmp_path: Path, pair: tuple[Path, Path]) -> None:
