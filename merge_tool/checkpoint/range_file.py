@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,14 +87,14 @@ class Ranges:
             self._spool = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close
         except OSError as e:
             raise FetchError(f"{shown(folder)}: no temporary file can be made for the spool ({reason(e)}).") from e
-        try:
+        with ExitStack() as held:  # closed if a thread cannot be started
+            held.callback(self._spool.close)
             self._fetcher = Fetcher(downloads)
+            held.callback(self._fetcher.close)
             receive, arguments = self._fetcher.receive, (self._on_piece, self._on_refusal)
             self._thread = threading.Thread(target=receive, args=arguments, daemon=True)
             self._thread.start()
-        except BaseException:
-            self._spool.close()
-            raise
+            held.pop_all()
 
     def add(self, files: Sequence[ComingFile]) -> list[RangeFile]:
         """The files, to be read by range."""
