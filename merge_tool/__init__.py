@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from merge_tool.api import merge, merge_models, merge_recipe, plan_recipe
     from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
     from merge_tool.compare.diff import Diff, diff
+    from merge_tool.compare.prompting import Answer, answers
     from merge_tool.errors import (
         CheckpointError,
         DataError,
@@ -29,12 +30,11 @@ if TYPE_CHECKING:
         OutputError,
         RecipeError,
     )
-    from merge_tool.merge_report import MergeReport, Watch
     from merge_tool.methods.steps import Method
+    from merge_tool.output.merge_report import MergeReport, Watch
     from merge_tool.plan.memory import Layout, plan_layout
     from merge_tool.plan.plan import MergePlan
     from merge_tool.plan.plan_merge import plan_merge
-    from merge_tool.prompting import Answer, answers
     from merge_tool.recipe.mergekit import read_recipe
     from merge_tool.recipe.pair import pair
     from merge_tool.recipe.recipe import Recipe
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from merge_tool.verification.verify import Verification, verify
 
 _HOMES = {
-    "MergeReport": "merge_tool.merge_report",
-    "Watch": "merge_tool.merge_report",
-    "Answer": "merge_tool.prompting",
-    "answers": "merge_tool.prompting",
+    "MergeReport": "merge_tool.output.merge_report",
+    "Watch": "merge_tool.output.merge_report",
+    "Answer": "merge_tool.compare.prompting",
+    "answers": "merge_tool.compare.prompting",
     "merge": "merge_tool.api",
     "merge_models": "merge_tool.api",
     "merge_recipe": "merge_tool.api",

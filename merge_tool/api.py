@@ -29,7 +29,6 @@ from merge_tool.errors import (
     sized,
 )
 from merge_tool.files import write_whole
-from merge_tool.merge_report import MergeReport, Watch
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.inputs import Inputs
@@ -38,6 +37,7 @@ from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
 from merge_tool.output.marks import check_apart_by_mark
+from merge_tool.output.merge_report import MergeReport, Watch
 from merge_tool.output.older import check_conflicts
 from merge_tool.output.report import Summary, alarms, damaged, load_tensors, report_lines, summarise, sums_text
 from merge_tool.output.work_folder import WorkFolder

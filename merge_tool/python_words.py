@@ -145,7 +145,7 @@ def spoken(function: Callable[..., R]) -> Callable[..., R]:
         if "on_warning" in parameters:
             kwargs["on_warning"] = _heard(kwargs.get("on_warning"))
         if "watch" in parameters:
-            from merge_tool.merge_report import Watch
+            from merge_tool.output.merge_report import Watch
 
             watch = kwargs.get("watch") or Watch()
             kwargs["watch"] = replace(watch, on_warning=_heard(watch.on_warning))

@@ -52,7 +52,7 @@ def test_what_cannot_be_tried_says_why_and_stops_nothing(
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_text('{"model_type": "no-such-model"}')
-    monkeypatch.setattr("merge_tool.prompting.available_bytes", lambda: 100)
+    monkeypatch.setattr("merge_tool.compare.prompting.available_bytes", lambda: 100)
     models = [tiny / "base", adapter, tiny / "base/model.safetensors", tmp_path / "none", damaged]
     problems = ("of memory are free", "an adapter", "no folder with a config.json", "no such file", "cannot run it")
     for one, problem in zip(answers(models, "x"), problems, strict=True):

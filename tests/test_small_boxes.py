@@ -154,7 +154,7 @@ def test_a_resumed_run_counts_what_it_moved(tmp_path: Path, pair: tuple[Path, Pa
     assert 0 < report.moved_bytes < report.input_bytes
     whole = merge(*pair, tmp_path / "whole", **SMALL)
     assert whole.moved_bytes > report.input_bytes
-    from merge_tool.merge_report import summary_lines
+    from merge_tool.output.merge_report import summary_lines
 
     rate = re.search(r"([\d,]+) MB/s read and written", "\n".join(summary_lines(whole)))
     assert rate is not None

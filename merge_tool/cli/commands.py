@@ -48,9 +48,9 @@ from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
 from merge_tool.recipe.recipe import Recipe, label_t
 
 if TYPE_CHECKING:
-    from merge_tool.merge_report import MergeReport, Watch
+    from merge_tool.compare.prompting import Answer
+    from merge_tool.output.merge_report import MergeReport, Watch
     from merge_tool.plan.prepare import Prepared
-    from merge_tool.prompting import Answer
     from merge_tool.recipe.parts import Part
 
 # --------------------------------------------------------------------------------------- slerp-merge
@@ -156,7 +156,7 @@ def _make(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe, streaming = recipe_of(), Streaming(stream, downloads, spool_bytes)
     if prompt is not None:
-        from merge_tool.prompting import check_can_answer
+        from merge_tool.compare.prompting import check_can_answer
 
         check_can_answer(prompt)
     if dry_run:
@@ -188,7 +188,7 @@ def _make(
 @contextmanager
 def watched(progress: str, *, quiet: bool) -> Iterator[Watch]:
     """Warnings, notes and progress on standard error, as --progress and --quiet ask for."""
-    from merge_tool.merge_report import Watch
+    from merge_tool.output.merge_report import Watch
     from merge_tool.progress import Progress
 
     with Progress(progress_kind(progress, quiet=quiet)) as bar:
@@ -211,21 +211,21 @@ def _engine(name: str | None, memory_bytes: int | None, jobs: int | None) -> Ite
 def print_report(report: MergeReport, said: Sequence[Answer] = (), *, as_json: bool, quiet: bool) -> None:
     """The result of a merge, as --json and --quiet ask for."""
     from merge_tool.cli.show import report_json
-    from merge_tool.merge_report import summary_lines
+    from merge_tool.output.merge_report import summary_lines
 
     print_result(lambda: report_json(report, said), lambda: summary_lines(report), as_json, quiet)
 
 
 def _answers(recipe: Recipe, outputs: Iterable[Path], prompt: str) -> list[Answer]:
     """What the parents and the outputs say."""
-    from merge_tool.prompting import answers
+    from merge_tool.compare.prompting import answers
 
     return list(answers([*map(str, recipe.models), *outputs], prompt))
 
 
 def _make_parts(parts: Sequence[Part], out: Path, run: dict[str, Any]) -> None:
     """Run the merges of a file of several recipes; what is printed as JSON is the last one's report."""
-    from merge_tool.chain import merge_parts
+    from merge_tool.sweeps.chain import merge_parts
 
     def make(recipe: Recipe, target: Path, name: str) -> None:
         quiet = run["quiet"] or run["as_json"]

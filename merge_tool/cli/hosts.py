@@ -55,7 +55,7 @@ def plan_command(paths: Sequence[str], plan_file: Path, parts: int, **options: A
     from merge_tool.api import plan_parts
     from merge_tool.errors import counted, shown, sized
     from merge_tool.hosts.plan_file import write_plan_file
-    from merge_tool.merge_report import Watch
+    from merge_tool.output.merge_report import Watch
 
     overwrite, quiet = options.pop("overwrite"), options.pop("quiet")
     watch = Watch(on_warning=lambda message: click.echo(f"Warning: {message}", err=True))

@@ -15,11 +15,11 @@ from merge_tool.recipe.recipe import label_t
 
 if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
     from merge_tool.compare.diff import Diff, DiffPlan, GroupDiff, TensorDiff
-    from merge_tool.merge_report import MergeReport
+    from merge_tool.compare.prompting import Answer
     from merge_tool.models.inputs import Download
+    from merge_tool.output.merge_report import MergeReport
     from merge_tool.output.upload import Push
     from merge_tool.plan.prepare import Prepared
-    from merge_tool.prompting import Answer
     from merge_tool.sweeps.results import SweepReport
     from merge_tool.sweeps.sweep import SweepPlan
     from merge_tool.verification.inspection import Inspection, TensorHealth

@@ -16,10 +16,10 @@ from typing import Any
 
 from merge_tool.api import check_plan, merge_recipe, plan_recipe
 from merge_tool.errors import OutputError, RecipeError, output_failed, shown
-from merge_tool.merge_report import Watch
 from merge_tool.methods.registry import METHODS
 from merge_tool.models.lora import parts
 from merge_tool.output.marks import check_apart_by_mark
+from merge_tool.output.merge_report import Watch
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, check_target
 from merge_tool.progress import Progress

@@ -67,7 +67,12 @@ def _answer(model: str, prompt: str, max_new_tokens: int) -> Answer:
             )
         question = {"model": str(path), "prompt": prompt, "max_new_tokens": max_new_tokens}
         text, _ = ask(
-            "merge_tool.prompting", question, what=shown(model), error=EvaluationError, hint="", keep_errors=True
+            "merge_tool.compare.prompting",
+            question,
+            what=shown(model),
+            error=EvaluationError,
+            hint="",
+            keep_errors=True,
         )
     except MergeToolError as e:
         return Answer(model, problem=str(e))
