@@ -413,9 +413,10 @@ def finish_parts(
     """Take the finished parts of a plan's workers, and complete and publish the merge: the same bytes as on one
     machine. With `fill` make what is missing; with `check` hash every shard again. Raises a MergeToolError."""
     plan_file.check_versions()
+    out, here = Path(plan_file.out), Path.cwd()
     return merge_recipe(
         plan_file.recipe_again(),
-        plan_file.out,
+        out.relative_to(here) if out.is_relative_to(here) and out != here else out,  # as a user would name it
         memory_bytes=memory_bytes,
         jobs=jobs,
         overwrite=plan_file.overwrite,

@@ -133,9 +133,9 @@ def work_command(
     from merge_tool.progress import Progress
 
     plan = read_plan_file(plan_file)
-    if part is None and size is not None and size != 1:
-        raise click.UsageError("--of is given without --part.")
     rank = rank_of() if part is None else None
+    if part is None and rank is None and size not in (None, 1):
+        raise click.UsageError("--of is given without --part, and nothing in the environment says a rank.")
     number, count = (rank.rank, size or rank.size) if rank else (part, size)
     mine = pieces_of(plan.parts, number or 0, count if number is not None else 1)
     worker = Worker(plan, memory_bytes=memory_bytes, jobs=jobs)

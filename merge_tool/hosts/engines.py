@@ -57,8 +57,7 @@ def make_on(
             "kept: run the same command, it continues."
         ) from e
     finally:
-        for future in futures:
-            future.cancel()
+        wait([future for future in futures if not future.cancel()])  # what runs still writes into the work folder
 
 
 # ------------------------------------------------------------------------------------------- by name
