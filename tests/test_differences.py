@@ -109,6 +109,18 @@ def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     assert warnings_of(ft, base) == []
 
 
+def test_a_base_that_is_one_file_is_named(tmp_path: Path) -> None:
+    """It has neither configuration nor tokenizer, so the output has none; ids of tokens are not the point."""
+    base, ft = model(tmp_path / "base", 1) / "model.safetensors", model(tmp_path / "ft", 2)
+    assert list(merge(base, ft, tmp_path / "out").warnings) == [
+        "model.safetensors is a file without a folder, and so the output has no configuration and no tokenizer. "
+        'files_from="ft" takes ft\'s files.'
+    ]
+    assert list(merge(base, base.with_name("model.safetensors"), tmp_path / "alone").warnings) == [
+        "The models are the same in every tensor: the output equals them."
+    ]
+
+
 # ------------------------------------------------------------------------------------------ templates
 
 WITH_TEMPLATE: dict[str, dict[str, Any]] = {

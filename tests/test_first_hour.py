@@ -378,6 +378,31 @@ def test_one_licence_is_inherited_and_silence_is_named(place: Path) -> None:
     assert "icence" not in Path("out/README.md").read_text().split("---\n")[2]
 
 
+def test_two_licences_of_their_own_are_two(place: Path) -> None:
+    """`other` says nothing: what it links to does."""
+    card("m/base", "license: other", "license_link: LICENSE")
+    card("m/ft", "license: other", "license_link: https://ft.example/terms")
+    assert "The licences differ (base: other LICENSE; ft: other https://ft.example/terms)." in succeed(
+        "merge", "m/base", "m/ft", "out", "-q"
+    )
+    assert "license_link" not in Path("out/README.md").read_text().partition("\n---\n")[0]
+
+
+def test_a_licences_file_of_one_model_alone_is_named(place: Path) -> None:
+    """The output has BASE's LICENSE, which FT's terms are not in; an empty list states nothing."""
+    card("m/base", "license: llama3")
+    card("m/ft", "license: cc-by-nc-4.0")
+    card("m/other", "license: []")
+    for name in ("LICENSE", "NOTICE.txt"):
+        Path("m/base", name).write_text("terms")
+    told = "The output's LICENSE, NOTICE.txt are base's alone."
+    assert told in succeed("merge", "m/base", "m/ft", "out", "-q")
+    assert told in Path("out/README.md").read_text()
+    assert succeed("merge", "m/base", "m/other", "out2", "-q") == ""
+    assert "alone" not in Path("out2/README.md").read_text()
+    assert "license: llama3" in Path("out2/README.md").read_text()
+
+
 # -------------------------------------------------------------------------------- paths typed wrong
 
 
@@ -412,6 +437,18 @@ def test_a_form_that_is_local_is_never_an_id_and_a_revision_says_that_the_hub_is
     assert hub_id("m/bse@main") == ("m/bse", "main")
     assert "Did you mean" not in error("inspect", "m/quite-another")
     assert "Check the spelling." in error("inspect", "m/quite-another")
+
+
+@pytest.mark.parametrize("typed", ["mm/base", "mn/base", "./mm/base"])
+def test_a_folder_typed_wrong_never_goes_to_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    """Where a folder of nearly that name has the model; the message says how to mean the Hub all the same."""
+    monkeypatch.setattr("merge_tool.checkpoint.hub._ask_apart", lambda *words: pytest.fail(f"asked the Hub: {words}"))
+    Path("mm1").mkdir()  # nearer, but the model is not in it
+    Path("r.yaml").write_text(f"merge_method: linear\nmodels: [{{model: {typed}, parameters: {{weight: 1}}}}]\n")
+    for words in (("merge", typed, "m/ft", "out"), ("merge", "m/ft", typed, "out"), ("run", "r.yaml", "out")):
+        text = error(*words)
+        assert "Did you mean m/base?" in text
+        assert (f"A model of the Hub is {typed}@main." in text) == (not typed.startswith("."))
 
 
 def test_the_nearest_name_may_be_of_a_folder_above(place: Path) -> None:
@@ -649,6 +686,28 @@ def test_a_file_in_place_of_its_folder_says_which_folder_to_give(place: Path) ->
     assert "m/lora/adapter_model.safetensors: is the file of an adapter. Give its folder: m/lora." in text
 
 
+def test_a_training_without_a_result_names_its_last_checkpoint_by_the_path_as_typed(place: Path) -> None:
+    """mixce-train's; of Trainer's, and of a folder of models, the path works, too."""
+    for folder in ("checkpoints/step-00000009", "checkpoints/step-00000010"):
+        save_model(Path("m/run") / folder, language_model(1))
+    save_model(Path("m/trainer/checkpoint-5"), language_model(1))
+    assert "Its last checkpoint: m/run/checkpoints/step-00000010." in error("merge", "m/base", "m/run", "out")
+    assert "the last: m/trainer/checkpoint-5." in error("merge", "m/base", "m/trainer", "out")
+    succeed("merge", "m/base", "m/run/checkpoints/step-00000010", "out")
+    text = error("merge", "m", "m/ft", "out2")
+    assert "models in base, ft, other and adapters in lora, lora2. Give one of these: m/base." in text
+
+
+def test_a_recipe_or_models_given_to_the_other_command_say_which(place: Path) -> None:
+    Path("r.yaml").write_text("merge_method: linear\n")
+    assert "r.yaml: is no model. A recipe is merged by merge-tool run" in error("merge", "r.yaml", "m/ft", "out")
+    assert "Missing argument 'OUT'. A recipe is merged by merge-tool run r.yaml OUT." in error("merge", "r.yaml", "out")
+    assert "m/base: is a folder, expected a recipe" in error("run", "m/base", "out")
+    assert "Two models are merged by slerp-merge BASE FT OUT." in error("run", "m/base", "m/ft", "out")
+    many = error("merge", "m/base", "m/ft", "m/other", "out")
+    assert "More than two models are merged by a recipe: merge-tool run RECIPE.yaml OUT." in many
+
+
 def test_a_folder_of_checkpoints_names_the_last(place: Path) -> None:
     for number in (500, 1000, 90):
         Path(f"m/run/checkpoint-{number}").mkdir(parents=True)
@@ -684,6 +743,13 @@ def test_a_folded_adapter_is_the_merge_at_1_read_once(place: Path) -> None:
 # ------------------------------------------------------------------------------------------ mixce-train
 
 
+def test_a_folded_adapter_is_not_called_a_copy(place: Path) -> None:
+    text = succeed("fold", "m/base", "m/lora", "out")
+    assert "are not merged with another model's: " in text
+    assert " of base+lora with its adapter folded in." in text
+    assert "copied" not in text
+
+
 def test_a_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_main.run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("mixce-train, version ")
@@ -712,6 +778,25 @@ def test_more_epochs_on_a_finished_run_say_how(place: Path) -> None:
     with pytest.raises(train.errors.TrainError) as caught:
         check_same_run(Path("o"), {"epochs": 1, "lr": 2})
     assert "final" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_more_epochs_name_a_model_that_is_there(place: Path, is_adapter: bool, is_finished: bool) -> None:
+    """An adapter is folded first; without a final, the last checkpoint counts."""
+    from train.record import check_same_run
+
+    where = Path("o/checkpoints/step-00000010")
+    for folder in (Path("o/checkpoints/step-00000009"), where, Path("o/final"))[: 3 if is_finished else 2]:
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        (folder / ("adapter_config.json" if is_adapter else "config.json")).write_text("{}")
+    where = Path("o/final") if is_finished else where
+    Path("o/run.json").write_text(json.dumps({"epochs": 1}))
+    with pytest.raises(train.errors.TrainError) as caught:
+        check_same_run(Path("o"), {"epochs": 2})
+    expected = f"`merge-tool fold MODEL {where} FOLDED`, then `model: FOLDED`" if is_adapter else f"`model: {where}`"
+    assert f"schedule of its own: {expected} and another `output`." in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------- what next

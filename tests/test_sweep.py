@@ -22,7 +22,7 @@ from merge_tool import RecipeError, merge, merge_models, sweep_recipe, verify
 from merge_tool.cli import merge_tool
 from merge_tool.errors import EvaluationError
 from merge_tool.recipe.recipe import label_t
-from merge_tool.sweeps.lm_eval import scores
+from merge_tool.sweeps.lm_eval import _arguments, scores
 from merge_tool.sweeps.results import pareto
 from merge_tool.sweeps.scores import parse_scores
 from merge_tool.sweeps.sweep import sweep
@@ -387,6 +387,31 @@ def test_lm_eval_is_a_ready_judge_and_gets_its_limits(
         assert one["--model_args"] == f"pretrained={tmp_path}/out/models/{name},dtype=float32"
     other = CliRunner().invoke(merge_tool, [*words[:-2], told.replace("7", "8")])
     assert "is of another sweep" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model_args=dtype=float32,x=1"],
+        ["-a", "dtype=float32", "x=1"],
+        ["--model_args", "dtype=float32", "-a", "x=1"],
+    ],
+)
+def test_every_spelling_of_model_arguments_keeps_the_merge_as_the_model(words: list[str]) -> None:
+    asked = _arguments("gsm8k", [*words, "--limit", "5"], "OUT/t-0")
+    assert asked == [
+        "--model", "hf", "--model_args", "pretrained=OUT/t-0,dtype=float32,x=1", "--tasks", "gsm8k", "--limit", "5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--model_args", "dtype=auto,pretrained=a/b"], ["--model_args=pretrained=a/b"], ["-a", '{"pretrained": "a/b"}']],
+)
+def test_lm_eval_never_scores_another_model(pair: tuple[Path, Path], tmp_path: Path, words: list[str]) -> None:
+    with pytest.raises(RecipeError, match="pretrained= in its model arguments: the models are the merges"):
+        sweep(*pair, tmp_path / "out", [0.5], ["lm-eval:gsm8k", *words])
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_that_lm_eval_wrote_are_read() -> None:

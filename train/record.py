@@ -15,6 +15,7 @@ from train.config import TrainConfig
 from train.data import SourceReport
 from train.errors import TrainError
 from train.output import publish_text
+from train.retention import list_checkpoints
 
 # Keys that may change between the sessions of one run: they do not move a weight.
 FREE_KEYS = (
@@ -74,9 +75,14 @@ def _more_steps(output: Path, keys: Sequence[str]) -> str:
     """How to train longer, if that is what changed: the learning rate ends with the run's last step."""
     if not {"epochs", "max_steps"} & {*keys}:
         return ""
-    final = output / "final"
-    start = final if (final / "config.json").exists() else output / "checkpoint-N"
-    return f" More steps are a run of their own, with a schedule of its own: `model: {start}` and another `output`."
+    folders = [folder for folder in (*list_checkpoints(output), output / "final") if folder.is_dir()]
+    if not folders:
+        return ""
+    start, fold = str(folders[-1]), ""
+    if not (folders[-1] / "config.json").exists():  # an adapter
+        start, fold = "FOLDED", f"`merge-tool fold MODEL {start} FOLDED`, then "
+    begin = f"{fold}`model: {start}` and another `output`"
+    return f" More steps are a run of their own, with a schedule of its own: {begin}."
 
 
 def _changes(key: str, before: Any, now: Any) -> list[str]:

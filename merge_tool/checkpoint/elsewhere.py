@@ -19,27 +19,32 @@ _MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """A folder by its name, or a model of the Hub by its id, whose folders have no ids: what to write in a command."""
+    """A folder by its name, or a model of the Hub by its id, whose folders have no ids: what to write in a command.
+    `typed` is the folder as the user wrote it."""
 
     name: str
     of_hub: bool
+    typed: str = ""
 
     @property
     def path(self) -> str:
-        return "FOLDER" if self.of_hub else self.name
+        return "FOLDER" if self.of_hub else self.typed or self.name
 
     def inside(self, folder: str) -> str:
         fetch = f"hf download {self.name} --local-dir FOLDER, then " if self.of_hub else ""
         return f"{fetch}{self.path}/{folder}"
 
 
-def find_elsewhere(name: str, listing: Sequence[str], *, has_safetensors: bool, of_hub: bool = False) -> str | None:
-    """What a folder is that is no model itself, and the next step; None if nothing is known.
+def find_elsewhere(
+    name: str, listing: Sequence[str], *, has_safetensors: bool, of_hub: bool = False, typed: str = ""
+) -> str | None:
+    """What a folder is that is no model itself, and the next step; None if nothing is known. `typed` is its path as the
+    user wrote it.
 
     `listing` has the files of the folder and, with a /, of the folders in it. With `has_safetensors`, only what these
     can be is looked at.
     """
-    where = Where(name, of_hub)
+    where = Where(name, of_hub, typed)
     top = [file for file in listing if "/" not in file]
     below: dict[str, list[str]] = {}
     for file in listing:
@@ -87,24 +92,34 @@ def _in_folders(where: Where, below: dict[str, list[str]]) -> str | None:
     """Where the folders in a folder are models or adapters."""
     if {*_MODEL} & {*below.get("final", ())}:
         return f"no weights found. Its folder `final` is what mixce-train leaves: give {where.inside('final')}."
+    if saved := [folder for folder in below.get("checkpoints", ()) if _STEPS.fullmatch(folder)]:
+        last = where.inside(f"checkpoints/{max(saved, key=_step)}")
+        return f"no weights found: it is the folder of a training that has no result yet. Its last checkpoint: {last}."
     adapters = [folder for folder, files in below.items() if _CONFIG in files]
     models = [folder for folder, files in below.items() if folder not in adapters and {*_MODEL} & {*files}]
     steps = [folder for folder in (*models, *adapters) if _STEPS.fullmatch(folder)]
     if steps:
-        steps.sort(key=lambda folder: int(_STEPS.fullmatch(folder)[1]))  # type: ignore[index]  # all match
+        steps.sort(key=_step)
         what = "adapter" if steps[-1] in adapters else "model"
         return (
             f"no weights found: it is the folder of a training, with {what}s in {listed(steps)}. Give one of these, "
             f"for example the last: {_of_base(where.inside(steps[-1]), is_adapter=what == 'adapter')}."
         )
-    if adapters:
+    if adapters and not models:
         paths = [_of_base(where.inside(folder), is_adapter=True) for folder in sorted(adapters)]
         return f"no weights found, but adapters in {listed(sorted(adapters))}. Give one of these: {paths[0]}."
     if models:
         return (
-            f"no weights found, but models in {listed(sorted(models))}. Give one of these: {where.inside(min(models))}."
+            f"no weights found, but models in {listed(sorted(models))}"
+            f"{f' and adapters in {listed(sorted(adapters))}' if adapters else ''}. Give one of these: "
+            f"{where.inside(min(models))}."
         )
     return None
+
+
+def _step(folder: str) -> int:
+    match = _STEPS.fullmatch(folder)
+    return int(match[1]) if match else -1
 
 
 def _of_base(path: str, *, is_adapter: bool) -> str:

@@ -182,7 +182,14 @@ def is_there(path: str | Path, name: str = "") -> bool:
 
 
 def meant_path(path: str | Path) -> str:
-    """For a path that is not there: ` Did you mean ...?`, with the nearest name in the deepest folder that is there."""
+    """For a path that is not there: ` Did you mean ...?`, with the nearest path that is there."""
+    near = nearest_path(path)
+    return f" Did you mean {shown(near)}?" if near is not None else " Check the spelling."
+
+
+def nearest_path(path: str | Path) -> Path | None:
+    """For a path that is not there: the same with the nearest name in the deepest folder that is there, if that path
+    exists."""
     wanted = Path(path)
     for place in (wanted, *wanted.parents):
         try:
@@ -191,10 +198,10 @@ def meant_path(path: str | Path) -> str:
             names = {entry.name.lower(): entry.name for entry in place.parent.iterdir()}
         except (OSError, ValueError):
             break
-        close = difflib.get_close_matches(place.name.lower(), names, 1)
-        near = place.with_name(names[close[0]]) / wanted.relative_to(place) if close else None
-        return f" Did you mean {shown(near)}?" if near is not None and near.exists() else " Check the spelling."
-    return " Check the spelling."
+        close = difflib.get_close_matches(place.name.lower(), names)
+        paths = (place.with_name(names[name]) / wanted.relative_to(place) for name in close)
+        return next((path for path in paths if path.exists()), None)
+    return None
 
 
 def snapshot_of(path: Path) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from merge_tool.apart import ask
-from merge_tool.checkpoint.folder import is_there, is_weight_file, meant_path, snapshot_of
+from merge_tool.checkpoint.folder import is_there, is_weight_file, meant_path, nearest_path, snapshot_of
 from merge_tool.checkpoint.source import ComingFile, Place
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
@@ -26,8 +26,9 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.A
 def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     """(`org/name`, revision or None) if `ref` is a hub id and no local path has that name, else None.
 
-    A path typed wrong is no id: not if its first folder is there (`runs/bse` beside `runs/`), unless a revision says
-    that the Hub is meant; and `./name` and `folder/name/` have another form.
+    A path typed wrong is no id: not if its first folder is there (`runs/bse` beside `runs/`), or one of nearly that
+    name has the rest (`rnus/base` beside `runs/base`), unless a revision says that the Hub is meant; and `./name` and
+    `folder/name/` have another form.
 
     >>> hub_id("euclaise/Memphis-CoT-3B@main")
     ('euclaise/Memphis-CoT-3B', 'main')
@@ -38,7 +39,7 @@ def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     match = _HUB_ID.fullmatch(text)
     if match is None or is_weight_file(match[1]) or is_there(text) or is_there(match[1]):
         return None
-    if match[2] is None and is_there(match[1].partition("/")[0]):
+    if match[2] is None and (is_there(match[1].partition("/")[0]) or nearest_path(match[1]) is not None):
         return None
     return match[1], match[2]
 
@@ -65,8 +66,16 @@ def local_path(ref: str | Path) -> Path:
 def _there(ref: str | Path) -> Path:
     """A local path that is there. Raises CheckpointError: later a Path would not show that it was local by its form."""
     if not is_there(ref):
-        raise CheckpointError(f"{shown(ref)}: no such file or folder.{meant_path(ref)}")
+        raise CheckpointError(f"{shown(ref)}: no such file or folder.{meant(ref)}")
     return snapshot_of(Path(ref))
+
+
+def meant(ref: str | Path) -> str:
+    """As `meant_path`, and for a path with the form of an id: how to say that the Hub is meant."""
+    text = str(ref)
+    match = _HUB_ID.fullmatch(text)
+    is_of_form = match is not None and match[2] is None and not is_weight_file(text)
+    return meant_path(text) + (f" A model of the Hub is {shown(text)}@main." if is_of_form else "")
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def open_local(
     folder, `name` is for messages, `variant` chooses among files (fp16)."""
     try:
         if path.is_dir():
-            checkpoint = _open_folder(Folder(path, name), coming, max_header_bytes, variant)
+            checkpoint = _open_folder(Folder(path, name), coming, max_header_bytes, variant, shown(path))
         elif path.is_file():
             checkpoint = _open_file(path, name or path.name, max_header_bytes)
         elif path.exists():
@@ -250,6 +250,8 @@ def open_one_file(folder: Folder, file_name: str, *, max_header_bytes: int = MAX
 def _open_file(path: Path, name: str, max_header_bytes: int) -> Checkpoint:
     if path.suffix.lower() == ".json":
         raise CheckpointError(f"{name}: is no file of weights. Give its folder: {shown(path.parent)}.")
+    if path.suffix.lower() in {".yaml", ".yml"}:
+        raise CheckpointError(f"{name}: is no model. A recipe is merged by merge-tool run RECIPE.yaml OUT.")
     if path.suffix.lower() in {".gguf", ".ggml"}:
         raise CheckpointError(f"{name}: {unread_format([path.name])}")
     return _alone(LocalFile(path.resolve(), name), path.name, max_header_bytes)
@@ -275,13 +277,17 @@ def _alone(source: LocalFile, file_name: str, max_header_bytes: int) -> Checkpoi
 
 
 def _open_folder(
-    folder: Folder, coming: Mapping[str, ByteSource], max_header_bytes: int, variant: str | None = None
+    folder: Folder,
+    coming: Mapping[str, ByteSource],
+    max_header_bytes: int,
+    variant: str | None = None,
+    typed: str = "",
 ) -> Checkpoint:
     listing = sorted({*(entry.name for entry in folder.root.iterdir()), *coming})
     notices: list[str] = []
     weight_map: dict[str, str] = {}
     found = [*listing, *files_below(folder, listing)]
-    names, index = find_weights(folder.name, found, of_hub=folder.is_of_hub, variant=variant)
+    names, index = find_weights(folder.name, found, of_hub=folder.is_of_hub, variant=variant, typed=typed)
     if index:
         weight_map = _load_weight_map(folder, index)
     shards = names or sorted(set(weight_map.values()))

@@ -34,14 +34,14 @@ _SHARD = re.compile(r"(.+)-0*([0-9]+)-of-0*([0-9]+)(\.[a-z]+)")  # model-00001-o
 
 
 def find_weights(
-    name: str, listing: Sequence[str], *, of_hub: bool = False, variant: str | None = None
+    name: str, listing: Sequence[str], *, of_hub: bool = False, variant: str | None = None, typed: str = ""
 ) -> tuple[list[str], str | None]:
     """The files of weights, or the index that names them: safetensors before pickles, as transformers does; of either,
     model.safetensors (pytorch_model.bin) first, then its index, else the only one of its kind, else all shards
     (model-00001-of-00003.safetensors and so on), if they are complete.
 
     With a `variant` (fp16), the files that have it in their names, if there are any. `name` is the folder's name, for
-    messages. Files in sub-folders of the listing serve to say where weights are.
+    messages, `typed` its path as the user wrote it. Files in sub-folders of the listing serve to say where weights are.
     Raises CheckpointError when there is neither.
     """
     everything, listing = listing, [file for file in listing if "/" not in file]
@@ -49,8 +49,10 @@ def find_weights(
         listing = [file for file in listing if _variant_of(file) == variant]
     safetensors = [file for file in listing if file.endswith(".safetensors") or ".safetensors.index." in file]
     has_model = bool({"model.safetensors", "model.safetensors.index.json"} & {*safetensors})
-    if not has_model and (what := find_elsewhere(name, everything, has_safetensors=bool(safetensors), of_hub=of_hub)):
-        raise CheckpointError(f"{name}: {what}")
+    if not has_model:
+        has_some = bool(safetensors)
+        if what := find_elsewhere(name, everything, has_safetensors=has_some, of_hub=of_hub, typed=typed):
+            raise CheckpointError(f"{name}: {what}")
     if safetensors:
         return _choose(name, safetensors, "model.safetensors", ".safetensors")
     states = [file for file in listing if is_pickle(file) and not _STATE_FILES.match(file)]

@@ -22,13 +22,15 @@ _ALWAYS = "Not needed: it is always done."
 _OPTIONS = {
     "cuda gpu device device-map multi-gpu read-to-gpu gpu-rich mps": _CPU,
     "lazy-unpickle lazy-loader low-cpu-memory low-cpu-mem-usage async-write clone-tensors": _PIECES,
+    "merge-method": "Write --method slerp or --method linear; the other methods are named in a recipe: merge-tool run "
+    "RECIPE.yaml OUT.",
     "copy-tokenizer": "Not needed: BASE's tokenizer and configuration are always copied. --files-from takes another "
     "model's.",
     "out-shard-size shard-size shard": "Write --max-shard-size 5GB. Sizes are bytes; mergekit's 5B are parameters.",
     "allow-crimes": "Say what is allowed: --allow-different-architectures, --on-missing base, --on-mismatch base.",
     "trust-remote-code": "Not needed: no code of a model is run.",
     "random-seed": "Write --seed.",
-    "num-threads threads workers num-workers n-jobs num-jobs cores cpus": "Write --jobs.",
+    "num-threads threads write-threads workers num-workers n-jobs num-jobs cores cpus": "Write --jobs.",
     "ram mem max-memory memory-limit memory-bytes max-ram": "Write --memory 500MB.",
     "alpha ratio factor interpolation interp amount strength": _T,
     "weight weights density lambda epsilon gamma normalize select-topk int8-mask": _PARAMETER,
@@ -44,14 +46,15 @@ _OPTIONS = {
     "layers layer-range t-attn t-mlp gradient": "Write --t-for PATTERN=T[,T...]; a list runs along the layers.",
     "skip ignore freeze keep-base": "Write --exclude PATTERN.",
     "include filter target-modules": "Write --only PATTERN.",
-    "lora adapter peft lora-merge-cache": "Write MODEL+ADAPTER in place of MODEL, or merge-tool fold BASE ADAPTER OUT.",
+    "lora adapter peft lora-merge lora-merge-cache lora-merge-dtype": "Write MODEL+ADAPTER in place of MODEL, "
+    "or merge-tool fold BASE ADAPTER OUT.",
     "transformers-cache cache-dir hf-cache": "Set the environment variable HF_HUB_CACHE.",
     "token hf-token auth-token use-auth-token": "Set the environment variable HF_TOKEN, or run hf auth login.",
     "write-model-card model-card safe-serialization safetensors checksums": _ALWAYS,
     "verbose v debug log-level loglevel": "Not needed: --dry-run shows the plan, --json everything, --progress log "
     "a line every half minute.",
     "silent no-progress no-bar": "Write --quiet, or --progress none.",
-    "push-to-hub push upload hub": "Upload OUT afterwards: hf upload ORG/NAME OUT.",
+    "push-to-hub push upload hub": "Publish OUT afterwards: merge-tool push OUT hub:ORG/NAME.",
     "base-id ft-id hub-id": "Write --id base=ORG/NAME or --id ft=ORG/NAME.",
     "plan plan-only check simulate": "Write --dry-run.",
     "prompt test generate": "Write --try 'PROMPT'.",
@@ -80,7 +83,23 @@ def explained(error: click.UsageError, ctx: click.Context, words: Sequence[str])
                 "merge-tool run RECIPE.yaml OUT.",
                 ctx,
             )
+    if type(error) in (click.MissingParameter, click.UsageError) and (hint := _other_command(ctx, words)):
+        return click.UsageError(f"{error.format_message()} {hint}", ctx)
     return error
+
+
+def _other_command(ctx: click.Context, words: Sequence[str]) -> str:
+    """The command for the number and kind of the paths, where that is another one."""
+    pairs = zip(["", *words], words, strict=False)
+    paths = [word for before, word in pairs if not word.startswith("-") and not before.startswith("-")]
+    names = [param.name for param in ctx.command.params if isinstance(param, click.Argument)]
+    if names == ["base", "ft", "out"] and paths and paths[0].endswith((".yaml", ".yml")):
+        return f"A recipe is merged by merge-tool run {paths[0]} OUT."
+    if names == ["base", "ft", "out"] and len(paths) > 3:
+        return "More than two models are merged by a recipe: merge-tool run RECIPE.yaml OUT."
+    if names == ["recipe", "out"] and len(paths) > 2:
+        return "Two models are merged by slerp-merge BASE FT OUT."
+    return ""
 
 
 def explained_command(error: click.UsageError, ctx: click.Context, words: Sequence[str]) -> click.UsageError:
@@ -101,6 +120,8 @@ def _advice(option: str, ctx: click.Context) -> str:
     own = [o for param in ctx.command.params for o in param.opts if o.startswith("--")]
     if f"--{name}" in own:
         return f"Write --{name}."
+    if name.startswith("no-") and _BY_NAME.get(name.removeprefix("no-")) == _ALWAYS:
+        return "It is always done."
     if name in _BY_NAME:
         return _BY_NAME[name].format(name=name)
     if elsewhere := [command for command, options in _of_others(ctx) if f"--{name}" in options]:

@@ -58,6 +58,16 @@ class Licences:
         return silent if self.stated and self.silent else ""
 
 
+_TERMS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-].*)?", re.IGNORECASE)
+
+
+def terms_in_words(terms: Licences, files: Iterable[str], owner: str) -> str:
+    """What a user should know of the licences, and that the output's `files` have those of `owner` alone."""
+    own = [name for name in files if _TERMS.fullmatch(name)] if terms.differ else []
+    verb = "is" if len(own) == 1 else "are"
+    return terms.sentence + (f" The output's {listed(own)} {verb} {owner}'s alone." if own else "")
+
+
 def licences(cards: Cards) -> Licences:
     """The licences of all models. Without two cards that state one, no card's licence can differ."""
     terms = {name: {k: v for k, v in inherited(card).items() if k in _LICENCE} for name, card in cards.items()}
@@ -73,13 +83,14 @@ def licences(cards: Cards) -> Licences:
 
 def _licence(fields: Mapping[str, Any]) -> str:
     text = fields["license"]
-    if text == "other" and "license_name" in fields:
-        text = fields["license_name"]
+    if text == "other":
+        text = fields.get("license_name") or " ".join(["other", *(str(fields[k]) for k in _LINK if k in fields)])
     return shown(", ".join(text) if isinstance(text, list) else text, 100)
 
 
 _NOTHING = ("", "~", "null", "Null", "NULL")
-_LICENCE = ("license", "license_name", "license_link")
+_LINK = ("license_link",)
+_LICENCE = ("license", "license_name", *_LINK)
 _INHERITED = (*_LICENCE, "language", "pipeline_tag", "library_name")
 
 
@@ -87,7 +98,7 @@ def inherited(first_card: Path | None) -> dict[str, Any]:
     """Licence, language, task and library from a model's card, if they are plain strings or lists of them."""
     facts: dict[str, Any] = {}
     for key, value in front_matter(first_card).items():
-        is_list = isinstance(value, list) and len(value) < 200 and all(isinstance(v, str) for v in value)
+        is_list = isinstance(value, list) and 0 < len(value) < 200 and all(isinstance(v, str) for v in value)
         is_text = isinstance(value, str) and value not in _NOTHING
         if key in _INHERITED and (is_text or is_list) and len(str(value)) < 4000:
             facts[key] = value

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from merge_tool._version import __version__
 from merge_tool.errors import counted, shown
-from merge_tool.models.cards import Cards, inherited, licences
+from merge_tool.models.cards import Cards, inherited, licences, terms_in_words
 from merge_tool.output.next_steps import next_steps
 from merge_tool.output.report import Summary, remarks
 from merge_tool.plan.plan import MergePlan
@@ -35,6 +35,7 @@ def card_of(prepared: Prepared, summary: Summary, output: int) -> str:
         architecture=prepared.architecture,
         has_own_rows=prepared.has_own_rows,
         has_code=any(file.source.endswith(".py") for file in prepared.side_files.copied),
+        files=[file.target for file in prepared.side_files.copied],
     )
 
 
@@ -68,6 +69,7 @@ def card_text(
     architecture: str,
     has_own_rows: bool,
     has_code: bool,
+    files: Sequence[str] = (),
 ) -> str:
     """The model card: the Hub's metadata, then what was merged and how far apart the parents are."""
     from huggingface_hub import ModelCardData  # 2 MB; ModelCard, which only joins the two parts, 13 MB more
@@ -78,7 +80,8 @@ def card_text(
         fields.setdefault("library_name", "transformers")
     parents, tags = hub_names(plan.recipe), ["merge", "slerp-merge"]
     data = ModelCardData(base_model=parents, base_model_relation="merge", tags=tags, **terms.fields, **fields)
-    sections = _card_sections(plan, summary, output, terms.sentence, has_own_rows, has_code)
+    words = terms_in_words(terms, files, plan.names[plan.recipe.donor])
+    sections = _card_sections(plan, summary, output, words, has_own_rows, has_code)
     steps = next_steps(architecture, has_code=has_code, is_quantised=bool(plan.num_quantised))
     body = "\n\n".join([*sections, *steps])
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"

@@ -44,4 +44,7 @@ def _lines(architecture: str, *, has_code: bool, is_quantised: bool) -> Iterator
             )
             yield "- LM Studio: `lms import model-Q4_K_M.gguf`."
         yield f"- vLLM: `vllm serve OUT{' --trust-remote-code' if has_code else ''}`."
-    yield "- Upload: `hf upload ORG/NAME OUT`; first add to this card what the model is for, and what you measured."
+    yield (
+        "- Upload: `merge-tool push OUT hub:ORG/NAME` (files as the merge made them), or `hf upload ORG/NAME OUT`. "
+        "Then add to this card there what the model is for, and what you measured."
+    )

@@ -19,6 +19,7 @@ from typing import Any
 from merge_tool._version import __version__
 from merge_tool.errors import OutputError, counted, reason, shown
 from merge_tool.methods.inner import Weights, pair_angle
+from merge_tool.models.lora import parts
 from merge_tool.plan.plan import MergePlan, TensorJob, differences, words_of
 from merge_tool.plan.stacks import split_layer
 from merge_tool.recipe.options import Options, as_json
@@ -169,7 +170,8 @@ def summarise(plan: MergePlan, findings: Findings) -> Summary:
 def _by_name(plan: MergePlan, numbers: Counter[int]) -> Mapping[str, int]:
     counts: Counter[str] = Counter()
     for model in sorted(numbers):
-        counts[plan.names[model]] += numbers[model]
+        folded = " with its adapter folded in" if len(parts(str(plan.recipe.models[model]))) > 1 else ""
+        counts[f"{plan.names[model]}{folded}"] += numbers[model]
     return counts
 
 
@@ -197,7 +199,8 @@ def remarks(summary: Summary) -> list[str]:
         what = counted(summary.num_copied, "tensor is", "tensors are")
         each = ", ".join(f"{number:,} of {shown(name)}" for name, number in summary.copied_from.items())
         own = "the base's is kept" if summary.num_copied == 1 else "the base's are kept"
-        lines.append(f"{what} copied, not merged: {each}." if each else f"{what} not merged: {own}.")
+        how = "not merged with another model's" if "folded in" in each else "copied, not merged"
+        lines.append(f"{what} {how}: {each}." if each else f"{what} not merged: {own}.")
     if summary.num_kept_base:
         lines.append(f"{counted(summary.num_kept_base, 'integer tensor')} not alike: the base's are kept.")
     return lines

@@ -19,7 +19,7 @@ from merge_tool.errors import MismatchError, OutputError, RecipeError, input_fai
 from merge_tool.files import free_bytes
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
-from merge_tool.models.cards import Cards, cards_of, licences
+from merge_tool.models.cards import Cards, cards_of, licences, terms_in_words
 from merge_tool.models.experts import in_layout_of
 from merge_tool.models.given_names import with_names
 from merge_tool.models.heads import architecture, untie
@@ -150,7 +150,8 @@ def prepare(
         side_files, more = _side_files(recipe, plan, models, alignment, target)
         cards = cards_of(inputs.paths)
         if sum(card is not None for card in cards.values()) > 1 and (terms := licences(cards)).differ:
-            warnings.append(terms.sentence)
+            files = [file.target for file in side_files.copied]
+            warnings.append(terms_in_words(terms, files, models[recipe.donor].name))
         samples = tuple(_sample(model) for model in models) if read_samples else ()
         first = models[recipe.first]
         first_card = first.folder.regular(card) if first.folder and (card := card_name(first.folder)) else None

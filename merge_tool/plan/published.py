@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, meant_path, snapshot_of
-from merge_tool.checkpoint.hub import hub_id, is_url
+from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, snapshot_of
+from merge_tool.checkpoint.hub import hub_id, is_url, meant
 from merge_tool.errors import CheckpointError, RecipeError, shown
 from merge_tool.models.lora import lacking, parts
 from merge_tool.plan.plan import MergePlan
@@ -125,7 +125,7 @@ def check_places(recipe: Recipe) -> None:
         hint = (
             f" It is in the recipe's folder: run the command there, or give --models-dir {shown(recipe.folder)}."
             if beside
-            else meant_path(lacking(path))
+            else meant(lacking(path))
         )
         raise CheckpointError(
             f"{shown(recipe.where)}{line}: {shown(path)}: no such file or folder. Paths are relative to the current "

@@ -44,19 +44,34 @@ def main(words: Sequence[str]) -> int:
 
 def _arguments(tasks: str, options: Sequence[str], folder: str) -> list[str]:
     """lm_eval's arguments for one model; --model_args of the user's come beside the model's path."""
-    options, model_args = list(options), f"pretrained={folder}"
-    if "--model_args" in options[:-1]:
-        at = options.index("--model_args")
-        model_args += f",{options[at + 1]}"
-        del options[at : at + 2]
+    model_args, rest = model_arguments(options)
+    has_model = any(word == "-M" or word.partition("=")[0] == "--model" for word in rest)
     return [
-        *([] if "--model" in options else ["--model", "hf"]),
+        *([] if has_model else ["--model", "hf"]),
         "--model_args",
-        model_args,
+        ",".join([f"pretrained={folder}", *model_args]),
         "--tasks",
         tasks,
-        *options,
+        *rest,
     ]
+
+
+def model_arguments(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """lm_eval's arguments of the model (`dtype=float32`), however they are written, and all other words.
+
+    >>> model_arguments(["--limit", "5", "-a", "dtype=float32", "parallelize=True", "--model_args=x=1,y=2"])
+    (['dtype=float32', 'parallelize=True', 'x=1', 'y=2'], ['--limit', '5'])
+    """
+    found, rest, is_inside = list[str](), list[str](), False
+    for word in options:
+        name, equals, value = word.partition("=")
+        is_option = name in ("--model_args", "-a")
+        is_inside = not equals if is_option else is_inside and not word.startswith("-")
+        if is_option:
+            found += [value] * bool(equals)
+        else:
+            (found if is_inside else rest).append(word)
+    return [part for text in found for part in text.split(",") if part], rest
 
 
 def scores(results: dict[str, Any]) -> Iterator[tuple[str, float]]:

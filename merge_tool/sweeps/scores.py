@@ -21,8 +21,8 @@ _BEAT_SECONDS = 2.0
 
 
 def judge(command: Sequence[str]) -> list[str]:
-    """The program and arguments of an evaluation command. Raises RecipeError for an empty one, and if it needs
-    lm-evaluation-harness, which is not installed."""
+    """The program and arguments of an evaluation command. Raises RecipeError for an empty one, and for
+    lm-evaluation-harness if it is not installed or would score another model than the merges."""
     if not command:
         raise RecipeError("The evaluation command is empty, expected a program and its arguments.")
     if not command[0].startswith(LM_EVAL):
@@ -30,6 +30,10 @@ def judge(command: Sequence[str]) -> list[str]:
     tasks = command[0].removeprefix(LM_EVAL)
     if not tasks or any(not task for task in tasks.split(",")):
         raise RecipeError(f"'{shown(command[0])}' names no tasks, expected {LM_EVAL}TASK,TASK, as in lm-eval:gsm8k.")
+    from merge_tool.sweeps.lm_eval import model_arguments
+
+    if any(re.match(r"\W*pretrained\b", part) for part in model_arguments(command[1:])[0]):
+        raise RecipeError(f"{LM_EVAL} has pretrained= in its model arguments: the models are the merges. Leave it out.")
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError(f"{LM_EVAL} needs lm-evaluation-harness: {install('eval')}.")
     return [sys.executable, "-m", "merge_tool.sweeps.lm_eval", tasks, *command[1:], "--"]

@@ -40,6 +40,11 @@ class Ways:
 def tokenizer_warnings(donor: Checkpoint, other: Checkpoint, ways: Ways) -> Iterator[str]:
     """What `other` has otherwise than `donor`, whose files the output has."""
     here, there = donor.tokenizer_folder, other.tokenizer_folder
+    if here is None and there is not None and any(map(there.has, (*TOKENIZER_FILES, "config.json"))):
+        yield (
+            f"{donor.name} is a file without a folder, and so the output has no configuration and no tokenizer. "
+            f"{ways.files} takes {other.name}'s files."
+        )
     if here is None or there is None:
         return
     if not any(map(here.has, TOKENIZER_FILES)):
@@ -119,7 +124,7 @@ def end_warnings(donor: Checkpoint, other: Checkpoint, ways: Ways) -> Iterator[s
     """The ids by which generation begins and ends, where `other` has other ones than `donor`, whose config.json and
     generation_config.json the output has."""
     differing = []
-    for key in ("bos_token_id", "eos_token_id"):
+    for key in ("bos_token_id", "eos_token_id") if donor.folder is not None else ():
         ids, others = (_ids(model, key) for model in (donor, other))
         if others and ids != others:
             differing.append(_differs(key, ids, others, donor, other))
