@@ -124,7 +124,7 @@ def test_a_pipelines_components_are_named(tmp_path: Path) -> None:
     (tmp_path / "sd/scheduler/scheduler_config.json").write_text("{}")
     (tmp_path / "sd/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     said = "sd: is a pipeline of diffusers (model_index.json), of several models. Give the folder of one of them"
-    assert refusal(tmp_path / "sd") == f"{said}: sd/text_encoder, sd/unet."
+    assert refusal(tmp_path / "sd") == f"{said}: {tmp_path}/sd/text_encoder, {tmp_path}/sd/unet."
     for part in ("unet", "text_encoder"):
         shutil.rmtree(tmp_path / "sd" / part)
     assert refusal(tmp_path / "sd") == f"{said}; none is here yet: finish the download."

@@ -475,15 +475,15 @@ def recipe_text(recipe: str | Path | Mapping[str, Any]) -> tuple[str, str]:
         except yaml.YAMLError as e:
             raise RecipeError(f"The recipe holds what YAML cannot: {shown(e)}. Give texts, numbers and lists.") from e
     path = Path(recipe)
-    if path.is_dir():
-        raise RecipeError(
-            f"{shown(path)}: is a folder, expected a recipe, a file with YAML. Two models: slerp-merge BASE FT OUT."
-        )
     try:
         if path.stat().st_size > _LARGEST_RECIPE:
             raise RecipeError(
                 f"{shown(path)}: has {path.stat().st_size:,} bytes, at most {_LARGEST_RECIPE:,} are read."
             )
         return path.read_text(encoding="utf-8"), path.name
+    except IsADirectoryError as e:
+        raise RecipeError(
+            f"{shown(path)}: is a folder, expected a recipe, a file with YAML. Two models: slerp-merge BASE FT OUT."
+        ) from e
     except (OSError, ValueError) as e:
         raise RecipeError(f"{shown(path)}: cannot be read ({reason(e)}).") from e
