@@ -189,7 +189,7 @@ def test_a_judge_needs_prompts() -> None:
 
 def test_the_distance_is_what_diff_measures(base: Path, tmp_path: Path) -> None:
     """At every evaluation; the last is that of the result, as `merge-tool diff` sees it."""
-    from merge_tool.diff import diff_checkpoints
+    from merge_tool.compare.diff import diff_checkpoints
 
     output = run(base, tmp_path / "o", eval_every=3)
     lines = read_metrics(output, "distance")
