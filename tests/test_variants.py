@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from merge_tool.verification.verify import verify
 
 from checkpoints import Array, contents, load_folder, save_file
 from hub_replica import Replica, run, serve
 from merge_tool import MergeToolError, RecipeError, merge, merge_models
+from merge_tool.verification.verify import verify
 from oracle import float64_merge
 
 STEM = "diffusion_pytorch_model"
