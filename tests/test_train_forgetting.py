@@ -155,6 +155,7 @@ def test_a_function_of_your_own_judges(base: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "p" / "data").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_judge_and_sample_as_one(base: Path, tmp_path: Path) -> None:
     """A sharded model generates, too: the answers and samples are those of one process."""
     source = {"path": str(base / "old.jsonl"), "label": "old", "weight": 0, "judge": "exact", "templates": TEMPLATE}
