@@ -109,6 +109,27 @@ def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     assert warnings_of(ft, base) == []
 
 
+def test_what_transformers_writes_when_it_saves_again_is_no_difference(tmp_path: Path) -> None:
+    """The usual rotary base, and a post-processor that adds nothing: mixce-train's own output had two alarms. Where the
+    class has another base, or the value is another, it is one."""
+    sequence = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+    template = {"type": "TemplateProcessing", "single": sequence[:1], "pair": sequence, "special_tokens": {}}
+    saved = {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    ft = model(tmp_path / "ft", 2, {"tokenizer.json": changed(post_processor=template)}, model_type="llama", **saved)
+    base = model(tmp_path / "base", 1, model_type="llama", rope_theta="absent")
+    assert warnings_of(base, ft) == warnings_of(ft, base) == []
+    other = model(tmp_path / "other", 3, model_type="llama", rope_theta=500_000.0)
+    assert "rope_theta differs" in warnings_of(base, other)[0]
+    both = (
+        model(tmp_path / "a", 1, model_type="gpt_oss", rope_theta="absent"),
+        model(tmp_path / "b", 2, model_type="gpt_oss"),
+    )
+    assert "rope_theta differs" in warnings_of(*both)[0]
+    marked = {**template, "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, *sequence[:1]]}
+    third = model(tmp_path / "c", 3, {"tokenizer.json": changed(post_processor=marked)}, model_type="llama")
+    assert "its post_processor" in warnings_of(base, third)[0]
+
+
 def test_a_base_that_is_one_file_is_named(tmp_path: Path) -> None:
     """It has neither configuration nor tokenizer, so the output has none; ids of tokens are not the point."""
     base, ft = model(tmp_path / "base", 1) / "model.safetensors", model(tmp_path / "ft", 2)

@@ -65,7 +65,7 @@ def test_a_folder_that_is_no_model_says_what_to_give(tmp_path: Path, kind: str) 
     here = tmp_path / "here"
     as_base = [] if "adapter_config.json" in names else [(here, base)]  # BASE is an adapter, FT is none: said before
     for refs in (*as_base, (base, here), (base, f"{base}+{here}"), (here, here)):
-        with pytest.raises(CheckpointError, match=expected):
+        with pytest.raises(CheckpointError, match=expected.replace("here", r"\S*here")):
             merge(*refs, tmp_path / "out")
 
 

@@ -45,6 +45,13 @@ _SAME_ROPE = {  # older names
     "rotary_emb_base": "rope_theta", "global_rope_theta": "rope_theta", "local_rope_theta": "rope_local_base_freq",
     "rotary_pct": "partial_rotary_factor",
 }  # fmt: skip
+_USUAL_BASE = (
+    10_000.0  # of rotary positions: what transformers takes for these, and writes, where config.json is silent
+)
+_OF_USUAL_BASE = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "stablelm", "gpt_neox", "falcon", "olmo"}
+    | {"olmo2", "starcoder2", "granite"}
+)
 _ONE_SIDED = frozenset(
     {"num_attention_heads", "num_key_value_heads", "rope_theta", "rope_scaling"}
 )  # worth a word then
@@ -128,11 +135,18 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
         if own == theirs or (last == "tie_word_embeddings" and base.tensors.keys() != ft.tensors.keys()):
             continue  # of heads their own warning speaks
         is_one_sided = key not in a or key not in b
+        if last == "rope_theta" and is_one_sided and _is_usual_base(*((a, theirs) if key in b else (b, own))):
+            continue
         if (nested and last == "model_type") or (is_one_sided and (last not in _ONE_SIDED or (nested and key != last))):
             continue
         here, there = (_in_words(side.get(key, "nothing")) for side in (a, b))
         why = _SETTINGS[last] if _SETTINGS[last].endswith("?") else f"{_SETTINGS[last]}."
         yield f"{key} differs: {here} in {base.name}, {there} in {ft.name}: {why}"
+
+
+def _is_usual_base(silent: Mapping[str, Any], value: Any) -> bool:
+    """Whether a model whose configuration is silent of its rotary base has this one."""
+    return value == _USUAL_BASE and silent.get("model_type") in _OF_USUAL_BASE
 
 
 def _in_words(value: Any) -> str:

@@ -207,10 +207,21 @@ def _model_ids(model: Any) -> tuple[dict[str, Any], str]:
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
+_TEXTS = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+_NO_PROCESSOR = {
+    "type": "TemplateProcessing",
+    "single": _TEXTS[:1],
+    "pair": _TEXTS,
+    "special_tokens": {},
+}  # adds nothing
+
+
 def _parts(members: Mapping[str, Any]) -> dict[str, str]:
     """A digest of each step beside the model's vocabulary; not of padding and truncation, which callers choose."""
     model = members["model"]
     settings = {key: _plain(members.get(key)) for key in _STEPS}
+    if settings["post_processor"] == _plain(_NO_PROCESSOR):
+        settings["post_processor"] = None
     settings["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
     settings["scores"] = [entry[1] for entry in model["vocab"]] if isinstance(model["vocab"], list) else []
     settings["model"] = _plain({key: value for key, value in model.items() if key not in ("vocab", "merges")})
