@@ -66,8 +66,9 @@ _NO_VALUES = frozenset(
 _CALLS = {
     "merge-tool verify": "verify", "merge-tool run": "merge_models", "merge-tool diff": "diff",
     "merge-tool sweep": "sweep", "merge-tool inspect": "inspect", "slerp-merge": "merge",
+    "merge-tool push": "push",
 }  # fmt: skip
-_COMMAND = re.compile(rf"\b({'|'.join(_CALLS)})((?: [A-Z][A-Z_.a-z]*| [\w./]+\.yaml)+)")
+_COMMAND = re.compile(rf"\b({'|'.join(_CALLS)})((?: [A-Z][A-Z_.a-z]*| [\w./]+\.yaml| hub:[\w/]+)+)")
 _PHRASES = {
     "Run the same command": "Make the same call", "run the same command": "make the same call",
     "The same command": "The same call", "the same command": "the same call", "run its command": "make its call",

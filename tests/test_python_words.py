@@ -64,6 +64,7 @@ def test_no_message_keeps_an_option_or_a_command() -> None:
         ("--id x: no model", 'ids="x": no model'),
         ("--only and --exclude leave nothing", "only and exclude leave nothing"),
         ("hf download x --local-dir FOLDER", "hf download x --local-dir FOLDER"),
+        ("merge-tool push OUT hub:ORG/NAME, then", 'merge_tool.push(OUT, "hub:ORG/NAME"), then'),
         ("run merge-tool run RECIPE.yaml OUT", 'run merge_tool.merge_models("RECIPE.yaml", OUT)'),
     ],
 )
