@@ -21,7 +21,7 @@ def to_json(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
         "where": recipe.where,
         "words": dict(recipe.words),
         "options": as_json(recipe.options),
-        "values": {key: [output.words[key] for output in recipe.outputs] for key in recipe.outputs[0].words},
+        "values": {key: list(dict.fromkeys(o.words[key] for o in recipe.outputs)) for key in recipe.outputs[0].words},
     }
 
 
