@@ -12,8 +12,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import yaml
 
-from checkpoints import contents
+from checkpoints import contents, language_model, save_model
 from merge_tool import OutputError
 from merge_tool.api import finish_parts, merge, merge_recipe, plan_parts
 from merge_tool.files import remove_tree
@@ -22,6 +23,7 @@ from merge_tool.hosts.worker import Worker
 from merge_tool.recipe.pair import pair as pair_of
 from merge_tool.recipe.recipe import Recipe
 from test_hosts import killed, reference, run, ties_of_three
+from test_vocab import tokenizer
 
 Pair = tuple[Path, Path]
 
@@ -155,6 +157,59 @@ def test_several_values_of_several_parameters_are_planned(tmp_path: Path) -> Non
     make_all(tmp_path / "p.json")
     run("finish", tmp_path / "p.json")
     run("run", tmp_path / "ties.yaml", tmp_path / "alone" / "out", *words)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone" / "out")
+
+
+PARAMETERS = {"weight": 0.5, "density": 0.5}
+NAMED = {
+    "dots": {"models": [{"model": "./m1", "parameters": PARAMETERS}, {"model": "sub/../m2", "parameters": PARAMETERS}]},
+    "folders": {
+        "models": [
+            {"model": {"model": {"path": "./m1"}}, "parameters": PARAMETERS},
+            {"model": "sub/m1", "parameters": PARAMETERS},
+        ]
+    },
+    "options": {"dtype": "float32", "out_dtype": "float16", "parameters": {"normalize": False}},
+    "tokenizer": {"tokenizer": {"source": "./m1", "tokens": {"d": {"source": "sub/m1"}}, "pad_to_multiple_of": 8}},
+    "chosen": {},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_recipe_of_relative_paths_is_worked_on_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And the published recipe has the same names."""
+    there = tmp_path / "there"
+    for number, path in enumerate(("m0", "m1", "m2", "sub/m1")):
+        tokens = tokenizer([*(f"t{k}" for k in range(99)), "bcad"[number]])
+        settings = json.dumps({"chat_template": f"{{{{ messages }}}} {number}"})
+        side = {"tokenizer.json": tokens, "tokenizer_config.json": settings}
+        save_model(there / path, language_model(number), shards=2, side_files=side)
+    models = [{"model": path, "parameters": PARAMETERS} for path in ("./m1", "./sub/m1")]
+    recipe = {"merge_method": "ties", "base_model": "m0", "models": models, "tokenizer": {"source": "union"}}
+    (there / "r.yaml").write_text(yaml.safe_dump(recipe | NAMED[name], sort_keys=False))
+    monkeypatch.chdir(there)
+    words = ["--chat-template", "./m1", "--files-from", "./sub/m1"] if name == "chosen" else []
+    run("plan", "r.yaml", "out", "--parts", 3, *words, "-o", tmp_path / "p.json")
+    run("run", "r.yaml", "alone/out", *words)
+    monkeypatch.chdir(tmp_path)
+    make_all("p.json")
+    run("finish", "p.json")
+    assert contents(there / "out") == contents(there / "alone" / "out")
+
+
+@pytest.mark.parametrize("words", [[], ["--files-from", "ft"], ["--chat-template", "ft"]])
+def test_a_pair_of_relative_paths_is_worked_on_from_anywhere(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    (pair[1] / "chat_template.jinja").write_text("{{ messages }}")
+    monkeypatch.chdir(pair[0])
+    run("plan", ".", "../ft", "../out", *words, "-o", tmp_path / "p.json")
+    run("merge", ".", "../ft", "../alone/out", *words)
+    monkeypatch.chdir("/")
+    make_all(tmp_path / "p.json")
+    run("finish", tmp_path / "p.json")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone" / "out")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
+from merge_tool.checkpoint.folder import is_there
 from merge_tool.errors import OutputError, RecipeError, listed, reason, shown
 from merge_tool.files import write_whole
 from merge_tool.hosts.pieces import Piece, cut, share_out
@@ -112,13 +113,25 @@ def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFi
     return PlanFile(
         out=str(prepared.target.path.absolute()),
         overwrite=overwrite,
-        recipe=to_json(plan.recipe, prepared.pinned),
+        recipe=to_json(plan.recipe, prepared.pinned, _places(plan.recipe, prepared.pinned)),
         record=plan_record(plan, prepared.samples, overwrite=overwrite),
         shards=tuple((shard.file_name, shard.size) for shard in plan.shards),
         pieces=pieces,
         parts=tuple(tuple(share) for share in share_out(pieces, parts)),
         versions=_versions(),
     )
+
+
+def _places(recipe: Recipe, pinned: Sequence[str]) -> list[str]:
+    """What each place of the recipe's text names: local models and adapters by their absolute paths."""
+    pairs = [
+        pair
+        for ref, absolute in zip(recipe.models, pinned, strict=True)
+        for pair in zip(paths_of(str(ref)), paths_of(absolute), strict=True)
+    ]
+    local = {path: absolute for path, absolute in pairs if is_there(path)}
+    texts = [str(place.ref) for place in recipe.places]
+    return ["+".join(local.get(path, path) for path in paths_of(text)) for text in texts]
 
 
 def check_plan_path(path: Path, recipe: Recipe, out: Path) -> None:
