@@ -28,7 +28,8 @@ _KEYWORDS: Mapping[str, tuple[str, str]] = {
     "against": ("against", "text"), "t": ("t", "number"), "vary": ("vary", "text"), "sample": ("sample", "number"),
     "eval": ("command", "text"), "batch": ("batch", "number"), "progress": ("progress", "text"),
     "try": ("prompt", "text"), "fill": ("fill", "switch"), "executor": ("executor", "text"),
-    "parts": ("num_parts", "number"),
+    "parts": ("num_parts", "number"), "stream": ("stream", "switch"), "downloads": ("downloads", "number"),
+    "spool": ("spool_bytes", "size"), "private": ("private", "switch"), "names-to": ("names_to", "text"),
     "part": ("part", "number"), "of": ("size", "number"), "steal": ("steal", "switch"), "lease": ("lease", "number"),
 }  # fmt: skip
 _NO_VALUES = frozenset(
@@ -83,6 +84,7 @@ def in_python(text: str) -> str:
     >>> in_python("Give --memory 70MB or more; merge-tool verify OUT finds that.")
     'Give memory_bytes=70_000_000 or more; merge_tool.verify(OUT) finds that.'
     """
+    text = text.replace("--no-stream", "stream=False").replace("--no-publish", "publish=False")
     text = _FLAG.sub(_keyword, re.sub(r"--against ([A-Z]+) ([A-Z]+)", r"against=(\1, \2)", text))
     for command, call in _PHRASES.items():
         text = text.replace(command, call)

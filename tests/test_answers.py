@@ -23,6 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's and transformers' own
 def test_the_parents_and_the_merge_answer_side_by_side(tiny: Path, tmp_path: Path) -> None:
     """The text is what greedy decoding of transformers gives, here in this process."""

@@ -525,6 +525,7 @@ def test_cross_entropy_on_the_sources_and_no_held_out_questions(whole: Path, tmp
     assert (tmp_path / "out/final/config.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_stage_of_one(whole: Path, tmp_path: Path) -> None:
     """Responses, pairs and scores are equal; weights as near as sums in another order are."""
     values = {**stage_values(whole), "output": str(tmp_path / "out")}

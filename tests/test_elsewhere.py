@@ -79,6 +79,7 @@ def test_a_model_beside_its_training_is_read(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "m").tensors.keys() == {"q.weight"}
 
 
+@pytest.mark.slow
 def test_the_command_for_fsdps_pieces_makes_a_folder_that_is_read(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     from torch.distributed import checkpoint
@@ -120,7 +121,7 @@ def test_empty_tensors_of_an_adapter_are_refused(tmp_path: Path, name: str) -> N
 # ---------------------------------------------------------------------------------------------- shards
 
 
-@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("pickled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_shards_are_read_without_their_index(tmp_path: Path, pickled: bool) -> None:
     save = save_pickles if pickled else save_model
     whole = save(tmp_path / "whole", language_model(0), shards=3)

@@ -551,7 +551,9 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
-@pytest.mark.parametrize(("ts", "jobs"), [("0.4", "1"), ("0.4", "8"), ("0.2,0.4,0.6,0.8,1", "4")])
+@pytest.mark.parametrize(
+    ("ts", "jobs"), [("0.4", "1"), pytest.param("0.4", "8", marks=pytest.mark.slow), ("0.2,0.4,0.6,0.8,1", "4")]
+)
 def test_a_large_tensor_is_quantised_below_the_least_budget(
     huge: tuple[Path, Path], tmp_path: Path, ts: str, jobs: str
 ) -> None:

@@ -256,6 +256,7 @@ def per_layer(config: Any, count: int) -> dict[str, list[Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_list_that_a_class_of_transformers_makes_of_numbers_is_restacked() -> None:
     """For each configuration with one entry a layer, written out or following from numbers: the output's

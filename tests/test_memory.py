@@ -94,9 +94,9 @@ models:
     "asked",
     [
         "--t 0.5",
-        "--t 0.1,0.3,0.5,0.7,0.9",
-        "--t-for experts.1=0,0.5,1 --t-for layers.1=0.2 --exclude layers.3.",
-        SLERP,
+        pytest.param("--t 0.1,0.3,0.5,0.7,0.9", marks=pytest.mark.slow),
+        pytest.param("--t-for experts.1=0,0.5,1 --t-for layers.1=0.2 --exclude layers.3.", marks=pytest.mark.slow),
+        pytest.param(SLERP, marks=pytest.mark.slow),
         TIES,
     ],
 )

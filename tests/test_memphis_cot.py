@@ -57,6 +57,7 @@ def test_the_recipe_says_what_is_known() -> None:
     assert (stage.epochs, stage.mixing_ratio, contrast.rank_rows) == (1, 1.0, "tokens")
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_from_the_hub_to_a_model(hub: Replica, tmp_path: Path) -> None:
     """SFT of the old StableLM, then the stage on its result: 356 tensors; the stage's held-out questions are rows that
     the SFT held out."""

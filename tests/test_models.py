@@ -124,7 +124,9 @@ def test_the_bytes_depend_on_neither_memory_nor_threads_nor_shards(
 
 
 @linux_only
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "multislerp", "della"])
+@pytest.mark.parametrize(
+    "method", ["ties", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dare_ties", "multislerp", "della"))]
+)
 def test_three_models_keep_the_memory_promise(method: str, tmp_path: Path) -> None:
     """Base and three finetunes with a tensor of 64 MB each, in a process that may have 96 MB."""
     shapes = {"a.norm": (512,), "b.weight": (8_000, 4_000)}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,12 +60,13 @@ def test_a_part_without_bytes_is_logged_too(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_auto_is_a_bar_only_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))  # imported, no more
     assert Progress("auto").kind == "none"
     assert Progress("auto", otherwise="log").kind == "log"
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # a notebook
+    kernel = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))  # a notebook
     assert Progress("auto", otherwise="log").kind == "bar"
-    monkeypatch.delitem(sys.modules, "ipykernel")
+    monkeypatch.delitem(sys.modules, "IPython")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert Progress("auto").kind == "bar"
     with pytest.raises(RecipeError, match="progress is 'loud', expected one of: auto, bar, log, none"):
@@ -75,7 +77,8 @@ def test_a_notebook_has_its_bar_without_wiring(pair: tuple[Path, Path], tmp_path
     """`merge` alone draws it, by tqdm.auto; a caller who draws one keeps it alone."""
     code = """
 import sys, types
-sys.modules["ipykernel"] = types.ModuleType("ipykernel")
+kernel = types.SimpleNamespace(config={"IPKernelApp": {}})
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: kernel)
 import merge_tool
 merge_tool.merge(*sys.argv[1:3], sys.argv[3] + "/a")
 assert "tqdm.auto" in sys.modules

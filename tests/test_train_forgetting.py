@@ -155,6 +155,7 @@ def test_a_function_of_your_own_judges(base: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "p" / "data").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_judge_and_sample_as_one(base: Path, tmp_path: Path) -> None:
     """A sharded model generates, too: the answers and samples are those of one process."""
     source = {"path": str(base / "old.jsonl"), "label": "old", "weight": 0, "judge": "exact", "templates": TEMPLATE}
@@ -189,7 +190,7 @@ def test_a_judge_needs_prompts() -> None:
 
 def test_the_distance_is_what_diff_measures(base: Path, tmp_path: Path) -> None:
     """At every evaluation; the last is that of the result, as `merge-tool diff` sees it."""
-    from merge_tool.diff import diff_checkpoints
+    from merge_tool.compare.diff import diff_checkpoints
 
     output = run(base, tmp_path / "o", eval_every=3)
     lines = read_metrics(output, "distance")

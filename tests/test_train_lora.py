@@ -162,6 +162,7 @@ def test_settings_that_cannot_be_are_named() -> None:
         make_config(lora={}, final="average", save_every=1)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_one_adapter(base: Path, tmp_path: Path) -> None:
     """The losses are those of one process, within float tolerance."""
     settings = {"dtype": "float32", "lora": {"rank": 4}, "micro_batch": 1, "lr": 1e-3}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from merge_tool.verify.verify import verify
 
 from checkpoints import Array, contents, load_folder, save_file
 from hub_replica import Replica, run, serve
 from merge_tool import MergeToolError, RecipeError, merge, merge_models
+from merge_tool.verification.verify import verify
 from oracle import float64_merge
 
 STEM = "diffusion_pytorch_model"
@@ -65,7 +65,7 @@ def test_without_it_the_plain_weights_are_merged_and_it_is_said(tmp_path: Path) 
     told: list[str] = []
     merge(base, ft, tmp_path / "out", 0.4, on_warning=told.append)
     check(tmp_path / "out", 1, 2)
-    expected = "has fp16, non_ema beside its plain weights, which are merged. --variant fp16 takes the other."
+    expected = 'has fp16, non_ema beside its plain weights, which are merged. variant="fp16" takes the other.'
     assert sum(expected in line for line in told) == 1
 
 
@@ -81,12 +81,12 @@ def test_a_model_without_the_variant_gives_its_plain_weights_and_it_is_said(tmp_
 
 def test_variants_that_nobody_has_and_folders_that_have_nothing_else(tmp_path: Path) -> None:
     base, ft = (component(tmp_path / name, k, variants=("fp16", "ema")) for k, name in enumerate(("base", "ft")))
-    with pytest.raises(RecipeError, match=r"--variant fp8: no model has weights with \.fp8 in their names"):
+    with pytest.raises(RecipeError, match=r'variant="fp8": no model has weights with \.fp8 in their names'):
         merge(base, ft, tmp_path / "out", variant="fp8")
-    with pytest.raises(RecipeError, match="--variant is 'a/b', expected a word such as fp16"):
+    with pytest.raises(RecipeError, match="variant is 'a/b', expected a word such as fp16"):
         merge(base, ft, tmp_path / "out", variant="a/b")
     (base / f"{STEM}.safetensors").unlink()
-    with pytest.raises(MergeToolError, match=r"has 2 .safetensors files .* Choose one: --variant ema"):
+    with pytest.raises(MergeToolError, match=r"has 2 .safetensors files .* Choose one: variant=\"ema\""):
         merge(base, ft, tmp_path / "out")
     merge(base, ft, tmp_path / "out", 0.4, variant="fp16")
     check(tmp_path / "out", 100, 101)

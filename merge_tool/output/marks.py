@@ -71,7 +71,7 @@ def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, name: str = "")
             path for path in inputs if folded(path.name) == folded(name) and holds(path.parent / mark.name, content)
         ]
     finally:
-        mark.unlink(missing_ok=True)
+        _remove(mark)
     if source is not None or beside:
         raise shared_with(folder / name, source or beside[0])
 
@@ -115,6 +115,14 @@ def _inner_folders(out: Path, labels: Iterable[str], names: Iterable[str] | None
         for parent in PurePosixPath(name).parents
     ]
     return [folder for folder in dict.fromkeys(folders) if folder != out and folder.is_dir()]
+
+
+def _remove(mark: Path) -> None:
+    """Remove a mark, at the second try if the first fails: it would stay beside the user's files."""
+    try:
+        mark.unlink(missing_ok=True)
+    except OSError:
+        mark.unlink(missing_ok=True)
 
 
 def _fresh(folder: Path) -> Path:
