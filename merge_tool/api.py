@@ -36,6 +36,7 @@ from merge_tool.models.lora import parts
 from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
 from merge_tool.output.card import card_of
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
+from merge_tool.output.folders import PARTS
 from merge_tool.output.marks import check_apart_by_mark
 from merge_tool.output.merge_report import MergeReport, Watch
 from merge_tool.output.older import check_conflicts
@@ -246,13 +247,20 @@ def merge_recipe(
             del planned
             inputs.stream() if why else inputs.fetch()
         prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=True)
+        if plan_file is not None:
+            plan_file.check(prepared.plan, prepared.samples)
         watch.warn(prepared.warnings)
 
         # --------------------------------------------------------------------------------- run, publish
         try:
             check_apart(prepared)
-            if not overwrite and not os.path.lexists(target.work) and is_complete(prepared):
-                return _already_complete(prepared, report, started)
+            if not os.path.lexists(target.work):
+                if plan_file is not None:
+                    from merge_tool.hosts.adopt import check_finished
+
+                    check_finished(prepared, plan_file)
+                if plan_file is not None or (not overwrite and is_complete(prepared)):
+                    return _already_complete(prepared, report, started)
             check_room(prepared, overwrite=overwrite)
             check_exact_tensors(prepared.plan)
             with WorkFolder(
@@ -266,10 +274,19 @@ def merge_recipe(
             ) as work:
                 if work.may_share:
                     watch.warn([_MAY_SHARE])
+                if plan_file is not None:
+                    from merge_tool.hosts.adopt import has_ended
+
+                    if has_ended(prepared, plan_file, work):
+                        return _already_complete(prepared, report, started)
                 if _begin(prepared, work, overwrite=overwrite):
                     return _already_complete(prepared, report, started)
                 if not work.is_durable:
                     watch.warn([_NOT_DURABLE])
+                if plan_file is None and (work.path / PARTS).is_dir():
+                    from merge_tool.hosts.adopt import adopt_planned
+
+                    adopt_planned(work, check=check_resumed)
                 num_resumed = len(work.done_shards)
                 _say_what_is_done(prepared, work, watch)
                 if executor is not None:

@@ -23,6 +23,7 @@ except ImportError:  # Windows
 from merge_tool.errors import OutputError, reason, shown
 
 _WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2) if os.name == "nt" else ()  # seconds
+_TRIES = 100  # to empty a folder in which others work
 # What file systems say whose folders cannot be synced
 _NO_FOLDER_SYNC = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EACCES, errno.ENOSYS}
@@ -84,6 +85,22 @@ def patiently(action: Callable[[], Any]) -> None:
         except PermissionError:
             time.sleep(seconds)
     action()
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, though workers on other hosts still make and remove files there."""
+    for _ in range(_TRIES):
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:  # of a file that its worker has removed
+            if not folder.exists():
+                return
+        except OSError as e:
+            if e.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+        else:
+            return
+    shutil.rmtree(folder)
 
 
 def part_path(path: Path, run: str = "") -> Path:

@@ -54,12 +54,14 @@ def plan_command(paths: Sequence[str], plan_file: Path, parts: int, **options: A
     """
     from merge_tool.api import plan_parts
     from merge_tool.errors import counted, shown, sized
-    from merge_tool.hosts.plan_file import write_plan_file
+    from merge_tool.hosts.plan_file import check_plan_path, write_plan_file
     from merge_tool.output.merge_report import Watch
 
     overwrite, quiet = options.pop("overwrite"), options.pop("quiet")
     watch = Watch(on_warning=lambda message: click.echo(f"Warning: {message}", err=True))
-    plan = plan_parts(_recipe(paths, options), paths[-1], parts, overwrite=overwrite, watch=watch)
+    recipe = _recipe(paths, options)
+    check_plan_path(plan_file, recipe, Path(paths[-1]))
+    plan = plan_parts(recipe, paths[-1], parts, overwrite=overwrite, watch=watch)
     write_plan_file(plan, plan_file)
     if quiet:
         return
@@ -136,7 +138,7 @@ def work_command(
     rank = rank_of() if part is None else None
     if part is None and rank is None and size not in (None, 1):
         raise click.UsageError("--of is given without --part, and nothing in the environment says a rank.")
-    number, count = (rank.rank, size or rank.size) if rank else (part, size)
+    number, count = (rank.rank, rank.size if size is None else size) if rank else (part, size)
     mine = pieces_of(plan.parts, number or 0, count if number is not None else 1)
     worker = Worker(plan, memory_bytes=memory_bytes, jobs=jobs)
     missing = worker.parts.missing(mine)

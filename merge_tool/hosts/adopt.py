@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from merge_tool.checkpoint.source import sha256_of
-from merge_tool.errors import OutputError, input_failed, shown
+from merge_tool.errors import OutputError, RecipeError, input_failed, shown
 from merge_tool.hosts.pieces import Piece
-from merge_tool.hosts.plan_file import PlanFile, absent
-from merge_tool.hosts.receipts import PartsFolder, Receipt
+from merge_tool.hosts.plan_file import PlanFile, absent, read_plan_file
+from merge_tool.hosts.receipts import PLAN, PartsFolder, Receipt
+from merge_tool.output.complete import is_complete
+from merge_tool.output.folders import PARTS
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.plan import ShardPlan
+from merge_tool.plan.prepare import Prepared
 from merge_tool.run.findings import Findings
 
 _READ_BYTES = 1 << 20
@@ -49,6 +53,45 @@ def adopt_parts(work: WorkFolder, plan_file: PlanFile, *, fill: bool, check: boo
             f"{absent(plan_file, lacking)}. Run their workers again (merge-tool work), or give --fill to make them "
             "here. If they were finished on other hosts, those do not write into this folder."
         )
+
+
+def check_finished(prepared: Prepared, plan_file: PlanFile) -> None:
+    """Raise OutputError unless OUT holds the merge of this plan, of which there is no work folder."""
+    try:
+        if is_complete(prepared):
+            return
+    except OutputError as e:
+        why: OutputError | None = e
+    else:
+        why = None
+    target = prepared.target
+    raise PartsFolder(target.work, plan_file, prepared.plan.labels).not_planned(target.path) from why
+
+
+def has_ended(prepared: Prepared, plan_file: PlanFile, work: WorkFolder) -> bool:
+    """Whether the merge of this plan was finished before; else its parts are in `work`, or it is half published.
+
+    Raises OutputError if OUT is not the folder of this plan, and leaves what is there.
+    """
+    is_planned = PartsFolder(work.path, plan_file, prepared.plan.labels).is_planned()
+    if is_planned or work.is_half_published():
+        return False
+    try:
+        check_finished(prepared, plan_file)
+    finally:
+        if next(work.journal.records(), None) is None:  # nothing but what a publishing left, or this run just made
+            work.discard()
+    return True
+
+
+def adopt_planned(work: WorkFolder, *, check: bool = False) -> None:
+    """Take what workers have finished of this merge by any plan, as far as it makes whole shards."""
+    for copy in sorted((work.path / PARTS).glob(f"*/{PLAN}")):
+        with contextlib.suppress(RecipeError):  # another version's, or another merge's
+            plan_file = read_plan_file(copy)
+            plan_file.check_versions()
+            plan_file.check(work.plan, work.samples)
+            adopt_parts(work, plan_file, fill=True, check=check)
 
 
 def _adopt(work: WorkFolder, shard: ShardPlan, parts: PartsFolder, numbers: Sequence[int], *, check: bool) -> list[int]:

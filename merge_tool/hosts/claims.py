@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from merge_tool.errors import output_failed
+from merge_tool.errors import OutputError, output_failed
 from merge_tool.files import write_whole
 from merge_tool.hosts.worker import Progress, Worker
 
@@ -95,6 +95,9 @@ def steal(
                     made.append(taken)
             finally:
                 claims.drop(taken)
+    except OutputError:
+        worker.check_folder()  # perhaps it is finished, or planned anew
+        raise
     finally:
         claims.close()
     return made

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from merge_tool._version import __version__
+from merge_tool.checkpoint.folder import is_there
 from merge_tool.errors import OutputError, RecipeError, listed, reason, shown
 from merge_tool.files import write_whole
 from merge_tool.hosts.pieces import Piece, cut, share_out
 from merge_tool.methods.registry import METHODS
+from merge_tool.models.lora import parts as paths_of
 from merge_tool.output.work_folder import plan_record, record_differences
+from merge_tool.plan.overlap import lies_in
+from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.stored import from_json, to_json
@@ -80,15 +84,15 @@ class PlanFile:
                     "two versions may differ. Install the same version on all hosts, or make the plan again."
                 )
 
-    def check(self, prepared: Prepared) -> None:
+    def check(self, plan: MergePlan, samples: Sequence[str]) -> None:
         """Raise RecipeError unless the inputs that are seen here give the plan that this file has."""
-        ours = plan_record(prepared.plan, prepared.samples, overwrite=self.overwrite)
+        ours = plan_record(plan, samples, overwrite=self.overwrite)
         if differences := record_differences(self.record, ours):
             raise RecipeError(
                 f"{shown(self.where)}: the inputs here are not those of the plan: {differences}. Give every host the "
                 "same files, or make the plan again."
             )
-        if [(shard.file_name, shard.size) for shard in prepared.plan.shards] != list(self.shards):
+        if [(shard.file_name, shard.size) for shard in plan.shards] != list(self.shards):
             raise RecipeError(f"{shown(self.where)}: the shards differ from those that are planned here. {_AGAIN}.")
 
     def _torn(self, why: str) -> RecipeError:
@@ -109,13 +113,52 @@ def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFi
     return PlanFile(
         out=str(prepared.target.path.absolute()),
         overwrite=overwrite,
-        recipe=to_json(plan.recipe, prepared.pinned),
+        recipe=to_json(plan.recipe, prepared.pinned, _places(plan.recipe, prepared.pinned)),
         record=plan_record(plan, prepared.samples, overwrite=overwrite),
         shards=tuple((shard.file_name, shard.size) for shard in plan.shards),
         pieces=pieces,
         parts=tuple(tuple(share) for share in share_out(pieces, parts)),
         versions=_versions(),
     )
+
+
+def _places(recipe: Recipe, pinned: Sequence[str]) -> list[str]:
+    """What each place of the recipe's text names: local models and adapters by their absolute paths."""
+    pairs = [
+        pair
+        for ref, absolute in zip(recipe.models, pinned, strict=True)
+        for pair in zip(paths_of(str(ref)), paths_of(absolute), strict=True)
+    ]
+    local = {path: absolute for path, absolute in pairs if is_there(path)}
+    texts = [str(place.ref) for place in recipe.places]
+    return ["+".join(local.get(path, path) for path in paths_of(text)) for text in texts]
+
+
+def check_plan_path(path: Path, recipe: Recipe, out: Path) -> None:
+    """Raise RecipeError if the plan would be written over a file that is no plan, or into an input or OUT. Inputs'
+    files are copied into OUT, so the plan would be, too."""
+    where = f"--plan-file {shown(path)}"
+    try:
+        inputs = [Path(part) for ref in recipe.models for part in paths_of(str(ref))]
+        if any(lies_in(path, other) for other in (*inputs, out)):
+            raise RecipeError(f"{where}: lies inside an input or the output. Choose a path beside them.")
+        if path.is_dir() or not path.parent.is_dir():
+            raise RecipeError(f"{where}: {'is a folder' if path.is_dir() else 'its folder is missing'}.")
+        if path.exists() and not _is_plan(path):
+            raise RecipeError(f"{where}: there is a file that is no plan. Choose another name.")
+    except (OSError, RuntimeError, ValueError) as e:
+        raise RecipeError(f"{where}: cannot be used ({reason(e)}).") from e
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is a plan, of any format."""
+    if path.stat().st_size > _LARGEST:
+        return False
+    try:
+        stored = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(stored, dict) and {"format", "pieces", "parts", "sha256"} <= stored.keys()
 
 
 def write_plan_file(plan: PlanFile, path: Path) -> None:

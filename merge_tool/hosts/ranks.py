@@ -70,7 +70,9 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 def _checked(rank: Rank) -> Rank:
     if rank.size is not None and not 0 <= rank.rank < rank.size:
-        raise RecipeError(f"{rank.where} is {rank.rank} of {rank.size}, expected 0 to {rank.size - 1}.")
+        raise RecipeError(
+            f"{rank.where} is {rank.rank} of {rank.size}, expected 0 to {rank.size - 1}. Give --part I --of N."
+        )
     return rank
 
 
@@ -78,6 +80,8 @@ def pieces_of(parts: tuple[tuple[int, ...], ...], rank: int, size: int | None) -
     """The pieces of worker `rank` of `size` (default: as many as there are parts): its parts' pieces, in order. More
     workers than parts leave some without any. Raises RecipeError for a rank out of range."""
     size = len(parts) if size is None else size
+    if size < 1:
+        raise RecipeError(f"The number of workers is {size}, expected at least 1.")
     if not 0 <= rank < size:
         raise RecipeError(f"The part is {rank} of {size}, expected 0 to {size - 1}.")
     return [number for part in parts[rank::size] for number in part]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import OutputError, output_failed, reason, shown
+from merge_tool.errors import OutputError, RecipeError, output_failed, reason, shown
 from merge_tool.files import write_whole
-from merge_tool.hosts.plan_file import PlanFile
+from merge_tool.hosts.plan_file import PlanFile, read_plan_file
 from merge_tool.output.folders import FILES, PARTS
 from merge_tool.run.findings import Finding, Findings, from_record, to_record
+
+PLAN = "plan.json"  # the copy of the plan in the parts' folder
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +30,30 @@ class Receipt:
 
 class PartsFolder:
     """The folder in the work folder of OUT where workers put pieces and receipts: `0/NAME` is a file of the first
-    output. A piece that is part of a shard is written into its place in that file."""
+    output. A piece that is part of a shard is written into its place in that file.
+
+    Each plan has a folder of its own, which `share_plan` makes and no worker: so a worker that still runs when OUT was
+    planned anew, or is finished, can write nothing into what others make there.
+    """
 
     def __init__(self, work: Path, plan: PlanFile, labels: Sequence[str]) -> None:
-        self.path, self.plan, self.labels = work / PARTS, plan, labels
+        self.path, self.plan, self.labels = work / PARTS / plan.sha256[:16], plan, labels
         self._adopted = work / FILES
+
+    def is_planned(self) -> bool:
+        """Whether the plan's folder is there, with its copy of the plan."""
+        try:
+            return read_plan_file(self.path / PLAN).sha256 == self.plan.sha256
+        except RecipeError:
+            return False
+
+    def not_planned(self, out: Path) -> OutputError:
+        """The error for an OUT that is not the folder of this plan."""
+        return OutputError(
+            f"{shown(out)}: is not the folder in which this merge was planned: {shown(self.path / PLAN)} is missing. "
+            "Either this host does not see that folder, or the merge is finished, or planned anew. All hosts need a "
+            "shared folder as OUT."
+        )
 
     def file(self, output: int, piece: int) -> Path:
         """The file that has a piece's bytes."""
@@ -74,7 +97,10 @@ class PartsFolder:
                     f"{shown(path)}: is a receipt of another plan. Remove it, then run the worker of that part again."
                 )
             findings = tuple((int(n), from_record(record)) for n, record in stored["findings"].items())
-            return Receipt(piece, tuple(map(str, stored["sha256"])), findings)
+            digests = stored["sha256"]
+            if len(digests) != len(self.labels) or not all(map(_DIGEST.fullmatch, digests)):
+                raise ValueError("it has no SHA-256 for each output")
+            return Receipt(piece, tuple(digests), findings)
         except FileNotFoundError:
             return None
         except OSError as e:

@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from merge_tool.checkpoint.writer import RegionWriter, ShardWriter
-from merge_tool.errors import OutputError, RecipeError, output_failed, shown
+from merge_tool.errors import OutputError, output_failed
 from merge_tool.hosts.pieces import Piece, shard_of
 from merge_tool.hosts.plan_file import PlanFile, read_plan_file, write_plan_file
-from merge_tool.hosts.receipts import PartsFolder
+from merge_tool.hosts.receipts import PLAN, PartsFolder
 from merge_tool.models.inputs import Inputs
 from merge_tool.plan.memory import machine
 from merge_tool.plan.plan import ShardPlan
@@ -21,7 +21,6 @@ from merge_tool.plan.system_memory import under_pressure
 from merge_tool.plan.target import Target
 from merge_tool.run.run import ShardDone, progress_bytes, run_plan
 
-PLAN = "plan.json"  # the copy of the plan in the parts' folder
 _FLUSH_BYTES = 8_000_000
 
 Progress = Callable[[int, str], None]
@@ -39,28 +38,20 @@ class Worker:
         plan_file.check_versions()
         self.prepared = self._prepared(memory_bytes, jobs)
         self.parts = PartsFolder(self.target.work, plan_file, self.prepared.plan.labels)
-        self._check_folder()
+        self.check_folder()
 
     def _prepared(self, memory_bytes: int | None, jobs: int | None) -> Prepared:
         recipe, limits = self.plan_file.recipe_again(), machine(memory_bytes, jobs)
         with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
             inputs.fetch()
             prepared = prepare(recipe, inputs, self.target, limits, read_samples=True)
-        self.plan_file.check(prepared)
+        self.plan_file.check(prepared.plan, prepared.samples)
         return prepared
 
-    def _check_folder(self) -> None:
-        copy = self.parts.path / PLAN
-        try:
-            is_ours = read_plan_file(copy).sha256 == self.plan_file.sha256
-        except RecipeError:
-            is_ours = False
-        if not is_ours:
-            raise OutputError(
-                f"{shown(self.target.path)}: is not the folder in which this merge was planned: {shown(copy)} is "
-                "missing or another plan's. Either this host does not see that folder, or the merge is finished, or "
-                "planned anew. All hosts need a shared folder as OUT."
-            )
+    def check_folder(self) -> None:
+        """Raise OutputError unless OUT is the folder of this plan still."""
+        if not self.parts.is_planned():
+            raise self.parts.not_planned(self.target.path)
 
     def progress_bytes(self, pieces: Iterable[int]) -> int:
         """The sum of all bytes that `on_progress` will be told of these pieces."""
@@ -79,8 +70,12 @@ class Worker:
             flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
         )
         plan = replace(prepared.plan, shards=tuple(shards.values()))
-        for _ in run_plan(plan, sink, prepared.layout, on_progress=on_progress):
-            pass
+        try:
+            for _ in run_plan(plan, sink, prepared.layout, on_progress=on_progress):
+                pass
+        except OutputError:
+            self.check_folder()  # perhaps it is finished, or planned anew
+            raise
 
 
 @dataclass
@@ -101,10 +96,6 @@ class _Pieces:
         return [self._open(self.parts.file(k, number), shard, piece, header) for k in range(len(self.parts.labels))]
 
     def _open(self, path: Path, shard: ShardPlan, piece: Piece, header: bytearray) -> ShardWriter:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise output_failed(path.parent, e) from e
         if self.parts.plan.is_whole(piece):
             return ShardWriter(path, header, run=self.run, flush_bytes=self.flush_bytes)
         return RegionWriter(path, shard.size, header, flush_bytes=self.flush_bytes)
@@ -119,11 +110,13 @@ def share_plan(plan_file: PlanFile, work: Path, labels: Sequence[str]) -> tuple[
     """Put the plan into the work folder, where workers look for it. Raises OutputError."""
     parts = PartsFolder(work, plan_file, labels)
     try:
-        parts.path.mkdir(exist_ok=True)
+        for output in range(len(labels)):
+            (parts.path / str(output)).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise output_failed(parts.path, e) from e
-    write_plan_file(plan_file, parts.path / PLAN)
-    return parts, parts.path / PLAN
+    path = (parts.path / PLAN).absolute()  # an engine's processes are in other folders
+    write_plan_file(plan_file, path)
+    return parts, path
 
 
 def make_parts(path: str, pieces: Sequence[int], memory_bytes: int | None = None, jobs: int | None = None) -> list[int]:

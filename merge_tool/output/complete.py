@@ -136,7 +136,7 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
     download = prepared.download
     download.check_room()
-    have = sum(p.stat().st_size for p in prepared.target.work.rglob("*") if p.is_file())
+    have = sum(map(_size, prepared.target.work.rglob("*")))
     spare = min(
         _SPARE_DISK_BYTES,
         100_000 + prepared.disk_bytes // 50 + 4_000 * prepared.plan.num_tensors * len(prepared.plan.labels),
@@ -152,6 +152,14 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
             f"{shown(prepared.target.path)}: the output takes {sized(need)}{besides}, its report and journal up to "
             f"{sized(spare)}; the disk has {sized(free)} free.{beside} Free some space or choose another disk."
         )
+
+
+def _size(path: Path) -> int:
+    """The size of a file; 0 for a folder, and for what a worker on another host has just renamed."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _is_on_the_disk_of(target: Target, cache: Path | None) -> bool:

@@ -9,13 +9,12 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import socket
 import sys
 from pathlib import Path
 
 from merge_tool.errors import OutputError, output_failed, shown
-from merge_tool.files import patiently
+from merge_tool.files import patiently, remove_tree
 from merge_tool.output.owner import OWNER, Owner
 
 # What file systems without locks say
@@ -96,7 +95,7 @@ class FolderLock:
         """Remove the folder and all in it, the lock last."""
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                remove_tree(entry)
             elif entry != self.path and entry.name not in ("journal.jsonl", OWNER):
                 entry.unlink()
         (folder / "journal.jsonl").unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from typing import Any
 from merge_tool.checkpoint.source import ByteSource, sha256_of
 from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.errors import OutputError, listed, output_failed, shown
-from merge_tool.files import is_part_of_run, part_path, patiently, rename_synced, sync_file, sync_folder
+from merge_tool.files import is_part_of_run, part_path, patiently, remove_tree, rename_synced, sync_file, sync_folder
 from merge_tool.models.side_files import SYSTEM_FILES
 from merge_tool.output.audit import check_with_library
 from merge_tool.output.folders import FILES, make_folders, refuse_foreign, remove_empty, remove_folders
@@ -164,6 +163,12 @@ class WorkFolder:
         alike = alike and {**then, "max_shard_bytes": 0} == {**now, "max_shard_bytes": 0}
         return alike and not stored.get("overwrite") and next(islice(self.journal.records(), 1, None), None) is None
 
+    def is_half_published(self) -> bool:
+        """Whether an earlier run of the same merge was ended while it published."""
+        ours = plan_record(self.plan, self.samples, overwrite=False)
+        stored = next(self.journal.records(), {})
+        return is_same_merge(stored, ours) and self.journal.publishing() is not None
+
     def _lost(self) -> str | None:
         """A file of a half published model that is neither here nor there any more: going on would publish the rest."""
         moves = self.journal.publishing() or {"files": {}}
@@ -181,7 +186,7 @@ class WorkFolder:
     def _wipe(self) -> None:
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                remove_tree(entry)
             elif entry.name not in (FolderLock.NAME, OWNER):
                 entry.unlink()
 

@@ -13,15 +13,17 @@ from merge_tool.recipe.pair import pair
 from merge_tool.recipe.recipe import Recipe
 
 
-def to_json(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
-    """The recipe, with `models` as names of its models: absolute paths, and models of the Hub at their commits."""
+def to_json(recipe: Recipe, models: Sequence[str], places: Sequence[str]) -> dict[str, Any]:
+    """The recipe, with `models` as names of its models: absolute paths, and models of the Hub at their commits.
+    `places` are the same for each place of its text that names a model; those of the Hub as they are there."""
     return {
         "models": list(models),
+        "places": list(places),
         "text": recipe.text,
         "where": recipe.where,
         "words": dict(recipe.words),
         "options": as_json(recipe.options),
-        "values": {key: [output.words[key] for output in recipe.outputs] for key in recipe.outputs[0].words},
+        "values": {key: list(dict.fromkeys(o.words[key] for o in recipe.outputs)) for key in recipe.outputs[0].words},
     }
 
 
@@ -44,4 +46,9 @@ def from_json(stored: Mapping[str, Any], methods: Mapping[str, Method]) -> Recip
     )
     if len(stored["models"]) != len(recipe.models):
         raise ValueError("another number of models")
-    return replace(recipe, models=tuple(map(ModelRef, stored["models"])))
+    places = zip(recipe.places, map(ModelRef, stored["places"]), strict=True)
+    return replace(
+        recipe,
+        models=tuple(map(ModelRef, stored["models"])),
+        places=tuple(replace(place, ref=ref) for place, ref in places),
+    )
