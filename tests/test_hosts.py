@@ -352,7 +352,7 @@ def test_the_indexed_job_of_kubernetes(pair: tuple[Path, Path], tmp_path: Path) 
     plan = plan_parts(recipe, tmp_path / "out", job["spec"]["completions"])
     write_plan_file(plan, tmp_path / "plan.json")
     words = [str(tmp_path / "plan.json") if word == "plan.json" else word for word in container["command"]]
-    words[words.index("--memory") + 1] = "300MB"
+    del words[words.index("--memory") : words.index("--memory") + 2]  # this process has torch in it
     for index in random.Random(0).sample(range(16), 4):  # one of them makes all that is left
         done = CliRunner().invoke(merge_tool, words[1:], env={"JOB_COMPLETION_INDEX": str(index)})
         assert done.exit_code == 0, done.output

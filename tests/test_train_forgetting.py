@@ -190,7 +190,7 @@ def test_a_judge_needs_prompts() -> None:
 
 def test_the_distance_is_what_diff_measures(base: Path, tmp_path: Path) -> None:
     """At every evaluation; the last is that of the result, as `merge-tool diff` sees it."""
-    from merge_tool.compare.diff import diff_checkpoints
+    from merge_tool.compare.diff import diff
 
     output = run(base, tmp_path / "o", eval_every=3)
     lines = read_metrics(output, "distance")
@@ -200,7 +200,7 @@ def test_the_distance_is_what_diff_measures(base: Path, tmp_path: Path) -> None:
     apart = sum(float((now[n].double() - then[n].double()).square().sum()) for n in then) ** 0.5
     assert lines[1]["norm"] == pytest.approx(apart, rel=1e-9)
     assert lines[1]["tensors"] == len(then)
-    found = diff_checkpoints(base / "model", output / "final")
+    found = diff(base / "model", output / "final")
     angles = sorted(t.angle_degrees for t in found.tensors if t.angle_degrees is not None)
     middle = (angles[(len(angles) - 1) // 2] + angles[len(angles) // 2]) / 2
     assert lines[1]["median_angle_degrees"] == pytest.approx(middle, rel=1e-5)

@@ -47,7 +47,7 @@ from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_war
 from merge_tool.plan.patterns import check_lent_patterns
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.plan_merge import plan_merge
-from merge_tool.plan.system_memory import resident_bytes
+from merge_tool.plan.system_memory import give_back_free_memory, resident_bytes
 from merge_tool.plan.target import Target, existing_folder
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import Alignment, align, settings_warnings, side_files_of
@@ -160,6 +160,7 @@ def prepare(
     is_transformers = "architectures" in (first.config or {})
     named = architecture(models[recipe.donor])
     del opened, models, first, lead  # for 10,000 tensors it takes 2 MB, which the plan does not need
+    give_back_free_memory()
     held = resident_bytes()
     return Prepared(
         plan=plan,
