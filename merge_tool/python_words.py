@@ -28,7 +28,8 @@ _KEYWORDS: Mapping[str, tuple[str, str]] = {
     "against": ("against", "text"), "t": ("t", "number"), "vary": ("vary", "text"), "sample": ("sample", "number"),
     "eval": ("command", "text"), "batch": ("batch", "number"), "progress": ("progress", "text"),
     "try": ("prompt", "text"), "fill": ("fill", "switch"), "executor": ("executor", "text"),
-    "parts": ("num_parts", "number"), "stream": ("stream", "switch"), "downloads": ("downloads", "number"),
+    "parts": ("num_parts", "number"), "plan-file": ("plan_file", "text"),
+    "stream": ("stream", "switch"), "downloads": ("downloads", "number"),
     "spool": ("spool_bytes", "size"), "private": ("private", "switch"), "names-to": ("names_to", "text"),
     "part": ("part", "number"), "of": ("size", "number"), "steal": ("steal", "switch"), "lease": ("lease", "number"),
 }  # fmt: skip

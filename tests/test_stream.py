@@ -321,8 +321,9 @@ def test_a_file_that_changes_at_its_address_stops_the_merge(here: Replica) -> No
         merge("org/base", address, "merged", 0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_kill_leaves_nothing_but_the_work_folder_and_the_same_command_continues(
     hub: Replica, tmp_path: Path, number: int
 ) -> None:

@@ -95,6 +95,7 @@ def test_a_second_run_is_refused_and_touches_nothing(base: Path, tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_one_lock(base: Path, tmp_path: Path) -> None:
     """The ranks of one run do not shut each other out; another run's ranks all get the error, which is printed once."""
     config = write_config(tmp_path / "c.yaml", values(base, tmp_path / "o", max_steps=1))

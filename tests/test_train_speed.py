@@ -161,6 +161,7 @@ import os; os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_gradients_are_exchanged_once_a_step(tmp_path: Path) -> None:
     """8 micro-batches in each of two processes: one exchange for each group of weights, not eight; the same sum."""
     script = tmp_path / "count.py"

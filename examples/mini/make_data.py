@@ -41,8 +41,9 @@ def main(folder: Path, seed: int, quick: bool) -> None:
         write_rows(folder / f"skill_{split}.jsonl", problems[start : start + count])
         start += count
     for split, texts in split_prose(topics).items():
-        pieces = (piece for text in texts if text.strip() for piece in cut(text, tokenizer))
-        write_rows(folder / f"prose_{split}.jsonl", [{"text": piece} for piece in pieces])
+        pieces = [piece for text in texts if text.strip() for piece in cut(text, tokenizer)]
+        kept = pieces[:20] if quick and split != "train" else pieces
+        write_rows(folder / f"prose_{split}.jsonl", [{"text": piece} for piece in kept])
     model = StableLmForCausalLM(
         StableLmConfig(
             vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
