@@ -63,7 +63,7 @@ def merge_in_three_ways(base: str, ft: str, folder: Path, address: str, second: 
     out = folder / "lost" / "out"
 
     def watch() -> None:
-        while not any((out / ".slerp-merge" / "parts").glob("*.done.json")):  # the work has begun
+        while not any((out / ".slerp-merge" / "parts").rglob("*.done.json")):  # the work has begun
             time.sleep(0.02)
         lose(second)
 
