@@ -228,6 +228,7 @@ def merge_recipe(
     is an error, or is made here with `fill`.
     """
     started, watch = time.monotonic(), watch or Watch()
+    _check_method(recipe, methods, is_shared=executor is not None)
     target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path)
 
     if executor is not None or plan_file is not None:
@@ -374,6 +375,7 @@ def plan_recipe(
 ) -> Prepared:
     """Plan the merge that a recipe asks for, from headers alone (with `read_samples` also from a few bytes of weights).
     Fetches no weights and writes nothing. Raises a MergeToolError."""
+    _check_method(recipe, methods)
     target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None)
     with Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
@@ -400,6 +402,7 @@ def plan_parts(
     from merge_tool.hosts.worker import share_plan
 
     watch = watch or Watch()
+    _check_method(recipe, methods, is_shared=True)
     target, limits, _ = _check_request(recipe, out, None, None, None)
     if target.is_file:
         raise RecipeError(f"{shown(out)}: is one file. Many hosts need a folder: give OUT without .safetensors.")
@@ -410,7 +413,12 @@ def plan_parts(
     plan_file = make_plan_file(prepared, num_parts, overwrite=overwrite)
     watch.warn(prepared.warnings)
     with WorkFolder(
-        target, prepared.plan, samples=prepared.samples, inputs=prepared.inputs, names=final_names(prepared)
+        target,
+        prepared.plan,
+        samples=prepared.samples,
+        inputs=prepared.inputs,
+        names=final_names(prepared),
+        is_shared=True,
     ) as work:
         if _begin(prepared, work, overwrite=overwrite):
             raise OutputError(f"{shown(target.path)}: holds this merge already. Give --overwrite to merge again.")
@@ -454,6 +462,23 @@ def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- the steps
+
+
+def _check_method(recipe: Recipe, methods: Mapping[str, Method], *, is_shared: bool = False) -> None:
+    """Raise RecipeError for a method under a built-in one's name: a resumed merge, the report and `verify` go by the
+    name. And for a method of the caller's if workers `share` the merge, which know the built-in ones."""
+    name, builtin = recipe.method, METHODS.get(recipe.method)
+    if methods.get(name) is builtin is not None:
+        return
+    if name not in methods:
+        raise RecipeError(f"merge_method '{shown(name)}' is not known here. Give the recipe's own methods, too.")
+    if builtin is not None:
+        raise RecipeError(f"methods: '{shown(name)}' is a built-in method. Give yours a name of its own.")
+    if is_shared:
+        raise RecipeError(
+            f"merge_method '{shown(name)}' is one of your own, which workers in other processes do not know. Merge "
+            "without an executor."
+        )
 
 
 def _check_request(

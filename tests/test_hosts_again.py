@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from checkpoints import contents, language_model, save_model
-from merge_tool import OutputError
+from checkpoints import contents, language_model, load_file, save_file, save_model
+from merge_tool import OutputError, RecipeError
 from merge_tool.api import finish_parts, merge, merge_recipe, plan_parts
+from merge_tool.checkpoint.writer import ShardWriter
 from merge_tool.files import remove_tree
 from merge_tool.hosts.receipts import PartsFolder
 from merge_tool.hosts.worker import Worker
@@ -299,3 +300,42 @@ def test_workers_are_counted_from_one(pair: Pair, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "number of workers is 0" in run("work", tmp_path / "p.json", "--of", 0, code=1)
+
+
+def test_another_source_under_one_version_number_is_refused(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checkouts of one version would make parts that do not belong together."""
+    plan = plan_parts(small(pair), tmp_path / "out", 2)
+    monkeypatch.setattr("merge_tool.hosts.plan_file._source_sha256", lambda: "f" * 64)
+    with pytest.raises(RecipeError, match=r"was made by slerp-merge .* this worker has .*\(f{16}\)"):
+        Worker(plan)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_file_changed_in_place_ends_a_merge_that_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    """In the Hub's cache, too, where the folder still has its commit's name: half of the output would be of the old
+    weights. What changes lies between the samples."""
+    folder = tmp_path / "models--org--base/snapshots" / ("0123456789" * 4) if is_cached else tmp_path / "base"
+    base, ft = (save_model(path, language_model(k), shards=3) for k, path in enumerate((folder, tmp_path / "ft")))
+    original, left = ShardWriter.sync, [2]
+
+    def stopping(self: ShardWriter) -> str:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "sync", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            merge_recipe(small((base, ft)), tmp_path / "out", jobs=1)
+    shard = base / "model-00003-of-00003.safetensors"
+    tensors = {name: values.copy() for name, values in load_file(shard).items()}
+    name = max(tensors, key=lambda n: tensors[n].size)
+    tensors[name].ravel()[:1] = 3.0
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(OutputError, match=r"model-00003-of-00003\.safetensors changed since"):
+        merge_recipe(small((base, ft)), tmp_path / "out")

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ from click.testing import CliRunner
 
 from checkpoints import CONFIG, Array, contents, language_model, load_folder, save_model
 from merge_tool import DataError, MismatchError, OutputError, RecipeError
-from merge_tool.api import merge_models
+from merge_tool.api import merge_models, merge_recipe, plan_parts
 from merge_tool.arrays import encode
 from merge_tool.cli import merge_tool
+from merge_tool.methods.inner import Weights
 from merge_tool.methods.passes import run_steps
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import MergeSpec, Method, OrderStatistics, Steps, Tile, seed_key
 from merge_tool.plan.system_memory import resident_bytes
+from merge_tool.recipe.mergekit import read_recipe
 from merge_tool.verification.verify import verify
 from test_memory import linux_only, write_model
 from test_sub_configs import NESTINGS, nested
@@ -346,6 +350,27 @@ def test_a_method_of_ones_own(models: list[Path], tmp_path: Path) -> None:
     moved = merged != base
     assert 16 <= moved.sum() <= 18
     assert np.abs(one - base)[moved].min() >= np.abs(one - base)[~moved].max()
+
+
+def test_a_method_of_ones_own_cannot_stand_for_a_built_in_one(models: list[Path], tmp_path: Path) -> None:
+    """Its output would be taken for the other's: by a resumed merge, by `verify`, and by "already complete"."""
+    mine = {"linear": replace(METHODS["linear"], weights=lambda sums, spec: Weights(0.9, 0.1))}
+    with pytest.raises(RecipeError, match=r"'linear' is a built-in method\. Give yours a name of its own"):
+        merge_models(recipe("linear", models), tmp_path / "out", methods=mine)
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_do_not_know_a_method_of_ones_own(models: list[Path], tmp_path: Path) -> None:
+    mine = {"mine": replace(METHODS["linear"], weights=lambda sums, spec: Weights(0.9, 0.1))}
+    asked = {**recipe("linear", models), "merge_method": "mine"}
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RecipeError, match="'mine' is one of your own, which workers"):
+        merge_models(asked, tmp_path / "out", methods=mine, executor=pool)
+    own = read_recipe(asked, {**METHODS, **mine})
+    with pytest.raises(RecipeError, match="'mine' is one of your own, which workers"):
+        plan_parts(own, tmp_path / "out", 2, methods={**METHODS, **mine})
+    with pytest.raises(RecipeError, match="'mine' is not known here"):
+        merge_recipe(own, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_of_the_method_names_the_tensor(models: list[Path], tmp_path: Path) -> None:

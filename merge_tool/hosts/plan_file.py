@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class PlanFile:
 
     def check(self, plan: MergePlan, samples: Sequence[str]) -> None:
         """Raise RecipeError unless the inputs that are seen here give the plan that this file has."""
-        ours = plan_record(plan, samples, overwrite=self.overwrite)
+        ours = plan_record(plan, samples, overwrite=self.overwrite, is_shared=True)
         if differences := record_differences(self.record, ours):
             raise RecipeError(
                 f"{shown(self.where)}: the inputs here are not those of the plan: {differences}. Give every host the "
@@ -101,7 +101,18 @@ class PlanFile:
 
 def _versions() -> dict[str, str]:
     libraries = ("numpy", "ml_dtypes")
-    return {"slerp-merge": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
+    ours = f"{__version__} ({_source_sha256()[:16]})"
+    return {"slerp-merge": ours, **{name: importlib.metadata.version(name) for name in libraries}}
+
+
+@cache
+def _source_sha256() -> str:
+    """Of the package's own code: two checkouts may have one version number."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        code = path.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{path.relative_to(package).as_posix()} {len(code)}\n".encode() + code)
+    return digest.hexdigest()
 
 
 def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFile:
@@ -114,7 +125,7 @@ def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFi
         out=str(prepared.target.path.absolute()),
         overwrite=overwrite,
         recipe=to_json(plan.recipe, prepared.pinned, _places(plan.recipe, prepared.pinned)),
-        record=plan_record(plan, prepared.samples, overwrite=overwrite),
+        record=plan_record(plan, prepared.samples, overwrite=overwrite, is_shared=True),
         shards=tuple((shard.file_name, shard.size) for shard in plan.shards),
         pieces=pieces,
         parts=tuple(tuple(share) for share in share_out(pieces, parts)),

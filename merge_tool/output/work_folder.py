@@ -59,8 +59,9 @@ class WorkFolder:
         check_resumed: bool = False,
         inputs: Iterable[Path] = (),
         names: Sequence[str] = (),
+        is_shared: bool = False,
     ) -> None:
-        self.check_resumed = check_resumed
+        self.check_resumed, self.is_shared = check_resumed, is_shared
         self.target, self.plan, self.samples, self.flush_bytes = target, plan, samples, flush_bytes
         self.path = target.work
         self.journal = Journal(self.path / "journal.jsonl")
@@ -119,7 +120,7 @@ class WorkFolder:
         stored = next(self.journal.records(), None)
         if stored is not None and stored.get("record") != "plan":
             stored = None
-        ours = plan_record(self.plan, self.samples, overwrite=overwrite)
+        ours = plan_record(self.plan, self.samples, overwrite=overwrite, is_shared=self.is_shared)
         same = stored is not None and is_same_merge(stored, ours)
         if stored is not None and not same and not overwrite and not self._is_same_but_for_shards(stored, ours):
             raise OutputError(
@@ -389,14 +390,18 @@ class WorkFolder:
         remove_folders(self._made)
 
 
-def plan_record(plan: MergePlan, samples: Sequence[str], *, overwrite: bool) -> dict[str, Any]:
+def plan_record(plan: MergePlan, samples: Sequence[str], *, overwrite: bool, is_shared: bool = False) -> dict[str, Any]:
     """What identifies a merge, for the first line of its journal: what decides the output's bytes, and of every input
-    file its time, or its commit on the Hub."""
-    modified = {f"{side}/{file.name}": _version(file) for side, files in _inputs(plan).items() for file in files}
+    file its time. If hosts share the merge, files in the Hub's cache go by their commit: each host has fetched them at
+    another time."""
+    files = {f"{side}/{file.name}": file for side, several in _inputs(plan).items() for file in several}
+    commits = {name: match[1] for name, file in files.items() if (match := _COMMIT.search(str(file.path)))}
     return {
         "record": "plan",
         "facts": json.loads(json.dumps(dict(plan.facts))),
-        "modified": modified,
+        "modified": {name: file.mtime_ns for name, file in files.items()},
+        "commits": commits,
+        "shared": is_shared,
         "samples": list(samples),
         "overwrite": overwrite,
     }
@@ -411,16 +416,21 @@ def _inputs(plan: MergePlan) -> dict[str, list[ByteSource]]:
     return {side: list(files.values()) for side, files in sides.items()}
 
 
-def _version(file: ByteSource) -> int | str:
-    """A file's time; its commit if it is in the Hub's cache, whose times say when each host has fetched it."""
-    match = _COMMIT.search(str(file.path))
-    return match[1] if match else file.mtime_ns
+def _changed(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """The input files that are not as the stored record has them. A file of the Hub goes by its commit if hosts share
+    the merge, or if one of the runs has read it by range: then its time is made up, and negative."""
+    then, now = (record.get("modified", {}) for record in (stored, ours))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    commits, known = stored.get("commits", {}), ours["commits"]
+    by_commit = (name for name in names if name in known and known[name] == commits.get(name))
+    same = {n for n in by_commit if stored.get("shared") or min(then.get(n, 0), now.get(n, 0)) < 0}
+    return [name for name in names if name not in same]
 
 
 def is_same_merge(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
     """Whether two records are of one merge. A merge that was planned by headers alone has no samples."""
-    samples = stored.get("samples")
-    return all(stored.get(key) == ours[key] for key in ("facts", "modified")) and samples in ([], ours["samples"])
+    same_samples = stored.get("samples") in ([], ours["samples"])
+    return stored.get("facts") == ours["facts"] and same_samples and not _changed(stored, ours)
 
 
 def _is_no_output(name: str) -> bool:
@@ -434,8 +444,7 @@ def record_differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> st
         return ""
     parts = differences(stored.get("facts", {}), ours["facts"])
     if not parts:
-        times = ours["modified"]
-        changed = listed(k for k in times if stored.get("modified", {}).get(k) != times[k]) or "the inputs"
+        changed = listed(_changed(stored, ours)) or "the inputs"
         parts = [
             f"{changed} changed since" + (", or the clocks differ" if stored["samples"] == ours["samples"] else "")
         ]
