@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,33 +24,28 @@ from merge_tool.errors import (
     input_failed,
     listed,
     output_failed,
-    reason,
     shown,
     sized,
 )
-from merge_tool.files import write_whole
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import parts
-from merge_tool.models.side_files import CARD, RECIPE, REPORT, SUMS
-from merge_tool.output.card import card_of
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
+from merge_tool.output.completing import earlier_report, report_of, write_report, write_side_files
 from merge_tool.output.folders import PARTS
-from merge_tool.output.marks import check_apart_by_mark
 from merge_tool.output.merge_report import MergeReport, Watch
 from merge_tool.output.older import check_conflicts
-from merge_tool.output.report import Summary, alarms, damaged, load_tensors, report_lines, summarise, sums_text
+from merge_tool.output.report import alarms, report_lines, summarise
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine
 from merge_tool.plan.prepare import Prepared, prepare
-from merge_tool.plan.published import check_ids, check_places, recipe_file
-from merge_tool.plan.system_memory import peak_bytes, resident_bytes, under_pressure
+from merge_tool.plan.published import check_ids, check_places
+from merge_tool.plan.system_memory import resident_bytes, under_pressure
 from merge_tool.plan.target import Target, check_report_path, check_target, existing_folder
 from merge_tool.progress import Progress
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.run.findings import Findings, from_record
 from merge_tool.run.run import progress_bytes, run_plan
 from merge_tool.run.work import check_exact_tensors
 
@@ -261,7 +256,7 @@ def merge_recipe(
 
                     check_finished(prepared, plan_file)
                 if plan_file is not None or (not overwrite and is_complete(prepared)):
-                    return _already_complete(prepared, report, started)
+                    return earlier_report(prepared, report, started)
             check_room(prepared, overwrite=overwrite)
             check_exact_tensors(prepared.plan)
             with WorkFolder(
@@ -279,9 +274,9 @@ def merge_recipe(
                     from merge_tool.hosts.adopt import has_ended
 
                     if has_ended(prepared, plan_file, work):
-                        return _already_complete(prepared, report, started)
+                        return earlier_report(prepared, report, started)
                 if _begin(prepared, work, overwrite=overwrite):
-                    return _already_complete(prepared, report, started)
+                    return earlier_report(prepared, report, started)
                 if not work.is_durable:
                     watch.warn([_NOT_DURABLE])
                 if plan_file is None and (work.path / PARTS).is_dir():
@@ -313,9 +308,9 @@ def merge_recipe(
                 inputs.close()  # the process that downloads
                 findings = work.findings()
                 summary = summarise(prepared.plan, findings)
-                _write_side_files(prepared, work, findings, summary)
+                write_side_files(prepared, work, findings, summary)
                 if report is not None:
-                    _write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
+                    write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
                 strangers = work.publish(check_bytes=prepared.budget - resident_bytes())
         except OSError as e:  # one of the many reads of OUT that have no message of their own
             raise _named(e, prepared) from e
@@ -323,8 +318,7 @@ def merge_recipe(
         watch.warn([f"{shown(target.path)} also holds what was there before: {listed(strangers, 50)}."])
     watch.warn(alarms(summary))
     moved = progress_bytes(prepared.plan, work.done_shards)
-    report_of = _report(prepared, summary, started)
-    return replace(report_of, moved_bytes=moved, num_resumed=num_resumed)
+    return replace(report_of(prepared, summary, started), moved_bytes=moved, num_resumed=num_resumed)
 
 
 def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str:
@@ -596,75 +590,3 @@ def _named(e: OSError, prepared: Prepared) -> MergeToolError:
     path = Path(e.filename) if isinstance(e.filename, str) else prepared.target.path
     source = next((source for source in prepared.inputs if path.is_relative_to(source)), None)
     return output_failed(path, e) if source is None else input_failed(path, e)
-
-
-def _write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, summary: Summary) -> None:
-    """Complete each output in the work folder: copies, index, card, report, checksums."""
-    plan, side_files = prepared.plan, prepared.side_files
-    if prepared.target.is_file or work.is_publishing:
-        return
-    digests = work.digests()
-    for number, label in enumerate(plan.labels):
-        sums = {shard.file_name: digests[shard.number][number] for shard in plan.shards}
-        for file in side_files.copied:
-            sums[file.target] = work.add(label, file.target, side_files.read(file, plan.config_dtype))
-        if (index := plan.index()) is not None:
-            sums[plan.index_name] = work.add(label, plan.index_name, [index])
-        if plan.text:
-            sums[RECIPE] = work.add(label, RECIPE, [recipe_file(plan, number).encode()])
-        report = report_lines(plan, findings, number, prepared.samples)
-        sums[REPORT] = work.add(label, REPORT, (line.encode() for line in report))
-        sums[CARD] = work.add(label, CARD, [card_of(prepared, summary, number).encode()])
-        work.add(label, SUMS, [sums_text(sums)])
-
-
-def _write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
-    """Write the report for which the user gave a path; the file appears whole, and never in an input."""
-    try:
-        check_apart_by_mark(path.parent, prepared.inputs, name=path.name)
-        write_whole(path, (line.encode() for line in lines))
-    except OSError as e:
-        raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
-
-
-def _already_complete(prepared: Prepared, report: Path | None, started: float) -> MergeReport:
-    """The report of a merge that an earlier run completed."""
-    stored = prepared.target.path / prepared.plan.labels[0] / REPORT
-    summary = summarise(prepared.plan, _stored_findings(prepared, stored))
-    if report is not None:
-        _write_report(prepared, report, [stored.read_text(encoding="utf-8")])
-    return _report(prepared, summary, started, already_complete=True)
-
-
-def _stored_findings(prepared: Prepared, stored: Path) -> Findings:
-    findings = Findings()
-    try:
-        by_name = {tensor["name"]: tensor for tensor in load_tensors(stored)}
-        for job in prepared.plan.jobs():
-            tensor = by_name[job.out.name]
-            findings.add(job.number, from_record({**tensor, "kept_base": tensor.get("note") == "differs: base kept"}))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise damaged(stored, e) from e
-    return findings
-
-
-def _report(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:
-    plan, target = prepared.plan, prepared.target.path
-    has_base = plan.recipe.base is not None and plan.method.base in ("required", "optional")
-    return MergeReport(
-        outputs=tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),
-        ts=tuple(output.words["t"] for output in plan.recipe.outputs if "t" in output.words),
-        method=plan.recipe.method,
-        models=plan.names,
-        summary=summary,
-        warnings=(*prepared.warnings, *alarms(summary)),
-        input_bytes=plan.input_bytes,
-        output_bytes=plan.output_bytes,
-        seconds=time.monotonic() - started,
-        peak_bytes=peak_bytes(),
-        already_complete=already_complete,
-        num_scheduled=plan.num_scheduled,
-        num_merged=len(plan.recipe.sources - ({plan.recipe.base} if has_base else set())),
-        has_base=has_base,
-        num_shards=len(plan.shards),
-    )
