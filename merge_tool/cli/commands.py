@@ -36,16 +36,17 @@ from merge_tool.cli.options import (
     PRINT_OPTIONS,
     STREAM_OPTIONS,
     field_options,
-    parse_ts,
     recipe_options,
+    set_option,
+    t_option,
     with_options,
 )
 from merge_tool.cli.push import push_command
 from merge_tool.cli.sweep import sweep_command
 from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
 from merge_tool.recipe.options import Options
-from merge_tool.recipe.pair import DEFAULT_T, PairOptions, pair
-from merge_tool.recipe.recipe import Recipe, label_t
+from merge_tool.recipe.pair import PairOptions, pair
+from merge_tool.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from merge_tool.compare.prompting import Answer
@@ -62,15 +63,7 @@ if TYPE_CHECKING:
 @click.argument("base", type=click.Path())
 @click.argument("ft", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--t",
-    "ts",
-    multiple=True,
-    default=[label_t(DEFAULT_T)],
-    callback=parse_ts,
-    metavar="NUMBER",
-    help="How far to go from BASE (0) to FT (1). Several (0.3,0.5 or 0:1:0.1) are made in one pass.",
-)
+@t_option("How far to go from BASE (0) to FT (1). Several (0.3,0.5 or 0:1:0.1) are made in one pass.")
 @with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(STREAM_OPTIONS)
@@ -252,13 +245,7 @@ for command in (sweep_command, diff_command, inspect_command, verify_command, pu
 @merge_tool.command("run", context_settings={"show_default": True})
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--set",
-    "values",
-    multiple=True,
-    metavar="NAME=VALUE[,VALUE...]",
-    help="A parameter for all tensors, in place of the recipe's; several values make an output each, in one pass.",
-)
+@set_option("A parameter for all tensors, in place of the recipe's; several values make an output each, in one pass.")
 @with_options([MODELS_DIR])
 @with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)

@@ -9,10 +9,18 @@ from typing import Any
 import click
 
 from merge_tool.cli.frame import CONTINUES, Command, given, print_errors, progress_kind
-from merge_tool.cli.options import MACHINE_OPTIONS, MODELS_DIR, PROGRESS, parse_ts, recipe_options, with_options
+from merge_tool.cli.options import (
+    MACHINE_OPTIONS,
+    MODELS_DIR,
+    PROGRESS,
+    recipe_options,
+    set_option,
+    t_option,
+    with_options,
+)
 from merge_tool.recipe.options import Options
-from merge_tool.recipe.pair import DEFAULT_T, PairOptions
-from merge_tool.recipe.recipe import Recipe, label_t
+from merge_tool.recipe.pair import PairOptions
+from merge_tool.recipe.recipe import Recipe
 
 _PLAN_FILE = click.argument("plan_file", metavar="PLAN.json", type=click.Path(path_type=Path))
 _QUIET = click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only.")
@@ -29,18 +37,8 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Print warnings and er
     default=Path("plan.json"),
     help="The plan file to write.",
 )
-@click.option(
-    "--t",
-    "ts",
-    multiple=True,
-    default=[label_t(DEFAULT_T)],
-    callback=parse_ts,
-    metavar="NUMBER",
-    help="Of a pair: how far to go from BASE (0) to FT (1). Several are made in one pass.",
-)
-@click.option(
-    "--set", "values", multiple=True, metavar="NAME=VALUE[,VALUE...]", help="Of a recipe: as in `merge-tool run`."
-)
+@t_option("Of a pair: how far to go from BASE (0) to FT (1). Several are made in one pass.")
+@set_option("Of a recipe: as in `merge-tool run`.")
 @with_options([MODELS_DIR])
 @with_options(recipe_options(PairOptions, Options))
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, when the merge is finished.")
@@ -102,7 +100,7 @@ def _recipe(paths: Sequence[str], options: dict[str, Any]) -> Recipe:
 @_PLAN_FILE
 @click.option("--part", type=int, metavar="I", help="This worker's number, from 0.  [default: by the environment]")
 @click.option("--of", "size", type=int, metavar="N", help="The number of workers.  [default: by the environment]")
-@click.option("--steal", is_flag=True, help="After its own parts, make those that no living worker makes.")
+@click.option("--steal", is_flag=True, help="After its own parts, make the parts that no living worker makes.")
 @click.option(
     "--lease", type=click.FloatRange(min=1), default=60.0, help="With --steal: seconds until a silent worker is dead."
 )

@@ -15,7 +15,9 @@ from merge_tool.checkpoint.streaming import DOWNLOADS
 from merge_tool.errors import shown
 from merge_tool.plan.limits import LEAST_BYTES, MAX_JOBS
 from merge_tool.progress import KINDS
+from merge_tool.recipe.pair import DEFAULT_T
 from merge_tool.recipe.ranges import BadRange, parse_range
+from merge_tool.recipe.recipe import label_t
 
 _UNITS = {
     "": 1,
@@ -160,6 +162,17 @@ STREAM_OPTIONS = [
         "[default: a quarter of the free disk, at most 5GB]",
     ),
 ]
+
+
+def t_option(text: str) -> Callable[[Any], Any]:
+    """--t of a pair: one number, several, or a range."""
+    default = [label_t(DEFAULT_T)]
+    return click.option("--t", "ts", multiple=True, default=default, callback=parse_ts, metavar="NUMBER", help=text)
+
+
+def set_option(text: str) -> Callable[[Any], Any]:
+    """--set of a recipe."""
+    return click.option("--set", "values", multiple=True, metavar="NAME=VALUE[,VALUE...]", help=text)
 
 
 OUTPUT_OPTIONS = [
