@@ -371,7 +371,8 @@ def test_lm_eval_is_a_ready_judge_and_gets_its_limits(
     (tmp_path / "path").mkdir()
     (tmp_path / "path/lm_eval.py").write_text(FAKE_LM_EVAL)
     root = Path(__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}:{root}")
+    monkeypatch.syspath_prepend(tmp_path / "path")  # for this process, which looks whether it is installed
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}:{root}")  # for the judge, a process of its own
     monkeypatch.chdir(tmp_path)
     told = "lm-eval:gsm8k,arc_easy --limit 7 --model_args dtype=float32"
     words = ["sweep", *map(str, pair), str(tmp_path / "out"), "--t", "0,1", "--batch", "2", "--eval", told, "--json"]
