@@ -54,7 +54,8 @@ class SourceConfig:
     weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next.
         With 0 nothing is learned from it, and its held-out rows (if `held_out` is 0: all, or `take`) are evaluated
     judge: evaluate answers, too: the model continues the held-out prompts greedily, and what it writes is right by the
-        last `number` in it, by the last single letter (`choice`), by all its words (`exact`), or by a function of your
+        last `number` in it, by the letter that it chooses (`choice`: a letter at its beginning, as `(B)`, else the last
+        single one), by all its words (`exact`: apart from white space, case and a full stop), or by a function of your
         own, `MODULE:FUNCTION`, which gets the written and the expected text
     format: how a row becomes text, see Formats
     templates: list of `{prompt, response}` (tinycot: also `rationale`; text: only `text`) with `{column}` fields. Each
