@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import pytest
 from checkpoints import contents, language_model, save_model
 from merge_tool.api import merge_recipe
 from merge_tool.checkpoint.source import LocalFile
-from merge_tool.methods.registry import METHODS
 from merge_tool.methods.passes import run_steps
+from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import MergeSpec
 from merge_tool.models.side_files import REPORT
 from merge_tool.recipe.mergekit import read_recipe
@@ -30,7 +30,7 @@ class Reads:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Counts what is read; no tensor fits the arena, as with tensors that are larger than the memory."""
     counted, read_into = Reads(), LocalFile.read_into
 
@@ -40,7 +40,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
 
     monkeypatch.setattr(LocalFile, "read_into", counting)
     monkeypatch.setattr("merge_tool.plan.memory._arena_bytes", lambda plan, room: 0)
-    yield counted
+    return counted
 
 
 def merged(models: list[Path], out: Path, method: str, parameters: Mapping[str, Any], earlier: Path | None) -> None:

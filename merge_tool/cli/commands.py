@@ -42,6 +42,7 @@ from merge_tool.cli.options import (
     with_options,
 )
 from merge_tool.cli.push import push_command
+from merge_tool.cli.search import search_command
 from merge_tool.cli.sweep import sweep_command
 from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
 from merge_tool.recipe.options import Options
@@ -238,7 +239,15 @@ def merge_tool() -> None:
 
 
 merge_tool.add_command(slerp_merge, "merge")
-for command in (sweep_command, diff_command, inspect_command, verify_command, push_command, *hosts.COMMANDS):
+for command in (
+    sweep_command,
+    search_command,
+    diff_command,
+    inspect_command,
+    verify_command,
+    push_command,
+    *hosts.COMMANDS,
+):
     merge_tool.add_command(command)
 
 
