@@ -118,7 +118,11 @@ def search(
     folder = request.out
     try:
         with _held(folder, request, plan) as lock, Progress(progress) as bar:
-            return _Search(request, plan, lock, bar, watch, on_tried).run()
+            running = _Search(request, plan, lock, bar, watch, on_tried)
+            try:
+                return running.run()
+            finally:
+                running.close()
     except OSError as e:
         raise output_failed(folder, e) from e
 
@@ -256,6 +260,9 @@ class _Search:
         )
         self._check_facts(facts)
         self._points = points
+
+    def close(self) -> None:
+        self._study.close()
 
     def run(self) -> SearchReport:
         """Try candidates until there are enough, then score the chosen one on test data."""

@@ -4,7 +4,7 @@ be equal to go on with a search."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def plan_search(
         raise RecipeError("--space is missing: a recipe is searched over the parameters that SPACE.yaml names.")
     middles = _middles(asked, base)
     recipe = _parsed(as_text(with_settings(base, middles)), asked, extrapolate)
+    recipe = replace(recipe, is_strict=_is_of_models(models))  # vocabularies that differ are an error, as for a pair
     first = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs, read_samples=read_samples)
     merged = [job.out.name for job in first.plan.jobs() if not job.is_copied]
     found = asked or Space({key: default_groups(merged) for key in default_keys(base)}, where="the default space")

@@ -97,8 +97,9 @@ class Study:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         with self._reaching():
             optuna = self._optuna
+            self._storage = self._open(storage or f"sqlite:///{(folder / STUDY).absolute()}")
             self._study = optuna.create_study(
-                storage=self._open(storage or f"sqlite:///{(folder / STUDY).absolute()}"),
+                storage=self._storage,
                 study_name=f"slerp-merge-{digest}" if self._is_shared else _NAME,
                 directions=[objective.direction for objective in objectives],
                 pruner=optuna.pruners.MedianPruner() if pruner == "median" else optuna.pruners.NopPruner(),
@@ -108,6 +109,11 @@ class Study:
             if before is None:
                 self._study.set_user_attr("facts", json.loads(json.dumps(facts)))
         self.facts: Mapping[str, Any] = before if before is not None else json.loads(json.dumps(facts))
+
+    def close(self) -> None:
+        """Let go of the storage."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
 
     # ------------------------------------------------------------------------------------- trials
 
@@ -147,8 +153,12 @@ class Study:
                 if not self._is_shared or trial.user_attrs.get("owner") == self._owner:
                     stale.append(trial)
             for trial in stale:
-                self._study.tell(trial.number, state=states.FAIL)
-                if trial.params.keys() == self._knobs.keys():
+                if "scores" in trial.user_attrs:  # stopped while it was told
+                    scores = trial.user_attrs["scores"]
+                    self._study.tell(trial.number, [scores[objective.name] for objective in self._objectives])
+                    continue
+                self._study.tell(trial.number, state=states.PRUNED if "pruned" in trial.user_attrs else states.FAIL)
+                if trial.params.keys() == self._knobs.keys() and not {"pruned", "error"} & trial.user_attrs.keys():
                     attrs = {key: trial.user_attrs[key] for key in ("kind", "t") if key in trial.user_attrs}
                     self._study.enqueue_trial(trial.params, user_attrs=attrs)
             return len(stale)
