@@ -154,9 +154,15 @@ def test_further_candidates_read_the_inputs_once(pair: Pair, tmp_path: Path, mon
         counted[0] = 0
         return mean(tensors)
 
-    search(models, tmp_path / "out", judge=noting, minimize=["loss"], trials=4, uniform=[0, 0.5])
+    words: dict[str, Any] = {"judge": noting, "minimize": ["loss"], "uniform": [0, 0.5]}
+    search(models, tmp_path / "out", trials=4, **words)
     assert 2 < seen[0] < 2.2  # and a few bytes that identify the models
     assert all(1 <= one < 1.05 for one in seen[1:])
+    (sums,) = (tmp_path / "out").glob("sums-*.json")
+    sums.write_text(sums.read_text().replace('"xx": "0x1.', '"xx": "0x1.1'))  # damaged: made again, not believed
+    search(models, tmp_path / "out", trials=6, **words)
+    assert 2 < seen[4] < 2.2
+    assert 1 <= seen[5] < 1.05
 
 
 # ------------------------------------------------------------------------------------ what stops it
@@ -303,6 +309,7 @@ def test_a_sweep_in_the_folder_gives_its_scores(pair: Pair, tmp_path: Path, judg
         ("sweep", "0"), ("sweep", "0.3"), ("sweep", "1"), ("uniform", "0.5"),
     ]  # fmt: skip
     assert len(calls(judge)) == len(before) + 2
+    assert {row["state"] for row in rows(tmp_path / "out")} == {"scored"}
     sweep(*pair, tmp_path / "other", [0], command, dtype="float32")
     done = run(pair, tmp_path / "other", judge, "--trials", "1", *words[2:])
     assert "sweep.jsonl: is of another sweep (dtype differ); its scores are not used." in done.stderr

@@ -111,7 +111,8 @@ def search_command(
     OUT gets study.db, search.csv, front/ (a recipe for each point of the Pareto front) and chosen.yaml. A search that
     was stopped continues with the same command. COMMAND is not run through a shell; for pipes use sh -c '...'.
     """
-    from merge_tool.sweeps.search import SearchRequest, plan_only, search
+    from merge_tool.sweeps.search import search
+    from merge_tool.sweeps.search_request import SearchRequest, plan_only
     from merge_tool.sweeps.search_results import report_lines, tried_text
     from merge_tool.sweeps.study import Tried, objectives_of
 

@@ -20,6 +20,7 @@ import queue
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,11 +56,14 @@ class Names:
     def __init__(self, objectives: Sequence[str]) -> None:
         self._objectives = objectives
         self.scores: tuple[str, ...] | None = None
-        self._items: dict[str, int] = {}
+        self._items: dict[str, int] | None = None
 
-    def learn(self, scores: Iterable[str], items: Mapping[str, Sequence[float]]) -> None:
+    def learn(self, scores: Iterable[str], items: Mapping[str, Sequence[float]] | None) -> None:
+        """`items` are None where they were not looked for."""
         if self.scores is None:
-            self.scores, self._items = tuple(scores), {name: len(values) for name, values in items.items()}
+            self.scores = tuple(scores)
+        if self._items is None and items is not None:
+            self._items = {name: len(values) for name, values in items.items()}
 
     def check(self, judgement: Judgement) -> None:
         """Raises ValueError."""
@@ -70,7 +74,7 @@ class Names:
             raise ValueError(
                 f"there are items of {unknown[0]}, which is no score; found: {', '.join(judgement.scores)}"
             )
-        if self.scores is not None and counts != self._items:
+        if self._items is not None and counts != self._items:
             raise ValueError(f"the items are {_counts(counts)}, expected {_counts(self._items)}, as before")
         self.learn(judgement.scores, judgement.items)
 
@@ -112,7 +116,7 @@ def judge_by_command(
 
 def _run(words: Sequence[str], log: Any, beat: Callable[[], None], on_step: OnStep) -> tuple[int, str]:
     """The exit code and the output, read line by line while the command runs."""
-    own_group: dict[str, Any] = {} if os.name == "nt" else {"start_new_session": True}
+    own_group: dict[str, Any] = {} if sys.platform == "win32" else {"start_new_session": True}
     with subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, **own_group
     ) as process:  # fmt: skip
@@ -154,7 +158,7 @@ def _lines(lines: queue.SimpleQueue[bytes], beat: Callable[[], None]) -> Iterato
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End the command with all that it has started."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         process.kill()
         return
     with contextlib.suppress(ProcessLookupError):

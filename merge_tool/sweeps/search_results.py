@@ -20,7 +20,7 @@ from merge_tool.sweeps.study import Objective, Tried
 CHOSEN, FRONT, TABLE, RESULT = "chosen.yaml", "front", "search.csv", "search.json"
 ALPHA = 0.05  # a p below it counts as a difference
 _MOST_POINTS = 12  # of the text for a screen
-_MOST_COMPARED = 30  # points of the front, by pairs
+_MOST_COMPARED = 16  # points of the front, by pairs: some seconds
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,18 @@ def build_report(
     tried: Sequence[Tried],
     choose: str | None,
     test_scores: Mapping[int, Mapping[str, float]],
+    *,
+    compare: bool = True,
 ) -> SearchReport:
-    """The front, the chosen point and the comparisons of these candidates."""
+    """The front, the chosen point, and, with `compare`, the comparisons of these candidates."""
     scored = [one for one in tried if one.scores is not None]
     marks = pareto([_more_is_better(objectives, one) for one in scored])
     front = [one for one, mark in zip(scored, marks, strict=True) if mark]
     chosen = _choose(objectives, front, front, choose)
     uniform = _choose(objectives, [one for one in scored if one.t is not None], front, choose)
-    against = _compare(objectives, [(chosen, uniform)]) if chosen and uniform and chosen is not uniform else []
-    pairs = list(combinations(front[:_MOST_COMPARED], 2))
+    others = [(chosen, uniform)] if chosen and uniform and chosen is not uniform else []
+    against = _compare(objectives, others if compare else [])
+    pairs = list(combinations(front[:_MOST_COMPARED], 2)) if compare else []
     return SearchReport(
         folder=folder,
         objectives=tuple(objectives),
