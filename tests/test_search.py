@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import shlex
@@ -29,7 +30,7 @@ pytest.importorskip("optuna", reason="needs Optuna: pip install '.[search]'")
 # Scores by the t of each tensor, which the model's report has: attention is best at 0.9, all others at 0.2. Without
 # numpy, so that it starts at once. Every call leaves a line in calls.txt.
 JUDGE = """
-import json, sys
+import hashlib, json, sys
 from pathlib import Path
 here, model = Path(__file__).parent, Path(sys.argv[1])
 if (here / "broken").exists():
@@ -37,7 +38,7 @@ if (here / "broken").exists():
 tensors = json.loads((model / "merge_report.json").read_text())["tensors"]
 ts = [(one["settings"]["t"], 0.9 if "attn" in one["name"] else 0.2) for one in tensors]
 with (here / "calls.txt").open("a") as calls:
-    digest = (model / "SHA256SUMS").read_text().split()[0]
+    digest = hashlib.sha256((model / "SHA256SUMS").read_bytes()).hexdigest()
     calls.write(json.dumps([digest, len(list(model.parent.iterdir()))]) + "\\n")
 gaps = [-(t - best) ** 2 for t, best in ts]
 if (here / "nan").exists():
@@ -99,7 +100,7 @@ def test_one_value_comes_first_and_the_front_can_be_made_again(pair: Pair, tmp_p
     assert {path.name for path in (out / "front").iterdir()} == {f"candidate-{k}.yaml" for k in front}
     for number in front:
         merge_models(out / f"front/candidate-{number}.yaml", tmp_path / f"m{number}")
-        digest = (tmp_path / f"m{number}/SHA256SUMS").read_text().split()[0]
+        digest = hashlib.sha256((tmp_path / f"m{number}/SHA256SUMS").read_bytes()).hexdigest()
         assert digest == calls(judge)[number][0]
     chosen = json.loads((out / "search.json").read_text())["chosen"]
     assert (out / "chosen.yaml").read_text() == (out / f"front/candidate-{chosen}.yaml").read_text()
@@ -168,8 +169,11 @@ def test_further_candidates_read_the_inputs_once(pair: Pair, tmp_path: Path, mon
 # ------------------------------------------------------------------------------------ what stops it
 
 
-def test_what_was_interrupted_is_tried_again_and_nothing_else_changes(pair: Pair, tmp_path: Path) -> None:
-    """Stopped within one candidate after another, a search ends with the candidates of an undisturbed one."""
+def test_what_was_interrupted_is_tried_again_and_nothing_else_changes(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within one candidate after another, a search ends with the candidates of an undisturbed one; scores that
+    were there, but not yet in the study, are not made again."""
 
     class Stopped(BaseException):
         pass
@@ -183,6 +187,14 @@ def test_what_was_interrupted_is_tried_again_and_nothing_else_changes(pair: Pair
         return mean(tensors)
 
     words: dict[str, Any] = {"minimize": ["loss"], "trials": 6, "space": SPACE, "uniform": [0, 0.5, 1]}
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optuna.study.Study.tell", stop)
+        with pytest.raises(Stopped):
+            search(pair, tmp_path / "out", judge=stopping, **words)
     for _ in range(3):
         with pytest.raises(Stopped):
             search(pair, tmp_path / "out", judge=stopping, **words)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ PRUNERS = ("median", "none")
 _NAME = "search"
 _STARTUP = 10  # candidates at random after the first points, before TPE makes a model of them
 _LOCK_SECONDS = 30  # how long another writer may hold the storage
+_PATIENCE = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to open a new storage
+_ALREADY = re.compile("already exists|unique|duplicate", re.IGNORECASE)
 _PIECE = 16_000  # characters of one attribute: MySQL has room for 65,535 bytes
 
 
@@ -244,6 +248,13 @@ class Study:
 
     def _open(self, url: str) -> Any:
         waits = {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        for delay in _PATIENCE:
+            try:
+                return self._optuna.storages.RDBStorage(url, engine_kwargs=waits)
+            except Exception as e:  # of two hosts that make the tables at once, one fails
+                if not _ALREADY.search(str(e)):
+                    raise
+                time.sleep(delay)
         return self._optuna.storages.RDBStorage(url, engine_kwargs=waits)
 
     @contextmanager
