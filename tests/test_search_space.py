@@ -77,7 +77,7 @@ def test_a_space_gives_knobs_points_and_entries_of_a_recipe() -> None:
         ("parameters: {t: {low: 0, high: 1, bands: 0}}", "expected a whole number from 1 on"),
         ("parameters: {t: {low: 0, high: 1, smooth: 2}}", "expected true or false"),
         ("parameters: {t: {a: {low: 0, high: 1}, b: {low: 0, high: 1}}}", "two groups without a filter"),
-        ("parameters: {t: {a: {filter: 're:x', low: 0, high: 1}}}", "expected a part of a name, as in a recipe"),
+        ("parameters: {t: {a: {filter: 're:(', low: 0, high: 1}}}", "is not a regular expression"),
         ("parameters: {t: {a b: {low: 0, high: 1}}}", "expected a name of letters"),
         ("parameters: {t: {choices: [[1]]}}", "expected single values"),
         ("parameters: {t: {low: 0, high: 1}}\npoints: [{x: 1}]", "a point sets 'x', which is not searched"),
@@ -163,6 +163,25 @@ def test_a_candidate_is_the_recipe_of_its_values(pair: tuple[Path, Path], tmp_pa
     assert all(one[name].tobytes() == other[name].tobytes() for name in other)
     uniform = found.recipe_of(found.space.uniform(0.3))
     assert "value: 0.3" in uniform.text
+
+
+def test_patterns_of_every_kind_become_filters_of_a_recipe(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Globs and regular expressions are the names that they match, as with --t-for."""
+    groups = {
+        "first": {"filter": r"re:layers\.[01]\.", "low": 0, "high": 1},
+        "mlp": {"filter": "*.mlp.*", "low": 0, "high": 1},
+        "rest": {"low": 0, "high": 1},
+    }
+    found = plan(pair, tmp_path / "out", {"parameters": {"t": groups}})
+    (tmp_path / "c.yaml").write_text(found.text_of({"t.first": 0.1, "t.mlp": 0.9, "t.rest": 0.5}))
+    merge_models(tmp_path / "c.yaml", tmp_path / "c")
+    merge(*pair, tmp_path / "m", 0.5, t_for=[r"re:layers\.[01]\.=0.1", "*.mlp.*=0.9"])
+    (one, other) = (load_folder(tmp_path / name) for name in "cm")
+    assert all(one[name].tobytes() == other[name].tobytes() for name in other)
+    names = ["a.weight", "a.weight_scale"]
+    space = parse_space("parameters: {t: {a: {filter: 're:weight$', low: 0, high: 1}}}", "s.yaml")
+    with pytest.raises(RecipeError, match=r"is a part of a\.weight_scale, which it does not match"):
+        space.resolved(names)
 
 
 def test_options_go_into_the_recipe_and_make_it_again(pair: tuple[Path, Path], tmp_path: Path) -> None:

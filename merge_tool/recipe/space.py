@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import RecipeError, reason, shown
+from merge_tool.errors import RecipeError, listed, reason, shown
+from merge_tool.recipe.settings import Pattern
 from merge_tool.recipe.yaml_text import Text, Value, kind, nearest, parse_yaml, plain_value
 
 _SPEC = ("filter", "low", "high", "log", "choices", "bands", "smooth")
@@ -47,8 +48,8 @@ class Knob:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors with one of `filters` in their names (all others, if there is none), and the range of their values in
-    each of `bands` bands of layers. If `smooth`, the values are joined by straight lines along the layers; else each
+    """Tensors whose names match one of `filters` (all others, if there is none), and the range of their values in each
+    of `bands` bands of layers. If `smooth`, the values are joined by straight lines along the layers; else each
     layer has its band's."""
 
     name: str
@@ -97,6 +98,37 @@ class Space:
             ]
             for key, groups in self.parameters.items()
         }  # fmt: skip
+
+    def resolved(self, names: Sequence[str]) -> Space:
+        """The space with parts of names alone, as a recipe's filters are: other patterns become the names that they
+        match. Raises RecipeError for a pattern that is in no name, or that parts of names cannot say."""
+        parameters = {
+            key: tuple(replace(group, filters=self._parts(key, group, names)) for group in groups)
+            for key, groups in self.parameters.items()
+        }
+        return replace(self, parameters=parameters)
+
+    def _parts(self, key: str, group: Group, names: Sequence[str]) -> tuple[str, ...]:
+        parts: list[str] = []
+        for text in group.filters:
+            pattern = Pattern(text)
+            found = [name for name in names if pattern.matches(name)]
+            if not found:
+                raise RecipeError(
+                    f"{shown(self.where)}: the filter '{shown(text)}' of '{shown(key)}' is in no tensor's name."
+                    f"{pattern.hint(names)} The tensors are {listed(names, 3)}."
+                )
+            if pattern.is_part_of_names:
+                parts.append(text)
+                continue
+            ambiguous = next((o for name in found for o in names if name in o and not pattern.matches(o)), None)
+            if ambiguous is not None:
+                raise RecipeError(
+                    f"{shown(self.where)}: the filter '{shown(text)}' of '{shown(key)}' matches a name that is a part "
+                    f"of {shown(ambiguous)}, which it does not match; no recipe can say that. Match both, or neither."
+                )
+            parts += found
+        return tuple(dict.fromkeys(parts))
 
     def settings(self, values: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         """Each parameter's entries as a recipe has them, from a value for each knob."""
@@ -228,11 +260,10 @@ def _filters(text: Text, fields: Mapping[str, Value], what: str) -> tuple[str, .
     items = text.items(part, f"filter of {what}") if isinstance(part.plain, tuple) else (part,)
     filters = tuple(text.string(item, f"filter of {what}") for item in items)
     for own in filters:
-        if own.startswith("re:") or set(own) & set("*?["):
-            raise text.error(
-                part.line, f"filter '{shown(own)}' of {what}: expected a part of a name, as in a recipe; several parts "
-                "are a list: [self_attn, linear_attn]."
-            )  # fmt: skip
+        try:
+            Pattern(own)
+        except RecipeError as e:
+            raise text.error(part.line, f"filter of {what}: {e}") from e
     return filters
 
 

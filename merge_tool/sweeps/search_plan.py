@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_tool.api import plan_recipe
 from merge_tool.checkpoint.folder import is_there
-from merge_tool.errors import RecipeError, listed, shown
+from merge_tool.errors import RecipeError, shown
 from merge_tool.methods.registry import METHODS
 from merge_tool.models.lora import parts
 from merge_tool.plan.plan import MergePlan
@@ -27,7 +27,6 @@ from merge_tool.recipe.candidates import (
 from merge_tool.recipe.mergekit import make_options, parse_recipe
 from merge_tool.recipe.options import as_json
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.recipe.settings import meant
 from merge_tool.recipe.space import Group, Space, read_space
 
 BANDS = 4  # of the default space
@@ -88,7 +87,8 @@ def plan_search(
     merged = [job.out.name for job in first.plan.jobs() if not job.is_copied]
     found = asked or Space({key: default_groups(merged) for key in default_keys(base)}, where="the default space")
     if asked is not None:
-        _check_filters(found, first.plan, merged)
+        found = found.resolved([job.out.name for job in first.plan.jobs()])
+        _check_groups(found, merged)
     plan = SearchPlan(
         base=_pinned(base, recipe, first),
         space=found,
@@ -149,16 +149,9 @@ def default_groups(names: Iterable[str]) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _check_filters(space: Space, plan: MergePlan, merged: Sequence[str]) -> None:
-    """Raise RecipeError for a filter that is in no tensor's name, and for a group that no tensor is left for."""
-    names = [job.out.name for job in plan.jobs()]
+def _check_groups(space: Space, merged: Sequence[str]) -> None:
+    """Raise RecipeError for a group that no tensor is left for."""
     for key, groups in space.parameters.items():
-        for part in (part for group in groups for part in group.filters):
-            if not any(part in name for name in names):
-                raise RecipeError(
-                    f"{shown(space.where)}: the filter '{shown(part)}' of '{shown(key)}' is in no tensor's name."
-                    f"{meant(part, names)} The tensors are {listed(names, 3)}."
-                )
         left = list(merged)
         for group in sorted(groups, key=lambda group: not group.filters):
             rest = [name for name in left if group.filters and not any(part in name for part in group.filters)]
