@@ -230,8 +230,8 @@ OPTIONS = [
     "--allow-different-architectures", "--chat-template", "--check-resumed", "--downloads", "--dry-run", "--dtype",
     "--exclude", "--executor", "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json",
     "--max-shard-size", "--memory", "--method", "--names-from", "--names-to", "--on-mismatch", "--on-missing", "--only",
-    "--overwrite", "--pad-vocab-to-multiple-of", "--progress", "--quiet", "--report", "--seed", "--spool", "--stream",
-    "--t", "--t-for", "--try", "--untie", "--variant", "--version", "--vocab",
+    "--overwrite", "--pad-vocab-to-multiple-of", "--progress", "--quiet", "--report", "--report-html",
+    "--seed", "--spool", "--stream", "--t", "--t-for", "--try", "--untie", "--variant", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
@@ -256,7 +256,8 @@ def test_the_options_are_frozen() -> None:
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
     assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS, "--extrapolate"})
     assert sorted(merge_tool.commands) == [
-        "diff", "finish", "fold", "inspect", "merge", "plan", "push", "run", "search", "sweep", "verify", "work",
+        "diff", "finish", "fold", "inspect", "merge", "plan", "push", "report", "run", "search", "sweep", "verify",
+        "work",
     ]  # fmt: skip
 
 
