@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from checkpoints import contents, language_model, save_model
-from merge_tool.api import merge_recipe
+from merge_tool.api import merge_recipe, plan_recipe
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.methods.passes import run_steps
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import MergeSpec
 from merge_tool.models.side_files import REPORT
+from merge_tool.output.known import EarlierFindings
 from merge_tool.recipe.mergekit import read_recipe
 from test_fp8_output import config_of, packed
 
@@ -146,6 +147,16 @@ def test_a_report_of_anything_else_is_not_used(models: list[Path], tmp_path: Pat
     merged([models[0], models[2]], tmp_path / "first", "slerp", {"t": 0.5}, None)
     merged(models[:2], tmp_path / "again", "slerp", {"t": 0.3}, first)
     assert contents(tmp_path / "again") == contents(tmp_path / "alone")
+    recipe = {"merge_method": "slerp", "base_model": str(models[0]), "parameters": {"t": 0.3}}
+    recipe |= {"models": [{"model": str(path)} for path in models[:2]]}
+    for changed in ({"only": ["mlp"]}, {"dtype": "float32"}):
+        prepared = plan_recipe(read_recipe(recipe, METHODS, **changed), tmp_path / "x", read_samples=True)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="of another merge"):
+            EarlierFindings(tmp_path / "alone" / REPORT, prepared)
+    prepared = plan_recipe(
+        read_recipe({**recipe, "parameters": {"t": 0.8}}, METHODS), tmp_path / "x", read_samples=True
+    )
+    assert EarlierFindings(tmp_path / "alone" / REPORT, prepared)(next(prepared.plan.jobs())) is not None
     merged(models[:2], tmp_path / "line", "linear", {"weight": [0.5, 0.5]}, None)
     for number, text in enumerate(("", "{}", (tmp_path / "line" / REPORT).read_text(), first.read_text()[:-40])):
         (tmp_path / REPORT).write_text(text)

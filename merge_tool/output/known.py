@@ -6,14 +6,16 @@ on no parameter at all.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_tool.errors import reason, shown
-from merge_tool.output.report import stream_report
+from merge_tool.errors import RecipeError, reason, shown
+from merge_tool.output.report import report_head, stream_report
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.plan.prepare import Prepared
+from merge_tool.recipe.candidates import without_parameters
 from merge_tool.run.findings import Finding, from_record
 
 
@@ -30,7 +32,7 @@ class EarlierFindings:
                 _check_head(next(stream)[1], prepared)
                 for _, record in stream:
                     self._records[record["name"]] = _kept(record)
-        except (OSError, KeyError, TypeError, AttributeError, StopIteration) as e:
+        except (OSError, KeyError, TypeError, AttributeError, StopIteration, RecipeError) as e:
             raise ValueError(f"{shown(report)}: is no report of a merge ({reason(e)})") from e
         if any(job.out.name not in self._records for job in plan.jobs()):
             raise ValueError(f"{shown(report)}: has other tensors")
@@ -78,8 +80,15 @@ def _check_head(head: Mapping[str, Any], prepared: Prepared) -> None:
         raise ValueError("the report is of other files")
     if list(head["samples_sha256"]) != list(prepared.samples):
         raise ValueError("the report is of other weights")
-    if head["method"] != prepared.plan.recipe.method:
-        raise ValueError("the report is of another method")
+    now = json.loads(json.dumps(report_head(prepared.plan, 0, prepared.samples)))
+    if _request(head) != _request(now):
+        raise ValueError("the report is of another merge")
+
+
+def _request(head: Mapping[str, Any]) -> list[Any]:
+    """What was asked of which version, beside parameters."""
+    words = {key: value for key, value in head["words"].items() if key != "t_for"}
+    return [head["tool"], head["method"], words, head["options"], without_parameters(head.get("recipe", ""))]
 
 
 def _settings_of(job: TensorJob) -> list[dict[str, Any]]:

@@ -76,6 +76,17 @@ def with_settings(recipe: Mapping[str, Any], settings: Mapping[str, Sequence[Map
     return changed
 
 
+def without_parameters(text: str) -> Any:
+    """What a recipe's text says beside parameters and our options: for a comparison."""
+
+    def rest(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: rest(value) for key, value in part.items() if key not in ("parameters", OWN)}
+        return list(map(rest, part)) if isinstance(part, list) else part
+
+    return rest(plain_value(parse_yaml(Text("the recipe"), text))) if text else None
+
+
 def with_options(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with options of the command line, under the key that `merge-tool run` reads them from."""
     if not options:
