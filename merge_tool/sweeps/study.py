@@ -277,8 +277,8 @@ class Study:
             ) from e
         except ImportError as e:
             raise RecipeError(
-                f"--storage {self._where}: a package for this database is missing ({reason(e)}). Install it, for "
-                "example psycopg2-binary for PostgreSQL or PyMySQL for mysql+pymysql://..."
+                f"--storage {self._where}: a package for this database is missing ({reason(e.__cause__ or e)}). "
+                "Install it; for postgresql+psycopg2://... that is psycopg2-binary, for mysql+pymysql://... PyMySQL."
             ) from e
         except (ValueError, RuntimeError) as e:
             if "storage" not in str(e).lower() and "study" not in str(e).lower():
