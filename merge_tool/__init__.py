@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from merge_tool.recipe.recipe import Recipe
     from merge_tool.run.run import run_plan
     from merge_tool.sweeps.results import SweepReport
+    from merge_tool.sweeps.search import search
+    from merge_tool.sweeps.search_results import SearchReport
     from merge_tool.sweeps.sweep import sweep, sweep_recipe
     from merge_tool.verification.inspection import Inspection, inspect
     from merge_tool.verification.verify import Verification, verify
@@ -77,6 +79,8 @@ _HOMES = {
     "Recipe": "merge_tool.recipe.recipe",
     "run_plan": "merge_tool.run.run",
     "SweepReport": "merge_tool.sweeps.results",
+    "SearchReport": "merge_tool.sweeps.search_results",
+    "search": "merge_tool.sweeps.search",
     "sweep": "merge_tool.sweeps.sweep",
     "sweep_recipe": "merge_tool.sweeps.sweep",
     "Inspection": "merge_tool.verification.inspection",
@@ -121,6 +125,7 @@ __all__ = [
     "OutputError",
     "Recipe",
     "RecipeError",
+    "SearchReport",
     "SweepReport",
     "Verification",
     "Watch",
@@ -139,6 +144,7 @@ __all__ = [
     "push",
     "read_recipe",
     "run_plan",
+    "search",
     "sweep",
     "sweep_recipe",
     "verify",

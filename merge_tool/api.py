@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from merge_tool.hosts.plan_file import PlanFile
+    from merge_tool.output.known import EarlierFindings
 
 DEFAULT_PARTS = 16  # of an executor's merge
 _FLUSH_BYTES = 8_000_000
@@ -215,12 +216,14 @@ def merge_recipe(
     num_parts: int = DEFAULT_PARTS,
     plan_file: PlanFile | None = None,
     fill: bool = False,
+    earlier: Path | None = None,
 ) -> MergeReport:
     """Make the merge that a recipe asks for. Raises a MergeToolError.
 
     With an `executor` its tasks make the weights, in `num_parts` parts; OUT must be a folder that they all see, and
     each keeps `memory_bytes` and `jobs`. With a `plan_file` the finished parts of its workers are taken; what they lack
-    is an error, or is made here with `fill`.
+    is an error, or is made here with `fill`. `earlier` is the merge_report.json of the same merge with other
+    parameters: sums that it holds are not made again, and a report of anything else is not used.
     """
     started, watch = time.monotonic(), watch or Watch()
     _check_method(recipe, methods, is_shared=executor is not None)
@@ -258,7 +261,9 @@ def merge_recipe(
                 if plan_file is not None or (not overwrite and is_complete(prepared)):
                     return earlier_report(prepared, report, started)
             check_room(prepared, overwrite=overwrite)
-            check_exact_tensors(prepared.plan)
+            known = None if earlier is None else _known(earlier, prepared)
+            if known is None:
+                check_exact_tensors(prepared.plan)
             with WorkFolder(
                 target,
                 prepared.plan,
@@ -304,7 +309,7 @@ def merge_recipe(
                     from merge_tool.run.read_order import read_order  # most merges need none
 
                     inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
-                _run(prepared, work, watch)
+                _run(prepared, work, watch, known)
                 inputs.close()  # the process that downloads
                 findings = work.findings()
                 summary = summarise(prepared.plan, findings)
@@ -523,7 +528,16 @@ def _say_what_is_done(prepared: Prepared, work: WorkFolder, watch: Watch) -> Non
         )
 
 
-def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
+def _known(earlier: Path, prepared: Prepared) -> EarlierFindings | None:
+    from merge_tool.output.known import EarlierFindings
+
+    try:
+        return EarlierFindings(earlier, prepared)
+    except ValueError:
+        return None
+
+
+def _run(prepared: Prepared, work: WorkFolder, watch: Watch, known: EarlierFindings | None) -> None:
     """Merge all shards that an earlier run has not finished."""
     plan, skip = prepared.plan, work.done_shards
     if watch.on_start is not None:
@@ -537,7 +551,7 @@ def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
             watch.on_progress(nbytes, tensor)
 
     try:
-        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=on_progress):
+        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=on_progress, known=known):
             pass
     except DataError:
         work.discard()

@@ -26,7 +26,11 @@ _KEYWORDS: Mapping[str, tuple[str, str]] = {
     "jobs": ("jobs", "number"), "report": ("report_path", "text"), "recipe": ("recipe", "text"),
     "models-dir": ("models_dir", "text"), "set": ("values", "text"), "minimize": ("minimize", "text"),
     "against": ("against", "text"), "t": ("t", "number"), "vary": ("vary", "text"), "sample": ("sample", "number"),
-    "eval": ("command", "text"), "batch": ("batch", "number"), "progress": ("progress", "text"),
+    "eval": ("command", "text"), "in-process": ("judge", "text"), "maximize": ("maximize", "text"),
+    "trials": ("trials", "number"), "space": ("space", "text"), "storage": ("storage", "text"),
+    "sampler": ("sampler", "text"), "pruner": ("pruner", "text"), "choose": ("choose", "text"),
+    "test": ("test", "text"), "uniform": ("uniform", "number"), "search-seed": ("search_seed", "number"),
+    "batch": ("batch", "number"), "progress": ("progress", "text"),
     "try": ("prompt", "text"), "fill": ("fill", "switch"), "executor": ("executor", "text"),
     "parts": ("num_parts", "number"), "plan-file": ("plan_file", "text"),
     "stream": ("stream", "switch"), "downloads": ("downloads", "number"),
@@ -66,7 +70,7 @@ _NO_VALUES = frozenset(
 )
 _CALLS = {
     "merge-tool verify": "verify", "merge-tool run": "merge_models", "merge-tool diff": "diff",
-    "merge-tool sweep": "sweep", "merge-tool inspect": "inspect", "slerp-merge": "merge",
+    "merge-tool sweep": "sweep", "merge-tool search": "search", "merge-tool inspect": "inspect", "slerp-merge": "merge",
     "merge-tool push": "push",
 }  # fmt: skip
 _COMMAND = re.compile(rf"\b({'|'.join(_CALLS)})((?: [A-Z][A-Z_.a-z]*| [\w./]+\.yaml| hub:[\w/]+)+)")

@@ -256,7 +256,8 @@ def test_the_options_are_frozen() -> None:
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
     assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS, "--extrapolate"})
     assert sorted(merge_tool.commands) == [
-        "diff", "finish", "fold", "inspect", "merge", "plan", "push", "report", "run", "sweep", "verify", "work",
+        "diff", "finish", "fold", "inspect", "merge", "plan", "push", "report", "run", "search", "sweep", "verify",
+        "work",
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -216,6 +217,20 @@ def test_a_sweep_takes_hub_ids(hub: Replica, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "sweep", "org/base", "org/ft", "out", "--t", "0.2,0.4", "--eval", score)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "cwd/out/sweep.csv").read_text().splitlines()) == 3
+
+
+def test_a_search_pins_hub_ids(hub: Replica, tmp_path: Path) -> None:
+    """Its recipes name the commits that were merged."""
+    pytest.importorskip("optuna", reason="needs Optuna: pip install '.[search]'")
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd/judge.py").write_text("def judge(tensors):\n    return {'n': len(tensors)}\n")
+    words = ["--in-process", "judge.py:judge", "--maximize", "n", "--trials", "2", "--uniform", "0,1"]
+    done = run(hub, tmp_path, "search", "org/base", "org/ft", "out", *words)
+    assert done.returncode == 0, done.stderr
+    chosen = (tmp_path / "cwd/out/chosen.yaml").read_text()
+    assert len(re.findall(r"org/(?:base|ft)@[0-9a-f]{40}", chosen)) == 3
+    again = run(hub, tmp_path, "run", "out/chosen.yaml", "made")
+    assert again.returncode == 0, again.stderr
 
 
 def test_an_incomplete_cache_offline_is_not_half_a_model(hub: Replica, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ OUTSIDE = {  # who alone may import a package that is not Python's own
     "click": {"cli"}, "tqdm": {"progress"}, "matplotlib": {"cli.plot"}, "torch": {"checkpoint.unpickle", "compare"},
     "huggingface_hub": {"checkpoint", "output.card", "output.pushing"}, "safetensors": {"output", "verification"},
     "yaml": {"recipe", "models.cards"}, "transformers": {"compare"}, "numpy": set(), "ml_dtypes": {"arrays"},
-    "ray": {"hosts"}, "distributed": {"hosts"},
+    "ray": {"hosts"}, "distributed": {"hosts"}, "optuna": {"sweeps.study"}, "sqlalchemy": {"sweeps.study"},
+    "cmaes": {"sweeps.study"},
 }  # fmt: skip
 FILES = {
     path.relative_to(ROOT / "merge_tool").with_suffix("").as_posix().replace("/", "."): path

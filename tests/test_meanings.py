@@ -81,7 +81,14 @@ def test_every_advice_names_options_and_commands_that_exist() -> None:
 
 @pytest.mark.parametrize(
     ("word", "command"),
-    [("ties", "run"), ("compare", "diff"), ("verfy", "verify"), ("lora", "fold"), ("tune", "sweep")],
+    [
+        ("ties", "run"),
+        ("compare", "diff"),
+        ("verfy", "verify"),
+        ("lora", "fold"),
+        ("grid", "sweep"),
+        ("tune", "search"),
+    ],
 )
 def test_a_command_that_there_is_not_is_told(word: str, command: str) -> None:
     assert f"No such command '{word}'. Did you mean {command}?" in last_line(run(word, "x"))

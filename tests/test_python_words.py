@@ -110,9 +110,9 @@ def test_the_functions_stay_functions_whatever_is_imported_first() -> None:
     """`merge_tool.diff` and the others are never a module of that name."""
     code = """
 import merge_tool.compare.diff, merge_tool.sweeps.sweep, merge_tool.verification.verify, merge_tool.cli
-from merge_tool import answers, diff, inspect, sweep, sweep_recipe, verify
+from merge_tool import answers, diff, inspect, search, sweep, sweep_recipe, verify
 import merge_tool
-for name in ("answers", "diff", "inspect", "sweep", "sweep_recipe", "verify"):
+for name in ("answers", "diff", "inspect", "search", "sweep", "sweep_recipe", "verify"):
     assert callable(getattr(merge_tool, name)), name
     assert getattr(merge_tool, name) is globals()[name]
 assert "tqdm" not in __import__("sys").modules

@@ -43,6 +43,7 @@ from merge_tool.cli.options import (
 )
 from merge_tool.cli.pages import check_page, report_command, write_merge_page
 from merge_tool.cli.push import push_command
+from merge_tool.cli.search import search_command
 from merge_tool.cli.sweep import sweep_command
 from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
 from merge_tool.recipe.options import Options
@@ -245,7 +246,7 @@ def merge_tool() -> None:
 
 merge_tool.add_command(slerp_merge, "merge")
 _LOOK = (diff_command, inspect_command, verify_command, report_command)
-for command in (sweep_command, *_LOOK, push_command, *hosts.COMMANDS):
+for command in (sweep_command, search_command, *_LOOK, push_command, *hosts.COMMANDS):
     merge_tool.add_command(command)
 
 

@@ -18,6 +18,7 @@ _FRACTIONS = frozenset({"density", "gamma"})
 
 _SUM = {"normalize": False, "lambda": 1.0}  # parameters of all task-vector methods
 _DELTA = {"weight": REQUIRED}
+_MASKED = frozenset({"density", "gamma", "rescale"})
 
 
 def _always(spec: MergeSpec) -> bool:
@@ -141,6 +142,7 @@ METHODS: Mapping[str, Method] = {
         each={**_DELTA, "density": 1.0},
         fractions=_FRACTIONS,
         copies_equal=_always,
+        passes_by=_MASKED,
         state_bytes=_histograms(2),
     ),
     "dare_linear": Method(
@@ -170,6 +172,7 @@ METHODS: Mapping[str, Method] = {
         each={**_DELTA, "density": 1.0, "gamma": 0.01},
         fractions=_FRACTIONS,
         copies_equal=_always,
+        passes_by=_MASKED,
         state_bytes=_histograms(3),
         divides_weights=_divides_by_sum,
     ),
@@ -181,6 +184,7 @@ METHODS: Mapping[str, Method] = {
         each={**_DELTA, "density": 1.0, "gamma": 0.01},
         fractions=_FRACTIONS,
         copies_equal=_always,
+        passes_by=_MASKED,
         state_bytes=_histograms(3),
     ),
     "della": Method(
@@ -211,6 +215,7 @@ METHODS: Mapping[str, Method] = {
         shared={"select_topk": 1.0},
         fractions=frozenset({"select_topk"}),
         copies_equal=_always,
+        passes_by=frozenset({"select_topk"}),
         state_bytes=_histograms(0, 2),
     ),
     "nearswap": Method(

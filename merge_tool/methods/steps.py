@@ -146,7 +146,8 @@ class Method:
     (what the inputs are compared with), or "first" (the first of the inputs); `inputs` are the fewest and the most
     models beside it, the first included. Where `copies_equal`, inputs (and base) that hold the same bytes give those
     bytes. A method of `ROWS` sees whole rows. `divides_weights` is a function of the
-    shared parameters: whether each model's share is its weight divided by the sum of all weights.
+    shared parameters: whether each model's share is its weight divided by the sum of all weights. `passes_by` are the
+    parameters that what its passes find depends on; None: perhaps all of them.
     """
 
     summary: str
@@ -162,6 +163,7 @@ class Method:
     copies_equal: Callable[[MergeSpec], bool] = lambda spec: False
     state_bytes: Callable[[MergeSpec], int] = lambda spec: 0  # held by its passes besides tiles
     divides_weights: Callable[[Mapping[str, Any]], bool] = lambda shared: False
+    passes_by: frozenset[str] | None = None
 
     def is_weighted(self, num_inputs: int, *, has_base: bool) -> bool:
         """Whether so many tensors are merged by two weights rather than by steps."""

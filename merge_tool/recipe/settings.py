@@ -54,6 +54,11 @@ class Pattern:
         return not self.is_part and self.text.startswith("re:")
 
     @property
+    def is_part_of_names(self) -> bool:
+        """Whether it matches the names that it is a part of."""
+        return not (self.is_regex or self._is_glob)
+
+    @property
     def _is_glob(self) -> bool:
         return not self.is_part and any(sign in self.text for sign in "*?[") and not self.text.startswith("re:")
 

@@ -28,11 +28,12 @@ from merge_tool.errors import WorkerError
 from merge_tool.plan.memory import Layout, aligned, region_bytes
 from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.run.buffers import Arena, Worker, WorkerMemory, ended
-from merge_tool.run.findings import Findings
+from merge_tool.run.findings import Finding, Findings
 from merge_tool.run.weighted import ScalesStore
 from merge_tool.run.work import Work, start_work
 
 Progress = Callable[[int, str], None]
+Known = Callable[[TensorJob], "Finding | None"]
 _PATIENCE = 1.0  # seconds that a signal waits for the disk
 _QUEUED_CHUNKS = 4  # for each worker: what is prefetched ahead of it
 
@@ -77,17 +78,20 @@ def run_plan(
     rank: int = 0,
     world_size: int = 1,
     on_progress: Progress | None = None,
+    known: Known | None = None,
 ) -> Iterator[ShardDone]:
     """Merge all shards of `plan` that are not in `skip`, and yield each as it is finished.
 
     `rank` of `world_size` processes takes every `world_size`-th shard. `on_progress(nbytes, tensor_name)` is
     called from worker threads with the input bytes summed and the output bytes written. `layout` comes from
-    `plan_layout(plan, memory_bytes, jobs)`, `sink` is where shards go (`merge` uses a resumable folder).
+    `plan_layout(plan, memory_bytes, jobs)`, `sink` is where shards go (`merge` uses a resumable folder). `known` gives
+    the finding of a tensor where an earlier merge of the same inputs has made it: its passes are then left out, and
+    its inputs are read once, to be merged.
 
     Raises DataError for values that cannot be merged, CheckpointError and OutputError where reading or writing fails.
     """
     shards = [s for s in plan.shards[rank::world_size] if s.number not in skip]
-    run = _Run(plan, sink, layout, on_progress or (lambda nbytes, name: None))
+    run = _Run(plan, sink, layout, on_progress or (lambda nbytes, name: None), known or (lambda job: None))
     try:
         yield from run.walk(shards)
     except (Exception, GeneratorExit):
@@ -160,8 +164,8 @@ _Task = Callable[[WorkerMemory], None]
 class _Run:
     """The calling thread's walk through the plan, and the workers that do what it queues."""
 
-    def __init__(self, plan: MergePlan, sink: Sink, layout: Layout, on_progress: Progress) -> None:
-        self.plan, self.sink, self.layout, self.on_progress = plan, sink, layout, on_progress
+    def __init__(self, plan: MergePlan, sink: Sink, layout: Layout, on_progress: Progress, known: Known) -> None:
+        self.plan, self.sink, self.layout, self.on_progress, self.known = plan, sink, layout, on_progress, known
         self.changed = threading.Condition()  # guards all that follows
         self.tasks: deque[_Task] = deque()
         self.finished: deque[ShardDone] = deque()
@@ -191,13 +195,15 @@ class _Run:
                 if waiting is not None and job.scaling is not None and job.scaling is waiting.job.scaling:
                     self._queue_merge(waiting)  # this job begins with what the passes of the other find
                     waiting = None
-                region = self._take_region(job)
-                if region is None and self._fits_arena(job):
+                work = self._begin_work(job)
+                fits = work.needs_chunks and 0 < region_bytes(job) <= self.arena.nbytes
+                region = self._take_region(job) if fits else None
+                if region is None and fits:
                     if waiting is not None:
                         self._queue_merge(waiting)
                         waiting = None
                     region = self._await_region(job)
-                tensor = self._open_tensor(job, shard, region)
+                tensor = self._open_tensor(job, work, shard, region)
                 self._queue_pass(tensor)
                 if waiting is not None:
                     self._queue_merge(waiting)
@@ -241,12 +247,16 @@ class _Run:
             self.open_shards.append(shard)
         return shard
 
-    def _fits_arena(self, job: TensorJob) -> bool:
-        return 0 < region_bytes(job) <= self.arena.nbytes and not self.scales.has(job)
+    def _begin_work(self, job: TensorJob) -> Work:
+        """The work of a job; after its passes, if what they find is known and is enough."""
+        work = start_work(self.plan, job, self.scales)
+        if work.needs_chunks and (finding := self.known(job)) is not None and not work.resume(finding):
+            return start_work(self.plan, job, self.scales)
+        return work
 
     def _take_region(self, job: TensorJob) -> int | None:
         with self.changed:
-            return self.arena.take(region_bytes(job)) if self._fits_arena(job) else None
+            return self.arena.take(region_bytes(job))
 
     def _await_region(self, job: TensorJob) -> int:
         taken: list[int] = []
@@ -259,11 +269,10 @@ class _Run:
         self._await(try_again)
         return taken[0]
 
-    def _open_tensor(self, job: TensorJob, shard: _OpenShard, region: int | None) -> _OpenTensor:
+    def _open_tensor(self, job: TensorJob, work: Work, shard: _OpenShard, region: int | None) -> _OpenTensor:
         kept = None
-        if region is not None and not job.is_copied:
+        if region is not None:
             kept = self._kept(job, region)
-        work = start_work(self.plan, job, self.scales)
         chunk = max(1, self.layout.chunk_elements // work.tile) * work.tile
         chunks = -(-job.out.numel // chunk) or 1
         tensor = _OpenTensor(

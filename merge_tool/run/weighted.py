@@ -136,10 +136,6 @@ class ScalesStore:
                 self._room -= size
                 self._entries[id(scaling)] = finding, scales
 
-    def has(self, job: TensorJob) -> bool:
-        with self._lock:
-            return id(job.scaling) in self._entries
-
     def take(self, scaling: Scaling) -> tuple[Finding, dict[int, Array]] | None:
         with self._lock:
             entry = self._entries.pop(id(scaling), None)
@@ -208,8 +204,11 @@ class Scaled:
             self.store.keep(self.scaling, self.pair.finding, self.scales)
 
     def resume(self, finding: Finding) -> bool:
-        """Continue from the sums; if the scales are not copied, the caller must then set `scales`."""
-        return self.pair.resume(finding)
+        """Continue from the sums. Where the scales are not copied, `add` wants the chunks for them, or the caller sets
+        `scales`."""
+        is_enough = self.pair.resume(finding)
+        self.fresh = [k for k in range(len(self.job.values)) if self.copied(k) is None] if is_enough else []
+        return is_enough
 
     def copied(self, output: int) -> TensorSource | None:
         """The codes or the scales to copy byte for byte; None if they are computed."""

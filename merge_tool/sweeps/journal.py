@@ -31,7 +31,7 @@ class Journal:
         hidden.mkdir(exist_ok=True)
         self._hidden, self._lock = hidden, FolderLock(hidden)
         try:
-            lines = [] if overwrite else list(_read_lines(self._path))
+            lines = [] if overwrite else list(read_lines(self._path))
             if lines:
                 _check_same(self._path, lines[0], facts)
             elif not overwrite and (others := strangers(folder, [HIDDEN], ())):
@@ -82,7 +82,7 @@ class Journal:
         self._lock.remove_with(self._hidden)
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines; the last may have been cut short by a kill. Raises OutputError for one that is damaged."""
     try:
         text = path.read_bytes()
@@ -128,7 +128,7 @@ def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
 
 def read_scored(folder: Path) -> set[str]:
     """The names of the models that have scores in a sweep's folder, for a dry run."""
-    return {line["model"] for line in _read_lines(folder / JOURNAL) if "scores" in line}
+    return {line["model"] for line in read_lines(folder / JOURNAL) if "scores" in line}
 
 
 def write_beside(path: Path, text: str) -> None:

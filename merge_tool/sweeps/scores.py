@@ -61,14 +61,14 @@ def evaluate(
     text = output.decode(errors="replace")
     if code:
         raise EvaluationError(
-            f"The evaluation command ended with {_ending(code)}. Its last lines:\n"
-            f"{_tail(folder / LOG, start, text)}\nCorrect it, then run the same sweep: it continues with these models."
+            f"The evaluation command ended with {ending(code)}. Its last lines:\n"
+            f"{tail(folder / LOG, start, text)}\nCorrect it, then run the same sweep: it continues with these models."
         )
     try:
         return parse_scores(text, len(folders), names)
     except ValueError as e:
         raise EvaluationError(
-            f"The evaluation command's output cannot be read: {e}. It printed:\n{_indented(text)}\n"
+            f"The evaluation command's output cannot be read: {e}. It printed:\n{indented(text)}\n"
             "Expected `name value` lines, or JSON, for each folder in order."
         ) from e
 
@@ -87,19 +87,19 @@ def _run(args: Sequence[str], log: IO[bytes], beat: Callable[[], None]) -> tuple
                 raise
 
 
-def _ending(code: int) -> str:
+def ending(code: int) -> str:
     return f"exit code {code}" if code > 0 else f"signal {-code}"
 
 
-def _tail(log: Path, start: int, text: str) -> str:
+def tail(log: Path, start: int, text: str) -> str:
     """The last lines that the command wrote on stderr (from byte `start` of the log), or else on stdout."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - 65_536))
         errors = file.read().decode(errors="replace")
-    return _indented(errors if errors.strip() else text)
+    return indented(errors if errors.strip() else text)
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]
     return "\n".join(f"    {shown(line)}" for line in lines) or "    (nothing)"
 

@@ -203,7 +203,7 @@ def sweep_outputs(
     prepared = plan.prepare(folder, read_samples=True, **limits)
     check_target(Target(folder / MODELS), prepared.inputs)  # its content is removed
     watch.warn(prepared.warnings)
-    facts, names = _facts(prepared, keys, command), prepared.plan.names
+    facts, names = sweep_facts(prepared, keys, command), prepared.plan.names
     plan = replace(plan, recipe=_pinned(recipe, prepared))
     del prepared
     try:
@@ -319,7 +319,7 @@ def _pinned(recipe: Recipe, prepared: Prepared) -> Recipe:
     return replace(recipe, models=tuple(refs))
 
 
-def _facts(prepared: Prepared, keys: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
+def sweep_facts(prepared: Prepared, keys: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
     """The facts that must be equal to continue a sweep: the inputs, the merge's options, the command."""
     merged = {key: value for key, value in prepared.plan.facts.items() if key not in (*keys, "version")}
     return {**merged, "samples": list(prepared.samples), "vary": sorted(keys), "command": list(command)}
