@@ -38,14 +38,15 @@ def slerp(sums: PairSums, spec: MergeSpec) -> Weights:
 
 def linear_of_two(sums: PairSums, spec: MergeSpec) -> Weights:
     """As `linear`."""
-    w0, w1 = _shares(spec)
+    w0, w1 = shares(spec)
     return Weights(w0, w1, precise=min(w0, w1) < 0)
 
 
 # ------------------------------------------------------------------------------- averages, passthrough
 
 
-def _shares(spec: MergeSpec) -> list[float]:
+def shares(spec: MergeSpec) -> list[float]:
+    """Each model's coefficient in `linear`."""
     weights = numbers(spec, "weight")
     divisor = weight_sum(weights, "change weight, or set normalize to false") if spec["normalize"] else 1.0
     return [w / divisor for w in weights]
@@ -53,9 +54,9 @@ def _shares(spec: MergeSpec) -> list[float]:
 
 def linear(spec: MergeSpec) -> Steps:
     """sum_i w_i x_i, over sum_i w_i where `normalize`."""
-    shares = _shares(spec)
+    coefficients = shares(spec)
     yield from ()
-    return lambda tile: mix(shares, tile.inputs)
+    return lambda tile: mix(coefficients, tile.inputs)
 
 
 def passthrough(spec: MergeSpec) -> Steps:

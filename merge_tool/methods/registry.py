@@ -73,6 +73,7 @@ METHODS: Mapping[str, Method] = {
     "linear": Method(
         steps=geometric.linear,
         weights=geometric.linear_of_two,
+        coefficients=geometric.shares,
         summary="weighted average",
         source="https://arxiv.org/abs/2203.05482",
         shared={"normalize": True},
