@@ -20,6 +20,7 @@ from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.heads import lone_head
 from merge_tool.models.layer_counts import num_layers
+from merge_tool.models.naming import natural_key
 from merge_tool.models.renaming import find_renaming, renaming_warnings
 from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.fit import Fit, fit, no_match
@@ -28,7 +29,6 @@ from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
 from merge_tool.plan.published import published
 from merge_tool.plan.scaled import ScaledPlan, Scaling, plan_scaled
 from merge_tool.plan.stack_fit import check_stack
-from merge_tool.plan.stacks import natural_key
 from merge_tool.recipe.options import as_json
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.settings import meant
