@@ -89,6 +89,8 @@ def average_recipe(
 
     chosen = choose(checkpoints, own)
     rows = dict(_rows(len(chosen), own))
+    longest = max(own.window or (len(chosen),))
+    chosen, rows = chosen[-longest:], {label: weights[-longest:] for label, weights in rows.items()}
     if same := [one for one in rows if sum(weights == rows[one] for weights in rows.values()) > 1]:
         raise RecipeError(f"{listed(same)} would be the same average. Leave out one of them.")
     single = next(iter(rows.values())) if len(rows) == 1 else [1.0] * len(chosen)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from merge_tool.arrays import NUMPY_DTYPES, Array, decode
+from merge_tool.arrays import NUMPY_DTYPES, Array, decode, first_nonfinite
 from merge_tool.methods.inner import Scratch
 from merge_tool.methods.steps import TILE
 from merge_tool.plan.memory import SUM_BLOCK
@@ -47,6 +47,8 @@ class Summed:
         room, sums, out = worker.sums(self.job, stop - start, len(self.coefficients))
         sums[[row for row, first in enumerate(self.first) if first < 0]] = 0.0
         for number, source in enumerate(self.job.sources):
+            if not any(row[number] for row in self.coefficients):
+                continue
             dtype = NUMPY_DTYPES[source.info.dtype]
             values = room[: (stop - start) * dtype.itemsize].view(dtype)
             source.read_into(start, values)
@@ -61,7 +63,6 @@ class Summed:
         wide, term = np.empty(min(SUM_BLOCK, len(values))), np.empty(min(SUM_BLOCK, len(values)))
         for cut in _blocks(len(values)):
             part = decode(values[cut], wide[: cut.stop - cut.start])
-            check_finite_one(self.job.sources[number], start + cut.start, part)
             for row, c, is_first in rows:
                 if is_first:
                     np.multiply(part, c, out=sums[row, cut])
@@ -70,11 +71,20 @@ class Summed:
                     np.add(sums[row, cut], product, out=sums[row, cut])
 
     def merged(self, output: int, start: int, sums: Array, out: Array) -> Array:
-        """The elements from `start` on of an output."""
+        """The elements from `start` on of an output. Raises DataError, for an input's value that is not finite with its
+        place: looked for only here, since any makes the sum so."""
         row = sums[self.of_output[output]]
         for cut in _blocks(len(row)):
+            if (index := first_nonfinite(row[cut])) is not None:
+                self._check_inputs(start + cut.start + index)
             stored(self.job, start + cut.start, row[cut], out[cut])
         return out
+
+    def _check_inputs(self, element: int) -> None:
+        for source in self.job.sources:
+            value = np.empty(1, NUMPY_DTYPES[source.info.dtype])
+            source.read_into(element, value)
+            check_finite_one(source, element, value)
 
     def merge(self, output: int, start: int, inputs: Sequence[Array], out: Array, scratch: Scratch) -> Array:
         """As any work: of inputs that were read before. `add_up` reads them itself."""
