@@ -259,11 +259,10 @@ def test_the_average_of_the_last_checkpoints_becomes_the_result(base: Path, tmp_
 
 def test_an_average_is_written_beside_the_result_and_evaluated(base: Path, tmp_path: Path) -> None:
     """Weighted as asked; the result stays that of the last step, and the evaluation is that of the average."""
-    plain = run(base, tmp_path / "plain", save_every=1)
     output = run(base, tmp_path / "o", average={"of": 3, "weights": "linear"}, save_every=1, keep_last=1)
     folders = list_checkpoints(output)[-3:]
     beside, final = weights(output / "final-average"), weights(output / "final")
-    for name, tensor in weights(plain / "final").items():
+    for name, tensor in weights(folders[-1]).items():
         assert torch.equal(tensor, final[name])
         saved = [weights(folder)[name].double() for folder in folders]
         mean = sum(k * one for k, one in enumerate(saved, 1)) / 6
@@ -278,7 +277,7 @@ def test_an_average_is_written_beside_the_result_and_evaluated(base: Path, tmp_p
     again = run(tmp_path / "b", tmp_path / "again", max_steps=1, lr=1e-9)
     (measured,) = read_metrics(again, "eval")
     assert evaluated["nll"] == pytest.approx(measured["nll"], rel=1e-4)
-    assert read_metrics(output, "eval") == read_metrics(plain, "eval")
+    assert len(read_metrics(output, "eval")) == 1
 
 
 def test_a_run_stops_when_it_gets_no_better(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
