@@ -72,6 +72,8 @@ def test_ema_weights_are_the_running_average(decay: float) -> None:
 def test_uniform_linear_and_given_weights(tmp_path: Path) -> None:
     file = tmp_path / "w.txt"
     file.write_text("# the oldest first\n0.5, 1\n2\n")
+    assert [one.name for one in AverageOptions(weights="uniform,ema:0.5").weights] == ["uniform", "ema-0.5"]
+    assert weights_of(kind(np.array([1, 2])), 2) == [1, 2]
     assert weights_of(kind("uniform"), 3) == [1, 1, 1]
     assert weights_of(kind("linear"), 4) == [1, 2, 3, 4]
     assert weights_of(kind(str(file)), 3) == weights_of(kind([0.5, 1, 2]), 3) == [0.5, 1, 2]

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,9 +36,8 @@ class AverageOptions:
     weights: Sequence[Any] = option(
         (), "--weights",
         "Each checkpoint's weight, by its place: uniform, linear (1, 2, 3, ...), ema:DECAY, sqrt (as a learning rate "
-        "that decays by 1 - sqrt), or a FILE with a number a line. Given several times: an output each.  [default: "
-        "uniform]",
-        metavar="KIND", is_many=True,
+        "that decays by 1 - sqrt), or a FILE with a number a line. Several make an output each.  [default: uniform]",
+        metavar="KIND[,KIND...]", is_many=True,
     )  # fmt: skip
     window: Sequence[Any] = option(
         (), "--window",
@@ -51,8 +51,9 @@ class AverageOptions:
 
     def __post_init__(self) -> None:
         kinds = (self.weights,) if isinstance(self.weights, str) else tuple(self.weights)
-        if kinds and all(isinstance(one, int | float) for one in kinds):
+        if kinds and all(isinstance(one, Real) for one in kinds):
             kinds = (kinds,)
+        kinds = tuple(kind for one in kinds for kind in _listed(one))
         object.__setattr__(self, "weights", tuple(map(_parse_kind, kinds)) or (_parse_kind("uniform"),))
         windows = (
             self.window if isinstance(self.window, Sequence) and not isinstance(self.window, str) else [self.window]
@@ -166,6 +167,11 @@ def weights_of(kind: _Kind, count: int) -> list[float]:
     if kind.decay:
         return [(1 - kind.decay if j else 1.0) * kind.decay ** (count - 1 - j) for j in range(count)]
     return [1.0] * count
+
+
+def _listed(kind: Any) -> Sequence[Any]:
+    """The kinds in a text with commas, unless it is the name of a file."""
+    return kind.split(",") if isinstance(kind, str) and "," in kind and not Path(kind).is_file() else [kind]
 
 
 def _parse_kind(given: Any) -> _Kind:
