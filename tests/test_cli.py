@@ -230,8 +230,8 @@ OPTIONS = [
     "--allow-different-architectures", "--chat-template", "--check-resumed", "--downloads", "--dry-run", "--dtype",
     "--exclude", "--executor", "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json",
     "--max-shard-size", "--memory", "--method", "--names-from", "--names-to", "--on-mismatch", "--on-missing", "--only",
-    "--overwrite", "--pad-vocab-to-multiple-of", "--progress", "--quiet", "--report", "--seed", "--spool", "--stream",
-    "--t", "--t-for", "--try", "--untie", "--variant", "--version", "--vocab",
+    "--overwrite", "--pad-vocab-to-multiple-of", "--progress", "--quiet", "--report", "--report-html",
+    "--seed", "--spool", "--stream", "--t", "--t-for", "--try", "--untie", "--variant", "--version", "--vocab",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
@@ -258,7 +258,8 @@ def test_the_options_are_frozen() -> None:
     of_averages = {"--weights", "--window", "--last", "--every"}
     assert options_of(merge_tool.commands["average"]) == sorted({*OPTIONS} - {*OF_PAIRS, "--extrapolate"} | of_averages)
     assert sorted(merge_tool.commands) == [
-        "average", "diff", "finish", "fold", "inspect", "merge", "plan", "push", "run", "sweep", "verify", "work",
+        "average", "diff", "finish", "fold", "inspect", "merge", "plan", "push", "report", "run", "sweep", "verify",
+        "work",
     ]  # fmt: skip
 
 
