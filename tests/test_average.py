@@ -214,7 +214,7 @@ def test_more_checkpoints_take_no_more_buffers(tmp_path: Path) -> None:
     """And one header's entries for all of them."""
     paths = [str(path) for path in many(tmp_path / "run", 60)]
     few, all_of_them = (
-        plan_recipe(averaging(several, window=[2, len(several)]), tmp_path / "out", memory_bytes=200_000_000, jobs=2)
+        plan_recipe(averaging(several, window=[2, len(several)]), tmp_path / "out", jobs=2)
         for several in (paths[:3], paths)
     )
     assert few.layout == all_of_them.layout
