@@ -145,6 +145,8 @@ def recipes(base: Path, fts: list[Path], dtype: str) -> Iterator[tuple[str, dict
     three = models({"weight": 0.4}, {"weight": 0.3}, {"weight": 0.3}, of=fts)
     yield "multislerp", recipe("multislerp", three, needs_base=False)
     yield "karcher", recipe("karcher", [{"model": str(p)} for p in fts], needs_base=False)
+    for name, parameters in (("ram", {"epsilon": 2e-3}), ("ramplus_tl", {"epsilon": 2e-3, "r": 0.3, "alpha": 0.8})):
+        yield name, recipe(name, [{"model": str(p)} for p in fts], parameters=parameters)
     yield "model_stock", recipe("model_stock", [{"model": str(p)} for p in fts])
     yield (
         "model_stock, filter_wise",

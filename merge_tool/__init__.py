@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from merge_tool._version import __version__
 
 if TYPE_CHECKING:
-    from merge_tool.api import merge, merge_models, merge_recipe, plan_recipe
+    from merge_tool.api import average, merge, merge_models, merge_recipe, plan_recipe
     from merge_tool.checkpoint.reader import Checkpoint, open_checkpoint
     from merge_tool.compare.diff import Diff, diff
     from merge_tool.compare.prompting import Answer, answers
@@ -51,6 +51,7 @@ _HOMES = {
     "Watch": "merge_tool.output.merge_report",
     "Answer": "merge_tool.compare.prompting",
     "answers": "merge_tool.compare.prompting",
+    "average": "merge_tool.api",
     "merge": "merge_tool.api",
     "merge_models": "merge_tool.api",
     "merge_recipe": "merge_tool.api",
@@ -131,6 +132,7 @@ __all__ = [
     "Watch",
     "__version__",
     "answers",
+    "average",
     "diff",
     "inspect",
     "merge",

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,70 @@ def merge_models(
             executor=executor,
             num_parts=num_parts,
         )
+
+
+def average(
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Any = "uniform",
+    window: int | Sequence[int] = (),
+    last: int | None = None,
+    every: int = 1,
+    memory_bytes: int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    check_resumed: bool = False,
+    stream: bool | None = None,
+    downloads: int = DOWNLOADS,
+    spool_bytes: int | None = None,
+    report_path: str | Path | None = None,
+    progress: str = "auto",
+    on_warning: Callable[[str], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, str], None] | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Average the `checkpoints` of one training run, the oldest first, into `out`; each of them is read once, and one
+    at a time.
+
+    A checkpoint is a folder, a file, a glob or a model of the Hub. `weights` are "uniform", "linear" (1, 2, 3, ...),
+    "ema:DECAY", "sqrt" (as a learning rate that decays by 1 - sqrt: arXiv 2507.17634), a file, or a list of numbers; a
+    `window` is the number of the last checkpoints that are averaged. Several of either make one sub-folder each
+    (`window-4`, `weights-linear`, `window-4-weights-linear`), in one pass. `last` and `every` choose among the
+    checkpoints first. `options` are the fields of `merge_tool.recipe.options.Options`; the rest is as in
+    `merge`.
+
+    Raises a MergeToolError for whatever the user can mend; `out` is then as it was, or can be continued with the same
+    call.
+
+    >>> report = average(["runs/x/checkpoints/step-*"], "averaged", window=[4, 8])  # doctest: +SKIP
+    """
+    of_average = {"weights": weights, "window": window, "last": last, "every": every}
+    with _watched(progress, on_warning, on_start, on_progress) as watch:
+        return merge_recipe(
+            averaging([str(one) for one in checkpoints], **of_average, **options),
+            out,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+            overwrite=overwrite,
+            check_resumed=check_resumed,
+            streaming=Streaming(stream, downloads, spool_bytes),
+            report_path=report_path,
+            watch=watch,
+        )
+
+
+def averaging(checkpoints: Sequence[str], **options: Any) -> Recipe:
+    """The recipe that averages checkpoints. `options` are the fields of AverageOptions and Options. Raises RecipeError,
+    and CheckpointError for a path or a glob that is not there."""
+    from merge_tool.models.run_order import in_order  # for averages alone, as YAML
+    from merge_tool.recipe.average import AverageOptions, average_recipe
+
+    own = {f.name: options.pop(f.name) for f in fields(AverageOptions) if f.name in options}
+    settings = AverageOptions(**own)
+    found, warnings = in_order(checkpoints)
+    return average_recipe(found, settings, METHODS, warnings=warnings, **options)
 
 
 @contextmanager

@@ -71,7 +71,7 @@ _NO_VALUES = frozenset(
 _CALLS = {
     "merge-tool verify": "verify", "merge-tool run": "merge_models", "merge-tool diff": "diff",
     "merge-tool sweep": "sweep", "merge-tool search": "search", "merge-tool inspect": "inspect", "slerp-merge": "merge",
-    "merge-tool push": "push",
+    "merge-tool push": "push", "merge-tool average": "average",
 }  # fmt: skip
 _COMMAND = re.compile(rf"\b({'|'.join(_CALLS)})((?: [A-Z][A-Z_.a-z]*| [\w./]+\.yaml| hub:[\w/]+)+)")
 _PHRASES = {
@@ -104,6 +104,7 @@ def _argument(word: str) -> str:
 
 @cache
 def _keywords() -> dict[str, tuple[str, str]]:
+    from merge_tool.recipe.average import AverageOptions
     from merge_tool.recipe.options import Options
     from merge_tool.recipe.pair import PairOptions
 
@@ -115,7 +116,7 @@ def _keywords() -> dict[str, tuple[str, str]]:
             else "number" if field.metadata.get("is_whole")
             else " ".join(field.metadata.get("choices") or ()) or "text",
         )
-        for kind in (Options, PairOptions)
+        for kind in (Options, PairOptions, AverageOptions)
         for field in fields(kind)
     }  # fmt: skip
     return {**of_options, **_KEYWORDS}

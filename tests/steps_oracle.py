@@ -94,6 +94,35 @@ def model_stock(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     return merged.reshape(spec.shape)
 
 
+def warp(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    """Vector by vector: the mean so far and the next difference, by the textbook's slerp."""
+    mean, weight = None, 0.0
+    for x, w in zip(inputs, spec["weight"], strict=True):
+        if w:
+            weight += w
+            mean = x - base if mean is None else float64_merge(mean, x - base, w / weight)
+    return base + spec["eta"] * mean
+
+
+def geometric_median(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    """The model that the others do not pull away, if there is one; else the fixed point of Weiszfeld's plain step from
+    the average on."""
+    xs, w = np.stack([x.ravel() for x in inputs]), np.array(spec["weight"], float)
+    for x in xs:
+        apart = np.linalg.norm(xs - x, axis=1)
+        others = apart > 0
+        pull = ((xs - x)[others] * (w[others] / apart[others])[:, None]).sum(axis=0)
+        if np.linalg.norm(pull) <= w[~others].sum():
+            return x.reshape(spec.shape)
+    point = np.average(xs, axis=0, weights=w)
+    for _ in range(20_000):
+        before, pull = point, w / np.linalg.norm(xs - point, axis=1)
+        point = (pull[:, None] * xs).sum(axis=0) / pull.sum()
+        if np.abs(point - before).max() < 1e-15:
+            break
+    return point.reshape(spec.shape)
+
+
 def sparse(choose: Callable[[MergeSpec, int, Array], Array], *, consensus: bool) -> Oracle:
     """Task vectors through `choose`, then base + lambda times their sum or their average by elected signs."""
 
@@ -201,11 +230,29 @@ def arcee_fusion(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
     return np.where(score >= np.float32(median + 1.5 * (q3 - q1)), x, b).reshape(spec.shape)
 
 
+def ram(spec: MergeSpec, base: Any, inputs: list[Array]) -> Array:
+    """Element by element."""
+    plus = "r" in spec.shared
+    deltas = np.stack([(x - base).ravel() for x in inputs])
+    has = np.abs(deltas) > spec["epsilon"]
+    merged = np.zeros(deltas.shape[1])
+    for i, mine in enumerate(has):
+        shared = sum(1 for k in np.flatnonzero(mine) if has[:, k].sum() >= 2)
+        unique = int(mine.sum()) - shared
+        scale = 1 + spec["r"] * min(spec["alpha"], shared / unique) if plus and unique else 1.0
+        for k in np.flatnonzero(mine):
+            number = int(has[:, k].sum())
+            merged[k] += deltas[i, k] / number if number > 1 else scale * deltas[i, k]
+    return base + merged.reshape(base.shape)
+
+
 ORACLES: dict[str, Oracle] = {
     "linear": linear,
     "nuslerp": nuslerp,
     "multislerp": multislerp,
     "karcher": karcher,
+    "geometric_median": geometric_median,
+    "warp": warp,
     "model_stock": model_stock,
     "passthrough": passthrough,
     "task_arithmetic": sparse(_everything, consensus=False),
@@ -219,4 +266,6 @@ ORACLES: dict[str, Oracle] = {
     "sce": sce,
     "nearswap": nearswap,
     "arcee_fusion": arcee_fusion,
+    "ram": ram,
+    "ramplus_tl": ram,
 }

@@ -255,8 +255,11 @@ def test_the_options_are_frozen() -> None:
     assert options_of(slerp_merge) == OPTIONS
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
     assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS, "--extrapolate"})
+    of_averages = {"--weights", "--window", "--last", "--every"}
+    assert options_of(merge_tool.commands["average"]) == sorted({*OPTIONS} - {*OF_PAIRS, "--extrapolate"} | of_averages)
     assert sorted(merge_tool.commands) == [
-        "diff", "finish", "fold", "inspect", "merge", "plan", "push", "report", "run", "search", "sweep", "verify",
+        "average", "diff", "finish", "fold", "inspect", "merge", "plan", "push", "report", "run", "search", "sweep",
+        "verify",
         "work",
     ]  # fmt: skip
 

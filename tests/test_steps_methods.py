@@ -33,6 +33,7 @@ STEPS_METHODS = {name: method for name, method in METHODS.items() if method.step
 NAMES = sorted(STEPS_METHODS)
 KEY = seed_key(0, "model.layers.0.mlp.up_proj.weight")
 WEIGHTS = (0.7, 0.2, 0.4, 0.3)
+WEIGHTS5 = (0.7, 0.2, 0.4, 0.3, 0.45)
 
 
 def asked(
@@ -97,6 +98,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sce": [{}, {"select_topk": 0.1}, {"select_topk": 0.0}, {"n": 1}, {"n": 2, "select_topk": 0.7}],
     "nearswap": [{}, {"t": 0.0}, {"t": 10.0}],
     "arcee_fusion": [{}],
+    "geometric_median": [
+        {}, {"weight": (2.5, 1.0, 1.0)}, {"weight": (0.0, 1.0, 0.7)}, {"n": 5, "weight": WEIGHTS5, "tol": 1e-14},
+    ],
+    "warp": [
+        {}, {"eta": 1.7}, {"n": 1, "eta": 1.3}, {"n": 2, "eta": 0.4, "weight": (0.7, 0.3)},
+        {"n": 4, "weight": (0.0, 1.0, 2.0, 0.5), "eta": -0.5},
+    ],
+    "ram": [{}, {"epsilon": 0.4}, {"n": 1, "epsilon": 0.3}, {"epsilon": 100.0}],
+    "ramplus_tl": [{}, {"epsilon": 0.4}, {"n": 2, "epsilon": 0.3, "alpha": 3.0, "r": 0.5}, {"n": 4, "epsilon": 0.5}],
 }  # fmt: skip
 CASES = [(name, variant) for name, variants in sorted(VARIANTS.items()) for variant in variants]
 SHAPES = [(), (1,), (2,), (1, 1), (700,), (9, 40), (5, 1), (1, 30), (4, 3, 6)]
@@ -114,7 +124,7 @@ def test_small_tensors_of_any_shape_equal_the_oracle(name: str, variant: dict[st
         check(name, asked(name, shape, **variant), seed=len(shape))
 
 
-MASKED = sorted({"sce", "nearswap"} | {n for n in NAMES if "density" in STEPS_METHODS[n].each})
+MASKED = sorted({"sce", "nearswap", "ram", "ramplus_tl"} | {n for n in NAMES if "density" in STEPS_METHODS[n].each})
 
 
 @given_(st.data())
@@ -128,6 +138,8 @@ def test_a_few_values_that_are_often_equal_equal_the_oracle(data: st.DataObject)
     more: dict[str, Any] = {}
     if name == "sce":
         more["select_topk"] = data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+    elif name.startswith("ram"):
+        more["epsilon"] = data.draw(st.sampled_from([0.0, 1.0, 1.5]))
     elif name == "nearswap":
         more["t"] = data.draw(st.sampled_from([0.0, 1.0, 1.5]))
     else:
@@ -225,7 +237,7 @@ def shuffled_merge(name: str, request: MergeSpec, base: Any, inputs: list[Array]
     return np.concatenate([parts[begin].reshape(-1) for begin in starts]).reshape(request.shape)
 
 
-ORDERLESS = sorted(n for n in NAMES if STEPS_METHODS[n].inputs[1] > 2 and not n.startswith(("dare", "della")))
+ORDERLESS = sorted(n for n in NAMES if STEPS_METHODS[n].inputs[1] > 2 and not n.startswith(("dare", "della", "warp")))
 
 
 @pytest.mark.parametrize("name", ORDERLESS)
@@ -240,7 +252,8 @@ def test_the_order_of_the_models_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("power", [-700, 600])
 @pytest.mark.parametrize(
-    "name", ["linear", "nuslerp", "multislerp", "karcher", "model_stock", "task_arithmetic", "sce"]
+    "name",
+    ["linear", "nuslerp", "multislerp", "karcher", "model_stock", "task_arithmetic", "sce", "geometric_median", "warp"],
 )
 def test_tensors_whose_squares_leave_float64_merge_as_others(name: str, power: int) -> None:
     """f(s x) = s f(x), s a power of two."""
@@ -337,6 +350,15 @@ REFUSED = [
     ("della_linear", {"density": 0.9}, "epsilon"),
     ("sce", {"select_topk": 2.0}, "select_topk"),
     ("nearswap", {"t": -0.1}, "t is -0.1"),
+    ("ram", {"epsilon": -1e-5}, "epsilon is -1e-05; it must be at least 0"),
+    ("ramplus_tl", {"alpha": -1.0}, "alpha is -1.0; it must be at least 0"),
+    ("ramplus_tl", {"r": math.inf}, "r is inf"),
+    ("warp", {"weight": (1.0, -1.0, 1.0)}, "weight is -1.0; it must be at least 0"),
+    ("warp", {"weight": 0.0}, "weight .0, 0, 0. add up to 0 .*; one of them must be above 0; change weight"),
+    ("warp", {"eta": math.nan}, "eta is nan"),
+    ("geometric_median", {"weight": 0.0}, "one of them must be above 0"),
+    ("geometric_median", {"max_iter": -1}, "max_iter"),
+    ("geometric_median", {"weight": (1.0, -0.5, 1.0)}, "weight is -0.5"),
     ("slerp", {"t": math.nan}, "t is nan"),
     ("slerp", {"t": "half"}, "t is 'half'"),
 ]
@@ -404,6 +426,57 @@ def test_nuslerp_flags_choose_the_dimension_they_choose_in_mergekit() -> None:
     np.testing.assert_allclose(last, [[2 * half, 0], [0, 0]], atol=1e-15)
     first = merged("nuslerp", asked("nuslerp", (2, 2), weight=1.0, **ROW_WISE[1]), None, [x, y])
     np.testing.assert_allclose(first, [[1, 0], [0, 0]], atol=1e-15)
+
+
+def test_warp_of_two_is_nuslerp_stretched_by_eta() -> None:
+    """At eta 1 it is nuslerp of the differences, bit for bit. Of one model it is task arithmetic (ExPO)."""
+    request = asked("warp", (30, 40), 2, weight=(0.7, 0.3))
+    base, inputs = tensors(request)
+    spherical = merged("nuslerp", asked("nuslerp", (30, 40), base=True, weight=(0.7, 0.3)), base, inputs)
+    assert merged("warp", request, base, inputs).tobytes() == spherical.tobytes()
+    further = merged("warp", asked("warp", (30, 40), 2, weight=(0.7, 0.3), eta=1.5), base, inputs)
+    np.testing.assert_allclose(further, base + 1.5 * (spherical - base), rtol=1e-13, atol=1e-14)
+    request = asked("task_arithmetic", (30, 40), 1, weight=1.0, **{"lambda": 1.5})
+    straight = merged("task_arithmetic", request, base, inputs[:1])
+    np.testing.assert_allclose(merged("warp", asked("warp", (30, 40), 1, eta=1.5), base, inputs[:1]), straight)
+
+
+def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
+    """No neighbour has less; one wild model of five moves it no further than the others' spread, the mean much more."""
+    request = asked("geometric_median", (20, 30), 5)
+    _, inputs = tensors(request)
+    inputs[3] += 1e6
+
+    def distances(x: Array) -> float:
+        return math.fsum(float(np.linalg.norm(x - one)) for one in inputs)
+
+    found, rng = merged("geometric_median", request, None, inputs), np.random.default_rng(3)
+    least = distances(found)
+    for size in (1e-3, 1e-1, 1.0):
+        assert all(distances(found + size * rng.standard_normal((20, 30))) > least for _ in range(20))
+    tame = [x for k, x in enumerate(inputs) if k != 3]
+    middle = np.mean(tame, axis=0)
+    assert np.linalg.norm(found - middle) < max(np.linalg.norm(x - middle) for x in tame)
+    assert np.linalg.norm(np.mean(inputs, axis=0) - middle) > 1e5
+
+
+def test_a_model_that_is_the_geometric_median_is_copied() -> None:
+    """Where one model outweighs the others, or lies between them: its values, bit for bit."""
+    request = asked("geometric_median", (20, 30), 3, weight=(1.0, 5.0, 1.0))
+    _, inputs = tensors(request)
+    assert merged("geometric_median", request, None, inputs).tobytes() == inputs[1].tobytes()
+    x, step = inputs[0], np.full((20, 30), 0.5)
+    request = asked("geometric_median", (20, 30), 3)
+    np.testing.assert_array_equal(merged("geometric_median", request, None, [x - step, x + step, x]), x)
+
+
+def test_ram_plus_lifts_what_one_model_alone_changed() -> None:
+    """Model 0 changed 4 elements alone and 1 together with model 1: a quarter, of which alpha lets 0.2 count."""
+    base, inputs = np.zeros(8), [np.zeros(8), np.zeros(8)]
+    inputs[0][:5], inputs[1][4:6] = 1.0, 3.0
+    found = merged("ramplus_tl", asked("ramplus_tl", (8,), 2, r=0.5), base, inputs)
+    np.testing.assert_allclose(found, [1.1, 1.1, 1.1, 1.1, 2.0, 3.3, 0, 0])
+    np.testing.assert_array_equal(merged("ram", asked("ram", (8,), 2), base, inputs), [1, 1, 1, 1, 2, 3, 0, 0])
 
 
 @pytest.mark.parametrize("weight", [(0.7, 0.3), (3.0, -1.0), (0.0, 2.0)])
@@ -522,7 +595,7 @@ def test_a_density_of_zero_is_the_base(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if "weight" in STEPS_METHODS[n].each and STEPS_METHODS[n].base == "required"]
+    "name", [n for n in NAMES if "weight" in STEPS_METHODS[n].each and "lambda" in STEPS_METHODS[n].shared]
 )
 def test_weights_of_zero_are_the_base(name: str) -> None:
     more = {"density": 0.5} if "density" in STEPS_METHODS[name].each else {}

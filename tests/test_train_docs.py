@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.train_fixtures import REPO, environment
-from train.config import Lora, SourceConfig, TrainConfig, build_config
+from train.config import Average, Lora, SourceConfig, TrainConfig, build_config
 from train.contrast.options import ContrastConfig, QuestionsConfig, VerifyConfig
 from train.help import help_text, keys_table
 
@@ -98,7 +98,9 @@ def test_the_smallest_config_of_the_docs_loads() -> None:
         build_config(yaml.safe_load(block))
 
 
-@pytest.mark.parametrize("config", [TrainConfig, SourceConfig, Lora, ContrastConfig, QuestionsConfig, VerifyConfig])
+@pytest.mark.parametrize(
+    "config", [TrainConfig, SourceConfig, Lora, Average, ContrastConfig, QuestionsConfig, VerifyConfig]
+)
 def test_the_docs_and_the_help_say_what_the_config_says(config: type[Any]) -> None:
     """One source: the docstring explains every key, in order; docs and help show each meaning and default."""
     table = keys_table(config)

@@ -3,6 +3,7 @@ which weights become the result."""
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def test_the_best_may_be_that_of_another_source_or_of_answers(base: Path, tmp_pa
 
 def test_the_average_of_the_last_checkpoints_becomes_the_result(base: Path, tmp_path: Path) -> None:
     """The mean of what three steps saved, within rounding; `keep_last` of 1 keeps what the average needs."""
-    output = run(base, tmp_path / "o", final="average", average_of=3, save_every=1, keep_last=1)
+    output = run(base, tmp_path / "o", final="average", average={"of": 3}, save_every=1, keep_last=1)
     folders = list_checkpoints(output)
     assert [folder.name[-1] for folder in folders[-3:]] == ["4", "5", "6"]
     final = weights(output / "final")
@@ -260,6 +261,29 @@ def test_the_average_of_the_last_checkpoints_becomes_the_result(base: Path, tmp_
         torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-8)
     AutoModelForCausalLM.from_pretrained(output / "final")
     assert "mixce" in (output / "final" / "README.md").read_text()
+
+
+def test_an_average_is_written_beside_the_result_and_evaluated(base: Path, tmp_path: Path) -> None:
+    """Weighted as asked; the result stays that of the last step, and the evaluation is that of the average."""
+    output = run(base, tmp_path / "o", average={"of": 3, "weights": "linear"}, save_every=1, keep_last=1)
+    folders = list_checkpoints(output)[-3:]
+    beside, final = weights(output / "final-average"), weights(output / "final")
+    for name, tensor in weights(folders[-1]).items():
+        assert torch.equal(tensor, final[name])
+        saved = [weights(folder)[name].double() for folder in folders]
+        mean = sum(k * one for k, one in enumerate(saved, 1)) / 6
+        torch.testing.assert_close(beside[name].double(), mean, rtol=1e-6, atol=1e-8)
+    assert not {"state.json", "optimizer.safetensors", "generators.safetensors"} & {
+        path.name for folder in ("final", "final-average") for path in (output / folder).iterdir()
+    }
+    (evaluated,) = read_metrics(output, "average")
+    (tmp_path / "b").mkdir()
+    shutil.copytree(output / "final-average", tmp_path / "b/model")
+    shutil.copy(base / "d.jsonl", tmp_path / "b")
+    again = run(tmp_path / "b", tmp_path / "again", max_steps=1, lr=1e-9)
+    (measured,) = read_metrics(again, "eval")
+    assert evaluated["nll"] == pytest.approx(measured["nll"], rel=1e-4)
+    assert len(read_metrics(output, "eval")) == 1
 
 
 def test_a_run_stops_when_it_gets_no_better(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +345,9 @@ def test_a_resumed_run_stops_where_it_would_have(base: Path, tmp_path: Path, mon
         ({"stop_after": 3}, "best_by is 'nll', expected a source with held_out"),
         ({"final": "best", "held": 1, "best_by": "accuracy/d.jsonl"}, "expected nll, nll/d.jsonl"),
         ({"stop_after": 3, "held": 1}, "stop_after needs eval_every"),
-        ({"final": "average"}, "final: average needs save_every"),
+        ({"final": "average"}, "average needs save_every"),
+        ({"average": {"of": 1}, "save_every": 1}, "expected of: 2 or more, weights: uniform"),
+        ({"average": {"weights": "half"}, "save_every": 1}, "weights: uniform, linear, sqrt or ema:DECAY"),
     ],
 )
 def test_what_a_choice_needs_is_said(change: dict[str, Any], message: str) -> None:

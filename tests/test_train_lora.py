@@ -158,7 +158,7 @@ def test_targets_that_cannot_be_are_named(change: dict[str, Any], message: str) 
 def test_settings_that_cannot_be_are_named() -> None:
     with pytest.raises(TrainError, match="rank and alpha of at least 1"):
         make_config(lora={"rank": 0})
-    with pytest.raises(TrainError, match="final: average is for whole models"):
+    with pytest.raises(TrainError, match="An average is of whole models"):
         make_config(lora={}, final="average", save_every=1)
 
 

@@ -167,13 +167,15 @@ def copy_model(checkpoint: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def average_models(checkpoints: Sequence[Path], folder: Path) -> None:
-    """The mean of the models of several checkpoints, tensor by tensor in bounded memory. Raises TrainError."""
-    from merge_tool import MergeToolError, merge_models
+def average_models(checkpoints: Sequence[Path], folder: Path, weights: str) -> None:
+    """The average of the models of several checkpoints, in bounded memory; of one, a copy. Raises TrainError."""
+    from merge_tool import MergeToolError, average
 
-    models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in checkpoints]
+    if len(checkpoints) == 1:
+        copy_model(checkpoints[0], folder)
+        return
     try:
-        merge_models({"merge_method": "linear", "models": models}, folder)
+        average(checkpoints, folder, weights=weights)
     except MergeToolError as e:
         raise TrainError(f"The checkpoints cannot be averaged: {e}") from e
 
@@ -195,6 +197,12 @@ def load_adapter(folder: Path, model: Any) -> None:
             parameter.data.copy_(_placed(files.read(name), parameter))
     except (TrainError, OSError, SafetensorError, RuntimeError) as e:
         raise TrainError(f"{folder}: the adapter cannot be loaded ({e}). {DELETE_CHECKPOINT}") from e
+
+
+def take_weights(model: Any, loaded: Any) -> None:
+    """Give the model of a run, perhaps sharded, the weights of the same model that was just loaded."""
+    for (_, tensor), (_, whole) in zip(model_tensors(model), model_tensors(loaded), strict=True):
+        tensor.data.copy_(_placed(whole.data, tensor))
 
 
 def load_training_state(

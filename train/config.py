@@ -113,6 +113,18 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Average:
+    """The average of the run's last checkpoints, beside the result.
+
+    of: checkpoints in the average, the last step's among them
+    weights: uniform, linear, sqrt or ema:DECAY, as in `merge-tool average` (docs/averages.md)
+    """
+
+    of: int = 3
+    weights: str = "uniform"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run.
 
@@ -162,11 +174,11 @@ class TrainConfig:
     eval_batches [all]: micro-batches per source and evaluation
     save_every [half an hour]: steps between checkpoints. A signal, and an evaluation better than all before, save too
     keep_last: checkpoints kept, besides the best one
-    final: the result: the weights of the `last` step, of the `best` evaluation by `best_by`, or the `average` of the
-        last `average_of` checkpoints
+    final: the result: the weights of the `last` step, of the `best` evaluation by `best_by`, or the `average`
     best_by: the metric that says which evaluation is the best: `nll` (held-out loss, the mean over the sources),
         `nll/SOURCE` or `accuracy/SOURCE`
-    average_of: checkpoints in the average, the last step's among them; needs `save_every`
+    average: `{of, weights}`, see Averages: write the average of the last checkpoints to `final-average`, and evaluate
+        it; needs `save_every`
     stop_after [no early stop]: stop after this many evaluations in a row that are not better than the best before
     report_to [tensorboard, if installed]: list of `tensorboard`, `wandb` and `trackio`; metrics.jsonl is always written
     push_to: `hub:ORG/NAME`, a model repository of the Hub that gets `final`, in one commit; one that is not there is
@@ -218,7 +230,7 @@ class TrainConfig:
     keep_last: int = 2
     final: Literal["last", "best", "average"] = "last"
     best_by: str = "nll"
-    average_of: int = 3
+    average: Average | None = None
     stop_after: int | None = None
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
     push_to: str | None = None
@@ -227,6 +239,11 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
     contrast: ContrastConfig | None = None
+
+    @property
+    def averaged(self) -> Average | None:
+        """The average to make: as `average` says; for `final: average` alone, its defaults."""
+        return self.average or (Average() if self.final == "average" else None)
 
     @property
     def rows_at_once(self) -> int:
@@ -298,7 +315,7 @@ def _split_revision(config: TrainConfig) -> TrainConfig:
 
 _COUNTS = (
     "micro_batch", "global_batch", "global_batch_tokens", "global_batch_examples", "max_steps", "eval_every",
-    "eval_batches", "save_every", "keep_last", "max_shard_bytes", "sample_tokens", "average_of", "stop_after",
+    "eval_batches", "save_every", "keep_last", "max_shard_bytes", "sample_tokens", "stop_after",
 )  # fmt: skip
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_COUNTS, (lambda v: v >= 1, "at least 1")),
@@ -371,12 +388,18 @@ def _check_together(config: TrainConfig) -> None:
 def _check_lora(config: TrainConfig, lora: Lora) -> None:
     if lora.rank < 1 or lora.alpha < 1 or not lora.targets or not 0 <= lora.dropout < 1:
         raise TrainError("lora has rank and alpha of at least 1, targets, and a dropout from 0 to below 1.")
-    if config.final == "average":
-        raise TrainError("final: average is for whole models: a mean of adapters' matrices is not the mean adapter.")
+    if config.averaged is not None:
+        raise TrainError("An average is of whole models: a mean of adapters' matrices is not the mean adapter.")
 
 
 def _check_choice(config: TrainConfig) -> None:
     """What final, best_by and stop_after need of the evaluations and checkpoints."""
+    if (average := config.averaged) is not None:
+        is_known = average.weights in ("uniform", "linear", "sqrt") or average.weights.startswith("ema:")
+        if average.of < 2 or not is_known:
+            raise TrainError(
+                f"average is {average}, expected of: 2 or more, weights: uniform, linear, sqrt or ema:DECAY."
+            )
     known = {f"nll/{source.title}" for source in config.sources if source.is_evaluated}
     known |= {"nll"} if known else set()
     known |= {f"accuracy/{source.title}" for source in config.sources if source.judge}
@@ -386,7 +409,7 @@ def _check_choice(config: TrainConfig) -> None:
         raise TrainError(f"best_by is {config.best_by!r}, expected {expected}.")
     for key, value, needed in (
         ("stop_after", config.stop_after, "eval_every"),
-        ("final: average", config.final == "average" or None, "save_every"),
+        ("average", config.averaged, "save_every"),
     ):
         if value is not None and getattr(config, needed) is None:
             raise TrainError(f"{key} needs {needed}. Set it.")

@@ -33,8 +33,9 @@ def evaluate(
     world: World,
     watch: Watch,
     step: int,
+    kind: str = "eval",
 ) -> dict[str, float]:
-    """The metrics of the held-out examples, recorded: `nll` (nats per labelled token, the mean over the
+    """The metrics of the held-out examples, recorded as `kind`: `nll` (nats per labelled token, the mean over the
     sources), `nll/SOURCE`, and `accuracy/SOURCE` of sources with a judge. Empty without held-out examples."""
     held = [source for source in mixture.sources if len(source.held_out)]
     if not held:
@@ -46,10 +47,10 @@ def evaluate(
     model.train()
     extra = {"accuracy": accuracy} if accuracy else {}
     perplexity = {title: math.exp(min(value, 700)) for title, value in nll.items()}
-    watch.record("eval", step, nll=nll, perplexity=perplexity, **extra)
+    watch.record(kind, step, nll=nll, perplexity=perplexity, **extra)
     shown = [f"{title} {value:.4f} nats/token" for title, value in nll.items()]
     shown += [f"{title} {value:.1%} solved" for title, value in accuracy.items()]
-    watch.say(f"step {step}: " + ", ".join(shown))
+    watch.say(f"{'step' if kind == 'eval' else kind} {step}: " + ", ".join(shown))
     named = {"nll": nll, "accuracy": accuracy}
     each = {f"{kind}/{title}": value for kind, values in named.items() for title, value in values.items()}
     return {"nll": sum(nll.values()) / len(nll), **each}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from train.config import Lora, SourceConfig, TrainConfig
+from train.config import Average, Lora, SourceConfig, TrainConfig
 from train.contrast.options import ContrastConfig, QuestionsConfig, VerifyConfig
 
 USAGE = "usage: mixce-train CONFIG.yaml [--key value ...]"
@@ -25,6 +25,7 @@ brackets). A flag overrides the key of the file; its value is YAML. docs/trainin
 _BLOCKS: dict[str, type[Any]] = {
     "each entry of sources": SourceConfig,
     "lora": Lora,
+    "average": Average,
     "contrast": ContrastConfig,
     "contrast.questions": QuestionsConfig,
     "contrast.verify": VerifyConfig,

@@ -19,7 +19,7 @@ import torch
 from train.adapter import fold_adapter
 from train.batches import Batch, Mixture
 from train.checkpoint import average_models, copy_model, write_model
-from train.config import TrainConfig, check_batch
+from train.config import Average, TrainConfig, check_batch
 from train.data import SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError, install
 from train.hub import open_repository, push_folder
@@ -173,13 +173,25 @@ def run_training(
         # ---- the last look, at weights that are safe ----
         last = checkpoint_path(output, session.progress.step)
         has_look = config.eval_every or config.sample_prompts or any(len(source.held_out) for source in mixture.sources)
-        if (has_look or config.final == "average") and not last.exists():
+        if (has_look or config.averaged is not None) and not last.exists():
             session.save()
         is_best = False
         if session.stops_early:
             say(f"Stopped early: {config.stop_after} evaluations were not better in {config.best_by}.")
         elif has_look:
             is_best = session.evaluate(watch)
+
+        def write_average(folder: Path) -> None:
+            average = config.averaged or Average()
+            chosen = list_checkpoints(output)[-average.of :]
+            say(f"The {average.weights} average of {', '.join(path.name for path in chosen)}.")
+            world.first(lambda: average_models(chosen, folder, average.weights))
+
+        if config.average is not None and config.final != "average":
+            beside = output / "final-average"
+            if not beside.exists():
+                publish_folder(beside, write_average, world)
+            session.evaluate_average(load_model(str(beside), config, model_config, dtype), watch)
 
     # ---- the result ----
     def write_final(folder: Path) -> None:
@@ -188,9 +200,9 @@ def run_training(
             say(f"The result is {best.name}, the best by {config.best_by}.")
             first_writes(world, folder, lambda: copy_model(best, folder))
         elif config.final == "average":
-            chosen = list_checkpoints(output)[-config.average_of :]
-            say(f"The result is the average of {', '.join(path.name for path in chosen)}.")
-            world.first(lambda: average_models(chosen, folder))
+            write_average(folder)
+        elif config.average is not None:  # the model in memory has other weights by now
+            first_writes(world, folder, lambda: copy_model(last, folder))
         else:
             write_model(folder, hf_model, tokenizer, world, config.max_shard_bytes)
         first_writes(world, folder, lambda: _write_card(folder, session, reports, dtype, say))

@@ -34,6 +34,8 @@ class Preflight:
     gathered_bytes: int  # several processes: the largest piece that is whole while it is used
     update_bytes: int  # the optimizer's temporaries for the largest parameter
     tokens_per_step: int
+    num_checkpoints: int  # kept at a time, besides the one being written
+    checkpoint_bytes: int  # of one, on disk
 
     def lines(self) -> str:
         """For people, in GB of 10^9 bytes."""
@@ -55,6 +57,8 @@ class Preflight:
                 *shown,
                 f"  {'sum':16} {_gb(total)}",
                 f"{self.tokens_per_step:,} tokens per step at most",
+                f"disk for checkpoints: up to {_gb((self.num_checkpoints + 1) * self.checkpoint_bytes).strip()}, "
+                f"{self.num_checkpoints} of {_gb(self.checkpoint_bytes).strip()} and one being written",
             ]
         )
 
@@ -69,12 +73,13 @@ def preflight(config: TrainConfig, model_config: Any, dtype: torch.dtype, world_
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     size = dtype.itemsize
+    optimizer_bytes = state_bytes(config.optimizer, (tuple(p.shape) for p in trained))
     return Preflight(
         trained=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in parameters if not p.requires_grad),
         weight_bytes=sum(p.nbytes for p in parameters) // world_size,
         gradient_bytes=gradient_bytes(config, trained, world_size),
-        optimizer_bytes=state_bytes(config.optimizer, (tuple(p.shape) for p in trained)) // world_size,
+        optimizer_bytes=optimizer_bytes // world_size,
         activation_bytes=activation_bytes(model, config.rows_at_once, config.sequence_length),
         loss_bytes=_loss_bytes(config, model, size),
         gathered_bytes=_gathered_bytes(model) if world_size > 1 else 0,
@@ -83,6 +88,8 @@ def preflight(config: TrainConfig, model_config: Any, dtype: torch.dtype, world_
         * config.rows_at_once
         // config.micro_batch
         * config.sequence_length,
+        num_checkpoints=max(config.keep_last, config.averaged.of if config.averaged else 1) + 1,  # and the best
+        checkpoint_bytes=sum(p.nbytes for p in (trained if config.lora else parameters)) + optimizer_bytes,
     )
 
 

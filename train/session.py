@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from train.batches import Mixture
-from train.checkpoint import Progress, load_adapter, load_training_state, read_progress, save_checkpoint
+from train.checkpoint import Progress, load_adapter, load_training_state, read_progress, save_checkpoint, take_weights
 from train.compare import Comparison
 from train.config import TrainConfig
 from train.drift import drift
@@ -93,6 +93,14 @@ class Session:
         self.best_score = min(score, self.best_score)
         return is_best
 
+    def evaluate_average(self, loaded: Any, watch: Watch) -> None:
+        """Measure the held-out rows with the weights of `loaded`, which the model then keeps."""
+        take_weights(self.model.model, loaded)
+        step, config = self.progress.step, self.config
+        evaluate(
+            self.model, self.mixture, self.tokenizer, config, self.judges, self.world, watch, step, kind="average"
+        )  # fmt: skip
+
     def is_save_due(self) -> bool:
         """By `save_every`, or by the first process's clock. All processes call it."""
         if self.config.save_every is not None:
@@ -111,7 +119,7 @@ class Session:
             self.world,
             self.config.max_shard_bytes,
         )
-        needed = self.config.average_of if self.config.final == "average" else 1
+        needed = self.config.averaged.of if self.config.averaged is not None else 1
         first_writes(self.world, self.output, lambda: prune(self.output, max(needed, self.config.keep_last)))
         self.saved_at = time.monotonic()
 

@@ -47,7 +47,7 @@ class Watch:
         return self
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """One line of metrics: `kind` is train, eval, skip or stop."""
+        """One line of metrics: `kind` is train, eval, average, skip or stop."""
         if not self._active:
             return
         try:

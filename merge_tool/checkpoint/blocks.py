@@ -22,7 +22,7 @@ class Use:
     """A tensor that is read: its number, its inputs, and whether it is read again later, under the same number."""
 
     number: int
-    sources: tuple[TensorSource, ...]
+    sources: Sequence[TensorSource]
     is_again_later: bool = False
 
 

@@ -46,6 +46,7 @@ from merge_tool.cli.push import push_command
 from merge_tool.cli.search import search_command
 from merge_tool.cli.sweep import sweep_command
 from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
+from merge_tool.recipe.average import AverageOptions
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import PairOptions, pair
 from merge_tool.recipe.recipe import Recipe
@@ -305,6 +306,29 @@ def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
     model = {"model": {"path": base}, "lora": {"path": adapter}}
     recipe = {"merge_method": "passthrough", "models": [{"model": model}]}
     _make(lambda: read_recipe(recipe, METHODS, **chosen), out, **run)
+
+
+@merge_tool.command("average", context_settings={"show_default": True})
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT... OUT", type=click.Path())
+@with_options(field_options(AverageOptions, Options))
+@with_options(MACHINE_OPTIONS)
+@with_options(STREAM_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
+@with_options(PRINT_OPTIONS)
+@print_errors(CONTINUES)
+def average_command(checkpoints: tuple[str, ...], **options: Any) -> None:
+    """Average the CHECKPOINTs of one training run, the oldest first, into OUT.
+
+    A CHECKPOINT is a model's folder or file, a glob ('runs/x/checkpoints/step-*', taken in the order of the numbers),
+    or a model of the Hub (org/name@step1000). Several windows or weights are made from one reading, each in a folder in
+    OUT. Memory does not grow with the number of checkpoints.
+    """
+    from merge_tool.api import averaging
+
+    if len(checkpoints) < 2:
+        raise click.UsageError("Give CHECKPOINT... OUT: the checkpoints, then where their average goes.")
+    run, chosen = _parted(options)
+    _make(lambda: averaging(checkpoints[:-1], **chosen), Path(checkpoints[-1]), **run)
 
 
 def _print_plan(prepared: Prepared, *, complete: bool, as_json: bool) -> None:

@@ -65,8 +65,8 @@ _BY_NAME = {name: advice for names, advice in _OPTIONS.items() for name in names
 _COMMANDS = {
     "slerp linear lerp": "merge", "yaml recipe mergekit mergekit-yaml ties dare-ties": "run",
     "compare distance distances": "diff", "check validate": "verify", "info show ls header headers": "inspect",
-    "lora adapter peft apply merge-lora": "fold", "eval evaluate grid vary": "sweep",
-    "tune evolve optimize optimise optuna hpo": "search",
+    "lora adapter peft apply merge-lora": "fold", "mean soup swa ema avg checkpoints": "average",
+    "eval evaluate grid vary": "sweep", "tune evolve optimize optimise optuna hpo": "search",
 }  # fmt: skip
 _COMMAND_OF = {name: command for names, command in _COMMANDS.items() for name in names.split()}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from merge_tool.errors import shown
+from merge_tool.errors import listed, shown
 from merge_tool.methods.steps import Method
+from merge_tool.models.naming import natural_key
 from merge_tool.plan.plan import MergePlan, TensorJob, words_of
-from merge_tool.plan.stacks import natural_key, split_layer
+from merge_tool.plan.stacks import split_layer
+from merge_tool.recipe.average import are_weights
 from merge_tool.recipe.pair import is_pair
 
 _MOST = 500  # lines of a table
@@ -19,9 +21,16 @@ def first_line(plan: MergePlan) -> str:
     words = words_of([output.words for output in recipe.outputs])
     values = [f"{key} = {', '.join(dict.fromkeys(texts))}" for key, texts in words.items()]
     how = recipe.method + (f" at {' and '.join(values)}" if values else "")
+    if are_weights(words):  # the table has them
+        how = f"{recipe.method} for {listed(recipe.labels, 12)}"
     if is_pair(recipe):
         return f"Plan: {how}; t=0 is BASE ({names[0]}), t=1 is FT ({names[1]})"
-    return f"Plan: {how} of {', '.join(names)}; configuration and tokenizer of {names[recipe.donor]}"
+    return f"Plan: {how} of {_several(names)}; configuration and tokenizer of {names[recipe.donor]}"
+
+
+def _several(names: list[str]) -> str:
+    more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more
 
 
 def recipe_json(plan: MergePlan) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.methods.inner import PairSums, Scratch, is_finite, pair_angle, sharpen, sum_tile, total
 from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import open_models
+from merge_tool.models.naming import natural_key
 from merge_tool.plan.limits import LEAST_BYTES
 from merge_tool.plan.memory import default_budget, default_jobs
-from merge_tool.plan.stacks import natural_key
 from merge_tool.plan.system_memory import resident_bytes
 from merge_tool.progress import Progress
 from merge_tool.recipe.options import OUTPUT_DTYPES, STOP_BASE_OR_FT, check_choice

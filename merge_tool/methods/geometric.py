@@ -13,21 +13,20 @@ import numpy as np
 
 from merge_tool.arrays import Array
 from merge_tool.methods.inner import ANTIPARALLEL, SMALL_SINE, PairSums, Weights, slerp_weights
-from merge_tool.methods.steps import ColumnSums, Combine, MergeSpec, Steps, Sums, Tile
+from merge_tool.methods.steps import ColumnSums, MergeSpec, Steps, Tile
 from merge_tool.methods.tiles import (
-    dot,
     gram,
     mix,
+    mixed,
     number,
     numbers,
     of_elements,
     pair_sums,
+    quadratic,
     row_dots,
+    vectors,
     weight_sum,
 )
-
-_CANCELLED = 1e-3  # share of a squared length: below it the table has lost digits, so the vector itself is summed
-
 
 # ------------------------------------------------------------------------------- two weights for two models
 
@@ -39,14 +38,15 @@ def slerp(sums: PairSums, spec: MergeSpec) -> Weights:
 
 def linear_of_two(sums: PairSums, spec: MergeSpec) -> Weights:
     """As `linear`."""
-    w0, w1 = _shares(spec)
+    w0, w1 = shares(spec)
     return Weights(w0, w1, precise=min(w0, w1) < 0)
 
 
 # ------------------------------------------------------------------------------- averages, passthrough
 
 
-def _shares(spec: MergeSpec) -> list[float]:
+def shares(spec: MergeSpec) -> list[float]:
+    """Each model's coefficient in `linear`."""
     weights = numbers(spec, "weight")
     divisor = weight_sum(weights, "change weight, or set normalize to false") if spec["normalize"] else 1.0
     return [w / divisor for w in weights]
@@ -54,9 +54,9 @@ def _shares(spec: MergeSpec) -> list[float]:
 
 def linear(spec: MergeSpec) -> Steps:
     """sum_i w_i x_i, over sum_i w_i where `normalize`."""
-    shares = _shares(spec)
+    coefficients = shares(spec)
     yield from ()
-    return lambda tile: mix(shares, tile.inputs)
+    return lambda tile: mix(coefficients, tile.inputs)
 
 
 def passthrough(spec: MergeSpec) -> Steps:
@@ -64,20 +64,6 @@ def passthrough(spec: MergeSpec) -> Steps:
     scale = 1.0 if spec["scale"][0] is None else numbers(spec, "scale")[0]
     yield from ()
     return lambda tile: mix([scale], tile.inputs)
-
-
-def _vectors(tile: Tile) -> list[Array]:
-    return tile.inputs if tile.base is None else tile.deltas()
-
-
-def _mixed(coefficients: Sequence[float]) -> Combine:
-    """base + sum_i c_i (x_i - base), or sum_i c_i x_i without a base."""
-
-    def combine(tile: Tile) -> Array:
-        merged = mix(coefficients, _vectors(tile))
-        return merged if tile.base is None else np.add(merged, tile.base, out=merged)
-
-    return combine
 
 
 # --------------------------------------------------------------------------------------------- nuslerp
@@ -89,8 +75,8 @@ def nuslerp(spec: MergeSpec) -> Steps:
     weights = numbers(spec, "weight")
     t = weights[1] / weight_sum(weights, "nuslerp goes w1 / (w0 + w1) of the way; change weight")
     if spec["nuslerp_flatten"]:
-        mixing = slerp_weights((yield from pair_sums(_vectors)), t)
-        return _mixed((mixing.w0, mixing.w1))
+        mixing = slerp_weights((yield from pair_sums(vectors)), t)
+        return mixed((mixing.w0, mixing.w1))
     if spec["nuslerp_row_wise"]:
         return (yield from _nuslerp_columns(spec, t))
     return lambda tile: _slerp_rows(tile, t)
@@ -121,7 +107,7 @@ def _reciprocal(squares: Array) -> Array:
 
 
 def _slerp_rows(tile: Tile, t: float) -> Array:
-    x, y = _vectors(tile)
+    x, y = vectors(tile)
     rx, ry = _reciprocal(row_dots(x, x)), _reciprocal(row_dots(y, y))
     u, v = x * rx, y * ry
     arc = (rx > 0) & (ry > 0)
@@ -146,13 +132,13 @@ def _nuslerp_columns(spec: MergeSpec, t: float) -> Steps:
         return np.array([np.bincount(where, weights=v, minlength=columns) for v in values])
 
     def squares(tile: Tile) -> Array:
-        x, y = _vectors(tile)
+        x, y = vectors(tile)
         return totals(places(tile), np.square(x, out=x), np.square(y, out=y))
 
     rx, ry = (_reciprocal(total) for total in (yield ColumnSums(squares, 2, columns)))
 
     def chords(tile: Tile) -> Array:
-        (x, y), where = _vectors(tile), places(tile)
+        (x, y), where = vectors(tile), places(tile)
         np.multiply(x, rx[where], out=x)
         np.multiply(y, ry[where], out=y)
         apart, together = x - y, np.add(x, y, out=x)
@@ -162,7 +148,7 @@ def _nuslerp_columns(spec: MergeSpec, t: float) -> Steps:
     w0, w1 = arc_weights(np.where((rx > 0) & (ry > 0), apart, 0.0), together, t)
 
     def combine(tile: Tile) -> Array:
-        (x, y), where = _vectors(tile), places(tile)
+        (x, y), where = vectors(tile), places(tile)
         np.multiply(x, w0[where], out=x)
         np.multiply(y, w1[where], out=y)
         np.add(x, y, out=x)
@@ -171,103 +157,40 @@ def _nuslerp_columns(spec: MergeSpec, t: float) -> Steps:
     return combine
 
 
-# ------------------------------------------------------------------------------- means on the sphere
+# ----------------------------------------------------------------------------------------------- warp
 
 
-def multislerp(spec: MergeSpec) -> Steps:
-    """The direction of m = sum_i w_i x_i/|x_i|, at the length sum_i w_i |x_i|.
+@of_elements
+def warp(spec: MergeSpec) -> Steps:
+    """base + eta times the slerp of the differences from it; of one model, base + eta (x - base).
 
-    The method is published as: take the tangents at m of all points, average them, go along the average. That average
-    is sum_i w_i (u_i - <u_i, m> m / <m, m>) = m - m = 0, so it stays at m, and needs |m| only. If m vanishes, no
-    direction is preferred: linear, as slerp for antiparallel tensors.
+    A. Rame et al., "WARP: on the benefits of weight averaged rewarded policies", 2024. More than two models follow one
+    another: model m is slerped into the mean of those before it, at t = w_m / (w_1 + ... + w_m).
     """
-    weights, eps = numbers(spec, "weight"), number(spec, "eps", 0.0)
-    if spec["normalize_weights"]:
-        divisor = weight_sum(weights, "change weight, or set normalize_weights to false")
-        weights = [w / divisor for w in weights]
-    table, scale = yield from gram(_vectors, spec.num_inputs)
-    norms = np.sqrt(np.diag(table))
-    towards = [w / n if n else 0.0 for w, n in zip(weights, norms, strict=True)]
-    size = math.fsum(abs(w) for w, n in zip(weights, norms, strict=True) if n)
-    squared = quadratic(towards, table)
-    if size > 0 and squared < _CANCELLED * size * size:
-        (squared,) = yield Sums(lambda tile: _squared(mix([c * scale for c in towards], _vectors(tile))), 1)
-    if math.sqrt(squared) <= eps * size:
-        return _mixed(weights)
-    longer = math.fsum(w * float(n) for w, n in zip(weights, norms, strict=True)) / math.sqrt(squared)
-    return _mixed([c * longer for c in towards])
+    weights, eta = numbers(spec, "weight", 0.0), number(spec, "eta")
+    weight_sum(weights, "one of them must be above 0; change weight")
+    if spec.num_inputs == 2:
+        t = weights[1] / math.fsum(weights)
+        mixing = slerp_weights((yield from pair_sums(Tile.deltas)), t)
+        return mixed((eta * mixing.w0, eta * mixing.w1))
+    table, scale = yield from gram(Tile.deltas, spec.num_inputs)
+    return mixed([eta * c for c in slerp_chain(weights, table, scale)])
 
 
-def _squared(x: Array) -> list[float]:
-    return [dot(x, x)]
-
-
-def quadratic(c: Sequence[float], table: Array) -> float:
-    """|sum_i c_i x_i|^2 from the inner products of the x_i."""
-    terms = (a * b * float(table[i, j]) for i, a in enumerate(c) for j, b in enumerate(c))
-    return max(0.0, math.fsum(terms))
-
-
-_MOST_STEPS = 10_000  # of karcher: about 0.1 s a tensor; with a `tol` of 0 all steps are made
-
-
-def karcher(spec: MergeSpec) -> Steps:
-    """The point of the sphere with the least sum of squared arcs to the inputs' directions, at their mean length.
-
-    Gradient descent from the normalised average, until a step is shorter than `tol` or `max_iter` were made.
-    H. Karcher, "Riemannian center of mass and mollifier smoothing", 1977. Tensors of norm 0 have no direction.
-    """
-    max_iter, tol, n = int(number(spec, "max_iter", 0, _MOST_STEPS)), number(spec, "tol", 0.0), spec.num_inputs
-    table, _ = yield from gram(lambda tile: tile.inputs, n)
-    norms = [math.sqrt(table[i, i]) for i in range(n)]
-    known = [i for i in range(n) if norms[i] > 0]
-    cosines = np.array([[table[i, j] / (norms[i] * norms[j]) for j in known] for i in known])
-    center = sphere_mean(cosines, max_iter, tol)
-    if center is None:
-        return _mixed([1.0 / n] * n)
-    length = math.fsum(norms) / n
-    coefficients = [0.0] * n
-    for i, c in zip(known, center, strict=True):
-        coefficients[i] = length * c / norms[i]
-    return _mixed(coefficients)
-
-
-def sphere_mean(cosines: Array, max_iter: int, tol: float) -> list[float] | None:
-    """The mean's coefficients for unit vectors with these `cosines`; None if their average vanishes."""
-    n = len(cosines)
-    mean = [1.0 / max(1, n)] * n
-    if quadratic(mean, cosines) < ANTIPARALLEL**2:
-        return None
-    mean = _unit(mean, cosines)
-    for _ in range(max_iter):
-        tangent = _tangent(mean, cosines)
-        step = math.sqrt(quadratic(tangent, cosines))
-        if step < tol or step == 0:
-            break
-        along = math.sin(step) / step
-        mean = _unit([math.cos(step) * c + along * d for c, d in zip(mean, tangent, strict=True)], cosines)
-    return mean
-
-
-def _unit(c: Sequence[float], cosines: Array) -> list[float]:
-    length = math.sqrt(quadratic(c, cosines))
-    return [value / length for value in c]
-
-
-def _tangent(mean: Sequence[float], cosines: Array) -> list[float]:
-    """The average of the arcs from the mean to each point; a point exactly opposite does not count."""
-    n = len(mean)
-    tangent = [0.0] * n
-    for i in range(n):
-        cosine = min(1.0, max(-1.0, math.fsum(float(cosines[i, j]) * mean[j] for j in range(n))))
-        angle = math.acos(cosine)
-        if math.pi - angle < ANTIPARALLEL:
+def slerp_chain(weights: Sequence[float], table: Array, scale: float) -> list[float]:
+    """The coefficients of vectors that are slerped one after another, from their inner products times scale^2."""
+    chain, weight = [0.0] * len(weights), 0.0
+    for m, w in enumerate(weights):
+        if w == 0:
             continue
-        pull = (angle / math.sin(angle) if angle > SMALL_SINE else 1.0) / n
-        tangent[i] += pull
-        for j in range(n):
-            tangent[j] -= pull * cosine * mean[j]
-    return tangent
+        weight += w
+        along = math.fsum(c * float(table[j, m]) for j, c in enumerate(chain))
+        squared = quadratic(chain, table)
+        apart = quadratic([c - (j == m) for j, c in enumerate(chain)], table)
+        mixing = slerp_weights(PairSums(xx=squared, xd=along - squared, dd=apart, scale=scale), w / weight)
+        chain = [mixing.w0 * c for c in chain]
+        chain[m] = mixing.w1
+    return chain
 
 
 # ----------------------------------------------------------------------------------------- model stock
@@ -287,7 +210,7 @@ def model_stock(spec: MergeSpec) -> Steps:
     r = _reciprocal(np.diag(table))
     cosines = [float(table[i, j] * r[i] * r[j]) for i in range(n) for j in range(i)]
     t = float(stock_share(np.array(math.fsum(cosines) / len(cosines)), n))
-    return _mixed([t / n] * n)
+    return mixed([t / n] * n)
 
 
 def stock_share(cosine: Array, n: int) -> Array:

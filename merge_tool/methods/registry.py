@@ -1,7 +1,8 @@
 """The registry of methods: names, parameters and defaults as mergekit has them. Nothing else lists methods by name.
 
-The functions live in `geometric` (inner products), `sparse` (masks and thresholds over a tensor) and `rowwise` (rows
-and elements); a new method is a function there and an entry here. `docs/methods.md` has a paragraph on each.
+The functions live in `geometric` (inner products), `means` (of many models, from a table over pairs), `sparse` (masks
+and thresholds over a tensor) and `rowwise` (rows and elements); a new method is a function there and an entry here.
+`docs/methods.md` has a paragraph on each.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from merge_tool.methods import geometric, rowwise, sparse
-from merge_tool.methods.steps import FLAT, REQUIRED, ROWS, MergeSpec, Method
+from merge_tool.methods import geometric, means, rowwise, sparse
+from merge_tool.methods.steps import FLAT, REQUIRED, ROWS, TILE, MergeSpec, Method
 
 _HISTOGRAM_BYTES = 8 << 16  # a histogram of one half of float32 bit patterns; one per array, and one per requested rank
 
@@ -50,6 +51,11 @@ def _divides_by_sum(shared: Mapping[str, Any]) -> bool:
     return bool(shared["normalize"])
 
 
+def _table_bytes(spec: MergeSpec) -> int:
+    """The sums over every pair of models, of every tile."""
+    return 8 * (spec.num_inputs * (spec.num_inputs + 1) // 2) * (spec.numel // TILE + 1)
+
+
 def _histograms(per_input: int, once: int = 0) -> Any:
     return lambda spec: min(_HISTOGRAM_BYTES, 8 * spec.numel) * (per_input * spec.num_inputs + once)
 
@@ -68,6 +74,7 @@ METHODS: Mapping[str, Method] = {
     "linear": Method(
         steps=geometric.linear,
         weights=geometric.linear_of_two,
+        coefficients=geometric.shares,
         summary="weighted average",
         source="https://arxiv.org/abs/2203.05482",
         shared={"normalize": True},
@@ -90,7 +97,7 @@ METHODS: Mapping[str, Method] = {
         state_bytes=_columns_bytes,
     ),
     "multislerp": Method(
-        steps=geometric.multislerp,
+        steps=means.multislerp,
         summary="the direction of the averaged unit vectors, at the average norm",
         source="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
         shared={"normalize_weights": True, "eps": 1e-8},
@@ -100,12 +107,33 @@ METHODS: Mapping[str, Method] = {
         divides_weights=lambda shared: bool(shared["normalize_weights"]),
     ),
     "karcher": Method(
-        steps=geometric.karcher,
+        steps=means.karcher,
         summary="the mean on the sphere (Karcher, Frechet), at the average norm",
         source="https://doi.org/10.1002/cpa.3160300502",
         shared={"max_iter": 10, "tol": 1e-5},
         base="none",
         copies_equal=_always,
+    ),
+    "geometric_median": Method(
+        steps=means.geometric_median,
+        summary="the point with the least sum of distances to the models",
+        source="https://doi.org/10.1073/pnas.97.4.1423",
+        shared={"max_iter": 1_000, "tol": 1e-12},
+        each={"weight": 1.0},
+        inputs=(3, 1_000),
+        base="none",
+        copies_equal=_always,
+        state_bytes=_table_bytes,
+    ),
+    "warp": Method(
+        steps=geometric.warp,
+        summary="base plus eta times the spherical mean of the differences from it",
+        source="https://arxiv.org/abs/2406.16768",
+        shared={"eta": 1.0},
+        each={"weight": 1.0},
+        copies_equal=_always,
+        divides_weights=lambda shared: True,
+        state_bytes=_table_bytes,
     ),
     "model_stock": Method(
         steps=geometric.model_stock,
@@ -234,5 +262,19 @@ METHODS: Mapping[str, Method] = {
         granularity=lambda spec: ROWS,
         copies_equal=_always,
         state_bytes=_histograms(0, 4),
+    ),
+    "ram": Method(
+        steps=sparse.ram,
+        summary="differences averaged over the models that have one at the element",
+        source="https://arxiv.org/abs/2601.13572",
+        shared={"epsilon": 1e-5},
+        copies_equal=_always,
+    ),
+    "ramplus_tl": Method(
+        steps=sparse.ramplus_tl,
+        summary="differences averaged over the models that have one, those of one model alone scaled up",
+        source="https://arxiv.org/abs/2601.13572",
+        shared={"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},
+        copies_equal=_always,
     ),
 }

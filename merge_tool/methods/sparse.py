@@ -298,3 +298,58 @@ def sce(spec: MergeSpec) -> Steps:
         return merged
 
     return combine
+
+
+# ------------------------------------------------------------------------------------------------ ram
+
+
+def changed(deltas: Sequence[Array], epsilon: float) -> tuple[list[Array], Array]:
+    """Where each difference is larger than epsilon, and how many of the models it is so for."""
+    masks = [np.abs(d) > epsilon for d in deltas]
+    count = np.zeros(deltas[0].shape, np.int64)
+    for mask in masks:
+        count += mask
+    return masks, count
+
+
+def ram(spec: MergeSpec) -> Steps:
+    """base + the average of the differences larger than epsilon, over the models that have one at the element.
+
+    X. Yuan et al., "Behavior knowledge merge in reinforced agentic models", 2026.
+    """
+    epsilon = number(spec, "epsilon", 0.0)
+    yield from ()
+    return _of_the_changed([1.0] * spec.num_inputs, epsilon)
+
+
+@of_elements
+def ramplus_tl(spec: MergeSpec) -> Steps:
+    """As `ram`; a difference that one model alone has is scaled by that model's 1 + r min(alpha, shared / unique): the
+    numbers of its elements in this tensor (Tensor-Local) that others changed, too, and that it alone changed.
+    """
+    epsilon, r, alpha, n = (*(number(spec, key, 0.0) for key in ("epsilon", "r", "alpha")), spec.num_inputs)
+
+    def counts(tile: Tile) -> list[float]:
+        masks, count = changed(tile.deltas(), epsilon)
+        shared, unique = count > 1, count == 1
+        return [float(np.count_nonzero(mask & which)) for which in (shared, unique) for mask in masks]
+
+    sums = yield Sums(counts, 2 * n)
+    pairs = zip(sums[:n], sums[n:], strict=True)
+    return _of_the_changed([1 + r * min(alpha, shared / max(unique, 1.0)) for shared, unique in pairs], epsilon)
+
+
+def _of_the_changed(scales: Sequence[float], epsilon: float) -> Combine:
+    def combine(tile: Tile) -> Array:
+        deltas = tile.deltas()
+        masks, count = changed(deltas, epsilon)
+        for d, mask, scale in zip(deltas, masks, scales, strict=True):
+            np.multiply(d, mask, out=d)
+            if scale != 1:
+                np.multiply(d, scale, out=d, where=count == 1)
+        merged = mix([1.0] * len(deltas), deltas)
+        np.divide(merged, np.maximum(count, 1, out=count), out=merged)
+        np.add(merged, tile.base, out=merged)
+        return merged
+
+    return combine

@@ -138,8 +138,9 @@ class Method:
     """One way to merge the tensors of some models, and what a recipe may ask of it.
 
     `weights` makes two weights from the sums of two models, where the result without a base is a plain combination of
-    the two. Everything else is `steps`: a generator function of passes, then a combine. Either raises ValueError before
-    the first pass for parameters that it cannot work with.
+    the two. `coefficients` are those of the inputs where `steps` gives nothing but their sum: the inputs are then added
+    one by one, however many there are. Everything else is `steps`: a generator function of passes, then a combine. All
+    raise ValueError before the first pass for parameters that they cannot work with.
 
     `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none): one value for all models, or
     one for each. `fractions` are the parameters that must be 0 to 1. `base` is "none" (ignored), "optional", "required"
@@ -154,6 +155,7 @@ class Method:
     source: str
     steps: Callable[[MergeSpec], Steps] | None = None
     weights: Callable[[PairSums, MergeSpec], Weights] | None = None
+    coefficients: Callable[[MergeSpec], Sequence[float]] | None = None
     shared: Mapping[str, Any] = field(default_factory=dict)
     each: Mapping[str, Any] = field(default_factory=dict)
     fractions: frozenset[str] = frozenset()

@@ -15,7 +15,7 @@ import numpy as np
 
 from merge_tool.arrays import Array
 from merge_tool.methods.inner import PairSums, is_finite, refinement
-from merge_tool.methods.steps import MergeSpec, Pass, Steps, Sums, Tile
+from merge_tool.methods.steps import Combine, MergeSpec, Pass, Steps, Sums, Tile
 
 Vectors: TypeAlias = Callable[[Tile], Sequence[Array]]  # the tile's vectors, float64; the caller may write to them
 
@@ -124,6 +124,27 @@ def _scaled(vectors: Sequence[Array], scale: float) -> Sequence[Array]:
         for x in vectors:
             np.multiply(x, scale, out=x)
     return vectors
+
+
+def quadratic(c: Sequence[float], table: Array) -> float:
+    """|sum_i c_i x_i|^2 from the inner products of the x_i."""
+    terms = (a * b * float(table[i, j]) for i, a in enumerate(c) for j, b in enumerate(c))
+    return max(0.0, math.fsum(terms))
+
+
+def vectors(tile: Tile) -> list[Array]:
+    """The inputs, or their differences from the base if there is one."""
+    return tile.inputs if tile.base is None else tile.deltas()
+
+
+def mixed(coefficients: Sequence[float]) -> Combine:
+    """base + sum_i c_i (x_i - base), or sum_i c_i x_i without a base."""
+
+    def combine(tile: Tile) -> Array:
+        merged = mix(coefficients, vectors(tile))
+        return merged if tile.base is None else np.add(merged, tile.base, out=merged)
+
+    return combine
 
 
 def of_elements(steps: Callable[[MergeSpec], Steps]) -> Callable[[MergeSpec], Steps]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from merge_tool.checkpoint.alike import share_entries
 from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, meant_path
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
 from merge_tool.checkpoint.hub import hub_id, is_url, local_path
@@ -170,6 +171,7 @@ def open_models(
                 variant=variant,
             )
             models.append(model)
+            share_entries(models)
     files = [not one and _is_lora_file(path, model) for one, path, model in zip(alone, paths, models, strict=True)]
     if files[0] and not all(files):
         raise CheckpointError(

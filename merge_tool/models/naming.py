@@ -181,6 +181,11 @@ def is_derived(name: str) -> bool:
     return _DERIVED.search(name) is not None
 
 
+def natural_key(name: str) -> str:
+    """A sort key that compares numbers inside names as numbers: each number is preceded by its length."""
+    return re.sub(r"[0-9]+", lambda digits: f"{len(digits[0].lstrip('0')):06d}{digits[0].lstrip('0')}", name)
+
+
 def comes_last(name: str) -> bool:
     """Whether a tensor outside the layers comes after them (a final norm, a head) or before them (all others).
 

@@ -141,6 +141,8 @@ def plan_side_files(folder: Folder | None, merged: frozenset[str], *, card: str 
             in_module = len(path.parts) > 1 and path.parts[0] in modules
             unwanted = _SKIPPED_FILES.fullmatch(path.name) is not None and not in_module
             unwanted |= is_weight_file(relative) and not in_module
+            # mixce-train's checkpoints have it, and no other folder has both names
+            unwanted |= relative == "state.json" and folder.has("generators.safetensors")
             # beside a model's weights, this file would make loaders look for an adapter
             unwanted |= relative == "adapter_config.json" and not merged & {*ADAPTER_WEIGHTS}
             unwanted |= folded(relative) in own

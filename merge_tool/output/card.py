@@ -17,6 +17,7 @@ from merge_tool.output.report import Summary, remarks
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.published import hub_names, is_extrapolated
+from merge_tool.recipe.average import are_weights
 from merge_tool.recipe.options import as_words
 from merge_tool.recipe.pair import PairOptions, is_pair
 from merge_tool.recipe.recipe import label_t
@@ -91,7 +92,7 @@ def _card_sections(
     plan: MergePlan, summary: Summary, output: int, terms: str, has_own_rows: bool, has_code: bool
 ) -> Iterator[str]:
     names = [_plain(name) for name in plan.names]
-    yield f"# {' + '.join(names)}"
+    yield f"# {' + '.join(names if len(names) <= 12 else [names[0], '...', names[-1]])}"
     yield from _how(plan, output, names)
     yield f"```\n{_command(plan, output)}\n```"
     yield (
@@ -129,7 +130,10 @@ def _how(plan: MergePlan, output: int, names: list[str]) -> Iterator[str]:
         )
         return
     values = "".join(f", {key} = {label_t(value)}" for key, value in words.items())
-    models = ", ".join(f"**{name}**" for name in names)
+    if are_weights(words):  # the command has them
+        values = f", {counted(len(words), 'weight')}"
+    more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
+    models = ", ".join(f"**{name}**" for name in names[:12]) + more
     yield f"A merge of {models} by {plan.method.summary} (`{_plain(plan.recipe.method)}`{values}), {made}"
     yield f"```yaml\n{_fenced(plan.text)}\n```"
 

@@ -13,6 +13,7 @@ from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.errors import OutputError, shown
 from merge_tool.files import leads_out
 from merge_tool.models.side_files import REPORT, SUMS, SYSTEM_FILES, WORK
+from merge_tool.recipe.average import are_weights, is_average_label
 from merge_tool.recipe.recipe import label_of
 
 # Files that loaders read by name: an older model's files would mix with the new model's.
@@ -78,7 +79,7 @@ def older_labels(out: Path) -> Iterator[str]:
 
 
 def is_output_of_several(folder: Path) -> bool:
-    """Whether a folder is one of several outputs of this tool, named by its parameters (`t-0.3`)."""
+    """Whether a folder is one of several outputs of this tool, named by its parameters (`t-0.3`) or as an average."""
     if "-" not in folder.name or not is_ours(folder):
         return False
     try:
@@ -87,6 +88,8 @@ def is_output_of_several(folder: Path) -> bool:
         words = json.loads(match[1]) if match else {}
     except (OSError, ValueError):
         return False
+    if are_weights(words) and is_average_label(folder.name):
+        return True
     if len(words) > _MOST_PARAMETERS:
         return False
     chosen = (subset for count in range(1, len(words) + 1) for subset in combinations(words, count))

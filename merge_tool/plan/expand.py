@@ -24,13 +24,15 @@ from merge_tool.recipe.settings import Choice, Settings, find_choice
 
 class OutputTensor(NamedTuple):
     """A tensor of the output: its slice (`part`) and module, its `position` along the layers, and in `names` its name
-    in each of the slice's sources, in their order, as the first model names tensors."""
+    in each of the slice's sources, in their order, as the first model names tensors. `is_behind` the layers are a final
+    norm and a head."""
 
     name: str
     names: tuple[str, ...]
     position: float
     part: Slice
     module: Module
+    is_behind: bool = False
 
 
 class _Names:
@@ -211,13 +213,14 @@ class Expansion:
             part = module.slices[0]
             position = self._position(name, part) if self._values.lie_along_layers else 0.0
             names = (name,) * len(part.sources)
-            return OutputTensor(name=name, names=names, position=position, part=part, module=module)
+            behind = self._values.grow and split_layer(name) is None and self._comes_last(name)
+            return OutputTensor(name, names, position, part, module, is_behind=behind)
         layer = split_layer(name)
         stack, starts = self._sliced[module.name or ""]
         if layer is None or layer[0] != stack:
-            part = module.slices[-1 if self._comes_last(name) else 0]
-            names = (name,) * len(part.sources)
-            return OutputTensor(name=name, names=names, position=0.0, part=part, module=module)
+            behind = self._comes_last(name)
+            part = module.slices[-1 if behind else 0]
+            return OutputTensor(name, (name,) * len(part.sources), 0.0, part, module, is_behind=behind)
         if layer[1] >= starts[-1]:
             part, rest = module.slices[-1], name[len(stack) + len(str(layer[1])) :]
             depths = (self.depth(source.model, stack) for source in part.sources)
@@ -360,6 +363,7 @@ class _Values:
         self.num_scheduled = 0
         settings = [setting for scope in recipe.scopes() for setting in scope.values()]
         self.lie_along_layers = any(len(choice.values) > 1 for setting in settings for choice in setting.choices)
+        self.grow = any(choice.grow for setting in settings for choice in setting.choices)
 
     def of(self, tensor: OutputTensor) -> tuple[Values, ...]:
         key = id(tensor.part)
@@ -395,22 +399,22 @@ class _Values:
         shared, each = {}, {}
         scopes = self._scopes_of(tensor, output, None)
         for key, default in self._method.shared.items():
-            shared[key] = self._value(key, default, scopes, tensor.name, tensor.position, choices)
+            shared[key] = self._value(key, default, scopes, tensor.name, tensor, choices)
         inputs = [(tensor.part.sources[k], tensor.names[k]) for k in _order(self._method, tensor.part)]
         for key, default in self._method.each.items():
             each[key] = tuple(
-                self._value(key, default, self._scopes_of(tensor, output, source), name, tensor.position, choices)
+                self._value(key, default, self._scopes_of(tensor, output, source), name, tensor, choices)
                 for source, name in inputs
             )
         return self._shelf.setdefault((*shared.values(), *each.values()), Values(shared, each))
 
     def _value(
-        self, key: str, default: Any, scopes: Sequence[Settings], name: str, position: float, choices: list[Choice]
+        self, key: str, default: Any, scopes: Sequence[Settings], name: str, of: OutputTensor, choices: list[Choice]
     ) -> Any:
         choice = find_choice(key, scopes, name)
         if choice is not None:
             choices.append(choice)
-            return choice.at(position)
+            return choice.at(1.0 if choice.grow and of.is_behind else of.position)
         if default is REQUIRED:
             self.unset.setdefault(key, {})[name] = None
         return default

@@ -15,9 +15,9 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.errors import MismatchError, RecipeError, counted, listed, shown
 from merge_tool.models.given_names import suggested_names
 from merge_tool.models.layer_counts import num_layers
-from merge_tool.models.naming import has_token_rows, is_derived
+from merge_tool.models.naming import has_token_rows, is_derived, natural_key
 from merge_tool.plan.expand import Expansion, OutputTensor
-from merge_tool.plan.stacks import Stacks, natural_key, split_layer
+from merge_tool.plan.stacks import Stacks, split_layer
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.settings import Pattern

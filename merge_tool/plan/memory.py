@@ -20,6 +20,7 @@ _RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's overhead, the journal: a
 _PER_TENSOR_BYTES = 300  # findings until a shard is done, and its header: 290 measured
 _CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
 _LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
+SUM_BLOCK = 16_384  # elements: what is added at a time, of inputs that are read one by one
 _STEPS_ROWS = 6  # float64 tiles that a method's expressions hold at a time, beside its inputs
 _SLACK_BYTES = 2_000_000  # run-to-run variation of one command's resident memory
 
@@ -136,14 +137,30 @@ def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
     beside it."""
     slot = temporary = finishing = 0
     for job in plan.jobs():
-        infos = (*(source.info for source in job.sources), job.out)
-        slot = max(slot, sum(aligned(min(chunk, i.numel) * STORED_DTYPES[i.dtype].itemsize) for i in infos))
+        slot = max(slot, _slot_bytes(plan, job, chunk))
         reading = max(source.extra_bytes(min(chunk, source.info.numel)) for source in job.sources)
         rows = len(job.sources) + _STEPS_ROWS
         merging = 8 * rows * min(plan.tile(job), job.numel) if plan.has_steps(job) else 0
+        if plan.is_summed(job):
+            merging = 3 * 8 * SUM_BLOCK
         temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
         finishing = max(finishing, _scales_bytes(plan, job))  # of the tensor before, perhaps still being written
     return slot, temporary + finishing
+
+
+def _slot_bytes(plan: MergePlan, job: TensorJob, chunk: int) -> int:
+    """A chunk of all inputs and of the output; where inputs are added one by one, of one of them, and of the sums."""
+    if plan.is_summed(job):
+        length, rows = min(chunk, job.numel), len(set(job.values))
+        itemsize = STORED_DTYPES[job.out.dtype].itemsize
+        return aligned(input_bytes(job, length)) + aligned(8 * rows * length) + aligned(length * itemsize)
+    infos = (*(source.info for source in job.sources), job.out)
+    return sum(aligned(min(chunk, i.numel) * STORED_DTYPES[i.dtype].itemsize) for i in infos)
+
+
+def input_bytes(job: TensorJob, length: int) -> int:
+    """The bytes of so many elements of the widest input."""
+    return max(length * STORED_DTYPES[source.info.dtype].itemsize for source in job.sources)
 
 
 def _state_bytes(plan: MergePlan) -> int:
@@ -176,16 +193,17 @@ def _stored_scales_bytes(plan: MergePlan) -> int:
 def _arena_bytes(plan: MergePlan, room: int) -> int:
     """The part of `room` that tensors read once can use: twice the largest tensor that fits, so that reading and
     writing overlap."""
-    sizes = [region_bytes(job) for job in plan.jobs()]
+    sizes = [region_bytes(plan, job) for job in plan.jobs()]
     fitting = [size for size in sizes if size <= room]
     largest = max(fitting, default=0)
     second = max((size for size in fitting if size <= room - largest), default=0)
     return max(0, min(sum(fitting), largest + second))
 
 
-def region_bytes(job: TensorJob) -> int:
-    """The arena bytes of a tensor: all inputs whole; 0 if it is only copied."""
-    return 0 if job.is_copied else sum(aligned(source.info.nbytes) for source in job.sources)
+def region_bytes(plan: MergePlan, job: TensorJob) -> int:
+    """The arena bytes of a tensor: all inputs whole; 0 if it is only copied, or its inputs are added one by one."""
+    is_once = job.is_copied or plan.is_summed(job)
+    return 0 if is_once else sum(aligned(source.info.nbytes) for source in job.sources)
 
 
 def aligned(nbytes: int) -> int:

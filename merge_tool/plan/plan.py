@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class TensorJob:
 
     number: int
     out: TensorInfo
-    sources: tuple[TensorSource, ...]
+    sources: Sequence[TensorSource]
     sides: tuple[int, ...]
     values: tuple[Values, ...] = ()
     has_base: bool = False
@@ -148,6 +148,11 @@ class MergePlan:
 
     def has_steps(self, job: TensorJob) -> bool:
         return self.method.steps is not None and bool(job.values) and not self.is_weighted(job)
+
+    def is_summed(self, job: TensorJob) -> bool:
+        """Whether a tensor is a sum with coefficients that are known before it is read: its inputs are added one by
+        one."""
+        return self.method.coefficients is not None and self.has_steps(job)
 
     def may_take_passes(self, job: TensorJob) -> bool:
         """Whether a tensor may need more than one pass over its inputs before it is merged."""

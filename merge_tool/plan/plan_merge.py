@@ -11,15 +11,16 @@ from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.arrays import FLOAT_DTYPES
+from merge_tool.checkpoint.alike import Shelf
 from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.reader import Checkpoint
-from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import RecipeError, listed, shown
 from merge_tool.methods.passes import check_spec
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.heads import lone_head
 from merge_tool.models.layer_counts import num_layers
+from merge_tool.models.naming import natural_key
 from merge_tool.models.renaming import find_renaming, renaming_warnings
 from merge_tool.plan.expand import Expansion, OutputTensor
 from merge_tool.plan.fit import Fit, fit, no_match
@@ -28,7 +29,6 @@ from merge_tool.plan.plan import MergePlan, TensorJob, Values, words_of
 from merge_tool.plan.published import published
 from merge_tool.plan.scaled import ScaledPlan, Scaling, plan_scaled
 from merge_tool.plan.stack_fit import check_stack
-from merge_tool.plan.stacks import natural_key
 from merge_tool.recipe.options import as_json
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.recipe.settings import meant
@@ -120,6 +120,7 @@ class _Jobs:
     kept: Mapping[str, str]
     scaled: ScaledPlan | None
     _shared: dict[str, tuple[TensorJob, Scaling]] = field(default_factory=dict)
+    _alike: Shelf = field(default_factory=Shelf)
     _sides: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # one object for all that have them
     _checked: set[tuple[int, int, bool]] = field(default_factory=set)
 
@@ -153,7 +154,7 @@ class _Jobs:
     def _plain(self, number: int, out: TensorInfo) -> TensorJob:
         tensor = self.expansion.tensor(out.name)
         origin = self._sources(tensor)
-        sources: tuple[TensorSource, ...] = tuple(self.models[k].source(name) for k, name in origin)
+        sources = self._alike.sources(tuple(self.models[k].source(name) for k, name in origin))
         sides = self._sides.setdefault(sides := tuple(k for k, _ in origin), sides)
         if (reason := self.kept.get(out.name)) is not None:
             return TensorJob(number, out, sources, sides, note=reason)

@@ -104,7 +104,8 @@ class Prepared:
         count once more."""
         arena = self.layout.arena_bytes
         return sum(
-            job.input_nbytes * (1 if region_bytes(job) <= arena or (job.scaling and not job.is_scales) else 2)
+            job.input_nbytes
+            * (1 if region_bytes(self.plan, job) <= arena or (job.scaling and not job.is_scales) else 2)
             for job in self.plan.jobs()
         )
 

@@ -23,11 +23,6 @@ def split_layer(name: str) -> tuple[str, int] | None:
     return (name[: match.start()], int(match[0])) if match else None
 
 
-def natural_key(name: str) -> str:
-    """A sort key that compares numbers inside names as numbers: each number is preceded by its length."""
-    return re.sub(r"[0-9]+", lambda digits: f"{len(digits[0].lstrip('0')):06d}{digits[0].lstrip('0')}", name)
-
-
 class Stacks:
     """The stacks in some models' tensor names, each with its number of layers. A stack of *layers* is numbered from 0
     without gaps and has at least three tensors in each layer, if any stack has; a projector's `mlp.0` is no layer.

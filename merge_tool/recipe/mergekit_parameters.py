@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from itertools import product
 from typing import Any
 
@@ -134,14 +135,35 @@ class Parameters:
         return setting
 
     def _choice(self, key: str, value: Value) -> Choice:
-        fields = self._text.fields(value, f"an entry of '{key}'", ("value", "filter"))
-        if "value" not in fields:
+        fields = self._text.fields(value, f"an entry of '{key}'", ("value", "filter", "lines"))
+        if "lines" in fields and "value" in fields:
+            raise self._text.error(value.line, f"an entry of '{key}' has both value and lines, expected one of them.")
+        if "value" not in fields and "lines" not in fields:
             raise self._text.error(value.line, f"an entry of '{key}' has no value; write {{filter: PART, value: 0.3}}.")
         part = fields.get("filter")
         pattern = None
         if part is not None and part.plain not in (None, "*"):
             pattern = Pattern(self._text.string(part, f"the filter of '{key}'"), is_part=True)
+        if "lines" in fields:
+            return Choice(pattern, self._growth(key, fields["lines"]), fields["lines"].line, grow=True)
         return Choice(pattern, self._values(key, fields["value"]), fields["value"].line)
+
+    def _growth(self, key: str, value: Value) -> tuple[float, float]:
+        """The values at the first and at the last layer: alpha, and alpha + beta. K. Wang et al., "LiNeS: post-training
+        layer scaling prevents forgetting and enhances model merging", 2024 (https://arxiv.org/abs/2410.17146)."""
+        if type(self._defaults[key]) in (bool, int, str):
+            raise self._text.error(value.line, f"'{key}' does not grow along the layers, expected a `value`.")
+        expected = "{alpha: 0.2, beta: 0.8}: alpha at the first layer, alpha + beta at the last"
+        if not isinstance(value.plain, Mapping):
+            raise self._text.error(value.line, f"the lines of '{key}' are {kind(value)}, expected {expected}.")
+        fields = self._text.fields(value, f"the lines of '{key}'", ("alpha", "beta"))
+        if missing := [name for name in ("alpha", "beta") if name not in fields]:
+            raise self._text.error(value.line, f"the lines of '{key}' have no {missing[0]}, expected {expected}.")
+        alpha, beta = (self._number(key, fields[name]) for name in ("alpha", "beta"))
+        last = float(Decimal(repr(alpha)) + Decimal(repr(beta)))
+        for number, name in ((alpha, "alpha"), (last, "beta")):
+            self._check_range(key, number, Value(fields[name].line, number, f"{number} at an end of its lines"))
+        return alpha, last
 
     def _values(self, key: str, value: Value) -> tuple[Any, ...]:
         if not isinstance(value.plain, tuple):
@@ -196,7 +218,7 @@ class Parameters:
 
 def _values(setting: Setting) -> list[tuple[Any, ...]]:
     """A setting without its lines."""
-    return [(choice.pattern, choice.values) for choice in setting.choices]
+    return [(choice.pattern, choice.values, choice.grow) for choice in setting.choices]
 
 
 def parse_values(values: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:

@@ -96,11 +96,13 @@ def meant(text: str, names: Iterable[str]) -> str:
 @dataclass(frozen=True)
 class Choice:
     """`values` for the tensors that `pattern` matches, or for all tensors if it is None. Several values run along the
-    layers. `line` is the line in the recipe, 0 if the recipe has no lines."""
+    layers; if they `grow`, tensors behind the layers have the last value rather than the first. `line` is the line in
+    the recipe, 0 if the recipe has no lines."""
 
     pattern: Pattern | None
     values: tuple[Any, ...]
     line: int = field(default=0, compare=False)
+    grow: bool = False
 
     def __str__(self) -> str:
         """In the form of --t-for: PATTERN=VALUE[,VALUE...]."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from merge_tool.methods.steps import Method
+from merge_tool.recipe.average import is_average_label, output_of
 from merge_tool.recipe.model_ref import ModelRef
 from merge_tool.recipe.options import Options, as_json
 from merge_tool.recipe.pair import pair
@@ -23,8 +24,16 @@ def to_json(recipe: Recipe, models: Sequence[str], places: Sequence[str]) -> dic
         "where": recipe.where,
         "words": dict(recipe.words),
         "options": as_json(recipe.options),
+        **_averages(recipe),
         "values": {key: list(dict.fromkeys(o.words[key] for o in recipe.outputs)) for key in recipe.outputs[0].words},
     }
+
+
+def _averages(recipe: Recipe) -> dict[str, Any]:
+    """The outputs that are averages, by label and weights: not every combination of the weights is one."""
+    if not all(is_average_label(label) for label in recipe.labels):
+        return {}
+    return {"averages": [[output.label, list(output.words.values())] for output in recipe.outputs]}
 
 
 def from_json(stored: Mapping[str, Any], methods: Mapping[str, Method]) -> Recipe:
@@ -40,10 +49,12 @@ def from_json(stored: Mapping[str, Any], methods: Mapping[str, Method]) -> Recip
         stored["where"],
         methods,
         extrapolate=True,
-        values=stored["values"],
+        values={} if stored.get("averages") else stored["values"],
         options=make_options(**options),
         given=frozenset(options),
     )
+    if averages := stored.get("averages"):
+        recipe = replace(recipe, outputs=tuple(output_of(label, weights) for label, weights in averages))
     if len(stored["models"]) != len(recipe.models):
         raise ValueError("another number of models")
     places = zip(recipe.places, map(ModelRef, stored["places"]), strict=True)

@@ -12,7 +12,7 @@ import numpy as np
 from merge_tool.arrays import STORED_DTYPES, Array
 from merge_tool.errors import WorkerError, reason
 from merge_tool.methods.inner import Scratch
-from merge_tool.plan.memory import Layout, aligned
+from merge_tool.plan.memory import Layout, aligned, input_bytes
 from merge_tool.plan.plan import TensorJob
 
 _START_SECONDS = 30.0
@@ -64,6 +64,14 @@ class WorkerMemory:
             arrays.append(self.slot[start : start + length * dtype.itemsize].view(dtype))
             start += aligned(length * dtype.itemsize)
         return arrays[:-1], arrays[-1]
+
+    def sums(self, job: TensorJob, length: int, rows: int) -> tuple[Array, Array, Array]:
+        """Bytes for `length` elements of the widest input, float64 [rows, length], and a flat array for the output."""
+        out = STORED_DTYPES[job.out.dtype]
+        sizes = [input_bytes(job, length), 8 * rows * length, length * out.itemsize]
+        starts = [0, aligned(sizes[0]), aligned(sizes[0]) + aligned(sizes[1])]
+        room, sums, last = (self.slot[start : start + size] for start, size in zip(starts, sizes, strict=True))
+        return room, sums.view(np.float64).reshape(rows, length), last.view(out)
 
 
 class Worker:

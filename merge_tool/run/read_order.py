@@ -14,7 +14,8 @@ def read_order(plan: MergePlan, layout: Layout, skip: frozenset[int] = frozenset
     again, after the first pass over the next one (run.py)."""
     waiting: TensorJob | None = None
     for job in (job for shard in plan.shards if shard.number not in skip for job in shard.jobs):
-        is_once = job.is_copied or job.is_scales or 0 < region_bytes(job) <= layout.arena_bytes
+        fits = 0 < region_bytes(plan, job) <= layout.arena_bytes
+        is_once = job.is_copied or job.is_scales or plan.is_summed(job) or fits
         yield Use(job.number, job.sources, is_again_later=not is_once)
         if waiting is not None:
             yield Use(waiting.number, waiting.sources)

@@ -22,13 +22,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from merge_tool.arrays import NUMPY_DTYPES, Array, as_bytes
+from merge_tool.arrays import NUMPY_DTYPES, STORED_DTYPES, Array, as_bytes
+from merge_tool.checkpoint.alike import to_hold
 from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import WorkerError
 from merge_tool.plan.memory import Layout, aligned, region_bytes
 from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
 from merge_tool.run.buffers import Arena, Worker, WorkerMemory, ended
 from merge_tool.run.findings import Finding, Findings
+from merge_tool.run.summed import Summed
 from merge_tool.run.weighted import ScalesStore
 from merge_tool.run.work import Work, start_work
 
@@ -139,6 +141,7 @@ class _OpenTensor:
     kept: tuple[Array, ...] | None  # all inputs whole, if they fit the arena
     region: int | None  # where in the arena
     writes_left: int
+    held: Sequence[TensorSource]  # open until the last write
     adds_left: int = 0
     adds_turn: int = 0  # the next chunk to be added, where the order counts
     is_read: bool = False  # whether all of it was read once
@@ -196,7 +199,7 @@ class _Run:
                     self._queue_merge(waiting)  # this job begins with what the passes of the other find
                     waiting = None
                 work = self._begin_work(job)
-                fits = work.needs_chunks and 0 < region_bytes(job) <= self.arena.nbytes
+                fits = work.needs_chunks and 0 < region_bytes(self.plan, job) <= self.arena.nbytes
                 region = self._take_region(job) if fits else None
                 if region is None and fits:
                     if waiting is not None:
@@ -234,7 +237,7 @@ class _Run:
             worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if any(worker.is_alive for worker in self.workers):
             return  # they still use what is open
-        for source in (source for tensor in self.open_tensors for source in tensor.job.sources):
+        for source in (source for tensor in self.open_tensors for source in tensor.held):
             source.release()
         for writer in (writer for shard in self.open_shards for writer in shard.writers):
             writer.abandon()
@@ -256,13 +259,13 @@ class _Run:
 
     def _take_region(self, job: TensorJob) -> int | None:
         with self.changed:
-            return self.arena.take(region_bytes(job))
+            return self.arena.take(region_bytes(self.plan, job))
 
     def _await_region(self, job: TensorJob) -> int:
         taken: list[int] = []
 
         def try_again() -> bool:
-            if (region := self.arena.take(region_bytes(job))) is not None:
+            if (region := self.arena.take(region_bytes(self.plan, job))) is not None:
                 taken.append(region)
             return bool(taken)
 
@@ -284,10 +287,11 @@ class _Run:
             region=region,
             writes_left=chunks,
             is_ready=not work.needs_chunks,
+            held=to_hold(job.sources),
         )
         opened: list[TensorSource] = []
         try:
-            for source in job.sources:
+            for source in tensor.held:
                 source.acquire()
                 opened.append(source)
         except BaseException:
@@ -430,6 +434,27 @@ class _Run:
     def _write(self, tensor: _OpenTensor, turn: int, start: int, stop: int, worker: WorkerMemory) -> None:
         job, shard = tensor.job, tensor.shard
         self._block(lambda: tensor.is_ready)
+        merge, itemsize = self._merging(worker, tensor, start, stop), STORED_DTYPES[job.out.dtype].itemsize
+        for number, writer in enumerate(shard.writers):
+            merged = merge(number)
+            data = as_bytes(merged)
+            writer.write(job.out.offset + start * itemsize, data)
+            self._block(lambda number=number: shard.turns[number] == turn)  # type: ignore[misc]
+            writer.hash_next(data)
+            with self.changed:
+                shard.turns[number] += 1
+                self.changed.notify_all()
+        self.on_progress((stop - start) * itemsize * len(shard.writers), job.out.name)
+        self._wrote(tensor)
+
+    def _merging(self, worker: WorkerMemory, tensor: _OpenTensor, start: int, stop: int) -> Callable[[int], Array]:
+        """A function of an output's number: its elements [start, stop). The inputs are read here, once."""
+        job, work = tensor.job, tensor.work
+        if isinstance(work, Summed):
+            sums, out = work.add_up(start, stop, worker)
+            nbytes = sum((stop - start) * STORED_DTYPES[source.info.dtype].itemsize for source in job.sources)
+            self.on_progress(nbytes, job.out.name)
+            return lambda number: work.merged(number, start, sums, out)
         inputs = [] if job.is_scales else self._inputs(worker, tensor, start, stop)
         if not job.is_scales and (tensor.kept is None or not tensor.is_read):
             for source in job.sources:
@@ -437,17 +462,7 @@ class _Run:
         if not tensor.is_read:  # by a pass: here for the first time
             self.on_progress(sum(values.nbytes for values in inputs), job.out.name)
         out = worker.arrays(job, stop - start)[1]
-        for number, writer in enumerate(shard.writers):
-            merged = tensor.work.merge(number, start, inputs, out, worker.scratch)
-            data = as_bytes(merged)
-            writer.write(job.out.offset + start * out.itemsize, data)
-            self._block(lambda number=number: shard.turns[number] == turn)  # type: ignore[misc]
-            writer.hash_next(data)
-            with self.changed:
-                shard.turns[number] += 1
-                self.changed.notify_all()
-        self.on_progress((stop - start) * out.itemsize * len(shard.writers), job.out.name)
-        self._wrote(tensor)
+        return lambda number: work.merge(number, start, inputs, out, worker.scratch)
 
     def _wrote(self, tensor: _OpenTensor) -> None:
         shard, job = tensor.shard, tensor.job
@@ -462,7 +477,7 @@ class _Run:
             shard.tensors_left -= 1
             shard_done = shard.tensors_left == 0
             self.changed.notify_all()
-        for source in job.sources:
+        for source in tensor.held:
             source.release()
         if shard_done:
             self._finish(shard)

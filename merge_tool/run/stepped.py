@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from merge_tool.arrays import Array, convert, decode, first_nonfinite, same_values
+from merge_tool.arrays import Array, decode, same_values
 from merge_tool.errors import DataError, shown
 from merge_tool.methods.inner import Scratch
 from merge_tool.methods.passes import Running, begin_steps, check_combine, check_merged, start_pass
 from merge_tool.methods.steps import FLAT, ColumnSums, Combine, MergeSpec, Method, Pass, Steps, Tile, tile_elements
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.run.findings import Finding, Results, keep_results
-from merge_tool.run.values import Chunks, check_finite, converted, overflow
+from merge_tool.run.values import Chunks, check_finite, converted, stored
 
 
 class Stepped:
@@ -86,11 +86,7 @@ class Stepped:
         for begin in range(0, len(out), self.tile):
             cut = slice(begin, begin + self.tile)
             merged = way.merged(self._decoded(start + begin, [x[cut] for x in inputs]))
-            if (index := first_nonfinite(merged)) is not None:
-                what = f"element {start + begin + index:,} became {float(merged[index])}"
-                raise DataError(f"{shown(self.job.out.name)}: {what} in the merge, from values that are finite.")
-            if not convert(merged, out[cut]):
-                raise overflow(self.job, start + begin + (first_nonfinite(out[cut]) or 0))
+            stored(self.job, start + begin, merged, out[cut])
         return out
 
     def _decoded(self, start: int, parts: Sequence[Array]) -> Tile:

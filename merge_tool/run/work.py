@@ -18,6 +18,7 @@ from merge_tool.methods.inner import Scratch
 from merge_tool.plan.plan import MergePlan, TensorJob
 from merge_tool.run.findings import Finding
 from merge_tool.run.stepped import Stepped
+from merge_tool.run.summed import Summed
 from merge_tool.run.values import Chunks, converted
 from merge_tool.run.weighted import Scaled, ScalesStore, Weighted
 
@@ -60,7 +61,9 @@ def start_work(plan: MergePlan, job: TensorJob, store: ScalesStore | None = None
         return Exact(plan, job)
     if job.scaling is not None:
         return Scaled(plan, job, store)
-    return Weighted(plan, job) if plan.is_weighted(job) else Stepped(plan, job)
+    if plan.is_weighted(job):
+        return Weighted(plan, job)
+    return Summed(plan, job) if plan.is_summed(job) else Stepped(plan, job)
 
 
 class Copied:
@@ -137,11 +140,13 @@ def _models(plan: MergePlan) -> str:
 
 
 def _same_values(job: TensorJob, chunk: int = TILE) -> bool:
-    buffers = [np.empty(min(chunk, job.out.numel), NUMPY_DTYPES[source.info.dtype]) for source in job.sources]
+    dtype = NUMPY_DTYPES[job.first.info.dtype]
+    first, other = (np.empty(min(chunk, job.out.numel), dtype) for _ in range(2))
     for start in range(0, job.out.numel, chunk):
-        parts = [buffer[: job.out.numel - start] for buffer in buffers]
-        for source, values in zip(job.sources, parts, strict=True):
-            source.read_into(start, values)
-        if not all(same_values(parts[0], other) for other in parts[1:]):
-            return False
+        one, two = first[: job.out.numel - start], other[: job.out.numel - start]
+        job.first.read_into(start, one)
+        for source in job.sources[1:]:
+            source.read_into(start, two)
+            if not same_values(one, two):
+                return False
     return True

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from merge_tool.arrays import STORED_DTYPES, TILE, Array, as_bytes, same_values
+from merge_tool.checkpoint.alike import to_hold
 from merge_tool.checkpoint.quantise import largest_of
 from merge_tool.checkpoint.source import LocalFile, acquired
 from merge_tool.errors import MergeToolError, shown
@@ -20,6 +21,7 @@ from merge_tool.plan.prepare import Prepared
 from merge_tool.run.buffers import WorkerMemory
 from merge_tool.run.findings import Findings
 from merge_tool.run.run import ShardDone
+from merge_tool.run.summed import Summed
 from merge_tool.run.weighted import Scaled, Weighted, scales_of
 from merge_tool.run.work import Work, start_work
 from merge_tool.verification.checks import Checks, check_bytes, first_difference
@@ -48,7 +50,7 @@ class Sample:
             file = self.files[shard.number]
             check_bytes(self.checks, file, 0, memoryview(shard.header()), "its header")
             for job in shard.jobs:
-                with acquired(job.sources):
+                with acquired(to_hold(job.sources)):
                     self._check_tensor(file, job)
 
     def _check_tensor(self, file: LocalFile, job: TensorJob) -> None:
@@ -106,8 +108,19 @@ class Sample:
             source.read_into(start, values)
         return inputs, out
 
+    def _check_sum(self, file: LocalFile, job: TensorJob, work: Summed, start: int, stop: int) -> bool:
+        try:
+            merged = work.merged(0, start, *work.add_up(start, stop, self.worker))
+        except (*_UNREADABLE, MergeToolError) as e:
+            self.checks.add(f"{shown(file.name)}: {shown(e, 600)}")
+            return False
+        return self._compare(file, job, start, merged)
+
     def _check_tile(self, file: LocalFile, job: TensorJob, work: Work, start: int) -> bool:
-        inputs, out = self._inputs(job, start, min(start + work.tile, job.numel))
+        stop = min(start + work.tile, job.numel)
+        if isinstance(work, Summed):
+            return self._check_sum(file, job, work, start, stop)
+        inputs, out = self._inputs(job, start, stop)
         if work.finding.equal and not all(same_values(inputs[0], other) for other in inputs[1:]):
             self.checks.add(f"{REPORT}: {shown(job.out.name)}: says that the parents are equal; they are not.")
             return False

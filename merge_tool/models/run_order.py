@@ -1,0 +1,62 @@
+"""The checkpoints of a training run, as given: folders, files, globs, models of the Hub -> each once, in the order of
+the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+
+from merge_tool.checkpoint.folder import is_there
+from merge_tool.checkpoint.hub import hub_id, is_url, meant
+from merge_tool.errors import CheckpointError, RecipeError, listed, shown
+from merge_tool.models.lora import lacking
+from merge_tool.models.naming import natural_key
+
+
+def in_order(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The checkpoints, the oldest first, and warnings.
+
+    A glob gives its matches in natural order (step-200 before step-1000). A shell gives the matches of a glob by their
+    spelling: paths in one folder that are sorted so are put into natural order, with a warning. Any other order stays.
+    Raises CheckpointError for a path or a glob without a match, RecipeError for a checkpoint that is given twice.
+    """
+    found = [path for text in given for path in _matches(text)]
+    warnings = []
+    if _is_sorted_by_shell(found):
+        natural = sorted(found, key=natural_key)
+        if natural != found:
+            names = [Path(path).name for path in natural]
+            warnings.append(
+                f"The checkpoints are taken in the order of their numbers: {listed(names, 8)}. Before, they were "
+                "sorted by spelling, as a shell does."
+            )
+        found = natural
+    seen: dict[str, str] = {}
+    for path in found:
+        if (same := str(Path(path).resolve()) if is_there(path) else path) in seen:
+            raise RecipeError(
+                f"{shown(path)} is given twice; a checkpoint counts once. Its weight is set by --weights."
+            )
+        seen[same] = path
+    return found, warnings
+
+
+def _matches(text: str) -> list[str]:
+    """The paths that a text means: itself, or a glob's matches."""
+    if is_there(text) or is_url(text) or hub_id(text) is not None:
+        return [text]
+    if any(sign in text for sign in "*?["):
+        if matches := sorted(glob(text), key=natural_key):  # noqa: PTH207 - the text may be absolute
+            return matches
+        raise CheckpointError(f"{shown(text)}: the pattern matches no file or folder.{meant(text)}")
+    if "+" in text or "@" in text:
+        return [text]  # with an adapter or a revision: looked up as in any recipe
+    raise CheckpointError(f"{shown(text)}: no such file or folder.{meant(lacking(text))}")
+
+
+def _is_sorted_by_shell(paths: Sequence[str]) -> bool:
+    """Whether these are local paths of one folder, sorted by their spelling."""
+    return (
+        all(map(is_there, paths)) and len({Path(path).parent for path in paths}) == 1 and list(paths) == sorted(paths)
+    )
