@@ -36,6 +36,7 @@ from merge_tool.output.completing import earlier_report, report_of, write_report
 from merge_tool.output.folders import PARTS
 from merge_tool.output.merge_report import MergeReport, Watch
 from merge_tool.output.older import check_conflicts
+from merge_tool.output.publishing import Publishing, target_of
 from merge_tool.output.report import alarms, report_lines, summarise
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from merge_tool.hosts.plan_file import PlanFile
+    from merge_tool.output.hub_folder import HubFolder
+    from merge_tool.output.hub_output import HubOutput
 
 DEFAULT_PARTS = 16  # of an executor's merge
 _FLUSH_BYTES = 8_000_000
@@ -80,6 +83,9 @@ def merge(
     stream: bool | None = None,
     downloads: int = DOWNLOADS,
     spool_bytes: int | None = None,
+    private: bool = False,
+    publish: bool = True,
+    work: str | Path | None = None,
     report_path: str | Path | None = None,
     progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
@@ -91,7 +97,9 @@ def merge(
 ) -> MergeReport:
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
 
-    `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each (`t-0.3`), in
+    `out` is a folder, one file if its name ends in .safetensors, or a repository of the Hub (`hub:org/name`), to which
+    finished shards are uploaded while the merge goes on; `private`, `publish` and `work` say how
+    (`merge_tool.output.publishing.Publishing`). Several `t` make one sub-folder each (`t-0.3`), in
     one pass over the inputs. `options` are those of the command line: the fields of `merge_tool.recipe.options.Options`
     (dtype, only, exclude, on_missing, on_mismatch, files_from, max_shard_bytes) and of
     `merge_tool.recipe.pair.PairOptions` (method, t_for, vocab, pad_vocab_to_multiple_of): with
@@ -120,6 +128,7 @@ def merge(
             overwrite=overwrite,
             check_resumed=check_resumed,
             streaming=Streaming(stream, downloads, spool_bytes),
+            publishing=Publishing(private, publish, None if work is None else Path(work)),
             report_path=report_path,
             watch=watch,
             executor=executor,
@@ -142,6 +151,9 @@ def merge_models(
     stream: bool | None = None,
     downloads: int = DOWNLOADS,
     spool_bytes: int | None = None,
+    private: bool = False,
+    publish: bool = True,
+    work: str | Path | None = None,
     report_path: str | Path | None = None,
     progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
@@ -177,6 +189,7 @@ def merge_models(
             overwrite=overwrite,
             check_resumed=check_resumed,
             streaming=Streaming(stream, downloads, spool_bytes),
+            publishing=Publishing(private, publish, None if work is None else Path(work)),
             report_path=report_path,
             watch=watch,
             executor=executor,
@@ -209,6 +222,7 @@ def merge_recipe(
     overwrite: bool = False,
     check_resumed: bool = False,
     streaming: Streaming | None = None,
+    publishing: Publishing | None = None,
     report_path: str | Path | None = None,
     watch: Watch | None = None,
     executor: Executor | None = None,
@@ -224,7 +238,9 @@ def merge_recipe(
     """
     started, watch = time.monotonic(), watch or Watch()
     _check_method(recipe, methods, is_shared=executor is not None)
-    target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path)
+    target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path, publishing)
+    if target.repo and (executor is not None or plan_file is not None):
+        raise RecipeError(f"{target.name}: workers share a folder, and cannot write to the Hub. Leave out --executor.")
 
     if executor is not None or plan_file is not None:
         if streaming is not None and streaming.stream:
@@ -232,24 +248,34 @@ def merge_recipe(
         streaming = Streaming(stream=False)
 
     # ------------------------------------------------------------------------- look, check, fetch, plan
-    with Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs:
+    with (
+        _hub(target, publishing, recipe, overwrite=overwrite) as hub,
+        Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs,
+    ):
         check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
         if inputs.coming:
             planned = prepare(recipe, inputs, target, limits, methods=methods)
             if why := _why_by_range(planned, inputs, overwrite=overwrite):
                 watch.warn([why] if inputs.streaming.stream is None else [])
                 planned = _by_range(planned, inputs)
-            check_output(planned, overwrite=overwrite)
+            check_output(planned, overwrite=overwrite) if hub is None else hub.check(planned)
             del planned
             inputs.stream() if why else inputs.fetch()
         prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=True)
         if plan_file is not None:
             plan_file.check(prepared.plan, prepared.samples)
+        if hub is not None and (most := hub.find_draft(prepared)) is not None:
+            del prepared
+            target = replace(target, most_shard_bytes=most)
+            prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=True)
+            hub.find_draft(prepared)
         watch.warn(prepared.warnings)
 
         # --------------------------------------------------------------------------------- run, publish
         try:
             check_apart(prepared)
+            if hub is not None:
+                return _merge_to_hub(prepared, hub, inputs, watch, report, started, check_resumed=check_resumed)
             if not os.path.lexists(target.work):
                 if plan_file is not None:
                     from merge_tool.hosts.adopt import check_finished
@@ -300,10 +326,7 @@ def merge_recipe(
                     from merge_tool.hosts.adopt import adopt_parts
 
                     adopt_parts(work, plan_file, fill=fill, check=check_resumed)
-                if inputs.is_streamed:
-                    from merge_tool.run.read_order import read_order  # most merges need none
-
-                    inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
+                _read_ahead(inputs, prepared, work)
                 _run(prepared, work, watch)
                 inputs.close()  # the process that downloads
                 findings = work.findings()
@@ -319,6 +342,90 @@ def merge_recipe(
     watch.warn(alarms(summary))
     moved = progress_bytes(prepared.plan, work.done_shards)
     return replace(report_of(prepared, summary, started), moved_bytes=moved, num_resumed=num_resumed)
+
+
+@contextmanager
+def _hub(
+    target: Target, publishing: Publishing | None, recipe: Recipe, *, overwrite: bool
+) -> Iterator[HubOutput | None]:
+    """The repository of the Hub that the output goes to; None for a folder or file."""
+    if not target.repo:
+        yield None
+        return
+    from merge_tool.output.hub_output import HubOutput  # most merges need none
+
+    asked = recipe.options.max_shard_bytes
+    with HubOutput(target, publishing or Publishing(), asked, overwrite=overwrite) as hub:
+        yield hub
+
+
+def _merge_to_hub(
+    prepared: Prepared,
+    hub: HubOutput,
+    inputs: Inputs,
+    watch: Watch,
+    report: Path | None,
+    started: float,
+    *,
+    check_resumed: bool,
+) -> MergeReport:
+    """Run, and upload shard by shard; then publish."""
+    from merge_tool.output.hub_folder import HubFolder
+
+    watch.warn(hub.warnings)
+    if (stored := hub.published(prepared) or hub.in_draft(prepared)) is not None:
+        done = earlier_report(prepared, report, started, stored.report)
+        return replace(done, url=hub.url, **hub.publish_stored(stored))
+    check_room(prepared, overwrite=False)
+    check_exact_tensors(prepared.plan)
+    with (
+        WorkFolder(
+            prepared.target,
+            prepared.plan,
+            samples=prepared.samples,
+            flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
+            check_resumed=check_resumed,
+            inputs=prepared.inputs,
+            names=final_names(prepared),
+            is_shared=True,
+        ) as folder,
+        HubFolder(folder, hub, watch.on_note) as work,
+    ):
+        if folder.may_share:
+            watch.warn([_MAY_SHARE])
+        work.begin(prepared)
+        num_resumed = len(work.done_shards)
+        _say_what_is_done(prepared, work, watch)
+        _read_ahead(inputs, prepared, work)
+        _run(prepared, work, watch)
+        inputs.close()
+        work.await_uploads()
+        findings = work.findings()
+        summary = summarise(prepared.plan, findings)
+        write_side_files(prepared, work, findings, summary)
+        if report is not None:
+            write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
+        others = work.publish()
+    if others:
+        watch.warn([f"{prepared.target.name} also holds what was there before: {listed(others, 50)}."])
+    watch.warn(alarms(summary))
+    return replace(
+        report_of(prepared, summary, started),
+        moved_bytes=progress_bytes(prepared.plan, work.done_shards),
+        num_resumed=num_resumed,
+        url=hub.url,
+        pull_request=work.number,
+        is_published=hub.publishing.publishes,
+        uploaded_bytes=work.uploaded_bytes,
+    )
+
+
+def _read_ahead(inputs: Inputs, prepared: Prepared, work: WorkFolder | HubFolder) -> None:
+    """Begin to download the weights that are read by range, in the order in which the run will read them."""
+    if inputs.is_streamed:
+        from merge_tool.run.read_order import read_order  # most merges need none
+
+        inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
 
 
 def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str:
@@ -344,6 +451,8 @@ def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str
 
 def _is_taken(prepared: Prepared, *, overwrite: bool) -> bool:
     """Whether OUT holds this merge, or something else."""
+    if prepared.target.repo:
+        return False  # asked by HubOutput
     try:
         return not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared)
     except OutputError:
@@ -366,11 +475,12 @@ def plan_recipe(
     read_samples: bool = False,
     overwrite: bool = False,
     streaming: Streaming | None = None,
+    publishing: Publishing | None = None,
 ) -> Prepared:
     """Plan the merge that a recipe asks for, from headers alone (with `read_samples` also from a few bytes of weights).
     Fetches no weights and writes nothing. Raises a MergeToolError."""
     _check_method(recipe, methods)
-    target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None)
+    target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None, publishing)
     with Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         if read_samples and inputs.coming:
@@ -398,6 +508,8 @@ def plan_parts(
     watch = watch or Watch()
     _check_method(recipe, methods, is_shared=True)
     target, limits, _ = _check_request(recipe, out, None, None, None)
+    if target.repo:
+        raise RecipeError(f"{target.name}: many hosts need a folder that all of them see. Then: merge-tool push.")
     if target.is_file:
         raise RecipeError(f"{shown(out)}: is one file. Many hosts need a folder: give OUT without .safetensors.")
     with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
@@ -449,6 +561,9 @@ def finish_parts(
 def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
     """Whether OUT already holds this merge. Raises OutputError if OUT cannot take the output. For a dry run."""
     check_apart(prepared)
+    with _hub(prepared.target, None, prepared.plan.recipe, overwrite=overwrite) as hub:
+        if hub is not None:
+            return hub.check(prepared)
     if not overwrite and is_complete(prepared):
         return True
     check_room(prepared, overwrite=overwrite)
@@ -476,10 +591,20 @@ def _check_method(recipe: Recipe, methods: Mapping[str, Method], *, is_shared: b
 
 
 def _check_request(
-    recipe: Recipe, out: str | Path, memory_bytes: int | None, jobs: int | None, report_path: str | Path | None
+    recipe: Recipe,
+    out: str | Path,
+    memory_bytes: int | None,
+    jobs: int | None,
+    report_path: str | Path | None,
+    publishing: Publishing | None = None,
 ) -> tuple[Target, Machine, Path | None]:
     """The checks that need no model."""
-    target, report = Target(Path(out)), None if report_path is None else Path(report_path)
+    target, report = target_of(out, publishing), None if report_path is None else Path(report_path)
+    if target.repo and len(recipe.outputs) > 1:
+        raise RecipeError(
+            f"{target.name}: is one repository, but there are {len(recipe.outputs)} outputs. Give one value, or a "
+            "folder as OUT, then push each (merge-tool push)."
+        )
     if target.is_file and len(recipe.outputs) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.outputs)} outputs need a folder.")
     inputs = [Path(part) for ref in recipe.models for part in parts(str(ref))]
@@ -511,7 +636,7 @@ def _begin(prepared: Prepared, work: WorkFolder, *, overwrite: bool) -> bool:
     return False
 
 
-def _say_what_is_done(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
+def _say_what_is_done(prepared: Prepared, work: WorkFolder | HubFolder, watch: Watch) -> None:
     """A note about the shards that an earlier run has finished."""
     plan, skip = prepared.plan, work.done_shards
     if skip and watch.on_note is not None:
@@ -523,7 +648,7 @@ def _say_what_is_done(prepared: Prepared, work: WorkFolder, watch: Watch) -> Non
         )
 
 
-def _run(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
+def _run(prepared: Prepared, work: WorkFolder | HubFolder, watch: Watch) -> None:
     """Merge all shards that an earlier run has not finished."""
     plan, skip = prepared.plan, work.done_shards
     if watch.on_start is not None:

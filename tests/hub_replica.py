@@ -62,6 +62,9 @@ class Replica:
     lock: threading.Lock = field(default_factory=threading.Lock)
     digests: dict[tuple[str, int, int], tuple[str, str]] = field(default_factory=dict)
     of_others: set[str] = field(default_factory=set)  # repositories that the token cannot write to
+    user: str = "me"  # whose the token is
+    role: str = "write"  # of the token
+    orgs: dict[str, str] = field(default_factory=dict)  # the user's, with the role in each
     writes: Writes = field(default_factory=Writes)
     free_at: float = 0.0  # when the line has sent what it was given
     stalled: threading.Event = field(default_factory=threading.Event)  # somebody waits for one of them
@@ -217,7 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self.fault == "stall":
                 self.replica.over.wait(30)
                 raise ConnectionResetError
-            is_read = self.command in ("GET", "HEAD") and not re.search("/(auth-check|discussions)(/|$)", path)
+            is_read = self.command in ("GET", "HEAD") and not re.search(
+                "/(auth-check|discussions|whoami-v2)(/|$)", path
+            )
             if not is_read and (match := WRITES.fullmatch(path)):
                 return self._json(answer(self, match, parse_qs(url.query), body))
             if path.startswith("/api/"):

@@ -1,0 +1,30 @@
+"""Where a merge's output goes: OUT as the user wrote it, with the options for a repository of the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_tool.errors import RecipeError
+from merge_tool.plan.target import Target, hub_target, is_hub
+
+
+@dataclass(frozen=True, slots=True)
+class Publishing:
+    """How a merge goes to the Hub: whether a new repository is private, whether it `publishes` or leaves the pull
+    request open, and where shards wait (`work`; None: in the cache of the Hub's client)."""
+
+    private: bool = False
+    publishes: bool = True
+    work: Path | None = None
+
+
+def target_of(out: str | Path, publishing: Publishing | None = None) -> Target:
+    """The target that OUT names. Raises OutputError, and RecipeError for options of the Hub beside a path."""
+    chosen = publishing or Publishing()
+    if is_hub(out):
+        return hub_target(out, chosen.work)
+    given = {"--private": chosen.private, "--no-publish": not chosen.publishes, "--work": chosen.work is not None}
+    if wrong := [option for option, is_given in given.items() if is_given]:
+        raise RecipeError(f"{wrong[0]} is for an output on the Hub: hub:org/name as OUT.")
+    return Target(Path(out))
