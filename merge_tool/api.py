@@ -20,7 +20,6 @@ from merge_tool.errors import (
     MergeToolError,
     OutputError,
     RecipeError,
-    counted,
     input_failed,
     listed,
     output_failed,
@@ -31,12 +30,13 @@ from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import parts
+from merge_tool.output.carrying_out import FLUSH_BYTES, MAY_SHARE, carry_out, read_ahead, say_what_is_done
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
 from merge_tool.output.completing import earlier_report, report_of, write_report, write_side_files
 from merge_tool.output.folders import PARTS
 from merge_tool.output.merge_report import MergeReport, Watch
 from merge_tool.output.older import check_conflicts
-from merge_tool.output.publishing import Publishing, target_of
+from merge_tool.output.publishing import Publishing, hub_of, target_of
 from merge_tool.output.report import alarms, report_lines, summarise
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine
@@ -47,22 +47,15 @@ from merge_tool.plan.target import Target, check_report_path, check_target, exis
 from merge_tool.progress import Progress
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.run.run import progress_bytes, run_plan
+from merge_tool.run.run import progress_bytes
 from merge_tool.run.work import check_exact_tensors
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from merge_tool.hosts.plan_file import PlanFile
-    from merge_tool.output.hub_folder import HubFolder
-    from merge_tool.output.hub_output import HubOutput
 
 DEFAULT_PARTS = 16  # of an executor's merge
-_FLUSH_BYTES = 8_000_000
-_MAY_SHARE = (
-    "The unfinished merge in OUT was begun on another machine, in another container, or before a restart, and has not "
-    "been written to for a while. It is continued; the SHA-256 of its finished shards is checked first."
-)
 _NOT_DURABLE = (
     "The file system of OUT cannot sync folders. The merge is safe from kills; after a power cut, verify it "
     "(merge-tool verify OUT), and merge again if that finds anything."
@@ -249,7 +242,7 @@ def merge_recipe(
 
     # ------------------------------------------------------------------------- look, check, fetch, plan
     with (
-        _hub(target, publishing, recipe, overwrite=overwrite) as hub,
+        hub_of(target, publishing, recipe, overwrite=overwrite) as hub,
         Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs,
     ):
         check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
@@ -275,7 +268,9 @@ def merge_recipe(
         try:
             check_apart(prepared)
             if hub is not None:
-                return _merge_to_hub(prepared, hub, inputs, watch, report, started, check_resumed=check_resumed)
+                from merge_tool.output.to_hub import merge_to_hub
+
+                return merge_to_hub(prepared, hub, inputs, watch, report, started, check_resumed=check_resumed)
             if not os.path.lexists(target.work):
                 if plan_file is not None:
                     from merge_tool.hosts.adopt import check_finished
@@ -289,13 +284,13 @@ def merge_recipe(
                 target,
                 prepared.plan,
                 samples=prepared.samples,
-                flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
+                flush_bytes=FLUSH_BYTES if under_pressure(prepared.budget) else None,
                 check_resumed=check_resumed,
                 inputs=prepared.inputs,
                 names=final_names(prepared),
             ) as work:
                 if work.may_share:
-                    watch.warn([_MAY_SHARE])
+                    watch.warn([MAY_SHARE])
                 if plan_file is not None:
                     from merge_tool.hosts.adopt import has_ended
 
@@ -310,7 +305,7 @@ def merge_recipe(
 
                     adopt_planned(work, check=check_resumed)
                 num_resumed = len(work.done_shards)
-                _say_what_is_done(prepared, work, watch)
+                say_what_is_done(prepared, work, watch)
                 if executor is not None:
                     plan_file = _run_on(
                         executor,
@@ -326,8 +321,8 @@ def merge_recipe(
                     from merge_tool.hosts.adopt import adopt_parts
 
                     adopt_parts(work, plan_file, fill=fill, check=check_resumed)
-                _read_ahead(inputs, prepared, work)
-                _run(prepared, work, watch)
+                read_ahead(inputs, prepared, work)
+                carry_out(prepared, work, watch)
                 inputs.close()  # the process that downloads
                 findings = work.findings()
                 summary = summarise(prepared.plan, findings)
@@ -342,90 +337,6 @@ def merge_recipe(
     watch.warn(alarms(summary))
     moved = progress_bytes(prepared.plan, work.done_shards)
     return replace(report_of(prepared, summary, started), moved_bytes=moved, num_resumed=num_resumed)
-
-
-@contextmanager
-def _hub(
-    target: Target, publishing: Publishing | None, recipe: Recipe, *, overwrite: bool
-) -> Iterator[HubOutput | None]:
-    """The repository of the Hub that the output goes to; None for a folder or file."""
-    if not target.repo:
-        yield None
-        return
-    from merge_tool.output.hub_output import HubOutput  # most merges need none
-
-    asked = recipe.options.max_shard_bytes
-    with HubOutput(target, publishing or Publishing(), asked, overwrite=overwrite) as hub:
-        yield hub
-
-
-def _merge_to_hub(
-    prepared: Prepared,
-    hub: HubOutput,
-    inputs: Inputs,
-    watch: Watch,
-    report: Path | None,
-    started: float,
-    *,
-    check_resumed: bool,
-) -> MergeReport:
-    """Run, and upload shard by shard; then publish."""
-    from merge_tool.output.hub_folder import HubFolder
-
-    watch.warn(hub.warnings)
-    if (stored := hub.published(prepared) or hub.in_draft(prepared)) is not None:
-        done = earlier_report(prepared, report, started, stored.report)
-        return replace(done, url=hub.url, **hub.publish_stored(stored))
-    check_room(prepared, overwrite=False)
-    check_exact_tensors(prepared.plan)
-    with (
-        WorkFolder(
-            prepared.target,
-            prepared.plan,
-            samples=prepared.samples,
-            flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
-            check_resumed=check_resumed,
-            inputs=prepared.inputs,
-            names=final_names(prepared),
-            is_shared=True,
-        ) as folder,
-        HubFolder(folder, hub, watch.on_note) as work,
-    ):
-        if folder.may_share:
-            watch.warn([_MAY_SHARE])
-        work.begin(prepared)
-        num_resumed = len(work.done_shards)
-        _say_what_is_done(prepared, work, watch)
-        _read_ahead(inputs, prepared, work)
-        _run(prepared, work, watch)
-        inputs.close()
-        work.await_uploads()
-        findings = work.findings()
-        summary = summarise(prepared.plan, findings)
-        write_side_files(prepared, work, findings, summary)
-        if report is not None:
-            write_report(prepared, report, report_lines(prepared.plan, findings, 0, prepared.samples))
-        others = work.publish()
-    if others:
-        watch.warn([f"{prepared.target.name} also holds what was there before: {listed(others, 50)}."])
-    watch.warn(alarms(summary))
-    return replace(
-        report_of(prepared, summary, started),
-        moved_bytes=progress_bytes(prepared.plan, work.done_shards),
-        num_resumed=num_resumed,
-        url=hub.url,
-        pull_request=work.number,
-        is_published=hub.publishing.publishes,
-        uploaded_bytes=work.uploaded_bytes,
-    )
-
-
-def _read_ahead(inputs: Inputs, prepared: Prepared, work: WorkFolder | HubFolder) -> None:
-    """Begin to download the weights that are read by range, in the order in which the run will read them."""
-    if inputs.is_streamed:
-        from merge_tool.run.read_order import read_order  # most merges need none
-
-        inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
 
 
 def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str:
@@ -561,7 +472,7 @@ def finish_parts(
 def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
     """Whether OUT already holds this merge. Raises OutputError if OUT cannot take the output. For a dry run."""
     check_apart(prepared)
-    with _hub(prepared.target, None, prepared.plan.recipe, overwrite=overwrite) as hub:
+    with hub_of(prepared.target, None, prepared.plan.recipe, overwrite=overwrite) as hub:
         if hub is not None:
             return hub.check(prepared)
     if not overwrite and is_complete(prepared):
@@ -634,44 +545,6 @@ def _begin(prepared: Prepared, work: WorkFolder, *, overwrite: bool) -> bool:
             work.discard()
         raise
     return False
-
-
-def _say_what_is_done(prepared: Prepared, work: WorkFolder | HubFolder, watch: Watch) -> None:
-    """A note about the shards that an earlier run has finished."""
-    plan, skip = prepared.plan, work.done_shards
-    if skip and watch.on_note is not None:
-        done, all_bytes = progress_bytes(plan) - progress_bytes(plan, skip), progress_bytes(plan)
-        number = counted(len(plan.shards), "shard")
-        watch.on_note(
-            f"Continuing: an earlier run finished {len(skip):,} of {number} ({sized(done)} of "
-            f"{sized(all_bytes)} read and written)."
-        )
-
-
-def _run(prepared: Prepared, work: WorkFolder | HubFolder, watch: Watch) -> None:
-    """Merge all shards that an earlier run has not finished."""
-    plan, skip = prepared.plan, work.done_shards
-    if watch.on_start is not None:
-        watch.on_start(progress_bytes(plan, skip))
-    if len(skip) == len(plan.shards):
-        return
-
-    def on_progress(nbytes: int, tensor: str) -> None:
-        work.beat()
-        if watch.on_progress is not None:
-            watch.on_progress(nbytes, tensor)
-
-    try:
-        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=on_progress):
-            pass
-    except DataError:
-        work.discard()
-        raise
-    except MemoryError as e:
-        raise RecipeError(
-            f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
-            "Give a smaller --memory or fewer --jobs, then run the same command: it continues."
-        ) from e
 
 
 def _run_on(

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
         match = re.fullmatch(
-            r"(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(refs/pr/[0-9]+|[^/]+)(?:/(.*))?)?", path
+            r"(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|commits)/(refs/pr/[0-9]+|[^/]+)(?:/(.*))?)?",
+            path,
         )
         if match is None:
             raise _Refused(404, "EntryNotFound", "Entry not found")
@@ -255,6 +257,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             recursive = "true" in [value.lower() for value in query.get("recursive", ["false"])]
             return self._json(self._tree(folder, below or "", recursive))
+        if what == "commits":
+            last = max((path.stat().st_mtime for path in self.replica.files(folder)), default=0.0)
+            date = f"{datetime.fromtimestamp(last, UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+            commit = {"id": self.replica.commit(folder), "date": date, "authors": [], "title": "", "message": ""}
+            return self._json([commit])
         if what == "paths-info":
             names = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
             return self._json([entry for entry in self._tree(folder, "", True) if entry["path"] in names])
@@ -309,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
         return found
 
     def _resolve(self, path: str, *, is_signed: bool = False) -> None:
-        match = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(refs/pr/[0-9]+|[^/]+)/(.+)", path)
         if match is None:
             raise _Refused(404, "EntryNotFound", "Entry not found")
         kind, repo, revision, name = match.groups()

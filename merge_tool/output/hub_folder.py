@@ -210,17 +210,20 @@ class HubFolder:
         for shard in self.plan.shards:
             files[shard.file_name] = shard.size, digests[shard.number][0]
         others = self.hub.finish(self.folder.folder(self.plan.labels[0]).absolute(), list(self._sides), files)
-        self.remove_work()
+        remove_work(self.folder)
         return others
-
-    def remove_work(self) -> None:
-        self.folder.discard()
-        with contextlib.suppress(OSError):  # something else is in it
-            self.folder.target.path.rmdir()
-            if self.folder.target.path.parent.name == "slerp-merge":
-                self.folder.target.path.parent.rmdir()
 
     def discard(self) -> None:
         """After an error in the data: nothing here or in the draft is worth keeping."""
-        self.remove_work()
+        remove_work(self.folder)
         self.hub.drop()
+
+
+def remove_work(folder: WorkFolder) -> None:
+    """Remove the folder where shards waited, and those above it that the merge made, as far as they are empty."""
+    folder.discard()
+    path = folder.target.path
+    with contextlib.suppress(OSError):  # something else is in it
+        path.rmdir()
+        if path.parent.name == "slerp-merge":
+            path.parent.rmdir()

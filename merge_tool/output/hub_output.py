@@ -168,9 +168,12 @@ class HubOutput:
         return plan_record(prepared.plan, prepared.samples, overwrite=True, is_shared=True)
 
     def publish_stored(self, stored: Stored) -> dict[str, Any]:
-        """Publish an output that is whole in the draft; the fields of a MergeReport that say where it is then."""
+        """Publish an output that is whole in the draft; the fields of a MergeReport that say where it is then. A draft
+        that a run left open after its output was published is closed."""
         if stored.number is not None:
             self.finish(self._folder, [], stored.files)
+        elif self.draft.number is not None:
+            self.uploader.ask("drop")
         is_published = stored.number is None or self.publishing.publishes
         return {"pull_request": stored.number, "is_published": is_published}
 

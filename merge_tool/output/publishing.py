@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_tool.errors import RecipeError
 from merge_tool.plan.target import Target, hub_target, is_hub
+from merge_tool.recipe.recipe import Recipe
+
+if TYPE_CHECKING:  # most merges need none
+    from merge_tool.output.hub_output import HubOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +35,18 @@ def target_of(out: str | Path, publishing: Publishing | None = None) -> Target:
     if wrong := [option for option, is_given in given.items() if is_given]:
         raise RecipeError(f"{wrong[0]} is for an output on the Hub: hub:org/name as OUT.")
     return Target(Path(out))
+
+
+@contextmanager
+def hub_of(
+    target: Target, publishing: Publishing | None, recipe: Recipe, *, overwrite: bool
+) -> Iterator[HubOutput | None]:
+    """The repository of the Hub that the output goes to; None for a folder or file."""
+    if not target.repo:
+        yield None
+        return
+    from merge_tool.output.hub_output import HubOutput
+
+    asked = recipe.options.max_shard_bytes
+    with HubOutput(target, publishing or Publishing(), asked, overwrite=overwrite) as hub:
+        yield hub

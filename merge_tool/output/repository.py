@@ -134,8 +134,8 @@ class Repository:
 
     def changed_at(self, revision: str) -> float:
         """The time of a revision's last commit, in seconds since 1970."""
-        modified = self._patiently(lambda: self.api.repo_info(self.repo, revision=revision)).last_modified
-        return modified.timestamp() if modified is not None else 0.0
+        commits = self._patiently(lambda: self.api.list_repo_commits(self.repo, revision=revision))
+        return float(max(commit.created_at.timestamp() for commit in commits))
 
     # -------------------------------------------------------------------------------- pull requests
 
@@ -194,7 +194,8 @@ class Repository:
             )
 
     def publish(self, files: Mapping[str, Expected], digest: str) -> None:
-        """Merge our pull request. Raises OutputError if main then lacks a file."""
+        """Merge our pull request, and close this user's others for the same output. Raises OutputError if main then
+        lacks a file."""
         if self.api.get_discussion_details(self.repo, self.number).status == "draft":
             self.api.change_discussion_status(self.repo, self.number, "open")
         self.api.merge_pull_request(self.repo, self.number)
@@ -202,10 +203,10 @@ class Repository:
             raise OutputError(f"{self.repo}: pull request {self.number} was merged, but main lacks {listed(wrong)}.")
         self.close_drafts(digest)
 
-    def close_drafts(self, digest: str, author: str | None = None) -> None:
-        """Close what earlier runs for the same output left open."""
+    def close_drafts(self, digest: str) -> None:
+        """Close what earlier runs of this user for the same output left open."""
         for one in self.open_ones():
-            if one.title == title_of(digest) and author in (None, one.author):
+            if one.title == title_of(digest) and one.author == self.user:
                 self.api.change_discussion_status(self.repo, one.num, "closed")
 
     def _patiently(self, action: Callable[[], T]) -> T:

@@ -160,7 +160,7 @@ class _Session:
 
     def drop(self) -> None:
         """Close the draft: there is nothing to continue."""
-        self.hub.close_drafts(self.digest, self.hub.user)
+        self.hub.close_drafts(self.digest)
 
     def _tree(self, revision: str) -> dict[str, tuple[int, str]]:
         return self.hub.tree(revision)
