@@ -88,7 +88,7 @@ class Repository:
         the user may not write there."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        me = self._patiently(self.api.whoami)
+        me = self.api.whoami()  # at once: a Hub that cannot be reached is said before anything else
         self.user = str(me.get("name"))
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise OutputError(f"{self.repo}: your token may only read. Give one with write permission by {_LOGIN}.")
