@@ -36,7 +36,7 @@ from merge_tool.output.completing import earlier_report, report_of, write_report
 from merge_tool.output.folders import PARTS
 from merge_tool.output.merge_report import MergeReport, Watch
 from merge_tool.output.older import check_conflicts
-from merge_tool.output.publishing import Publishing, hub_of, target_of
+from merge_tool.output.publishing import Publishing, check_no_input, hub_of, target_of
 from merge_tool.output.report import alarms, report_lines, summarise
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine
@@ -372,7 +372,8 @@ def _is_taken(prepared: Prepared, *, overwrite: bool) -> bool:
 
 def _by_range(prepared: Prepared, inputs: Inputs) -> Prepared:
     """The same merge, with the missing weights read by range."""
-    inputs.choose_streaming(existing_folder(prepared.target.path))
+    waiting = prepared.here_bytes if prepared.target.repo else None
+    inputs.choose_streaming(existing_folder(prepared.target.path), waiting)
     return replace(prepared, download=inputs.download)
 
 
@@ -518,7 +519,9 @@ def _check_request(
         )
     if target.is_file and len(recipe.outputs) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.outputs)} outputs need a folder.")
-    inputs = [Path(part) for ref in recipe.models for part in parts(str(ref))]
+    paths = [part for ref in recipe.models for part in parts(str(ref))]
+    inputs = [Path(part) for part in paths]
+    check_no_input(target, paths)
     check_places(recipe)
     check_ids(recipe)
     check_target(target, inputs)

@@ -382,13 +382,13 @@ def test_a_small_disk_makes_smaller_shards_and_another_disk_continues_with_them(
     said: list[str] = []
     with disk(monkeypatch, 10_000_000):
         report = merge(*models, OUT, 0.4, publish=False, on_warning=said.append)
-    assert report.num_shards == 4
+    assert report.num_shards == 8
     assert any(
-        "its disk has 10 MB of room, so the shards have at most 2 MB, as with max_shard_bytes" in t for t in said
+        "its disk has 10 MB of room, so the shards have at most 1 MB, as with max_shard_bytes" in t for t in said
     )
     again = merge(*models, OUT, 0.4)
     assert (again.already_complete, again.is_published) == (True, True)
-    assert on_the_hub(here) == expected(*models, max_shard_bytes=2_000_000)
+    assert on_the_hub(here) == expected(*models, max_shard_bytes=1_000_000)
 
 
 @pytest.mark.slow
@@ -416,8 +416,9 @@ def test_a_draft_with_smaller_shards_is_continued_on_a_larger_disk(
         begun(here, (models[0], models[1]), max_shard_bytes=5_000_000_000)
     wipe(tmp_path)
     report = merge(*models, OUT, 0.4)
-    assert (report.num_resumed, report.num_shards) == (2, 6)
-    assert on_the_hub(here) == expected(*models, max_shard_bytes=2_000_000)
+    assert report.num_resumed >= 2
+    assert report.num_shards == 12
+    assert on_the_hub(here) == expected(*models, max_shard_bytes=1_000_000)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -458,6 +459,7 @@ def test_who_may_not_write_is_told_before_a_weight_is_read(here: Replica, tmp_pa
     [
         (["merge", "base", "ft", "hub:merged"], "hub:merged: is no repository of the Hub. Write hub:org/name."),
         (["merge", "base", "ft", "hub:me/one.safetensors"], "a repository holds a folder, not one file"),
+        (["merge", "base", "me/ft", "hub:me/ft"], "hub:me/ft: is an input of this merge. Choose another repository."),
         (["merge", "base", "ft", OUT, "--t", "0.3,0.5"], "is one repository, but there are 2 outputs. Give one value"),
         (["merge", "base", "ft", OUT, "--executor", "processes:2"], "workers share a folder, and cannot write to"),
         (
@@ -467,6 +469,7 @@ def test_who_may_not_write_is_told_before_a_weight_is_read(here: Replica, tmp_pa
         (["merge", "base", "ft", "out", "--private"], "--private is for an output on the Hub: hub:org/name as OUT"),
         (["merge", "base", "ft", "out", "--no-publish"], "--no-publish is for an output on the Hub"),
         (["merge", "base", "ft", "out", "--work", "x"], "--work is for an output on the Hub"),
+        (["verify", OUT], "hub:me/merged: verify reads an output that is here. Fetch it first: hf download"),
         (["plan", "base", "ft", OUT], "many hosts need a folder that all of them see. Then: merge-tool push."),
         (["sweep", "base", "ft", OUT, "--eval", "true"], "a sweep needs a folder as OUT"),
     ],

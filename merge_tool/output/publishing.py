@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_tool.errors import RecipeError
+from merge_tool.checkpoint.hub import hub_id
+from merge_tool.errors import OutputError, RecipeError
 from merge_tool.plan.target import Target, hub_target, is_hub
 from merge_tool.recipe.recipe import Recipe
 
@@ -35,6 +36,13 @@ def target_of(out: str | Path, publishing: Publishing | None = None) -> Target:
     if wrong := [option for option, is_given in given.items() if is_given]:
         raise RecipeError(f"{wrong[0]} is for an output on the Hub: hub:org/name as OUT.")
     return Target(Path(out))
+
+
+def check_no_input(target: Target, models: Iterable[str]) -> None:
+    """Raise OutputError if the output is the repository of an input, which it would replace."""
+    for model in models:
+        if target.repo and (hub_id(model) or ("",))[0] == target.repo:
+            raise OutputError(f"{target.name}: is an input of this merge. Choose another repository.")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from merge_tool.errors import CheckpointError, MergeToolError, OutputError, coun
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
 from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
+from merge_tool.plan.target import is_hub
 from merge_tool.progress import Progress
 from merge_tool.recipe.mergekit import make_options
 from merge_tool.recipe.options import Options, as_json
@@ -215,6 +216,11 @@ def _check_options(checks: Checks, head: Mapping[str, Any], wanted: Mapping[str,
 
 
 def _outputs(path: Path) -> list[Path]:
+    if is_hub(path):
+        raise OutputError(
+            f"{shown(path)}: verify reads an output that is here. Fetch it first: hf download ORG/NAME --local-dir "
+            "OUT. (When it was published, the Hub's digests were compared with those of the merge.)"
+        )
     if not path.is_dir():
         raise OutputError(f"{shown(path)}: {'is not a folder' if path.exists() else 'no such file or folder'}.")
     if (path / REPORT).exists() or (path / SUMS).exists():
