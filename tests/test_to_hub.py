@@ -356,6 +356,7 @@ def test_weights_of_others_are_replaced_only_if_asked(here: Replica, tmp_path: P
     merge(*pair, OUT, 0.4, overwrite=True, **SMALL, on_warning=said.append)
     assert said[-1].startswith("hub:me/merged also holds what was there before: notes.txt")
     assert on_the_hub(here) == {**expected(*pair), "notes.txt": b"mine"}
+    assert merge(*pair, OUT, 0.4, overwrite=True, **SMALL).already_complete
     with pytest.raises(OutputError, match=r"hub:me/merged: holds another merge: t was 0.4, now 0.5"):
         merge(*pair, OUT, 0.5, **SMALL)
 

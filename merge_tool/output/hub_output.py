@@ -59,7 +59,7 @@ class HubOutput:
         self.asked_shard_bytes = asked_shard_bytes
         self.draft, self.digest = Draft(), ""
         self.warnings: list[str] = []
-        self._looked_at: tuple[Path, dict[str, Any] | None] | None = None
+        self._looked_at: tuple[dict[str, Any] | None] | None = None
         with ExitStack() as held:
             try:
                 self._folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
@@ -90,14 +90,13 @@ class HubOutput:
     def published(self, prepared: Prepared) -> Stored | None:
         """This merge, if main shows it. Raises OutputError if main has other weights, unless they are replaced."""
         weights = [name for name in self.main if is_weight_file(name)]
-        if self.overwrite or not weights:
+        if not weights:
             return None
+        folder = self._folder / "main"
         if self._looked_at is None:
-            folder = self._folder / "main"
-            self._looked_at = folder, self.uploader.ask("stored", number=None, folder=str(folder))
-        folder, found = self._looked_at
-        if found is not None and self._is_this(prepared, folder, found["changed_at"]):
-            return Stored(folder / REPORT, found["files"])
+            self._looked_at = (self.uploader.ask("stored", number=None, folder=str(folder)),)
+        if (found := self._stored(prepared, folder, self._looked_at[0], None)) is not None or self.overwrite:
+            return found
         parts = self._why_another(prepared, folder / REPORT)
         why = f"has weights already ({listed(weights)})" if not parts else f"holds another merge: {'; '.join(parts)}"
         raise OutputError(f"{self.target.name}: {why}. Choose another repository, or give --overwrite.")
@@ -108,10 +107,20 @@ class HubOutput:
         if number is None or self.draft.plan is not None:
             return None
         folder = self._folder / "draft"
-        found = self.uploader.ask("stored", number=number, folder=str(folder))
-        if found is None or not self._is_this(prepared, folder, found["changed_at"]):
-            return None
-        return Stored(folder / REPORT, found["files"], number)
+        return self._stored(prepared, folder, self.uploader.ask("stored", number=number, folder=str(folder)), number)
+
+    def _stored(
+        self, prepared: Prepared, folder: Path, found: dict[str, Any] | None, number: int | None
+    ) -> Stored | None:
+        """An output that was `found`, if it is of this merge. Raises OutputError if inputs changed since, unless it is
+        replaced."""
+        try:
+            is_this = found is not None and self._is_this(prepared, folder, found["changed_at"])
+        except OutputError:
+            if not self.overwrite:
+                raise
+            is_this = False
+        return Stored(folder / REPORT, found["files"], number) if found is not None and is_this else None
 
     def _is_this(self, prepared: Prepared, folder: Path, changed_at: float) -> bool:
         """Whether an output's report is of this merge, perhaps with smaller shards, and newer than local inputs."""

@@ -23,7 +23,7 @@ from merge_tool.errors import OutputError, listed, shown
 T = TypeVar("T")
 Tree = Mapping[str, tuple[int, str]]  # path -> size, and SHA-256 of a large file, git's digest of a small one
 _OURS = re.compile(r"slerp-merge ([0-9a-f]{16})")
-_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+_PASSING = frozenset({408, 412, 429, 500, 502, 503, 504})
 _BROKEN = frozenset({"TransportError", "ConnectionError", "Timeout", "TimeoutException", "RemoteProtocolError"})
 WAITS = (1.0, 4.0, 15.0, 60.0)  # seconds before each further try
 _LONGEST_WAIT = 330.0  # the Hub counts requests in windows of five minutes
