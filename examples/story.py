@@ -59,7 +59,7 @@ def run_story(story: Story, folder: Path, seeds: int, *, quick: bool = False) ->
 def run_seed(story: Story, folder: Path, seed: int, quick: bool) -> dict[str, Any]:
     say(f"seed {seed}: make_data.py {folder}")
     run([sys.executable, story.here / "make_data.py", folder, "--seed", seed, *["--quick"] * quick])
-    shorter = ["--max_steps", 4] if quick else []
+    shorter = ["--max_steps", 2] if quick else []
     for stage in story.stages:
         say(f"mixce-train {stage}.yaml")
         run(python("train"), story.here / f"{stage}.yaml", "--seed", seed, *shorter, cwd=folder)

@@ -16,7 +16,6 @@ import re
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,7 +28,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from click.testing import CliRunner
+
 from hub_writes import WRITES, Writes, answer
+from merge_tool.cli import merge_tool
 
 TOKEN = "hf_thetokenofthetests"
 LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".parquet", ".gguf", ".h5"})
@@ -129,13 +131,21 @@ class Replica:
 def run(
     hub: Replica, tmp_path: Path, *arguments: str, cwd: Path | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """merge-tool in an empty folder (or `cwd`), with a cache of its own."""
+    """merge-tool in an empty folder (or `cwd`), with a cache of its own. It runs in this process; what talks to the Hub
+    is started by it, with this environment."""
     (tmp_path / "cwd").mkdir(exist_ok=True)
-    environment = {**os.environ, **hub.environment(tmp_path / "home"), **more}
-    return subprocess.run(
-        [sys.executable, "-m", "merge_tool", *arguments],
-        cwd=cwd or tmp_path / "cwd", env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    before, here = dict(os.environ), Path.cwd()
+    os.environ.update({**hub.environment(tmp_path / "home"), **more})
+    os.chdir(cwd or tmp_path / "cwd")
+    try:
+        done = CliRunner().invoke(merge_tool, arguments, prog_name="merge-tool")
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ.update(before)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def refusal(hub: Replica, tmp_path: Path, *arguments: str, **more: str) -> str:

@@ -231,8 +231,8 @@ OPTIONS = [
     "--exclude", "--executor", "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json",
     "--max-shard-size", "--memory", "--method", "--names-from", "--names-to", "--no-publish", "--on-mismatch",
     "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--private", "--progress", "--quiet",
-    "--report", "--seed", "--spool", "--stream", "--t", "--t-for", "--try", "--untie", "--variant", "--version",
-    "--vocab", "--work",
+    "--report", "--report-html", "--seed", "--spool", "--stream", "--t", "--t-for", "--try", "--untie", "--variant",
+    "--version", "--vocab", "--work",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",
@@ -257,7 +257,7 @@ def test_the_options_are_frozen() -> None:
     assert options_of(merge_tool.commands["run"]) == sorted({*OPTIONS, "--set", "--models-dir"} - {*OF_PAIRS})
     assert options_of(merge_tool.commands["fold"]) == sorted({*OPTIONS} - {*OF_PAIRS, "--extrapolate"})
     assert sorted(merge_tool.commands) == [
-        "diff", "finish", "fold", "inspect", "merge", "plan", "push", "run", "sweep", "verify", "work",
+        "diff", "finish", "fold", "inspect", "merge", "plan", "push", "report", "run", "sweep", "verify", "work",
     ]  # fmt: skip
 
 

@@ -552,7 +552,12 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
 @pytest.mark.parametrize(
-    ("ts", "jobs"), [("0.4", "1"), pytest.param("0.4", "8", marks=pytest.mark.slow), ("0.2,0.4,0.6,0.8,1", "4")]
+    ("ts", "jobs"),
+    [
+        ("0.4", "1"),
+        pytest.param("0.4", "8", marks=pytest.mark.slow),
+        pytest.param("0.2,0.4,0.6,0.8,1", "4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_large_tensor_is_quantised_below_the_least_budget(
     huge: tuple[Path, Path], tmp_path: Path, ts: str, jobs: str

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # from the top; those in one set stand side by side
-    {"__init__", "__main__"}, {"cli"}, {"python_words"}, {"verification", "sweeps"}, {"api"}, {"hosts"},
+    {"__init__", "__main__"}, {"cli"}, {"python_words"}, {"pages"}, {"verification", "sweeps"}, {"api"}, {"hosts"},
     {"output", "compare"}, {"run"}, {"plan"}, {"vocabulary"}, {"models"}, {"checkpoint", "recipe"}, {"methods"},
     {"arrays"}, {"apart", "files"}, {"streams", "progress"}, {"errors", "_version"},
 ]  # fmt: skip

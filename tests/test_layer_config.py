@@ -149,6 +149,15 @@ def live_model(case: str) -> tuple[Any, dict[str, Any]]:
     return model, stored | {key: value for key, value in settings.items() if key not in dropped}
 
 
+CASES = [  # each family's other stack is among the longer checks
+    pytest.param(
+        case, layers, id=f"{case}-{'-'.join(map(str, layers))}", marks=[pytest.mark.slow] * ((k + n) % len(STACKS) != 0)
+    )
+    for k, case in enumerate(LIVE)
+    for n, layers in enumerate(STACKS)
+]
+
+
 def layers_of(model: Any) -> tuple[Any, str]:
     """The module that has the stack of layers, and the stack's name there."""
     import torch
@@ -189,8 +198,7 @@ def restacked_logits(model: Any, layers: Sequence[int], tokens: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("layers", STACKS, ids=lambda layers: "-".join(map(str, layers)))
-@pytest.mark.parametrize("case", LIVE)
+@pytest.mark.parametrize(("case", "layers"), CASES)
 def test_an_output_computes_what_the_live_model_does_with_its_layers_restacked(
     tmp_path: Path, case: str, layers: tuple[int, ...]
 ) -> None:

@@ -78,7 +78,7 @@ def test_every_t_is_merged_scored_and_deleted(pair: tuple[Path, Path], tmp_path:
     for row in rows:
         assert float(row["loss"]) == pytest.approx(abs(float(row["total"]) - 1), abs=1e-6)
     left = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert left == ["evaluation.log", "sweep.csv", "sweep.jsonl", "sweep.png"]
+    assert left == ["evaluation.log", "sweep.csv", "sweep.html", "sweep.jsonl", "sweep.png"]
     assert "Pareto-optimal (*): t = " in found.stdout
     assert "Less is better for loss" in found.stdout
 

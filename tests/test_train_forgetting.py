@@ -25,10 +25,11 @@ from tests.train_fixtures import (
     write_jsonl,
 )
 from train.batches import Mixture, plan_rows
+from train.compare import COMPARISONS
 from train.config import build_config
 from train.data import open_sources, prepare_sources
 from train.errors import TrainError
-from train.judge import JUDGES, answer
+from train.judge import answer
 from train.loop import finetune
 from train.retention import list_checkpoints
 
@@ -109,7 +110,12 @@ def test_something_must_be_learned() -> None:
     [
         ("number", "so it is 1,234.", "1234", True),
         ("number", "12 and then 13", "12", False),
-        ("number", "nothing", "nothing", False),
+        ("number", "nothing", "nothing", True),
+        ("number", "nothing", "1", False),
+        ("choice", "A train is late, so I say B", "B", True),
+        ("choice", "B, I think", "B", True),
+        ("choice", "**(b)** for a reason", "B", True),
+        ("choice", "I'd say it's d", "D", True),
         ("choice", "I think (B).", "B", True),
         ("choice", "A, no: C", "A", False),
         ("exact", "red  cat\n", "red cat", True),
@@ -117,7 +123,7 @@ def test_something_must_be_learned() -> None:
     ],
 )
 def test_judges(judge: str, written: str, expected: str, right: bool) -> None:
-    assert JUDGES[judge](written, expected) is right
+    assert COMPARISONS[judge](written, expected) is right
 
 
 def test_what_is_judged_is_the_answer() -> None:
@@ -150,7 +156,7 @@ def test_a_function_of_your_own_judges(base: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "my_judge.py").write_text("def longer(written, expected): return len(expected) > 0\n")
     output = run(base, tmp_path / "o", old={"judge": "my_judge:longer"}, max_steps=1)
     assert read_metrics(output, "eval")[-1]["accuracy"] == {"old": 1.0}
-    with pytest.raises(TrainError, match=r"judge is 'my_judge:nothing', expected number, choice, exact or MODULE:FUN"):
+    with pytest.raises(TrainError, match=r"judge is 'my_judge:nothing', expected exact, number, choice or MODULE:FUN"):
         run(base, tmp_path / "p", old={"judge": "my_judge:nothing"})
     assert not (tmp_path / "p" / "data").exists()
 

@@ -8,6 +8,7 @@ of docs/training.md are made of these lines. `CHECKS` holds the ranges.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,8 @@ class SourceConfig:
     weight: passes over this source per epoch of the mixture; 0.5 is one half in this epoch, the other half in the next.
         With 0 nothing is learned from it, and its held-out rows (if `held_out` is 0: all, or `take`) are evaluated
     judge: evaluate answers, too: the model continues the held-out prompts greedily, and what it writes is right by the
-        last `number` in it, by the last single letter (`choice`), by all its words (`exact`), or by a function of your
+        last `number` in it, by the letter that it chooses (`choice`: a letter at its beginning, as `(B)`, else the last
+        single one), by all its words (`exact`: apart from white space, case and a full stop), or by a function of your
         own, `MODULE:FUNCTION`, which gets the written and the expected text
     format: how a row becomes text, see Formats
     templates: list of `{prompt, response}` (tinycot: also `rationale`; text: only `text`) with `{column}` fields. Each
@@ -167,6 +169,8 @@ class TrainConfig:
     average_of: checkpoints in the average, the last step's among them; needs `save_every`
     stop_after [no early stop]: stop after this many evaluations in a row that are not better than the best before
     report_to [tensorboard, if installed]: list of `tensorboard`, `wandb` and `trackio`; metrics.jsonl is always written
+    push_to: `hub:ORG/NAME`, a model repository of the Hub that gets `final`, in one commit; one that is not there is
+        made, a private one. Whether you may write there is asked before the training
     resume [when there is a checkpoint]: true insists on a checkpoint, false refuses to go on from one
     max_shard_bytes: of a weights file; saving holds one such shard in host memory at a time
     sample_prompts: texts that each evaluation continues greedily, taken as written
@@ -217,6 +221,7 @@ class TrainConfig:
     average_of: int = 3
     stop_after: int | None = None
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
+    push_to: str | None = None
     resume: bool | None = None
     max_shard_bytes: int = 4_000_000_000
     sample_prompts: tuple[str, ...] = ()
@@ -308,6 +313,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (lambda v: all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     "max_grad_norm": (lambda v: v > 0, "above 0 (leave it out for no clipping)"),
     "neftune_alpha": (lambda v: 0 <= v < 1e4, "0 (off) or above"),
+    "push_to": (lambda v: re.fullmatch(r"hub:[\w.-]+/[\w.-]+", v) is not None, "hub:ORG/NAME"),
     "sample_prompts": (lambda v: all(text.strip() for text in v), "texts that are not empty"),
 }
 

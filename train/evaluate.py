@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from train.batches import Mixture
+from train.compare import Comparison
 from train.config import TrainConfig
 from train.data import Source
-from train.judge import Judge, solved
+from train.judge import solved
 from train.model import LossModel
 from train.watch import Watch
 from train.world import World
@@ -28,7 +29,7 @@ def evaluate(
     mixture: Mixture,
     tokenizer: Any,
     config: TrainConfig,
-    judges: Mapping[str, Judge],
+    judges: Mapping[str, Comparison],
     world: World,
     watch: Watch,
     step: int,

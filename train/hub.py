@@ -1,4 +1,4 @@
-"""Errors of the Hub, each in one line that says what to do.
+"""The Hub: a model is uploaded, and each error is one line that says what to do.
 
 transformers and datasets download, cache and authenticate by themselves. Their errors are several lines long, wrap one
 another and differ between versions, so the kind is recognised by the class names in the chain of causes.
@@ -6,8 +6,12 @@ another and differ between versions, so the kind is recognised by the class name
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from train.errors import TrainError
 
 Kind = Literal["model", "data set"]
 
@@ -47,3 +51,46 @@ def _chain(error: BaseException) -> list[BaseException]:
         errors.append(error)
         error = error.__cause__ or error.__context__ or error
     return errors
+
+
+# ---- writing -------------------------------------------------------------------------------------------
+
+_OLD_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+
+
+def open_repository(push_to: str) -> None:
+    """Make the repository unless it is there, and ask whether we may write to it. Raises TrainError."""
+    with _writing(push_to) as (api, repo):
+        if not api.repo_exists(repo):
+            api.create_repo(repo, private=True)
+        api.auth_check(repo, write=True)
+
+
+def push_folder(folder: Path, push_to: str) -> str:
+    """Upload a folder as one commit, which also deletes other weights; returns the repository's address. A second time
+    nothing is done. Raises TrainError."""
+    with _writing(push_to) as (api, repo):
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Add the finetuned model", delete_patterns=_OLD_WEIGHTS
+        )
+        return f"{api.endpoint}/{repo}"
+
+
+@contextmanager
+def _writing(push_to: str) -> Iterator[tuple[Any, str]]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    api, repo = HfApi(), push_to.removeprefix("hub:")
+    login = "Check the name, and give a token that may write by `hf auth login` or HF_TOKEN"
+    try:
+        yield api, repo
+    except LocalTokenNotFoundError as e:
+        raise TrainError(f"push_to is {push_to}, and there is no token. {login}.") from e
+    except Exception as e:  # several libraries' errors, which differ between versions; each means: not written
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        refused = (
+            f"The Hub does not let you write there (it answers {status}). {login}." if status in (401, 403) else ""
+        )
+        reason = refused or explain(e, repo, None, "model") or (str(e).strip().splitlines() or [repr(e)])[0]
+        raise TrainError(f"push_to is {push_to}: {reason}") from e

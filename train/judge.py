@@ -7,67 +7,26 @@ expected text has one.
 
 from __future__ import annotations
 
-import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from train.chat import USER
+from train.compare import Comparison, load_comparison
 from train.config import TrainConfig
 from train.data import Examples, Source
-from train.errors import TrainError
 from train.model import LossModel
 from train.sources import ANSWER
 
-Judge = Callable[[str, str], bool]
 _STOP = USER.strip()
 
 
-def _number(text: str) -> float | None:
-    """The last number of a text; commas between digits do not count."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def _choice(text: str) -> str | None:
-    """The last capital letter that stands alone."""
-    found = re.findall(r"\b[A-Z]\b", text)
-    return found[-1] if found else None
-
-
-JUDGES: dict[str, Judge] = {
-    "number": lambda written, expected: _number(written) == _number(expected) is not None,
-    "choice": lambda written, expected: _choice(written) == _choice(expected) is not None,
-    "exact": lambda written, expected: written.split() == expected.split(),
-}
-
-
-def load_judges(config: TrainConfig) -> dict[str, Judge]:
-    """The judge of each source that has one, by title. MODULE:FUNCTION is looked up here and below the current folder.
-
-    Raises TrainError for a function that cannot be imported.
-    """
-    return {source.title: _load(source.judge) for source in config.sources if source.judge is not None}
-
-
-def _load(name: str) -> Judge:
-    if name in JUDGES:
-        return JUDGES[name]
-    module, _, function = name.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        judge: Judge = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise TrainError(
-            f"judge is {name!r}, expected {', '.join(JUDGES)} or MODULE:FUNCTION that can be imported here ({e})."
-        ) from e
-    return judge
+def load_judges(config: TrainConfig) -> dict[str, Comparison]:
+    """The judge of each source that has one, by title. Raises TrainError for a function that cannot be imported."""
+    return {s.title: load_comparison(f"{s.title}: judge", s.judge) for s in config.sources if s.judge is not None}
 
 
 def answer(text: str, expected: str) -> str:
@@ -76,7 +35,7 @@ def answer(text: str, expected: str) -> str:
     return (text.rpartition(ANSWER)[2] if ANSWER in text else "") if ANSWER in expected else text
 
 
-def solved(model: LossModel, tokenizer: Any, source: Source, judge: Judge, config: TrainConfig) -> float:
+def solved(model: LossModel, tokenizer: Any, source: Source, judge: Comparison, config: TrainConfig) -> float:
     """The share of held-out examples whose greedy continuation satisfies the judge; `eval_batches` limits them.
 
     Several processes all do the same: a sharded model computes in step. Prompts of one length go together, unpadded.

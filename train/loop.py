@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from train.checkpoint import average_models, copy_model, write_model
 from train.config import TrainConfig, check_batch
 from train.data import SourceReport, open_sources, prepare_sources, report_table
 from train.errors import TrainError, install
+from train.hub import open_repository, push_folder
 from train.judge import load_judges
 from train.model import check_context, choose_dtype, load_model, load_model_config, load_tokenizer, notes, padding_id
 from train.optim import Optimizer, learning_rate
@@ -45,12 +47,17 @@ def finetune(config: TrainConfig) -> None:
     try:
         check_batch(config, world.size)
         with hold_output(Path(config.output), world):
+            if config.push_to is not None:
+                world.first(partial(open_repository, config.push_to))
             if config.contrast is None:
                 run_training(config, world)
             else:
                 from train.contrast.stage import Stage  # which calls run_training
 
                 Stage(config, config.contrast, world).run()
+            if config.push_to is not None and is_done(Path(config.output)):
+                address = world.first(partial(push_folder, Path(config.output) / "final", config.push_to))
+                speaker(world)(f"Pushed: {address}")
     except torch.OutOfMemoryError as e:
         raise TrainError(
             f"The GPU is out of memory ({str(e).splitlines()[0]}). Lower micro_batch or sequence_length, turn on "
@@ -71,7 +78,7 @@ def run_training(
     # ---- is there something to go on from? ----
     saved = list_checkpoints(output)
     final = output / "final"
-    done = (final / "config.json").exists() or (final / "adapter_config.json").exists()
+    done = is_done(output)
     check_resume(config, bool(saved or done))
     record: dict[str, Any] = {**asdict(config), "sequences_per_step": config.sequences_per_step(world.size)}
     if saved or done:
@@ -247,6 +254,11 @@ def _write_card(
         say(f"Note: no loss.png without matplotlib. Install it: {install('plot')}.")
     card = build_card(session.config, reports, metrics, facts, has_plot)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def is_done(output: Path) -> bool:
+    """Whether a run has written its result: a model, or an adapter."""
+    return any((output / "final" / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 def _is_due(every: int | None, step: int) -> bool:

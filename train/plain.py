@@ -26,6 +26,7 @@ ALIASES = {
     "gradient_checkpointing": "activation_checkpointing", "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype",
     "attn_implementation": "attention", "flash_attention": "attention", "torch_compile": "compile",
     "neftune_noise_alpha": "neftune_alpha", "eval_steps": "eval_every", "save_steps": "save_every",
+    "push_to_hub": "push_to", "hub_model_id": "push_to",
     "save_total_limit": "keep_last", "output_dir": "output", "model_name_or_path": "model", "base_model": "model",
     "model_id": "model", "dataset": "sources", "datasets": "sources", "data": "sources", "train_dataset": "sources",
     "resume_from_checkpoint": "resume", "sample_packing": "packing", "random_seed": "seed", "eta": "mixing_ratio",

@@ -20,7 +20,7 @@ from train.retention import list_checkpoints
 # Keys that may change between the sessions of one run: they do not move a weight.
 FREE_KEYS = (
     "output", "resume", "eval_every", "eval_batches", "save_every", "keep_last", "max_shard_bytes",
-    "sample_prompts", "sample_tokens", "report_to",
+    "sample_prompts", "sample_tokens", "report_to", "push_to",
 )  # fmt: skip
 
 

@@ -15,10 +15,10 @@ import torch
 
 from train.batches import Mixture
 from train.checkpoint import Progress, load_adapter, load_training_state, read_progress, save_checkpoint
+from train.compare import Comparison
 from train.config import TrainConfig
 from train.drift import drift
 from train.evaluate import evaluate, sample
-from train.judge import Judge
 from train.model import LossModel, check_model, prepare_model, shard_model
 from train.optim import Optimizer
 from train.output import first_writes
@@ -41,7 +41,7 @@ class Session:
     mixture: Mixture
     optimizer: Optimizer
     generators: dict[str, torch.Generator]
-    judges: dict[str, Judge]
+    judges: dict[str, Comparison]
     progress: Progress = field(default_factory=lambda: Progress(step=0))
     lr: float = 0.0  # of the step under way
     best_score: float = math.inf  # the lowest of this run's evaluations and of earlier checkpoints

@@ -42,6 +42,7 @@ from merge_tool.cli.options import (
     t_option,
     with_options,
 )
+from merge_tool.cli.pages import check_page, report_command, write_merge_page
 from merge_tool.cli.push import push_command
 from merge_tool.cli.sweep import sweep_command
 from merge_tool.errors import MismatchError, OutputError, RecipeError, counted, reason, shown
@@ -142,6 +143,7 @@ def _make(
     no_publish: bool,
     work: Path | None,
     report_path: Path | None,
+    page: Path | None,
     executor: str | None,
     prompt: str | None,
     dry_run: bool,
@@ -165,6 +167,8 @@ def _make(
         from merge_tool.compare.prompting import check_can_answer
 
         check_can_answer(prompt)
+    if page is not None:
+        check_page(page, len(recipe.outputs), out)
     if dry_run:
         prepared = plan_recipe(
             recipe,
@@ -192,6 +196,8 @@ def _make(
             watch=watch,
             **on_engine,
         )
+    if page is not None:
+        write_merge_page(page, report)
     said = [] if prompt is None else _answers(recipe, report.outputs, prompt)
     print_report(report, said, as_json=as_json, quiet=quiet)
     if said and not as_json:
@@ -246,7 +252,7 @@ def _make_parts(parts: Sequence[Part], out: Path, run: dict[str, Any]) -> None:
 
     def make(recipe: Recipe, target: Path, name: str) -> None:
         quiet = run["quiet"] or run["as_json"]
-        of_part = {"report_path": None, "prompt": None, "as_json": False, "quiet": quiet} if name else {}
+        of_part = {"report_path": None, "page": None, "prompt": None, "as_json": False, "quiet": quiet} if name else {}
         _make(lambda: recipe, target, **{**run, **of_part})
 
     merge_parts(parts, out, make)
@@ -262,7 +268,8 @@ def merge_tool() -> None:
 
 
 merge_tool.add_command(slerp_merge, "merge")
-for command in (sweep_command, diff_command, inspect_command, verify_command, push_command, *hosts.COMMANDS):
+_LOOK = (diff_command, inspect_command, verify_command, report_command)
+for command in (sweep_command, *_LOOK, push_command, *hosts.COMMANDS):
     merge_tool.add_command(command)
 
 

@@ -17,6 +17,7 @@ from merge_tool.cli.options import (
     parse_share,
     with_options,
 )
+from merge_tool.cli.pages import PAGE_OPTION
 from merge_tool.recipe.options import OUTPUT_DTYPES, STOP_BASE_OR_FT, Options
 
 _SHOWN = {"show_default": True}
@@ -136,6 +137,7 @@ def verify_command(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw the angles into this picture: layers by modules.",
 )
+@PAGE_OPTION
 @click.option(
     "--on-missing",
     type=click.Choice(STOP_BASE_OR_FT),
@@ -155,6 +157,7 @@ def diff_command(
     ft: str,
     every_tensor: bool,
     picture: Path | None,
+    page: Path | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -170,9 +173,12 @@ def diff_command(
     from merge_tool.cli.plot import check_plot_path, plot_diff
     from merge_tool.cli.show import diff_lines, diff_plan_lines
     from merge_tool.compare.diff import diff, plan_diff
+    from merge_tool.pages.page import check_page_path, write_page
 
     if picture is not None:
         check_plot_path(picture)
+    if page is not None:
+        check_page_path(page)
     if dry_run:
         plan = plan_diff(base, ft, **options)
         print_result(plan.as_json, lambda: diff_plan_lines(plan), as_json)
@@ -180,4 +186,8 @@ def diff_command(
     compared = diff(base, ft, progress=progress_kind(progress, quiet=quiet), **options)
     if picture is not None:
         plot_diff(compared, picture)
+    if page is not None:
+        from merge_tool.pages.other_pages import diff_data
+
+        write_page(page, f"{' and '.join(compared.names)}: comparison", diff_data(compared))
     print_result(compared.as_json, lambda: diff_lines(compared, every_tensor=every_tensor), as_json, quiet)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from merge_tool.checkpoint.streaming import DOWNLOADS
+from merge_tool.cli.pages import PAGE_OPTION
 from merge_tool.errors import shown
 from merge_tool.plan.limits import LEAST_BYTES, MAX_JOBS
 from merge_tool.progress import KINDS
@@ -212,6 +213,7 @@ OUTPUT_OPTIONS = [
         type=click.Path(path_type=Path, dir_okay=False),
         help="Also write merge_report.json to this path. (If OUT is one file, it has no report of its own.)",
     ),
+    PAGE_OPTION,
 ]
 
 

@@ -77,11 +77,13 @@ def sweep_command(
     """Merge BASE and FT at many t, or RECIPE with many values of its parameters, score each merge with a command, and
     mark the Pareto-optimal ones.
 
-    OUT gets sweep.jsonl, sweep.csv and (with matplotlib) sweep.png. A sweep that was stopped continues with the same
-    command; more values may be added. COMMAND is not run through a shell; for pipes use sh -c '...'.
+    OUT gets sweep.jsonl, sweep.csv, sweep.html and (with matplotlib) sweep.png. A sweep that was stopped continues with
+    the same command; more values may be added. COMMAND is not run through a shell; for pipes use sh -c '...'.
     """
     from merge_tool.cli.plot import can_plot, plot_sweep
     from merge_tool.cli.show import sweep_lines, sweep_plan_json, sweep_plan_lines
+    from merge_tool.pages.other_pages import sweep_data
+    from merge_tool.pages.page import write_page
     from merge_tool.plan.target import is_hub
     from merge_tool.sweeps.results import SweepPoint, point_text
     from merge_tool.sweeps.sweep import plan_sweep, sweep_outputs
@@ -122,6 +124,7 @@ def sweep_command(
     )
     if can_plot():
         plot_sweep(report, out / "sweep.png")
+    write_page(out / "sweep.html", f"{out.absolute().name}: a sweep", sweep_data(report))
     print_result(report.as_json, lambda: sweep_lines(report), as_json, quiet)
 
 

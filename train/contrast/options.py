@@ -51,10 +51,9 @@ class VerifyConfig:
 
     extract [the whole response]: regular expression; the last match is the answer, or its first group if it has one. No
         match is wrong
-    compare: `exact` (apart from white space, case and a full stop), `number` (the last number of each), `choice` (the
-        first single letter of each), MODULE:FUNCTION (called with the answer found and the right one, returns true or
-        false) or a COMMAND (gets JSON lines of `question`, `prompt`, `response`, `found`, `answer`, and prints 1 or 0
-        for each; no shell sees it)
+    compare: `exact`, `number` or `choice`, as a source's `judge`; MODULE:FUNCTION (called with the answer found and the
+        right one, returns true or false) or a COMMAND (gets JSON lines of `question`, `prompt`, `response`, `found`,
+        `answer`, and prints 1 or 0 for each; no shell sees it)
     """
 
     extract: str | None = None

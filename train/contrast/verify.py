@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from fractions import Fraction
-from pathlib import Path
+from collections.abc import Sequence
 
+from train.compare import COMPARISONS, Comparison, is_function, load_comparison
 from train.contrast.generate import Response
 from train.contrast.options import VerifyConfig
 from train.contrast.questions import Question, to_lines
@@ -38,45 +35,14 @@ def extract(config: VerifyConfig, response: Response) -> str | None:
     return (matches[-1][min(1, matches[-1].re.groups)] or "").strip() if matches else None
 
 
-def exact(found: str, answer: str) -> bool:
-    """Alike apart from white space, case and a full stop."""
-    a, b = (" ".join(text.split()).rstrip(".").casefold() for text in (found, answer))
-    return a == b
-
-
-def number(found: str, answer: str) -> bool:
-    """The last numbers are equal; an answer without a number is compared as a text."""
-    a, b = (re.findall(r"-?(?:\d+/0*[1-9]\d*|\d[\d,]*(?:\.\d+)?|\.\d+)", text) for text in (found, answer))
-    values = [Fraction(numbers[-1].replace(",", "")) for numbers in (a, b) if numbers]
-    return exact(found, answer) if not b else len(values) == 2 and values[0] == values[1]
-
-
-def choice(found: str, answer: str) -> bool:
-    """The first single letters are equal; an answer without one is compared as a text."""
-    a, b = (re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", text) for text in (found, answer))
-    return exact(found, answer) if b is None else a is not None and a[0].upper() == b[0].upper()
-
-
-COMPARISONS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "number": number, "choice": choice}
-
-
-def comparison(name: str) -> Callable[[str, str], bool] | None:
+def comparison(name: str) -> Comparison | None:
     """The function that `compare` names; None for a command. Raises TrainError when there is no such thing."""
-    if name in COMPARISONS:
-        return COMPARISONS[name]
-    if not re.fullmatch(r"[\w.]+:\w+", name):
-        if shutil.which((_words(name) or [""])[0]) is None:
-            known = ", ".join(COMPARISONS)
-            raise TrainError(f"contrast.verify.compare is {name!r}, which is neither {known} nor a command here.")
-        return None
-    module, _, function = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:  # a program on the path does not look in the current folder
-        sys.path.insert(0, here)
-    try:
-        found: Callable[[str, str], bool] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise TrainError(f"contrast.verify.compare is {name}, which cannot be imported ({e}). Correct it.") from e
-    return found
+    if name in COMPARISONS or is_function(name):
+        return load_comparison("contrast.verify.compare", name)
+    if shutil.which((_words(name) or [""])[0]) is None:
+        known = ", ".join(COMPARISONS)
+        raise TrainError(f"contrast.verify.compare is {name!r}, which is neither {known} nor a command here.")
+    return None
 
 
 def _words(command: str) -> list[str]:
