@@ -470,6 +470,7 @@ def test_who_may_not_write_is_told_before_a_weight_is_read(here: Replica, tmp_pa
         (["merge", "base", "ft", "out", "--private"], "--private is for an output on the Hub: hub:org/name as OUT"),
         (["merge", "base", "ft", "out", "--no-publish"], "--no-publish is for an output on the Hub"),
         (["merge", "base", "ft", "out", "--work", "x"], "--work is for an output on the Hub"),
+        (["merge", "base", "ft", OUT, "--report-html", "x.html"], "--report-html: hub:me/merged is not here"),
         (["verify", OUT], "hub:me/merged: verify reads an output that is here. Fetch it first: hf download"),
         (["plan", "base", "ft", OUT], "many hosts need a folder that all of them see. Then: merge-tool push."),
         (["sweep", "base", "ft", OUT, "--eval", "true"], "a sweep needs a folder as OUT"),
