@@ -50,8 +50,8 @@ def check_page(page: Path, num_outputs: int, out: Path) -> None:
     check_page_path(page)
     if is_hub(out):
         raise RecipeError(
-            f"--report-html: {shown(out)} is not here. Give --report, or fetch it afterwards (hf download), then make its "
-            "page with merge-tool report."
+            f"--report-html: {shown(out)} is not here. Fetch it afterwards (hf download), then make its page "
+            "with merge-tool report."
         )
     if out.suffix == ".safetensors":
         raise RecipeError(f"--report-html: {shown(out)} is one file, without a report. Give OUT as a folder.")
