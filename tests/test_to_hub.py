@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from checkpoints import contents, language_model, save_model
 from hub_replica import TOKEN, Replica, refusal, serve
 from hub_writes import Pull
-from merge_tool import DataError, MergeToolError, OutputError, RecipeError, merge, merge_models
+from merge_tool import DataError, MergeToolError, OutputError, RecipeError, merge, merge_models, verify
 from merge_tool.cli import merge_tool
 from merge_tool.output import uploader
 
@@ -98,6 +98,38 @@ def test_a_merge_streamed_both_ways_is_the_local_one(here: Replica, tmp_path: Pa
     assert again.summary == report.summary
     assert sum(here.writes.uploaded.values()) == uploaded
     assert on_the_hub(here) == expected("org/base", "org/ft", stream=True)
+
+
+def test_what_is_published_verifies_by_ranges(here: Replica, tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Nothing of the output is kept here."""
+    merge(*pair, OUT, 0.4, **SMALL)
+    (found,) = verify(OUT, pair, sample=0.5)
+    assert not found.problems
+    assert found.num_compared == found.num_elements > 100_000
+    assert found.num_tensors == 60
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_the_hub_is_found_by_ranges(here: Replica, tmp_path: Path) -> None:
+    """Parents of the Hub: a changed byte is found by its tensor and by the Hub's digest; so are parents swapped."""
+    merge("org/base", "org/ft", OUT, 0.4, stream=True, **SMALL)
+    (found,) = verify(OUT, ("org/base", "org/ft"), sample=0.5)
+    assert not found.problems
+    assert found.num_compared == found.num_elements > 100_000
+    assert found.num_tensors == 60
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    (swapped,) = verify(OUT, ("org/ft", "org/base"))
+    assert "BASE and FT are swapped" in swapped.problems[0]
+    shard = min((here.root / "models/me/merged").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (changed,) = verify(OUT, ("org/base", "org/ft"), sample=1.0)
+    assert f"{shard.name}: its SHA-256 on the Hub is " in changed.problems[0]
+    assert "is not the merge of these parents: element" in changed.problems[1]
+    with pytest.raises(OutputError, match=r"hub:org/base: holds no merge_report.json and SHA256SUMS"):
+        verify("hub:org/base")
 
 
 def test_at_most_two_shards_are_here(here: Replica, tmp_path: Path, pair: tuple[Path, Path]) -> None:
@@ -471,7 +503,7 @@ def test_who_may_not_write_is_told_before_a_weight_is_read(here: Replica, tmp_pa
         (["merge", "base", "ft", "out", "--no-publish"], "--no-publish is for an output on the Hub"),
         (["merge", "base", "ft", "out", "--work", "x"], "--work is for an output on the Hub"),
         (["merge", "base", "ft", OUT, "--report-html", "x.html"], "--report-html: hub:me/merged is not here"),
-        (["verify", OUT], "hub:me/merged: verify reads an output that is here. Fetch it first: hf download"),
+        (["verify", OUT, "--against", "base", "ft", "--full"], "hub:me/merged: is verified by ranges, a sample of it"),
         (["plan", "base", "ft", OUT], "many hosts need a folder that all of them see. Then: merge-tool push."),
         (["sweep", "base", "ft", OUT, "--eval", "true"], "a sweep needs a folder as OUT"),
     ],
