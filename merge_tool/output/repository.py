@@ -141,12 +141,11 @@ class Repository:
 
     def open_ones(self) -> list[Any]:
         """The pull requests with a title of ours that are neither merged nor closed."""
-        found = self._patiently(
-            lambda: list(
-                self.api.get_repo_discussions(self.repo, discussion_type="pull_request", discussion_status="open")
-            )
+        # All of them: whether drafts count as open ones is not promised.
+        listing = self._patiently(
+            lambda: list(self.api.get_repo_discussions(self.repo, discussion_type="pull_request"))
         )
-        return [one for one in found if one.status in ("open", "draft") and _OURS.fullmatch(one.title)]
+        return [one for one in listing if one.status in ("open", "draft") and _OURS.fullmatch(one.title)]
 
     def find_draft(self, digest: str, author: str | None = None) -> int | None:
         """Our pull request of an earlier run, if it is still open; with `author` only one of that user's."""
