@@ -65,6 +65,7 @@ class Replica:
     lock: threading.Lock = field(default_factory=threading.Lock)
     digests: dict[tuple[str, int, int], tuple[str, str]] = field(default_factory=dict)
     of_others: set[str] = field(default_factory=set)  # repositories that the token cannot write to
+    renamed: dict[str, str] = field(default_factory=dict)  # repositories that have another name now
     user: str = "me"  # whose the token is
     role: str = "write"  # of the token
     orgs: dict[str, str] = field(default_factory=dict)  # the user's, with the role in each
@@ -278,7 +279,14 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in self.replica.files(folder)]
         gated = "manual" if repo in self.replica.gated else False
         commit = self.replica.commit(folder)
-        facts = {"id": repo, "sha": commit, "siblings": siblings, "private": False, "gated": gated, "tags": []}
+        facts = {
+            "id": self.replica.renamed.get(repo, repo),
+            "sha": commit,
+            "siblings": siblings,
+            "private": False,
+            "gated": gated,
+            "tags": [],
+        }
         return self._json({**facts, "modelId": repo, "downloads": 0, "likes": 0, "disabled": False})
 
     def _write(self, match: re.Match[str], body: bytes) -> None:

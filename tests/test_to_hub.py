@@ -477,7 +477,9 @@ def test_who_may_not_write_is_told_before_a_weight_is_read(here: Replica, tmp_pa
     assert "me/merged: the Hub does not let you write there (it answers 401" in said(HF_TOKEN="hf_wrong")
     assert "me/merged: HF_HUB_OFFLINE forbids to write to the Hub" in said(HF_HUB_OFFLINE="1")
     assert "me/merged: http://127.0.0.1:9 cannot be reached" in said(HF_ENDPOINT="http://127.0.0.1:9")
-    here.of_others = {"you/model"}
+    here.of_others, here.renamed = {"you/model"}, {"org/old": "org/new"}
+    (here.root / "models/org/old").mkdir()
+    assert "org/old: is called org/new on the Hub. Write hub:org/new." in said(*words[:3], "hub:org/old")
     assert "you/model: the Hub does not let you write there (it answers 403" in said(*words[:3], "hub:you/model")
     assert "acme/new: is not there, and you may not make it: acme is neither" in said(*words[:3], "hub:acme/new")
     here.orgs = {"acme": "read"}
