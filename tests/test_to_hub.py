@@ -520,6 +520,13 @@ def test_what_the_hub_cannot_take_is_refused(
     assert sorted(path.name for path in Path().iterdir()) == ["base", "ft"]
 
 
+def test_a_file_of_several_recipes_needs_a_folder(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    one = "merge_method: linear\nmodels: [{model: %s, parameters: {weight: 1}}]\n"
+    (tmp_path / "parts.yaml").write_text(f"name: first\n{one % pair[0]}---\n{one % 'first'}")
+    result = CliRunner().invoke(merge_tool, ["run", str(tmp_path / "parts.yaml"), OUT])
+    assert (result.exit_code, "a file of several recipes needs a folder as OUT" in result.stderr) == (1, True)
+
+
 @pytest.mark.slow
 def test_another_draft_is_left_alone_and_said(here: Replica, pair: tuple[Path, Path]) -> None:
     (here.root / "models/me/merged").mkdir(parents=True)
@@ -576,3 +583,16 @@ def test_kills_of_a_merge_to_the_hub(here: Replica, tmp_path: Path) -> None:
     merge("org/base", "org/ft", OUT, 0.4, stream=True, **SMALL)
     assert on_the_hub(here) == whole
     assert_nothing_is_left(here, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_merge_streamed_both_ways_keeps_its_memory(here: Replica) -> None:
+    """--memory 64MB, with tensors that do not fit: the merging process; what it starts is beside that."""
+    for seed in range(2):
+        tensors = {f"layers.{k}.weight": np.full((4096, 4096), seed + k, np.float16) for k in range(4)}
+        save_model(here.root / f"models/wide/m{seed}", tensors)
+    words = command("wide/m0", "wide/m1", more=("--stream", "--memory", "64MB", "--json"))
+    words[words.index("120000")] = "40MB"
+    report = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
+    assert report["peak_bytes"] < 64_000_000
+    assert (report["num_shards"], report["is_published"]) == (4, True)
