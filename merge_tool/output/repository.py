@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +102,9 @@ class Repository:
             return False
         if info.id != self.repo:
             raise OutputError(f"{self.repo}: is called {shown(info.id)} on the Hub. Write hub:{shown(info.id)}.")
-        self._patiently(lambda: self.api.auth_check(self.repo, write=True))
+        # Before huggingface_hub 1, who may read passes, and who may not write is found when the draft is opened.
+        may = {"write": True} if "write" in signature(self.api.auth_check).parameters else {}
+        self._patiently(lambda: self.api.auth_check(self.repo, **may))
         return True
 
     def _check_namespace(self, me: Mapping[str, Any]) -> None:
@@ -119,7 +122,7 @@ class Repository:
 
     def tree(self, revision: str) -> dict[str, tuple[int, str]]:
         """The size and the digest of every file at a revision: SHA-256 of large files, git's of small ones."""
-        from huggingface_hub import RepoFile
+        from huggingface_hub.hf_api import RepoFile  # where older versions have it, too
 
         entries = self._patiently(lambda: list(self.api.list_repo_tree(self.repo, recursive=True, revision=revision)))
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
