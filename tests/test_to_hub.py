@@ -506,6 +506,7 @@ def test_who_may_not_write_is_told_before_a_weight_is_read(here: Replica, tmp_pa
         (["merge", "base", "ft", "out", "--work", "x"], "--work is for an output on the Hub"),
         (["merge", "base", "ft", OUT, "--report-html", "x.html"], "--report-html: hub:me/merged is not here"),
         (["verify", OUT, "--against", "base", "ft", "--full"], "hub:me/merged: is verified by ranges, a sample of it"),
+        (["verify", OUT, "--dry-run"], "hub:me/merged: a dry run is of an output that is here"),
         (["plan", "base", "ft", OUT], "many hosts need a folder that all of them see. Then: merge-tool push."),
         (["sweep", "base", "ft", OUT, "--eval", "true"], "a sweep needs a folder as OUT"),
     ],

@@ -177,7 +177,7 @@ def plan_verify(
     _check_sample(sample)
     _wanted(options)
     if is_hub(out):
-        raise OutputError(f"{shown(out)}: --dry-run is for an output that is here. Leave it out.")
+        raise OutputError(f"{shown(out)}: a dry run is of an output that is here. Verify at once: it reads ranges.")
 
     def look(root: Path, file_name: str | None, given_report: Path | None) -> VerifyPlan:
         folder = Folder(root)
