@@ -1,9 +1,14 @@
 """Two models of a Hub on this machine, merged by range: bytes, memory, disk and time, against `hf download` of both.
 
     python bench/hub.py [--megabytes 300] [--latency 0.1] [--rate 25] [--spool 5GB] [--memory 64MB]
+    python bench/hub.py --to-hub --disk 300 [--megabytes 1100] ...
 
 The server (tests/hub_replica.py) waits `latency` seconds before each answer, and sends `rate` MB/s in all. Both arms
 have the same server in one run: first the real `hf download` of both models, then the merge, which keeps nothing.
+
+With --to-hub the output goes to the same server, shard by shard, and all that the merge writes here lies on a disk of
+`--disk` MB: a tmpfs that is mounted for it, or, where that is not allowed, a folder that is only watched. The bytes are
+then compared with those of a merge of local folders.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from checkpoints import save_model
-from hub_replica import Replica, serve
+from hub_replica import TOKEN, Replica, serve
 
 HIDDEN, MODULES = 2048, ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj")
 
@@ -45,7 +51,8 @@ class Watched:
                     if int(fields[1]) != self.root and int(process.name) != self.root:
                         continue
                     words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    name = "downloading" if "downloading" in words else "looking" if "fetching" in words else "merging"
+                    kinds = {"downloading": "downloading", "looking": "fetching", "uploading": "uploading"}
+                    name = next((kind for kind, module in kinds.items() if module in words), "merging")
                     status = (process / "status").read_text()
                     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
                     self.peaks[name] = max(self.peaks.get(name, 0), peak)
@@ -114,6 +121,70 @@ def measure(hub: Replica, place: Path, options: argparse.Namespace) -> None:
     print(f"merge / hf download     {merge / download:.2f} ({merge:.0f} s, {download:.0f} s)")
 
 
+class Disk:
+    """A folder on a small disk of its own, if it can be mounted; and the most that was ever on it, in bytes."""
+
+    def __init__(self, folder: Path, megabytes: int) -> None:
+        folder.mkdir()
+        self.folder, self.peak, self.over = folder, 0, threading.Event()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        self.is_mounted = subprocess.run(words, capture_output=True, check=False).returncode == 0
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.01):
+            self.peak = max(self.peak, self.used())
+
+    def used(self) -> int:
+        if self.is_mounted:
+            return shutil.disk_usage(self.folder).used
+        try:
+            return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        except OSError:
+            return 0
+
+    def close(self) -> None:
+        self.over.set()
+        self.thread.join()
+        if self.is_mounted:
+            subprocess.run(["umount", str(self.folder)], check=True)
+
+
+def measure_to_hub(hub: Replica, place: Path, options: argparse.Namespace) -> None:
+    nbytes = sum(path.stat().st_size for path in hub.root.rglob("*.safetensors"))
+    hub.latency, hub.rate = options.latency, options.rate * 1e6
+    disk = Disk(place / "disk", options.disk)
+    try:
+        environment = {**os.environ, **hub.environment(disk.folder / "home", HF_TOKEN=TOKEN)}
+        words = ["org/base", "org/ft", "hub:me/merged", "--t", "0.4", "--stream", "--memory", options.memory, "--json"]
+        seconds, printed, watched = timed([sys.executable, "-m", "merge_tool", "merge", *words], environment)
+        left = disk.used()
+    finally:
+        disk.close()
+    report = json.loads(printed)
+    merged = hub.root / "models/me/merged"
+    hub.latency, hub.rate = 0.0, None
+    limit = json.loads((merged / "merge_report.json").read_text())["options"].get("max_shard_bytes", 5 * 10**9)
+    models, local = hub.root / "models/org", place / "local"
+    words = [str(models / "base"), str(models / "ft"), str(local), "--t", "0.4", "--max-shard-size", str(limit)]
+    timed([sys.executable, "-m", "merge_tool", "merge", *words, "--quiet"], {**os.environ})
+    names = sorted(path.name for path in local.glob("model*"))
+    same = all((local / name).read_bytes() == (merged / name).read_bytes() for name in names)
+    uploaded, size = sum(hub.writes.uploaded.values()), sum(p.stat().st_size for p in merged.glob("*.safetensors"))
+    print(f"inputs, output          {nbytes / 1e6:,.0f} MB, {size / 1e6:,.0f} MB in {report['num_shards']} shards")
+    how = f"a tmpfs of {options.disk} MB" if disk.is_mounted else "watched; no disk could be mounted"
+    print(f"disk at the peak        {disk.peak / 1e6:.0f} MB ({how}); {left / 1e6:.2f} MB left at the end")
+    print(f"bytes served / inputs   {sum(hub.weights().values()) / nbytes:.4f}")
+    print(f"bytes uploaded / output {uploaded / size:.4f}")
+    print(f"the same weight files   {same} ({len(names)} files, beside a merge of local folders)")
+    print(f"peak of the merge       {report['peak_bytes'] / 1e6:.1f} MB, with --memory {options.memory}")
+    for name in ("downloading", "uploading", "looking"):
+        print(f"peak of the process {name:12s} {watched.peaks.get(name, 0) / 1e6:.0f} MB")
+    longer = nbytes / options.rate / 1e6
+    print(f"time                    {seconds:.0f} s; the download alone takes {longer:.0f} s at {options.rate:g} MB/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=300, help="of each model")
@@ -121,13 +192,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=25.0, help="MB/s: 25 are 200 Mbit/s")
     parser.add_argument("--spool", default="5GB")
     parser.add_argument("--memory", default="64MB")
+    parser.add_argument("--to-hub", action="store_true", help="the output too goes to the server")
+    parser.add_argument("--disk", type=int, default=300, help="MB of the disk of a merge to the Hub")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         place = Path(folder).absolute()
         for seed, name in enumerate(("base", "ft")):
             make(place / "hub/models/org" / name, seed, options.megabytes)
         with serve(place / "hub") as hub:
-            measure(hub, place, options)
+            (measure_to_hub if options.to_hub else measure)(hub, place, options)
 
 
 if __name__ == "__main__":

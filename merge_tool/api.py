@@ -20,7 +20,6 @@ from merge_tool.errors import (
     MergeToolError,
     OutputError,
     RecipeError,
-    counted,
     input_failed,
     listed,
     output_failed,
@@ -31,11 +30,13 @@ from merge_tool.methods.registry import METHODS
 from merge_tool.methods.steps import Method
 from merge_tool.models.inputs import Inputs
 from merge_tool.models.lora import parts
+from merge_tool.output.carrying_out import FLUSH_BYTES, MAY_SHARE, carry_out, read_ahead, say_what_is_done
 from merge_tool.output.complete import check_apart, check_output, check_room, final_names, is_complete
 from merge_tool.output.completing import earlier_report, report_of, write_report, write_side_files
 from merge_tool.output.folders import PARTS
 from merge_tool.output.merge_report import MergeReport, Watch
 from merge_tool.output.older import check_conflicts
+from merge_tool.output.publishing import Publishing, check_no_input, hub_of, target_of
 from merge_tool.output.report import alarms, report_lines, summarise
 from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.memory import Machine, machine
@@ -46,7 +47,7 @@ from merge_tool.plan.target import Target, check_report_path, check_target, exis
 from merge_tool.progress import Progress
 from merge_tool.recipe.pair import DEFAULT_T, pair
 from merge_tool.recipe.recipe import Recipe
-from merge_tool.run.run import progress_bytes, run_plan
+from merge_tool.run.run import progress_bytes
 from merge_tool.run.work import check_exact_tensors
 
 if TYPE_CHECKING:
@@ -56,11 +57,6 @@ if TYPE_CHECKING:
     from merge_tool.output.known import EarlierFindings
 
 DEFAULT_PARTS = 16  # of an executor's merge
-_FLUSH_BYTES = 8_000_000
-_MAY_SHARE = (
-    "The unfinished merge in OUT was begun on another machine, in another container, or before a restart, and has not "
-    "been written to for a while. It is continued; the SHA-256 of its finished shards is checked first."
-)
 _NOT_DURABLE = (
     "The file system of OUT cannot sync folders. The merge is safe from kills; after a power cut, verify it "
     "(merge-tool verify OUT), and merge again if that finds anything."
@@ -81,6 +77,9 @@ def merge(
     stream: bool | None = None,
     downloads: int = DOWNLOADS,
     spool_bytes: int | None = None,
+    private: bool = False,
+    publish: bool = True,
+    work: str | Path | None = None,
     report_path: str | Path | None = None,
     progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
@@ -92,7 +91,9 @@ def merge(
 ) -> MergeReport:
     """Merge the checkpoints `base` (t = 0) and `ft` (t = 1) into `out`, tensor by tensor, in bounded memory.
 
-    `out` is a folder, or one file if its name ends in .safetensors. Several `t` make one sub-folder each (`t-0.3`), in
+    `out` is a folder, one file if its name ends in .safetensors, or a repository of the Hub (`hub:org/name`), to which
+    finished shards are uploaded while the merge goes on; `private`, `publish` and `work` say how
+    (`merge_tool.output.publishing.Publishing`). Several `t` make one sub-folder each (`t-0.3`), in
     one pass over the inputs. `options` are those of the command line: the fields of `merge_tool.recipe.options.Options`
     (dtype, only, exclude, on_missing, on_mismatch, files_from, max_shard_bytes) and of
     `merge_tool.recipe.pair.PairOptions` (method, t_for, vocab, pad_vocab_to_multiple_of): with
@@ -121,6 +122,7 @@ def merge(
             overwrite=overwrite,
             check_resumed=check_resumed,
             streaming=Streaming(stream, downloads, spool_bytes),
+            publishing=Publishing(private, publish, None if work is None else Path(work)),
             report_path=report_path,
             watch=watch,
             executor=executor,
@@ -143,6 +145,9 @@ def merge_models(
     stream: bool | None = None,
     downloads: int = DOWNLOADS,
     spool_bytes: int | None = None,
+    private: bool = False,
+    publish: bool = True,
+    work: str | Path | None = None,
     report_path: str | Path | None = None,
     progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
@@ -178,6 +183,7 @@ def merge_models(
             overwrite=overwrite,
             check_resumed=check_resumed,
             streaming=Streaming(stream, downloads, spool_bytes),
+            publishing=Publishing(private, publish, None if work is None else Path(work)),
             report_path=report_path,
             watch=watch,
             executor=executor,
@@ -274,6 +280,7 @@ def merge_recipe(
     overwrite: bool = False,
     check_resumed: bool = False,
     streaming: Streaming | None = None,
+    publishing: Publishing | None = None,
     report_path: str | Path | None = None,
     watch: Watch | None = None,
     executor: Executor | None = None,
@@ -291,7 +298,9 @@ def merge_recipe(
     """
     started, watch = time.monotonic(), watch or Watch()
     _check_method(recipe, methods, is_shared=executor is not None)
-    target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path)
+    target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path, publishing)
+    if target.repo and (executor is not None or plan_file is not None):
+        raise RecipeError(f"{target.name}: workers share a folder, and cannot write to the Hub. Leave out --executor.")
 
     if executor is not None or plan_file is not None:
         if streaming is not None and streaming.stream:
@@ -299,24 +308,36 @@ def merge_recipe(
         streaming = Streaming(stream=False)
 
     # ------------------------------------------------------------------------- look, check, fetch, plan
-    with Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs:
+    with (
+        hub_of(target, publishing, recipe, overwrite=overwrite) as hub,
+        Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs,
+    ):
         check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
         if inputs.coming:
             planned = prepare(recipe, inputs, target, limits, methods=methods)
             if why := _why_by_range(planned, inputs, overwrite=overwrite):
                 watch.warn([why] if inputs.streaming.stream is None else [])
                 planned = _by_range(planned, inputs)
-            check_output(planned, overwrite=overwrite)
+            check_output(planned, overwrite=overwrite) if hub is None else hub.check(planned)
             del planned
             inputs.stream() if why else inputs.fetch()
         prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=True)
         if plan_file is not None:
             plan_file.check(prepared.plan, prepared.samples)
+        if hub is not None and (most := hub.find_draft(prepared)) is not None:
+            del prepared
+            target = replace(target, most_shard_bytes=most)
+            prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=True)
+            hub.find_draft(prepared)
         watch.warn(prepared.warnings)
 
         # --------------------------------------------------------------------------------- run, publish
         try:
             check_apart(prepared)
+            if hub is not None:
+                from merge_tool.output.to_hub import merge_to_hub
+
+                return merge_to_hub(prepared, hub, inputs, watch, report, started, check_resumed=check_resumed)
             if not os.path.lexists(target.work):
                 if plan_file is not None:
                     from merge_tool.hosts.adopt import check_finished
@@ -332,13 +353,13 @@ def merge_recipe(
                 target,
                 prepared.plan,
                 samples=prepared.samples,
-                flush_bytes=_FLUSH_BYTES if under_pressure(prepared.budget) else None,
+                flush_bytes=FLUSH_BYTES if under_pressure(prepared.budget) else None,
                 check_resumed=check_resumed,
                 inputs=prepared.inputs,
                 names=final_names(prepared),
             ) as work:
                 if work.may_share:
-                    watch.warn([_MAY_SHARE])
+                    watch.warn([MAY_SHARE])
                 if plan_file is not None:
                     from merge_tool.hosts.adopt import has_ended
 
@@ -353,7 +374,7 @@ def merge_recipe(
 
                     adopt_planned(work, check=check_resumed)
                 num_resumed = len(work.done_shards)
-                _say_what_is_done(prepared, work, watch)
+                say_what_is_done(prepared, work, watch)
                 if executor is not None:
                     plan_file = _run_on(
                         executor,
@@ -369,11 +390,8 @@ def merge_recipe(
                     from merge_tool.hosts.adopt import adopt_parts
 
                     adopt_parts(work, plan_file, fill=fill, check=check_resumed)
-                if inputs.is_streamed:
-                    from merge_tool.run.read_order import read_order  # most merges need none
-
-                    inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
-                _run(prepared, work, watch, known)
+                read_ahead(inputs, prepared, work)
+                carry_out(prepared, work, watch, known)
                 inputs.close()  # the process that downloads
                 findings = work.findings()
                 summary = summarise(prepared.plan, findings)
@@ -413,6 +431,8 @@ def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str
 
 def _is_taken(prepared: Prepared, *, overwrite: bool) -> bool:
     """Whether OUT holds this merge, or something else."""
+    if prepared.target.repo:
+        return False  # asked by HubOutput
     try:
         return not overwrite and not os.path.lexists(prepared.target.work) and is_complete(prepared)
     except OutputError:
@@ -421,7 +441,8 @@ def _is_taken(prepared: Prepared, *, overwrite: bool) -> bool:
 
 def _by_range(prepared: Prepared, inputs: Inputs) -> Prepared:
     """The same merge, with the missing weights read by range."""
-    inputs.choose_streaming(existing_folder(prepared.target.path))
+    waiting = prepared.here_bytes if prepared.target.repo else None
+    inputs.choose_streaming(existing_folder(prepared.target.path), waiting)
     return replace(prepared, download=inputs.download)
 
 
@@ -435,11 +456,12 @@ def plan_recipe(
     read_samples: bool = False,
     overwrite: bool = False,
     streaming: Streaming | None = None,
+    publishing: Publishing | None = None,
 ) -> Prepared:
     """Plan the merge that a recipe asks for, from headers alone (with `read_samples` also from a few bytes of weights).
     Fetches no weights and writes nothing. Raises a MergeToolError."""
     _check_method(recipe, methods)
-    target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None)
+    target, limits, _ = _check_request(recipe, out, memory_bytes, jobs, None, publishing)
     with Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         if read_samples and inputs.coming:
@@ -467,6 +489,8 @@ def plan_parts(
     watch = watch or Watch()
     _check_method(recipe, methods, is_shared=True)
     target, limits, _ = _check_request(recipe, out, None, None, None)
+    if target.repo:
+        raise RecipeError(f"{target.name}: many hosts need a folder that all of them see. Then: merge-tool push.")
     if target.is_file:
         raise RecipeError(f"{shown(out)}: is one file. Many hosts need a folder: give OUT without .safetensors.")
     with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
@@ -518,6 +542,9 @@ def finish_parts(
 def check_plan(prepared: Prepared, *, overwrite: bool = False) -> bool:
     """Whether OUT already holds this merge. Raises OutputError if OUT cannot take the output. For a dry run."""
     check_apart(prepared)
+    with hub_of(prepared.target, None, prepared.plan.recipe, overwrite=overwrite) as hub:
+        if hub is not None:
+            return hub.check(prepared)
     if not overwrite and is_complete(prepared):
         return True
     check_room(prepared, overwrite=overwrite)
@@ -545,13 +572,25 @@ def _check_method(recipe: Recipe, methods: Mapping[str, Method], *, is_shared: b
 
 
 def _check_request(
-    recipe: Recipe, out: str | Path, memory_bytes: int | None, jobs: int | None, report_path: str | Path | None
+    recipe: Recipe,
+    out: str | Path,
+    memory_bytes: int | None,
+    jobs: int | None,
+    report_path: str | Path | None,
+    publishing: Publishing | None = None,
 ) -> tuple[Target, Machine, Path | None]:
     """The checks that need no model."""
-    target, report = Target(Path(out)), None if report_path is None else Path(report_path)
+    target, report = target_of(out, publishing), None if report_path is None else Path(report_path)
+    if target.repo and len(recipe.outputs) > 1:
+        raise RecipeError(
+            f"{target.name}: is one repository, but there are {len(recipe.outputs)} outputs. Give one value, or a "
+            "folder as OUT, then push each (merge-tool push)."
+        )
     if target.is_file and len(recipe.outputs) > 1:
         raise RecipeError(f"{shown(out)}: is one file, but {len(recipe.outputs)} outputs need a folder.")
-    inputs = [Path(part) for ref in recipe.models for part in parts(str(ref))]
+    paths = [part for ref in recipe.models for part in parts(str(ref))]
+    inputs = [Path(part) for part in paths]
+    check_no_input(target, paths)
     check_places(recipe)
     check_ids(recipe)
     check_target(target, inputs)
@@ -580,18 +619,6 @@ def _begin(prepared: Prepared, work: WorkFolder, *, overwrite: bool) -> bool:
     return False
 
 
-def _say_what_is_done(prepared: Prepared, work: WorkFolder, watch: Watch) -> None:
-    """A note about the shards that an earlier run has finished."""
-    plan, skip = prepared.plan, work.done_shards
-    if skip and watch.on_note is not None:
-        done, all_bytes = progress_bytes(plan) - progress_bytes(plan, skip), progress_bytes(plan)
-        number = counted(len(plan.shards), "shard")
-        watch.on_note(
-            f"Continuing: an earlier run finished {len(skip):,} of {number} ({sized(done)} of "
-            f"{sized(all_bytes)} read and written)."
-        )
-
-
 def _known(earlier: Path, prepared: Prepared) -> EarlierFindings | None:
     from merge_tool.output.known import EarlierFindings
 
@@ -599,32 +626,6 @@ def _known(earlier: Path, prepared: Prepared) -> EarlierFindings | None:
         return EarlierFindings(earlier, prepared)
     except ValueError:
         return None
-
-
-def _run(prepared: Prepared, work: WorkFolder, watch: Watch, known: EarlierFindings | None) -> None:
-    """Merge all shards that an earlier run has not finished."""
-    plan, skip = prepared.plan, work.done_shards
-    if watch.on_start is not None:
-        watch.on_start(progress_bytes(plan, skip))
-    if len(skip) == len(plan.shards):
-        return
-
-    def on_progress(nbytes: int, tensor: str) -> None:
-        work.beat()
-        if watch.on_progress is not None:
-            watch.on_progress(nbytes, tensor)
-
-    try:
-        for _ in run_plan(plan, work, prepared.layout, skip=skip, on_progress=on_progress, known=known):
-            pass
-    except DataError:
-        work.discard()
-        raise
-    except MemoryError as e:
-        raise RecipeError(
-            f"The system has less memory left than the budget of {prepared.budget:,} bytes allows ({e}). "
-            "Give a smaller --memory or fewer --jobs, then run the same command: it continues."
-        ) from e
 
 
 def _run_on(

@@ -34,7 +34,8 @@ _KEYWORDS: Mapping[str, tuple[str, str]] = {
     "try": ("prompt", "text"), "fill": ("fill", "switch"), "executor": ("executor", "text"),
     "parts": ("num_parts", "number"), "plan-file": ("plan_file", "text"),
     "stream": ("stream", "switch"), "downloads": ("downloads", "number"),
-    "spool": ("spool_bytes", "size"), "private": ("private", "switch"), "names-to": ("names_to", "text"),
+    "spool": ("spool_bytes", "size"), "work": ("work", "text"), "private": ("private", "switch"),
+    "names-to": ("names_to", "text"),
     "part": ("part", "number"), "of": ("size", "number"), "steal": ("steal", "switch"), "lease": ("lease", "number"),
 }  # fmt: skip
 _NO_VALUES = frozenset(

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ class Replica:
     lock: threading.Lock = field(default_factory=threading.Lock)
     digests: dict[tuple[str, int, int], tuple[str, str]] = field(default_factory=dict)
     of_others: set[str] = field(default_factory=set)  # repositories that the token cannot write to
+    renamed: dict[str, str] = field(default_factory=dict)  # repositories that have another name now
+    user: str = "me"  # whose the token is
+    role: str = "write"  # of the token
+    orgs: dict[str, str] = field(default_factory=dict)  # the user's, with the role in each
     writes: Writes = field(default_factory=Writes)
     free_at: float = 0.0  # when the line has sent what it was given
     stalled: threading.Event = field(default_factory=threading.Event)  # somebody waits for one of them
@@ -227,7 +232,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self.fault == "stall":
                 self.replica.over.wait(30)
                 raise ConnectionResetError
-            is_read = self.command in ("GET", "HEAD") and not re.search("/(auth-check|discussions)(/|$)", path)
+            is_read = self.command in ("GET", "HEAD") and not re.search(
+                "/(auth-check|discussions|whoami-v2)(/|$)", path
+            )
             if not is_read and (match := WRITES.fullmatch(path)):
                 return self._json(answer(self, match, parse_qs(url.query), body))
             if path.startswith("/api/"):
@@ -251,7 +258,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
         match = re.fullmatch(
-            r"(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(refs/pr/[0-9]+|[^/]+)(?:/(.*))?)?", path
+            r"(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|commits)/(refs/pr/[0-9]+|[^/]+)(?:/(.*))?)?",
+            path,
         )
         if match is None:
             raise _Refused(404, "EntryNotFound", "Entry not found")
@@ -260,13 +268,25 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             recursive = "true" in [value.lower() for value in query.get("recursive", ["false"])]
             return self._json(self._tree(folder, below or "", recursive))
+        if what == "commits":
+            last = max((path.stat().st_mtime for path in self.replica.files(folder)), default=0.0)
+            date = f"{datetime.fromtimestamp(last, UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+            commit = {"id": self.replica.commit(folder), "date": date, "authors": [], "title": "", "message": ""}
+            return self._json([commit])
         if what == "paths-info":
             names = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
             return self._json([entry for entry in self._tree(folder, "", True) if entry["path"] in names])
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in self.replica.files(folder)]
         gated = "manual" if repo in self.replica.gated else False
         commit = self.replica.commit(folder)
-        facts = {"id": repo, "sha": commit, "siblings": siblings, "private": False, "gated": gated, "tags": []}
+        facts = {
+            "id": self.replica.renamed.get(repo, repo),
+            "sha": commit,
+            "siblings": siblings,
+            "private": False,
+            "gated": gated,
+            "tags": [],
+        }
         return self._json({**facts, "modelId": repo, "downloads": 0, "likes": 0, "disabled": False})
 
     def _write(self, match: re.Match[str], body: bytes) -> None:
@@ -314,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
         return found
 
     def _resolve(self, path: str, *, is_signed: bool = False) -> None:
-        match = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(refs/pr/[0-9]+|[^/]+)/(.+)", path)
         if match is None:
             raise _Refused(404, "EntryNotFound", "Entry not found")
         kind, repo, revision, name = match.groups()

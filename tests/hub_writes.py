@@ -29,6 +29,7 @@ class Pull:
 
     title: str
     status: str = "draft"
+    author: str = "me"
 
 
 @dataclass
@@ -48,6 +49,10 @@ def answer(handler: Any, match: re.Match[str], query: dict[str, list[str]], body
     writes: Writes = handler.replica.writes
     if what == "validate-yaml":
         return {"errors": [], "warnings": []}
+    if what == "whoami-v2":
+        orgs = [{"name": name, "roleInOrg": role} for name, role in handler.replica.orgs.items()]
+        access = {"accessToken": {"role": handler.replica.role}}
+        return {"type": "user", "name": handler.replica.user, "orgs": orgs, "auth": access}
     if what == "repos/create":
         return _create(handler, root, json.loads(body))
     if lfs_repo is not None:
@@ -115,7 +120,7 @@ def _commit(
     pulls = writes.pulls.setdefault(repo, [])
     number = re.fullmatch(r"refs/pr/(\d+)", revision)
     if makes_pull:
-        pulls.append(Pull(header["summary"]))
+        pulls.append(Pull(header["summary"], author=handler.replica.user))
         folder = root / "pulls" / repo / str(len(pulls))
         shutil.copytree(main, folder)
     elif number is not None:
@@ -171,6 +176,6 @@ def _discussions(
 
 def _described(repo: str, number: int, pull: Pull) -> dict[str, Any]:
     return {
-        "title": pull.title, "num": number, "author": {"name": "me"}, "createdAt": WHEN, "status": pull.status,
+        "title": pull.title, "num": number, "author": {"name": pull.author}, "createdAt": WHEN, "status": pull.status,
         "repo": {"name": repo, "type": "model"}, "isPullRequest": True,
     }  # fmt: skip

@@ -229,9 +229,10 @@ def test_other_sizes_are_refused(text: str) -> None:
 OPTIONS = [
     "--allow-different-architectures", "--chat-template", "--check-resumed", "--downloads", "--dry-run", "--dtype",
     "--exclude", "--executor", "--extrapolate", "--files-from", "--help", "--id", "--jobs", "--json",
-    "--max-shard-size", "--memory", "--method", "--names-from", "--names-to", "--on-mismatch", "--on-missing", "--only",
-    "--overwrite", "--pad-vocab-to-multiple-of", "--progress", "--quiet", "--report", "--report-html",
-    "--seed", "--spool", "--stream", "--t", "--t-for", "--try", "--untie", "--variant", "--version", "--vocab",
+    "--max-shard-size", "--memory", "--method", "--names-from", "--names-to", "--no-publish", "--on-mismatch",
+    "--on-missing", "--only", "--overwrite", "--pad-vocab-to-multiple-of", "--private", "--progress", "--quiet",
+    "--report", "--report-html", "--seed", "--spool", "--stream", "--t", "--t-for", "--try", "--untie", "--variant",
+    "--version", "--vocab", "--work",
 ]  # fmt: skip
 OF_PAIRS = [
     "--method",

@@ -30,6 +30,7 @@ from merge_tool.cli.frame import (
 )
 from merge_tool.cli.look import diff_command, inspect_command, verify_command
 from merge_tool.cli.options import (
+    HUB_OPTIONS,
     MACHINE_OPTIONS,
     MODELS_DIR,
     OUTPUT_OPTIONS,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 @with_options(recipe_options(PairOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(STREAM_OPTIONS)
+@with_options(HUB_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
 @click.option(
@@ -85,7 +87,7 @@ def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], names_to: 
 
     BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
     their headers, then fetched); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to
-    BASE. OUT is a folder, or one file if it ends in .safetensors.
+    BASE. OUT is a folder, one file if it ends in .safetensors, or hub:org/name, a repository of the Hub.
     A merge that was stopped continues with the same command.
     """
     run, chosen = _parted(options)
@@ -114,9 +116,12 @@ def _with_names_written(error: MismatchError, file: Path) -> MismatchError:
     return MismatchError(f"{error}\n{shown(file)} has {pairs}: check them, then give --names-from {shown(file)}.")
 
 
+_HOW = (*MACHINE_OPTIONS, *STREAM_OPTIONS, *HUB_OPTIONS, *OUTPUT_OPTIONS, *PRINT_OPTIONS)
+
+
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What says how a merge is made, and what says which."""
-    names = [option.name for option in _params((*MACHINE_OPTIONS, *STREAM_OPTIONS, *OUTPUT_OPTIONS, *PRINT_OPTIONS))]
+    names = [option.name for option in _params(_HOW)]
     return {n: options.pop(n) for n in names}, given(options)
 
 
@@ -136,6 +141,9 @@ def _make(
     stream: bool | None,
     downloads: int,
     spool_bytes: int | None,
+    private: bool,
+    no_publish: bool,
+    work: Path | None,
     report_path: Path | None,
     page: Path | None,
     executor: str | None,
@@ -148,10 +156,15 @@ def _make(
     """Run a recipe's merge with a progress bar, or plan it, and print the result."""
     from merge_tool.api import check_plan, merge_recipe, plan_recipe
     from merge_tool.cli.show import answer_lines
+    from merge_tool.output.publishing import Publishing
+    from merge_tool.plan.target import is_hub
 
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe, streaming = recipe_of(), Streaming(stream, downloads, spool_bytes)
+    publishing = Publishing(private, not no_publish, work)
+    if prompt is not None and is_hub(out):
+        raise RecipeError(f"--try loads OUT from this disk, and {shown(out)} is not here. Leave it out.")
     if prompt is not None:
         from merge_tool.compare.prompting import check_can_answer
 
@@ -160,7 +173,13 @@ def _make(
         check_page(page, len(recipe.outputs), out)
     if dry_run:
         prepared = plan_recipe(
-            recipe, out, memory_bytes=memory_bytes, jobs=jobs, overwrite=overwrite, streaming=streaming
+            recipe,
+            out,
+            memory_bytes=memory_bytes,
+            jobs=jobs,
+            overwrite=overwrite,
+            streaming=streaming,
+            publishing=publishing,
         )
         _print_plan(prepared, complete=check_plan(prepared, overwrite=overwrite), as_json=as_json)
         check_written()
@@ -174,6 +193,7 @@ def _make(
             overwrite=overwrite,
             check_resumed=check_resumed,
             streaming=streaming,
+            publishing=publishing,
             report_path=report_path,
             watch=watch,
             **on_engine,
@@ -226,7 +246,11 @@ def _answers(recipe: Recipe, outputs: Iterable[Path], prompt: str) -> list[Answe
 
 def _make_parts(parts: Sequence[Part], out: Path, run: dict[str, Any]) -> None:
     """Run the merges of a file of several recipes; what is printed as JSON is the last one's report."""
+    from merge_tool.plan.target import is_hub
     from merge_tool.sweeps.chain import merge_parts
+
+    if is_hub(out):
+        raise RecipeError(f"{shown(out)}: a file of several recipes needs a folder as OUT. Then: merge-tool push.")
 
     def make(recipe: Recipe, target: Path, name: str) -> None:
         quiet = run["quiet"] or run["as_json"]
@@ -259,6 +283,7 @@ for command in (sweep_command, search_command, *_LOOK, push_command, *hosts.COMM
 @with_options(recipe_options(Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(STREAM_OPTIONS)
+@with_options(HUB_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
 @print_errors(CONTINUES)
@@ -291,6 +316,7 @@ def run_command(recipe: Path, out: Path, **options: Any) -> None:
 @with_options(field_options(Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(STREAM_OPTIONS)
+@with_options(HUB_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
 @print_errors(CONTINUES)

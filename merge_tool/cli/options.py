@@ -165,6 +165,20 @@ STREAM_OPTIONS = [
 ]
 
 
+HUB_OPTIONS = [
+    click.option(
+        "--private", is_flag=True, help="If OUT is hub:org/name, and not there: make it a private repository."
+    ),
+    click.option("--no-publish", is_flag=True, help="If OUT is hub:org/name: leave the pull request open."),
+    click.option(
+        "--work",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="FOLDER",
+        help="If OUT is hub:org/name: where at most two shards wait for their upload.  [default: in HF_ASSETS_CACHE]",
+    ),
+]
+
+
 def t_option(text: str) -> Callable[[Any], Any]:
     """--t of a pair: one number, several, or a range."""
     default = [label_t(DEFAULT_T)]

@@ -116,7 +116,7 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
     plan, layout = prepared.plan, prepared.layout
     return {
         **recipe_json(plan),
-        "out": str(prepared.target.path),
+        "out": prepared.target.name if prepared.target.repo else str(prepared.target.path),
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
         "num_kept": plan.num_kept,
@@ -124,6 +124,7 @@ def plan_json(prepared: Prepared, complete: bool) -> dict[str, Any]:
         "read_bytes": prepared.read_bytes,
         "input_bytes": plan.input_bytes,
         "write_bytes": prepared.disk_bytes,
+        "here_bytes": prepared.here_bytes,
         "free_disk_bytes": prepared.free_disk_bytes,
         "download_bytes": prepared.download.nbytes,
         "cached_bytes": prepared.download.cached_bytes,
@@ -154,9 +155,11 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     read_bytes = prepared.read_bytes
     again = " (what does not fit the memory more than once)" if read_bytes > plan.input_bytes else ""
     yield f"  read      {sized(read_bytes)}{again}"
-    yield f"  write     {sized(prepared.disk_bytes)} to {shown(prepared.target.path)}" + (
+    yield f"  write     {sized(prepared.disk_bytes)} to {prepared.target.name}" + (
         f" ({len(plan.labels)} outputs)" if many else ""
     )
+    if prepared.target.repo:
+        yield f"  waiting   at most {sized(prepared.here_bytes)} of it here, in {shown(prepared.target.path)}"
     free = prepared.free_disk_bytes
     yield f"  disk      {'free space unknown' if free is None else f'{sized(free)} free'}"
     if size := _download(prepared.download):
@@ -212,8 +215,18 @@ def report_json(report: MergeReport, said: Sequence[Answer] = ()) -> dict[str, A
         "already_complete": report.already_complete,
         "num_shards": report.num_shards,
         "num_resumed": report.num_resumed,
+        **(_hub_json(report) if report.url else {}),
         "warnings": list(report.warnings),
         **({"answers": [asdict(answer) for answer in said]} if said else {}),
+    }
+
+
+def _hub_json(report: MergeReport) -> dict[str, Any]:
+    return {
+        "url": report.url,
+        "pull_request": report.pull_request,
+        "is_published": report.is_published,
+        "uploaded_bytes": report.uploaded_bytes,
     }
 
 

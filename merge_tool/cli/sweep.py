@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from merge_tool.cli.frame import CONTINUES, Command, given, print_errors, print_result, progress_kind
 from merge_tool.cli.options import MACHINE_OPTIONS, MODELS_DIR, PRINT_OPTIONS, parse_ts, recipe_options, with_options
-from merge_tool.errors import shown
+from merge_tool.errors import RecipeError, shown
 from merge_tool.recipe.options import Options
 from merge_tool.recipe.pair import PairOptions
 from merge_tool.recipe.recipe import Recipe
@@ -84,6 +84,7 @@ def sweep_command(
     from merge_tool.cli.show import sweep_lines, sweep_plan_json, sweep_plan_lines
     from merge_tool.pages.other_pages import sweep_data
     from merge_tool.pages.page import write_page
+    from merge_tool.plan.target import is_hub
     from merge_tool.sweeps.results import SweepPoint, point_text
     from merge_tool.sweeps.sweep import plan_sweep, sweep_outputs
 
@@ -93,6 +94,8 @@ def sweep_command(
         raise click.BadParameter(f"'{shown(command)}' cannot be split into words ({e}).", param_hint="--eval") from e
     recipe, keys = _recipe(models, ts, vary, models_dir, given(options))
     out = Path(models[-1])
+    if is_hub(out):
+        raise RecipeError(f"{shown(out)}: a sweep needs a folder as OUT. Then: merge-tool push, or merge to the Hub.")
     limits: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
     if dry_run:
         plan = plan_sweep(recipe, out, keys, words, batch=batch, overwrite=overwrite, **limits)

@@ -4,21 +4,20 @@ merge's identity. It names no tensors: a few kilobytes for any model."""
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_tool._version import __version__
 from merge_tool.checkpoint.folder import is_there
 from merge_tool.errors import OutputError, RecipeError, listed, reason, shown
 from merge_tool.files import write_whole
 from merge_tool.hosts.pieces import Piece, cut, share_out
 from merge_tool.methods.registry import METHODS
 from merge_tool.models.lora import parts as paths_of
+from merge_tool.output.versions import versions
 from merge_tool.output.work_folder import plan_record, record_differences
 from merge_tool.plan.overlap import lies_in
 from merge_tool.plan.plan import MergePlan
@@ -77,7 +76,7 @@ class PlanFile:
 
     def check_versions(self) -> None:
         """Raise RecipeError if another version of the tool, or of a library that computes, would make this part."""
-        for name, now in _versions().items():
+        for name, now in versions().items():
             if (then := self.versions.get(name)) != now:
                 raise RecipeError(
                     f"{shown(self.where)}: was made by {name} {shown(then)}, this worker has {now}, and parts made by "
@@ -99,22 +98,6 @@ class PlanFile:
         return RecipeError(f"{shown(self.where)}: is no whole plan file ({shown(why)}). {_AGAIN}.")
 
 
-def _versions() -> dict[str, str]:
-    libraries = ("numpy", "ml_dtypes")
-    ours = f"{__version__} ({_source_sha256()[:16]})"
-    return {"slerp-merge": ours, **{name: importlib.metadata.version(name) for name in libraries}}
-
-
-@cache
-def _source_sha256() -> str:
-    """Of the package's own code: two checkouts may have one version number."""
-    package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        code = path.read_bytes().replace(b"\r\n", b"\n")
-        digest.update(f"{path.relative_to(package).as_posix()} {len(code)}\n".encode() + code)
-    return digest.hexdigest()
-
-
 def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFile:
     """The plan of `prepared` for so many parts. Raises RecipeError."""
     if parts < 1:
@@ -129,7 +112,7 @@ def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFi
         shards=tuple((shard.file_name, shard.size) for shard in plan.shards),
         pieces=pieces,
         parts=tuple(tuple(share) for share in share_out(pieces, parts)),
-        versions=_versions(),
+        versions=versions(),
     )
 
 

@@ -138,8 +138,9 @@ class Inputs:
         self._held.close()
         self._snapshots.clear()
 
-    def choose_streaming(self, folder: Path) -> None:
-        """From here on, the missing weights count as read by range, with the spool in `folder`."""
+    def choose_streaming(self, folder: Path, waiting_bytes: int | None = None) -> None:
+        """From here on, the missing weights count as read by range, with the spool in `folder`. If the output does not
+        stay on that disk, and only `waiting_bytes` of it are there at a time, the spool may take half of the rest."""
         if self.coming:
             from merge_tool.checkpoint import blocks
 
@@ -147,8 +148,10 @@ class Inputs:
             for one in self._snapshots.values():
                 for file in one.coming.values():
                     file.identify()
-            self._spool = folder
-            self._spool_slots = self.streaming.spool_slots(blocks.BLOCK_BYTES, len(self._snapshots), free_bytes(folder))
+            self._spool, free = folder, free_bytes(folder)
+            if free is not None and waiting_bytes is not None:
+                free = 2 * max(0, free - waiting_bytes)  # of which a quarter is taken
+            self._spool_slots = self.streaming.spool_slots(blocks.BLOCK_BYTES, len(self._snapshots), free)
             self._spool_bytes = min(self._spool_slots * blocks.BLOCK_BYTES, nbytes)
 
     def stream(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from merge_tool.errors import OutputError, listed, reason, shown, sized
@@ -13,7 +14,7 @@ from merge_tool.output.older import check_conflicts, older_labels, read_sums, st
 from merge_tool.output.report import head_differences, read_head, read_identity, report_head
 from merge_tool.plan.overlap import find_look_alike
 from merge_tool.plan.prepare import Prepared
-from merge_tool.plan.target import Target, existing_folder
+from merge_tool.plan.target import Target, existing_folder, held_bytes
 
 _MOST = 5  # at most so many differences are named
 _SPARE_DISK_BYTES = 16_000_000  # bytes for journal, index, card and report, and for the file system, at most
@@ -102,8 +103,14 @@ def _lost(prepared: Prepared, folder: Path) -> list[str]:
 def _changed_since(prepared: Prepared, output: Path) -> tuple[list[str], list[str]]:
     """Side files whose content differs from the output's; and input files whose time is later than the report's: they
     were changed, or written by another clock (a board without one, a share)."""
-    written, sums = (output / REPORT).stat().st_mtime_ns, read_sums(output)
+    written = (output / REPORT).stat().st_mtime_ns
     files = {id(file): file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
+    later = [file.name for file in files.values() if file.mtime_ns > written]
+    return changed_side_files(prepared, read_sums(output)), later
+
+
+def changed_side_files(prepared: Prepared, sums: Mapping[str, str]) -> list[str]:
+    """The files to copy whose content is not the one that an output's SHA256SUMS has."""
     changed = []
     for file in prepared.side_files.copied:
         digest = hashlib.sha256()
@@ -111,7 +118,7 @@ def _changed_since(prepared: Prepared, output: Path) -> tuple[list[str], list[st
             digest.update(chunk)
         if sums.get(file.target) != digest.hexdigest():
             changed.append(file.source)
-    return changed, [file.name for file in files.values() if file.mtime_ns > written]
+    return changed
 
 
 def check_apart(prepared: Prepared) -> None:
@@ -136,30 +143,28 @@ def check_room(prepared: Prepared, *, overwrite: bool) -> None:
     the Hub's cache is on the same disk, the download is added. FetchError if the download alone does not fit."""
     download = prepared.download
     download.check_room()
-    have = sum(map(_size, prepared.target.work.rglob("*")))
+    have = held_bytes(prepared.target.work)
     spare = min(
         _SPARE_DISK_BYTES,
-        100_000 + prepared.disk_bytes // 50 + 4_000 * prepared.plan.num_tensors * len(prepared.plan.labels),
+        100_000 + prepared.here_bytes // 50 + 4_000 * prepared.plan.num_tensors * len(prepared.plan.labels),
     )
-    need = max(0, prepared.disk_bytes - have)
+    need = max(0, prepared.here_bytes - have)
     coming = download.disk_bytes if _is_on_the_disk_of(prepared.target, download.cache) else 0
     free = prepared.free_disk_bytes
     if free is not None and need + spare + coming > free:
         what = "the spool of what is read by range" if download.is_streamed else "what is fetched into the Hub's cache"
         besides = f", {what} {sized(coming)}" if coming else ""
+        if prepared.target.repo:
+            raise OutputError(
+                f"{prepared.target.name}: the shards that wait for their upload, at most two at a time, take "
+                f"{sized(need)}{besides}, the journal up to {sized(spare)}; the disk of {shown(prepared.target.path)} "
+                f"has {sized(free)} free. Free some space, or give a folder on another disk: --work FOLDER."
+            )
         beside = " The old output stays until the new one is complete." if overwrite else ""
         raise OutputError(
             f"{shown(prepared.target.path)}: the output takes {sized(need)}{besides}, its report and journal up to "
             f"{sized(spare)}; the disk has {sized(free)} free.{beside} Free some space or choose another disk."
         )
-
-
-def _size(path: Path) -> int:
-    """The size of a file; 0 for a folder, and for what a worker on another host has just renamed."""
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except FileNotFoundError:
-        return 0
 
 
 def _is_on_the_disk_of(target: Target, cache: Path | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from merge_tool.errors import OutputError, reason, shown
 from merge_tool.files import write_whole
@@ -13,14 +14,23 @@ from merge_tool.output.card import card_of
 from merge_tool.output.marks import check_apart_by_mark
 from merge_tool.output.merge_report import MergeReport
 from merge_tool.output.report import Summary, alarms, damaged, load_tensors, report_lines, summarise, sums_text
-from merge_tool.output.work_folder import WorkFolder
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.published import recipe_file
 from merge_tool.plan.system_memory import peak_bytes
 from merge_tool.run.findings import Findings, from_record
 
 
-def write_side_files(prepared: Prepared, work: WorkFolder, findings: Findings, summary: Summary) -> None:
+class Work(Protocol):
+    """Where an output's files are completed: a WorkFolder, or a HubFolder."""
+
+    is_publishing: bool
+
+    def digests(self) -> dict[int, list[str]]: ...
+
+    def add(self, label: str, name: str, chunks: Iterable[bytes]) -> str: ...
+
+
+def write_side_files(prepared: Prepared, work: Work, findings: Findings, summary: Summary) -> None:
     """Complete each output in the work folder: copies, index, card, report, checksums."""
     plan, side_files = prepared.plan, prepared.side_files
     if prepared.target.is_file or work.is_publishing:
@@ -49,9 +59,9 @@ def write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
         raise OutputError(f"{shown(path)}: the report cannot be written ({reason(e)}).") from e
 
 
-def earlier_report(prepared: Prepared, report: Path | None, started: float) -> MergeReport:
-    """The report of a merge that an earlier run completed."""
-    stored = prepared.target.path / prepared.plan.labels[0] / REPORT
+def earlier_report(prepared: Prepared, report: Path | None, started: float, stored: Path | None = None) -> MergeReport:
+    """The report of a merge that an earlier run completed; `stored` is its merge_report.json, if that is not in OUT."""
+    stored = stored or prepared.target.path / prepared.plan.labels[0] / REPORT
     summary = summarise(prepared.plan, _stored_findings(prepared, stored))
     if report is not None:
         write_report(prepared, report, [stored.read_text(encoding="utf-8")])
@@ -72,7 +82,7 @@ def _stored_findings(prepared: Prepared, stored: Path) -> Findings:
 
 def report_of(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:
     """What the caller gets of a merge that began at `started` (time.monotonic)."""
-    plan, target = prepared.plan, prepared.target.path
+    plan, target = prepared.plan, Path(prepared.target.name) if prepared.target.repo else prepared.target.path
     has_base = plan.recipe.base is not None and plan.method.base in ("required", "optional")
     return MergeReport(
         outputs=tuple(target / label for label in plan.labels) if not prepared.target.is_file else (target,),

@@ -39,7 +39,9 @@ class MergeReport:
     OUT already held this merge and nothing was done; otherwise an earlier run had finished `num_resumed` of the
     `num_shards` output files. Sizes are bytes. `num_scheduled` counts the tensors that have
     parameters of their own. `num_merged` models are merged, beside a base model that they
-    are compared with if it `has_base`. Its text is what the command line prints.
+    are compared with if it `has_base`. On the Hub the output is at `url`; if it is not published, it waits in the
+    `pull_request` of that number; this run has uploaded `uploaded_bytes` of weights. Its text is what the command line
+    prints.
     """
 
     outputs: tuple[Path, ...]
@@ -59,6 +61,10 @@ class MergeReport:
     has_base: bool = False
     num_resumed: int = 0
     num_shards: int = 1
+    url: str = ""
+    pull_request: int | None = None
+    is_published: bool = True
+    uploaded_bytes: int = 0
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:
@@ -78,6 +84,8 @@ def summary_lines(report: MergeReport) -> Iterator[str]:
     summary, where = report.summary, listed(report.outputs, 12)
     if report.already_complete:
         yield f"{where}: already complete, nothing to do."
+        if not report.is_published:
+            yield _draft_line(report)
         return
     what = f"{report.method} of {counted(report.num_merged, 'model')}{' and a base' if report.has_base else ''}"
     if report.ts:
@@ -96,3 +104,14 @@ def summary_lines(report: MergeReport) -> Iterator[str]:
             f"{summary.largest_degrees:.3g} ({shown(summary.largest_name)})"
         )
     yield from remarks(summary)
+    if report.url and report.is_published:
+        yield f"{report.url}: published; {sized(report.uploaded_bytes)} of weights uploaded"
+    elif report.url:
+        yield _draft_line(report)
+
+
+def _draft_line(report: MergeReport) -> str:
+    return (
+        f"{report.url}/discussions/{report.pull_request}: not published. Merge pull request {report.pull_request}, or "
+        "run the same command without --no-publish."
+    )

@@ -7,7 +7,6 @@ that the merge wrote.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from merge_tool.checkpoint.source import sha256_of
 from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.models.side_files import SUMS, WORK
 from merge_tool.output.older import is_ours, read_sums
-
-_TARGET = re.compile(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", re.ASCII)
+from merge_tool.plan.target import repo_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ def push(out: str | Path, target: str, *, private: bool = False, publish: bool =
     them. The same call continues what was interrupted, also on another machine. A repository that is not there is made
     (`private`, if asked); one with other weights is refused unless `overwrite`. Raises OutputError.
     """
-    folder, repo = Path(out), _repo(target)
+    folder, repo = Path(out), repo_of(target)
     sums = _sums(folder)
     digest = hashlib.sha256("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()).hexdigest()[:16]
     question = {
@@ -55,12 +53,6 @@ def push(out: str | Path, target: str, *, private: bool = False, publish: bool =
     hint = "Its last words are above. Run the same command again: it continues."
     answer, _ = ask("merge_tool.output.pushing", question, what=repo, error=OutputError, hint=hint)
     return Push(**{**answer, "others": tuple(answer["others"])})
-
-
-def _repo(target: str) -> str:
-    if (match := _TARGET.fullmatch(target)) is None:
-        raise OutputError(f"{shown(target)}: is no repository of the Hub. Write hub:org/name.")
-    return match[1]
 
 
 def _sums(folder: Path) -> dict[str, str]:

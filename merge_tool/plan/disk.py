@@ -63,6 +63,19 @@ def shard_limit(largest: int) -> int:
     return largest // 10**9 * 10**9 if largest > 2 * 10**9 else max(1, largest * 15 // 16)
 
 
+def waiting_limit(room: int) -> int:
+    """The most data of a shard that waits for its upload, where two of them may wait and the disk has little room: an
+    eighth of it (what is read by range needs the most), rounded down to 1, 2 or 5 of a power of ten, so that another
+    disk of about that size gives the same shards. At least a megabyte.
+
+    >>> waiting_limit(10_000_000_000), waiting_limit(9_000_000_000), waiting_limit(5_000)
+    (1000000000, 1000000000, 1000000)
+    """
+    share = max(room // 8, 1_000_000)
+    power: int = 10 ** (len(str(share)) - 1)
+    return max(step * power for step in (1, 2, 5) if step * power <= share)
+
+
 def _linux_kind(folder: Path) -> str:
     try:
         return next(reversed(mounted_kinds(folder.stat().st_dev)), "")

@@ -224,7 +224,12 @@ class MergePlan:
 
     def digest_of(self, output: int) -> str:
         """SHA-256 over everything that decides an output's bytes, as far as headers show it."""
-        return hashlib.sha256(json.dumps(self.facts_of(output), sort_keys=True).encode()).hexdigest()
+        return digest_of(self.facts_of(output))
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """SHA-256 over the facts of a merge."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def words_of(outputs: list[Mapping[str, Any]]) -> dict[str, list[str]]:

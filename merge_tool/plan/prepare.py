@@ -41,14 +41,14 @@ from merge_tool.models.side_files import (
 from merge_tool.models.side_names import check_names, named_apart
 from merge_tool.plan.architectures import check_architectures
 from merge_tool.plan.config_fit import fit_config
-from merge_tool.plan.disk import largest_file, largest_of_process, shard_limit
+from merge_tool.plan.disk import largest_file, largest_of_process, shard_limit, waiting_limit
 from merge_tool.plan.memory import Layout, Machine, estimate_peak, plan_layout, region_bytes
 from merge_tool.plan.parents import check_vocabularies, explain_rows, parent_warnings
 from merge_tool.plan.patterns import check_lent_patterns
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.plan_merge import plan_merge
 from merge_tool.plan.system_memory import give_back_free_memory, resident_bytes
-from merge_tool.plan.target import Target, existing_folder
+from merge_tool.plan.target import Target, existing_folder, held_bytes
 from merge_tool.recipe.recipe import Recipe
 from merge_tool.vocabulary.align import Alignment, align, settings_warnings, side_files_of
 from merge_tool.vocabulary.chat_template import choose_template, template_warnings, with_template
@@ -88,7 +88,7 @@ class Prepared:
 
     def __repr__(self) -> str:
         plan, names = self.plan, ", ".join(map(shown, self.plan.names))
-        sizes = f"to read {sized(self.read_bytes)}, to write {sized(self.disk_bytes)} to {shown(self.target.path)}"
+        sizes = f"to read {sized(self.read_bytes)}, to write {sized(self.disk_bytes)} to {self.target.name}"
         download = f", to download {sized(self.download.nbytes)}" if self.download.nbytes else ""
         memory = f"memory about {sized(self.expected_peak_bytes)} at the peak"
         return f"{plan.recipe.method} of {names}: {plan.num_tensors:,} tensors, {sizes}{download}, {memory}"
@@ -97,6 +97,13 @@ class Prepared:
     def disk_bytes(self) -> int:
         """The disk space that the outputs take."""
         return self.plan.output_bytes + len(self.plan.labels) * self.side_files.size
+
+    @property
+    def here_bytes(self) -> int:
+        """The part of it that this disk takes: all, or for the Hub the two largest shards and the other files."""
+        if not self.target.repo:
+            return self.disk_bytes
+        return waiting_bytes(self.plan) + self.side_files.size
 
     @property
     def read_bytes(self) -> int:
@@ -206,12 +213,36 @@ def _name_of(e: OSError, inputs: Sequence[Path]) -> str:
     return path.name if root is None else str(PurePosixPath(folder_name(root)) / path.relative_to(root).as_posix())
 
 
+def waiting_bytes(plan: MergePlan) -> int:
+    """The most disk that the shards of an output on the Hub take: two of them at a time."""
+    return sum(sorted(shard.size for shard in plan.shards)[-2:])
+
+
+def _plan_for_upload(
+    recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target
+) -> MergePlan:
+    """The plan for a repository of the Hub, with smaller shards if this disk has little room for two of them, or if an
+    earlier run began with smaller ones."""
+    plan, asked = _plan(recipe, models, methods, target), recipe.options.max_shard_bytes
+    free, limit, why = free_bytes(existing_folder(target.path)), asked, ""
+    room = None if free is None else free + held_bytes(target.work)
+    if target.most_shard_bytes is not None:
+        limit, why = min(asked, target.most_shard_bytes), f"{target.name}: was begun with smaller shards"
+    elif room is not None and waiting_bytes(plan) > room // 2:
+        limit, why = min(asked, waiting_limit(room)), f"{shown(target.path)}: its disk has {sized(room)} of room"
+    if limit == asked:
+        return plan
+    plan = _plan(replace(recipe, options=replace(recipe.options, max_shard_bytes=limit)), models, methods, target)
+    smaller = f"{why}, so the shards have at most {sized(limit)}, as with --max-shard-size {limit}."
+    return replace(plan, warnings=(*plan.warnings, smaller))
+
+
 def _plan_for_disk(
     recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target
 ) -> MergePlan:
     """The plan, with smaller shards if the disk of OUT, or a limit of this process, allows no file so large. Raises
     OutputError if a single tensor is too large for it."""
-    plan = _plan(recipe, models, methods, target)
+    plan = (_plan_for_upload if target.repo else _plan)(recipe, models, methods, target)
     limits = {
         ("its disk holds", "Choose another disk"): largest_file(existing_folder(target.path)),
         ("ulimit -f allows", "Raise that limit"): largest_of_process(),

@@ -1,7 +1,10 @@
-"""A merge's output path: a folder or one file, beside its inputs and never over them. Checks paths; writes nothing."""
+"""A merge's output path: a folder or one file, beside its inputs and never over them; or a repository of the Hub.
+Checks paths; writes nothing."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +14,27 @@ from merge_tool.errors import OutputError, RecipeError, reason, shown
 from merge_tool.models.side_files import WORK
 from merge_tool.plan.overlap import lies_in
 
+HUB = "hub:"
+_REPO = re.compile(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", re.ASCII)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A merge's output: a folder, or exactly one .safetensors file."""
+    """A merge's output: a folder, or exactly one .safetensors file. With `repo` a repository of the Hub: `path` is then
+    the folder where shards wait for their upload, and `most_shard_bytes` the size that an earlier run gave them."""
 
     path: Path
+    repo: str = ""
+    most_shard_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the user calls the output."""
+        return f"{HUB}{self.repo}" if self.repo else shown(self.path)
 
     @property
     def is_file(self) -> bool:
-        return self.path.suffix == ".safetensors"
+        return not self.repo and self.path.suffix == ".safetensors"
 
     @property
     def work(self) -> Path:
@@ -29,6 +43,33 @@ class Target:
     @property
     def single_file(self) -> str | None:
         return self.path.name if self.is_file else None
+
+
+def is_hub(out: str | Path) -> bool:
+    """Whether an output is a repository of the Hub, rather than a path."""
+    return str(out).startswith(HUB)
+
+
+def repo_of(out: str | Path) -> str:
+    """The repository that `hub:org/name` means. Raises OutputError."""
+    text = out.as_posix() if isinstance(out, Path) else out
+    if (match := _REPO.fullmatch(text)) is None:
+        raise OutputError(f"{shown(text)}: is no repository of the Hub. Write hub:org/name.")
+    if text.endswith(".safetensors"):
+        raise OutputError(f"{shown(text)}: a repository holds a folder, not one file. Leave out .safetensors.")
+    return match[1]
+
+
+def hub_target(out: str | Path, work: Path | None = None) -> Target:
+    """The target for `hub:org/name`. Shards wait in a folder in `work`, or by itself in the folder that the Hub's own
+    client keeps for other programs: HF_ASSETS_CACHE, or `assets` in HF_HOME. Raises OutputError."""
+    repo = repo_of(out)
+    if work is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+        assets = os.environ.get("HF_ASSETS_CACHE") or f"{home}/assets"
+        work = Path(os.path.expandvars(assets)).expanduser() / "slerp-merge"
+    return Target(work / repo.replace("/", "--"), repo)
 
 
 def check_target(target: Target, inputs: Iterable[Path]) -> None:
@@ -78,6 +119,18 @@ def check_report_path(path: Path, num_outputs: int, target: Target, inputs: Iter
         raise OutputError(f"{where}: {'is a folder' if is_folder else 'its folder is missing'}. Choose a file's path.")
     if is_harmful:
         raise OutputError(f"{where}: lies inside an input or the output. Choose a path beside them.")
+
+
+def held_bytes(folder: Path) -> int:
+    """The bytes of all files in a folder. A worker on another host may just be renaming one."""
+
+    def size(path: Path) -> int:
+        try:
+            return path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            return 0
+
+    return sum(map(size, folder.rglob("*")))
 
 
 def existing_folder(path: Path) -> Path:

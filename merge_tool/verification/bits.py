@@ -13,7 +13,7 @@ import numpy as np
 from merge_tool.arrays import STORED_DTYPES, TILE, Array, as_bytes, same_values
 from merge_tool.checkpoint.alike import to_hold
 from merge_tool.checkpoint.quantise import largest_of
-from merge_tool.checkpoint.source import LocalFile, acquired
+from merge_tool.checkpoint.source import ByteSource, acquired
 from merge_tool.errors import MergeToolError, shown
 from merge_tool.models.side_files import REPORT
 from merge_tool.plan.plan import ShardPlan, TensorJob
@@ -35,13 +35,13 @@ class Sample:
     """Checks some tiles of every tensor, and of 8-bit outputs some rows of scales; `share` is how much of each."""
 
     def __init__(
-        self, checks: Checks, files: Mapping[int, LocalFile], prepared: Prepared, findings: Findings, share: float
+        self, checks: Checks, files: Mapping[int, ByteSource], prepared: Prepared, findings: Findings, share: float
     ) -> None:
         self.checks, self.plan, self.findings, self.share = checks, prepared.plan, findings, share
         self.files = files
         self.worker, self.chance = WorkerMemory(prepared.layout), random.Random()
         self.room = bytearray(8 * TILE)
-        self.places: dict[str, tuple[TensorJob, LocalFile]] = {
+        self.places: dict[str, tuple[TensorJob, ByteSource]] = {
             job.out.name: (job, files[shard.number]) for shard in self.plan.shards for job in shard.jobs if job.scaling
         }
 
@@ -53,7 +53,7 @@ class Sample:
                 with acquired(to_hold(job.sources)):
                     self._check_tensor(file, job)
 
-    def _check_tensor(self, file: LocalFile, job: TensorJob) -> None:
+    def _check_tensor(self, file: ByteSource, job: TensorJob) -> None:
         if (work := self._begun(job)) is None:
             return
         with np.errstate(all="ignore"):  # the output's scales may be zero or NaN
@@ -108,7 +108,7 @@ class Sample:
             source.read_into(start, values)
         return inputs, out
 
-    def _check_sum(self, file: LocalFile, job: TensorJob, work: Summed, start: int, stop: int) -> bool:
+    def _check_sum(self, file: ByteSource, job: TensorJob, work: Summed, start: int, stop: int) -> bool:
         try:
             merged = work.merged(0, start, *work.add_up(start, stop, self.worker))
         except (*_UNREADABLE, MergeToolError) as e:
@@ -116,7 +116,7 @@ class Sample:
             return False
         return self._compare(file, job, start, merged)
 
-    def _check_tile(self, file: LocalFile, job: TensorJob, work: Work, start: int) -> bool:
+    def _check_tile(self, file: ByteSource, job: TensorJob, work: Work, start: int) -> bool:
         stop = min(start + work.tile, job.numel)
         if isinstance(work, Summed):
             return self._check_sum(file, job, work, start, stop)
@@ -129,9 +129,12 @@ class Sample:
         except (*_UNREADABLE, MergeToolError) as e:
             self.checks.add(f"{shown(file.name)}: {shown(e, 600)}")
             return False
-        return self._compare(file, job, start, merged)
+        is_same = self._compare(file, job, start, merged)
+        for source in job.sources:
+            source.forget(start, start + len(inputs[0]))
+        return is_same
 
-    def _compare(self, file: LocalFile, job: TensorJob, start: int, expected: Array) -> bool:
+    def _compare(self, file: ByteSource, job: TensorJob, start: int, expected: Array) -> bool:
         self.checks.num_compared += len(expected)
         offset = job.out.offset + start * expected.itemsize
         return check_bytes(self.checks, file, offset, as_bytes(expected), job.out.name, self.room, job)
@@ -146,7 +149,7 @@ class Sample:
         file.read_into(job.out.offset, as_bytes(scales))
         return scales
 
-    def _check_scales(self, file: LocalFile, job: TensorJob, work: Scaled) -> None:
+    def _check_scales(self, file: ByteSource, job: TensorJob, work: Scaled) -> None:
         """Compare rows of scales, each made from all values that share it. A single scale needs the whole tensor."""
         columns = work.scaling.like.grid.scale_columns
         rows = self._chosen(job.out.numel // columns)
@@ -180,7 +183,7 @@ class Sample:
 class _Comparer:
     """A shard's Writer that writes nothing: it compares with the existing file and keeps the first difference."""
 
-    def __init__(self, file: LocalFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self.file, self.first, self.nbytes = file, -1, 0
         self.lock = threading.Lock()  # of `first`
 
@@ -203,7 +206,7 @@ class _Comparer:
 class Comparison:
     """A Sink that keeps the findings and reports where the existing shards differ from the merge."""
 
-    def __init__(self, checks: Checks, files: Mapping[int, LocalFile]) -> None:
+    def __init__(self, checks: Checks, files: Mapping[int, ByteSource]) -> None:
         self.checks, self.files, self.findings = checks, files, Findings()
         self.lock = threading.Lock()  # of findings and checks
 

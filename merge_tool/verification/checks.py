@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.source import ByteSource
 from merge_tool.errors import shown
 from merge_tool.plan.plan import TensorJob
 from merge_tool.progress import Progress
@@ -33,7 +33,7 @@ class Checks:
 
 def check_bytes(
     checks: Checks,
-    file: LocalFile,
+    file: ByteSource,
     offset: int,
     expected: memoryview,
     what: str,
@@ -51,12 +51,13 @@ def check_bytes(
     return False
 
 
-def first_difference(file: LocalFile, offset: int, expected: memoryview, room: bytearray) -> int | None:
+def first_difference(file: ByteSource, offset: int, expected: memoryview, room: bytearray) -> int | None:
     """The offset in the file of the first byte that is not as expected; None if there is none."""
     for start in range(0, len(expected), len(room)):
         piece = expected[start : start + len(room)]
         view = memoryview(room)[: len(piece)]
         file.read_into(offset + start, view)
+        file.forget(offset + start, len(view))
         if view != piece:
             return offset + start + next(k for k, (a, b) in enumerate(zip(view, piece, strict=True)) if a != b)
     return None

@@ -15,7 +15,7 @@ from typing import Any
 
 from merge_tool._version import __version__
 from merge_tool.checkpoint.folder import Folder
-from merge_tool.checkpoint.source import LocalFile
+from merge_tool.checkpoint.source import ByteSource, LocalFile
 from merge_tool.errors import CheckpointError, OutputError, listed, reason, shown
 from merge_tool.methods.registry import METHODS
 from merge_tool.models.inputs import Inputs
@@ -23,7 +23,7 @@ from merge_tool.models.lora import open_models
 from merge_tool.models.side_files import CARD, RECIPE, REPORT
 from merge_tool.output.card import card_of
 from merge_tool.output.report import report_lines, stream_report, summarise, tensor_text
-from merge_tool.plan.memory import machine
+from merge_tool.plan.memory import Machine, machine
 from merge_tool.plan.patterns import check_patterns
 from merge_tool.plan.plan import MergePlan
 from merge_tool.plan.prepare import Prepared, prepare
@@ -70,25 +70,30 @@ def plan_again(
 ) -> Prepared:
     """The merge's plan: from its parents or the recipe, their headers, and the options in the report. Without `fetch`
     no weights of the Hub are downloaded, and none are read."""
-    recipe, target = _recipe_again(report.head, against, recipe_path, models_dir), Target(out)
+    recipe, target = recipe_again(report.head, against, recipe_path, models_dir), Target(out)
     limits = machine(memory_bytes, jobs)
     with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
         check_target(target, inputs.paths)
         if fetch:
             inputs.fetch()
-        if patterns := _regular_expressions(recipe):
-            models = open_models(
-                inputs.refs,
-                coming=inputs.coming,
-                max_header_bytes=limits.header_bytes,
-                variant=recipe.options.variant,
-            )
-            check_patterns(patterns, (name for model in models for name in model.tensors), REPORT)
-            del models
-        return prepare(recipe, inputs, target, limits, read_samples=fetch)
+        return plan_with(recipe, inputs, target, limits, read_samples=fetch)
 
 
-def _recipe_again(
+def plan_with(recipe: Recipe, inputs: Inputs, target: Target, limits: Machine, *, read_samples: bool) -> Prepared:
+    """The plan of a recipe from a report, which may be a stranger's, with open inputs."""
+    if patterns := _regular_expressions(recipe):
+        models = open_models(
+            inputs.refs,
+            coming=inputs.coming,
+            max_header_bytes=limits.header_bytes,
+            variant=recipe.options.variant,
+        )
+        check_patterns(patterns, (name for model in models for name in model.tensors), REPORT)
+        del models
+    return prepare(recipe, inputs, target, limits, read_samples=read_samples)
+
+
+def recipe_again(
     head: Mapping[str, Any],
     against: tuple[str | Path, str | Path] | None,
     recipe_path: str | Path | None,
@@ -126,12 +131,21 @@ def _regular_expressions(recipe: Recipe) -> list[str]:
 
 
 def check_parents(
-    checks: Checks, folder: Folder, report: StoredReport, prepared: Prepared, *, sample: float, full: bool
+    checks: Checks,
+    folder: Folder,
+    report: StoredReport,
+    prepared: Prepared,
+    *,
+    sample: float,
+    full: bool,
+    there: Mapping[str, ByteSource] | None = None,
 ) -> None:
+    """Compare an output with a merge of its parents. Its files are in `folder`, but for those `there`, on a server."""
     plan = prepared.plan
     if not _check_head(checks, report, prepared):
         return
-    files = {shard.number: LocalFile(folder.regular(shard.file_name), shard.file_name) for shard in plan.shards}
+    names, there = {shard.number: shard.file_name for shard in plan.shards}, there or {}
+    files = {n: there[name] if name in there else LocalFile(folder.regular(name), name) for n, name in names.items()}
     if wrong := [shard.file_name for shard in plan.shards if files[shard.number].size != shard.size]:
         checks.add(f"{shown(wrong[0])}: is not as large as a merge of these parents makes it; no element was compared.")
         return

@@ -21,6 +21,7 @@ from merge_tool.errors import CheckpointError, MergeToolError, OutputError, coun
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
 from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
+from merge_tool.plan.target import is_hub
 from merge_tool.progress import Progress
 from merge_tool.recipe.mergekit import make_options
 from merge_tool.recipe.options import Options, as_json
@@ -83,11 +84,34 @@ def verify(
     the report's pass results and compared bit for bit. With `full` all elements, the passes, and every line of the
     report are compared. A one-file output needs its `report_path`. `options` are fields of
     `merge_tool.recipe.options.Options` that OUT must have been made with; without them its report is taken at its word.
-    `progress` is as in `merge`.
+    `progress` is as in `merge`. `out` may be a repository of the Hub, `hub:org/name`: it and the parents' models of the
+    Hub are then read by ranges.
 
     Raises MergeToolError if `out` is no output, or a parent cannot be read.
     """
     _check_sample(sample)
+    if is_hub(out):
+        from merge_tool.verification.on_hub import verify_on_hub  # most outputs are here
+
+        if full or report_path is not None:
+            raise OutputError(
+                f"{shown(out)}: is verified by ranges, a sample of it, with its own report. For --full fetch it first: "
+                "hf download ORG/NAME --local-dir OUT."
+            )
+        with Progress(progress) as shown_progress:
+            return (
+                verify_on_hub(
+                    out,
+                    against,
+                    sample=sample,
+                    recipe_path=recipe,
+                    models_dir=models_dir,
+                    memory_bytes=memory_bytes,
+                    jobs=jobs,
+                    wanted=_wanted(options),
+                    checks=Checks(progress=shown_progress),
+                ),
+            )
     with Progress(progress) as shown_progress:
         check = partial(
             _verify,
@@ -152,6 +176,8 @@ def plan_verify(
     """What `verify` with these arguments would do, from headers alone. Raises the errors that it begins with."""
     _check_sample(sample)
     _wanted(options)
+    if is_hub(out):
+        raise OutputError(f"{shown(out)}: a dry run is of an output that is here. Verify at once: it reads ranges.")
 
     def look(root: Path, file_name: str | None, given_report: Path | None) -> VerifyPlan:
         folder = Folder(root)
@@ -160,7 +186,7 @@ def plan_verify(
         if against or recipe:
             try:
                 _check_has_report(file_name, given_report)
-                report = _open_report(given_report or folder.regular(REPORT))
+                report = open_report(given_report or folder.regular(REPORT))
             except (ValueError, RecursionError) as e:
                 raise OutputError(f"{shown(root)}: {REPORT}: {reason(e)}") from e
             path = root if file_name is None else root / file_name
@@ -205,7 +231,7 @@ def _wanted(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: made[name] for name in options}
 
 
-def _check_options(checks: Checks, head: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_options(checks: Checks, head: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     stored = {**as_json(Options(), all_of_them=True), **head["options"]}
     flags = {f.name: f.metadata["flag"] for f in fields(Options)}
     for name, value in wanted.items():
@@ -249,13 +275,13 @@ def _verify(
         checks.num_files, checks.nbytes = 1, (root / file_name).stat().st_size
     try:
         if file_name is None or report_path is not None:
-            report = _open_report(report_path or folder.regular(REPORT))
+            report = open_report(report_path or folder.regular(REPORT))
         weights = _check_weights(checks, folder, file_name, report)
     except (MergeToolError, ValueError, OSError, RecursionError) as e:
         checks.add(f"{REPORT if report is None else 'the weights'}: {reason(e)}")
         report, weights = None, (0, 0)
     if report is not None:
-        _check_options(checks, report.head, wanted)
+        check_options(checks, report.head, wanted)
     if against or recipe:
         _check_has_report(file_name, report_path)
     if (against or recipe) and report is not None:
@@ -299,7 +325,7 @@ def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
         )
     checks.progress.start(sum(_size(folder, name) for name in sums))
     for name, expected in sums.items():
-        _check_digest(checks, folder, name, expected)
+        check_digest(checks, folder, name, expected)
     for name in (REPORT, CARD):
         if name not in sums:
             checks.add(f"{SUMS}: does not list {name}.")
@@ -310,7 +336,7 @@ def _check_manifest(checks: Checks, folder: Folder) -> list[str]:
     return others
 
 
-def _check_digest(checks: Checks, folder: Folder, name: str, expected: str) -> None:
+def check_digest(checks: Checks, folder: Folder, name: str, expected: str) -> None:
     try:
         path = folder.regular(name)
         digest = sha256_of(path, lambda nbytes: checks.progress.advance(nbytes, name))
@@ -326,7 +352,7 @@ def _check_digest(checks: Checks, folder: Folder, name: str, expected: str) -> N
 # ------------------------------------------------------------------------ weights against the report
 
 
-def _open_report(path: Path) -> StoredReport:
+def open_report(path: Path) -> StoredReport:
     with path.open(encoding="utf-8", newline="") as lines:
         head = next(stream_report(lines))[1]
     if head.get("format") != FORMAT:
@@ -362,7 +388,7 @@ def _check_weights(
     count = elements = 0
     for _, entry in report.tensors():
         count += 1
-        elements += _check_tensor(checks, entry, held)
+        elements += check_tensor(checks, entry, held)
     for name in list(held)[:_MOST]:
         checks.add(f"{shown(name)}: is in {shown(held[name][2])}, but not in the report.")
     return count, elements
@@ -381,7 +407,7 @@ def _library_view(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         raise CheckpointError(f"{shown(path.name)}: the safetensors library refuses it ({reason(e)}).") from e
 
 
-def _check_tensor(checks: Checks, tensor: Mapping[str, Any], held: dict[str, Any]) -> int:
+def check_tensor(checks: Checks, tensor: Mapping[str, Any], held: dict[str, Any]) -> int:
     name, shape, dtype = (tensor.get(key) for key in ("name", "shape", "dtype"))
     there = held.pop(name, None) if isinstance(name, str) else None
     if there is None:
