@@ -206,6 +206,9 @@ def average(
     stream: bool | None = None,
     downloads: int = DOWNLOADS,
     spool_bytes: int | None = None,
+    private: bool = False,
+    publish: bool = True,
+    work: str | Path | None = None,
     report_path: str | Path | None = None,
     progress: str = "auto",
     on_warning: Callable[[str], None] | None = None,
@@ -238,6 +241,7 @@ def average(
             overwrite=overwrite,
             check_resumed=check_resumed,
             streaming=Streaming(stream, downloads, spool_bytes),
+            publishing=Publishing(private, publish, None if work is None else Path(work)),
             report_path=report_path,
             watch=watch,
         )

@@ -127,7 +127,7 @@ def test_what_cannot_have_a_page_is_refused_before_the_work(pair: tuple[Path, Pa
         ([*pair, tmp_path / "o", "--report-html", tmp_path / "no/p.html"], "there is no such folder"),
         ([*pair, tmp_path / "o.safetensors", *page], "is one file, without a report"),
         ([*pair, tmp_path / "o", "--t", "0.1,0.2", *page], "2 outputs"),
-        ([*pair, "hub:me/merged", *page], "hub:me/merged is on the Hub"),
+        ([*pair, "hub:me/merged", *page], "hub:me/merged is not here"),
     ):
         done = tool("merge", *words)
         assert done.exit_code == 1

@@ -339,6 +339,7 @@ def fold_command(base: str, adapter: str, out: Path, **options: Any) -> None:
 @with_options(field_options(AverageOptions, Options))
 @with_options(MACHINE_OPTIONS)
 @with_options(STREAM_OPTIONS)
+@with_options(HUB_OPTIONS)
 @with_options(OUTPUT_OPTIONS)
 @with_options(PRINT_OPTIONS)
 @print_errors(CONTINUES)
