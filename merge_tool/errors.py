@@ -97,8 +97,11 @@ def shown(name: object, limit: int = 200) -> str:
     >>> shown("evil\\x1b[2J")
     'evil\\\\x1b[2J'
     """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name)[:limit])
-    return text if len(str(name)) <= limit else f"{text}… ({len(str(name))} characters)"
+    whole = str(name)
+    text = whole[:limit]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(whole) <= limit else f"{text}… ({len(whole)} characters)"
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

@@ -74,6 +74,7 @@ _USUAL_ENTRY = re.compile(  # as the library writes it, and nearly every file is
     rf'\{{"dtype":"([A-Z0-9_]{{1,16}})","shape":\[((?:{_INTEGER}(?:,{_INTEGER})*)?)\],'
     rf'"data_offsets":\[({_INTEGER}),({_INTEGER})\]\}}'
 )
+_USUAL_MEMBER = re.compile(rf',"([^"\\\x00-\x1f]*)":{_USUAL_ENTRY.pattern}')  # behind another one
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NULL = re.compile(r"[ \t\n\r]*null")
 _LONGEST_ENTRY = 65_536  # characters; a tensor's entry is about 100
@@ -114,16 +115,23 @@ def _parse_members(text: str) -> tuple[list[tuple[int, int, TensorInfo]], dict[s
     if not text.startswith("{"):
         raise _Malformed("the header does not start with '{'")
     members = _Members(text, 0, "the header")
-    for name in members:
+
+    def add(name: str) -> str:
         if name in names:
             raise _Malformed(f"the name '{shown(name)}' appears twice")
         names.add(name)
-        if name == "__metadata__":
+        return name
+
+    for name in members:
+        if add(name) == "__metadata__":
             metadata = members.take_strings(name)
-            continue
-        dtype, shape, begin, end = members.take_entry(name)
-        shape = shapes.setdefault(shape, shape)
-        spans.append((begin, end, TensorInfo(sys.intern(name), sys.intern(dtype), shape, begin)))
+        else:
+            dtype, shape, begin, end = members.take_entry(name)
+            shape = shapes.setdefault(shape, shape)
+            spans.append((begin, end, TensorInfo(sys.intern(name), sys.intern(dtype), shape, begin)))
+        for name, dtype, shape, begin, end in members.usual_entries():
+            shape = shapes.setdefault(shape, shape)
+            spans.append((begin, end, TensorInfo(sys.intern(add(name)), sys.intern(dtype), shape, begin)))
     if _skip_space(text, members.position) != len(text):
         raise _Malformed("there is text behind the header's closing brace")
     return spans, metadata
@@ -171,13 +179,20 @@ class _Members:
         """The value at `position`, a tensor's entry: dtype, shape, begin and end."""
         if usual := _USUAL_ENTRY.match(self.text, self.position):
             self.position = usual.end()
-            dims = usual[2]
-            shape = tuple(map(int, dims.split(","))) if dims else ()
-            return usual[1], shape, int(usual[3]), int(usual[4])
+            return _usual(*usual.groups())
         start = _skip_space(self.text, self.position)
         entry, length = _decode_entry(self.text[start : start + _LONGEST_ENTRY], name)
         self.position = start + length
         return _check_entry(entry, name)
+
+    def usual_entries(self) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+        """After a value: the members behind it, with their names, as long as they are written as the library does."""
+        while usual := _USUAL_MEMBER.match(self.text, self.position):
+            if usual[1] == "__metadata__":
+                return
+            self.position = usual.end()
+            name, *entry = usual.groups()
+            yield name, *_usual(*entry)
 
     def _take_string(self, what: str, where: str) -> str:
         value: str
@@ -206,6 +221,10 @@ class _Members:
         self._skip()
         if not self._next_is(sign):
             raise _Malformed(f"the header is not valid JSON: expected '{sign}' {where} '{shown(key)}'")
+
+
+def _usual(dtype: str, dims: str, begin: str, end: str) -> tuple[str, tuple[int, ...], int, int]:
+    return dtype, tuple(map(int, dims.split(","))) if dims else (), int(begin), int(end)
 
 
 def _skip_space(text: str, position: int) -> int:

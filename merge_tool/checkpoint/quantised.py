@@ -114,6 +114,7 @@ _SCALE = re.compile(  # the name of scales, and what they scale: a tensor, or a 
     r"(?:(.*?)[._]+)?(?:scales?(?:_inv)?|absmax|q?zeros|zero_points?|biases|codebooks?|quant_(?:map|state)|scb)", re.I
 )
 _WIDE_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_LONE = ("_scale_inv", "_scale", ".quant_map", ".scale_weight", "scaled_fp8")  # ends of the names of lone scales
 _SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".output_scale", ".k_scale", ".v_scale")
 
 
@@ -147,6 +148,8 @@ def is_integer_weight(info: TensorInfo) -> bool:
 
 def _codes(tensors: _Names) -> str | None:
     """Integers that are a weight or have scales beside them: no model counts or lists anything in these places."""
+    if not any(info.dtype in _INTEGERS for info in tensors.values()):
+        return None
     scales = (_SCALE.fullmatch(name[-500:]) for name, info in tensors.items() if info.dtype in _WIDE_FLOATS)
     scaled = {match[1] or "" for match in scales if match}
     for name, info in tensors.items():
@@ -181,6 +184,8 @@ def _method_by_names(tensors: _Names) -> tuple[str, str | None]:
 def _lone_scales(tensors: _Names) -> str | None:
     has_fp8 = any(info.dtype.startswith("F8_") for info in tensors.values())
     for name in tensors:
+        if not name.endswith(_LONE):
+            continue
         companion = next((name.removesuffix(s) for s in ("_scale_inv", "_scale") if name.endswith(s)), None)
         is_named_so = name.endswith(_SCALES)
         if (

@@ -152,8 +152,9 @@ def plan_lines(prepared: Prepared, complete: bool) -> Iterator[str]:
     if plan.num_quantised:
         base = shown(plan.names[plan.recipe.first])
         yield f"  8 bits    {counted(plan.num_quantised, 'weight')}, quantised again as in {base}"
-    again = " (what does not fit the memory more than once)" if prepared.read_bytes > plan.input_bytes else ""
-    yield f"  read      {sized(prepared.read_bytes)}{again}"
+    read_bytes = prepared.read_bytes
+    again = " (what does not fit the memory more than once)" if read_bytes > plan.input_bytes else ""
+    yield f"  read      {sized(read_bytes)}{again}"
     yield f"  write     {sized(prepared.disk_bytes)} to {prepared.target.name}" + (
         f" ({len(plan.labels)} outputs)" if many else ""
     )

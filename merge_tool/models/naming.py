@@ -50,6 +50,9 @@ _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSpee
 _PREDICTS = re.compile(r"LM|ForPreTraining|MTModel|ForConditionalGeneration|Text2Text|(?:Speech|Text)To(?:Speech|Text)")
 # Biases with an element for each token, beside those of heads.
 _BIASES = ("cls.predictions.bias", "predictions.bias", "final_logits_bias")
+# The same as ends of names, which one call compares: most tensors of a model are none of these.
+_HEAD_WEIGHTS = tuple(f"{head}.weight" for head in HEADS)
+_HEAD_ENDS, _BIAS_ENDS = tuple(f".{head}" for head in HEADS), tuple(f".{bias}" for bias in _BIASES)
 # Tensors that some checkpoints store although they are copies of another tensor.
 COPIES = {
     "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
@@ -84,6 +87,7 @@ _ALIASES = {
     "weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1",
 }  # fmt: skip
 _ALIAS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(map(re.escape, _ALIASES))})$")
+_ALIAS_ENDS = tuple(_ALIASES)
 _NUMBERED = re.compile(r"(?:^|\.)[0-9]+\.")
 
 
@@ -98,7 +102,7 @@ def own_name(name: str) -> str:
         if not dot or first not in _WRAPPERS:
             break
         name = rest
-    return _ALIAS.sub(lambda match: _ALIASES[match[0]], name)
+    return _ALIAS.sub(lambda match: _ALIASES[match[0]], name) if name.endswith(_ALIAS_ENDS) else name
 
 
 def is_in_layer(name: str) -> bool:
@@ -112,8 +116,9 @@ def is_head(name: str) -> bool:
     >>> [is_head(name) for name in ("model.lm_head.weight", "output.weight", "layers.0.output.weight", "v_head.weight")]
     [True, True, False, False]
     """
-    module, _, leaf = own_name(name).rpartition(".")
-    return leaf == "weight" and module in HEADS
+    if not name.endswith(_HEAD_WEIGHTS):  # most tensors of a model
+        return False
+    return own_name(name).removesuffix(".weight") in HEADS
 
 
 def head_of(embedding: str, architecture: str) -> str | None:
@@ -158,12 +163,8 @@ def embeds_tokens(name: str) -> bool:
 def has_token_rows(name: str) -> bool:
     """Whether a tensor's name is that of an embedding, a head or its bias: one row or element for each token."""
     module, _, leaf = name.rpartition(".")
-    is_of_head = leaf in ("weight", "bias") and any(_ends_with(module, head) for head in HEADS)
-    return embeds_tokens(name) or is_of_head or any(_ends_with(name, bias) for bias in _BIASES)
-
-
-def _ends_with(name: str, part: str) -> bool:
-    return name == part or name.endswith(f".{part}")
+    is_of_head = leaf in ("weight", "bias") and f".{module}".endswith(_HEAD_ENDS)
+    return embeds_tokens(name) or is_of_head or f".{name}".endswith(_BIAS_ENDS)
 
 
 def is_of_positions(name: str) -> bool:
