@@ -307,7 +307,7 @@ def test_another_source_under_one_version_number_is_refused(
 ) -> None:
     """Two checkouts of one version would make parts that do not belong together."""
     plan = plan_parts(small(pair), tmp_path / "out", 2)
-    monkeypatch.setattr("merge_tool.hosts.plan_file._source_sha256", lambda: "f" * 64)
+    monkeypatch.setattr("merge_tool.output.versions._source_sha256", lambda: "f" * 64)
     with pytest.raises(RecipeError, match=r"was made by slerp-merge .* this worker has .*\(f{16}\)"):
         Worker(plan)
 
