@@ -31,7 +31,7 @@ $(CORE_VENV)/.installed: pyproject.toml constraints.txt
 	@$(CORE_BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e .
 	@touch $@
 
-test: lint test-core ## lint, types, tests: what CI runs (under 10 minutes on 2 cores)
+test: lint test-core ## lint, types, tests: what CI runs (about 12 minutes on 2 cores)
 	@echo "== pytest"
 	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
 

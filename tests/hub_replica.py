@@ -16,8 +16,10 @@ import re
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,11 +160,18 @@ def refusal(hub: Replica, tmp_path: Path, *arguments: str, **more: str) -> str:
     return done.stderr
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has ended is no error; nothing of the server belongs to what a command says."""
+        if not isinstance(sys.exception(), ConnectionError):
+            traceback.print_exc(file=sys.__stderr__)
+
+
 @contextmanager
 def serve(root: Path) -> Iterator[Replica]:
     """A replica of the repositories below `root`, until the block ends."""
     replica = Replica(root)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"replica": replica}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"replica": replica}))
     server.daemon_threads = True
     replica.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
