@@ -15,7 +15,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("same", derandomize=True)  # the same examples in every run; pytest
 settings.load_profile("same")  # --hypothesis-profile=default looks for new ones
 
-# Among the longer checks, by the end of their names: a shorter test of the same law, or another case of it, runs always.
+# Among the longer checks, by the end of their names: a shorter test of the same law, or another case of it, is run
+# with the others.
 LONGER = (
     "test_fp8_output.py::test_transformers_reads_the_output",
     "test_hub.py::test_a_repository_of_nothing_but_weights_is_a_model[style.safetensors]",
