@@ -255,7 +255,9 @@ def averaging(checkpoints: Sequence[str], **options: Any) -> Recipe:
 
     own = {f.name: options.pop(f.name) for f in fields(AverageOptions) if f.name in options}
     settings = AverageOptions(**own)
-    found, warnings = in_order(checkpoints)
+    numbered = [kind for kind in settings.weights if kind.numbers]
+    is_list = any(kind.is_list for kind in numbered)  # a list beside a list: place by place
+    found, warnings = in_order(checkpoints, numbered[0].text if numbered else None, keep=is_list)
     return average_recipe(found, settings, METHODS, warnings=warnings, **options)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
 
 from checkpoints import Array, contents, language_model, load_folder, save_file, save_model
 from merge_tool import DataError, MergeToolError, MismatchError, RecipeError, average, merge_models, verify
@@ -324,3 +325,19 @@ def test_the_plan_says_what_is_averaged(tmp_path: Path, run: list[Path]) -> None
     assert result.stdout.startswith("Plan: linear for window-2, window-4 of step-200, step-400, step-1000, ")
     plan = json.loads(command(*run, tmp_path / "out", "--weights", "linear", "--dry-run", "--json").stdout)
     assert plan["settings"][0]["settings"]["weight"] == [1, 2, 3, 4, 5]
+
+
+def test_numbers_belong_to_the_checkpoints_beside_which_they_are_given(tmp_path: Path) -> None:
+    """No order is guessed then: a list of weights goes place by place; a file's stops where a shell may have sorted."""
+    for number in (2, 10):
+        save_file({"w": np.full(4, float(number), "f4")}, tmp_path / f"m-{number}.safetensors")
+    given = [tmp_path / "m-10.safetensors", tmp_path / "m-2.safetensors"]
+    average(given, tmp_path / "out.safetensors", weights=[0.9, 0.1])
+    assert load_file(tmp_path / "out.safetensors")["w"] == pytest.approx(9.2)
+    (tmp_path / "w.txt").write_text("0.9 0.1")
+    with pytest.raises(RecipeError, match=r"sorted by spelling, as a shell does: m-10.safetensors, m-2.safetensors"):
+        averaging([str(one) for one in given], weights=str(tmp_path / "w.txt"))
+    average([tmp_path / "m-*.safetensors"], tmp_path / "glob.safetensors", weights=str(tmp_path / "w.txt"))
+    assert load_file(tmp_path / "glob.safetensors")["w"] == pytest.approx(2.8)
+    average(given, tmp_path / "plain.safetensors")
+    assert load_file(tmp_path / "plain.safetensors")["w"] == pytest.approx(6)

@@ -14,19 +14,30 @@ from merge_tool.models.lora import lacking
 from merge_tool.models.naming import natural_key
 
 
-def in_order(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The checkpoints, the oldest first, and warnings.
+def in_order(
+    given: Sequence[str], numbered_by: str | None = None, *, keep: bool = False
+) -> tuple[list[str], list[str]]:
+    """The checkpoints, the oldest first, and warnings. `numbered_by` is a file that has a number for each: then no
+    order is guessed. With `keep` the given order stays, whatever it looks like.
 
     A glob gives its matches in natural order (step-200 before step-1000). A shell gives the matches of a glob by their
     spelling: paths in one folder that are sorted so are put into natural order, with a warning. Any other order stays.
-    Raises CheckpointError for a path or a glob without a match, RecipeError for a checkpoint that is given twice.
+    Raises CheckpointError for a path or a glob without a match, RecipeError for a checkpoint that is given twice, or an
+    order that would have to be guessed.
     """
     found = [path for text in given for path in _matches(text)]
     warnings = []
-    if _is_sorted_by_shell(found):
+    if not keep and _is_sorted_by_shell(found):
         natural = sorted(found, key=natural_key)
         if natural != found:
             names = [Path(path).name for path in natural]
+            if numbered_by is not None:
+                order = listed([Path(path).name for path in found], 8)
+                raise RecipeError(
+                    f"--weights {shown(numbered_by)}: has a number for each checkpoint, and these are sorted by "
+                    f"spelling, as a shell does: {order}. For the order of their numbers put the pattern in quotes; "
+                    "for this order give the weights in a recipe of linear (merge-tool run)."
+                )
             warnings.append(
                 f"The checkpoints are taken in the order of their numbers: {listed(names, 8)}. Before, they were "
                 "sorted by spelling, as a shell does."

@@ -74,6 +74,7 @@ class _Kind(NamedTuple):
     text: str
     decay: float = 0.0
     numbers: tuple[float, ...] = ()
+    is_list: bool = False  # the numbers are the caller's own, not a file's
 
 
 def average_recipe(
@@ -176,7 +177,7 @@ def _listed(kind: Any) -> Sequence[Any]:
 
 def _parse_kind(given: Any) -> _Kind:
     if not isinstance(given, str):
-        return _Kind("given", ", ".join(map(str, given)), numbers=_finite(given, "weights"))
+        return _Kind("given", ", ".join(map(str, given)), numbers=_finite(given, "weights"), is_list=True)
     if given in ("uniform", "linear", "sqrt"):
         return _Kind(given, given)
     if given.startswith("ema:"):
