@@ -260,8 +260,7 @@ def test_in_a_browser_a_hundred_thousand_tensors_open(tmp_path: Path, browser: A
     driver = opened(browser, page)
     seconds = driver.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd / 1000")
     print(f"100,020 tensors, {page.stat().st_size / 1e6:.1f} MB: open in {seconds:.2f} s")
-    assert seconds > 0
-    assert "100,020 tensors" in driver.find_element("tag name", "main").text
+    assert "100,020 tensors" in driver.execute_script("return document.getElementById('page').textContent")
 
 
 @pytest.mark.slow
