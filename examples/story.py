@@ -25,8 +25,9 @@ REPLAY, REPLAY_MERGED = "replay/final", "replay-merged"
 class Story:
     """`stages` are configs in `here`; `cot` and `ft` the two models they leave in the seed's folder.
 
-    The judge prints `skill` first, then `prose`, for each model; `kept(scores, cot, ft)` is how much of the skill a
-    model still has (1: the CoT model's). t is the largest that keeps `least_kept` on the validation data.
+    The judge prints `skill` first, then `prose`, then `more` if there is one, for each model; `kept(scores, cot, ft)`
+    is how much of the skill a model still has (1: the CoT model's). t is the largest that keeps `least_kept` on the
+    validation data.
     """
 
     here: Path
@@ -43,6 +44,8 @@ class Story:
     keep_merges: bool = True
     cot: str = "cot/final"
     ft: str = "ft/final"
+    more: str | None = None  # a score that is reported beside the skill, and chooses nothing
+    more_label: str = ""
     replay: str | None = None  # another finetune, its config in `here`: with some of the old data mixed in
 
 
@@ -102,7 +105,7 @@ def run_seed(story: Story, folder: Path, seed: int, quick: bool) -> dict[str, An
         "seed": seed,
         "chosen_t": chosen_t,
         "validation": validation,
-        "test": dict(zip(models, parse(scores), strict=True)),
+        "test": dict(zip(models, parse(scores, 3 if story.more else 2), strict=True)),
         "angles": sorted(t["angle_degrees"] for t in json.loads(diff)["tensors"] if t["angle_degrees"] is not None),
     }
 
@@ -114,10 +117,10 @@ def choose(story: Story, validation: dict[float, Scores]) -> float:
     return max(enough, default=0.0)
 
 
-def parse(printed: str) -> list[Scores]:
-    """The judge's lines, two for a model."""
+def parse(printed: str, count: int = 2) -> list[Scores]:
+    """The judge's lines, `count` for a model."""
     values = [(name, float(value)) for name, value in map(str.split, printed.splitlines())]
-    return [dict(values[k : k + 2]) for k in range(0, len(values), 2)]
+    return [dict(values[k : k + count]) for k in range(0, len(values), count)]
 
 
 def python(module: str) -> list[Any]:

@@ -42,12 +42,19 @@ def write_report(story: Story, folder: Path, results: Results) -> str:
 # ------------------------------------------------------------------------------------------- the table
 
 
+def shown_scores(story: Story) -> list[tuple[str, str]]:
+    """The name and label of each score that has a column."""
+    more = [(story.more, story.more_label)] if story.more else []
+    return [(story.skill, story.skill_label), *more, (story.prose, story.prose_label)]
+
+
 def headings(story: Story) -> list[str]:
-    return ["", f"SLERP: {story.skill_label}", story.prose_label, f"linear: {story.skill_label}", story.prose_label]
+    first, *others = (label for _, label in shown_scores(story))
+    return ["", f"SLERP: {first}", *others, f"linear: {first}", *others]
 
 
 def rows(story: Story, results: Results) -> Iterator[list[str]]:
-    """A label, then skill and perplexity by SLERP and by linear interpolation; the parents stand in both."""
+    """A label, then every score by SLERP and by linear interpolation; the parents stand in both."""
     yield ["CoT model (t = 0)", *cells(story, results, story.cot, story.cot)]
     for t in TS:
         chosen = sum(result["chosen_t"] == t for result in results)
@@ -56,11 +63,12 @@ def rows(story: Story, results: Results) -> Iterator[list[str]]:
     yield ["finetune (t = 1)", *cells(story, results, story.ft, story.ft)]
     if story.replay:
         yield ["finetune with replay (t = 1)", *cells(story, results, REPLAY, REPLAY)]
-        yield ["finetune with replay, merged at the chosen t", *cells(story, results, REPLAY_MERGED), "", ""]
+        merged = cells(story, results, REPLAY_MERGED)
+        yield ["finetune with replay, merged at the chosen t", *merged, *[""] * len(merged)]
 
 
 def cells(story: Story, results: Results, *models: str) -> list[str]:
-    return [spread([r["test"][m][score] for r in results]) for m in models for score in (story.skill, story.prose)]
+    return [spread([r["test"][m][score] for r in results]) for m in models for score, _ in shown_scores(story)]
 
 
 def spread(values: list[float]) -> str:
@@ -72,7 +80,7 @@ def spread(values: list[float]) -> str:
 
 def table_lines(story: Story, results: Results) -> Iterator[str]:
     yield f"| {' | '.join(headings(story))} |"
-    yield "|---|---:|---:|---:|---:|"
+    yield "|---" + "|---:" * (len(headings(story)) - 1) + "|"
     yield from (f"| {' | '.join(row)} |" for row in rows(story, results))
 
 
@@ -104,10 +112,21 @@ def finding_lines(story: Story, results: Results) -> Iterator[str]:
         f"{prose:.2g} in {story.prose_label}, at an angle of {angle:.2g} degrees between the models (median over "
         "tensors)."
     )
+    if story.more:
+        yield from _more_lines(story, results)
     yield (
         f"t is the largest that keeps {story.least_kept:.0%} of the skill on {story.validation_note}. "
         "The test data were scored once."
     )
+
+
+def _more_lines(story: Story, results: Results) -> Iterator[str]:
+    found: dict[str, list[float]] = {}
+    for result in results:
+        merged = f"slerp/t-{result['chosen_t']}" if result["chosen_t"] else story.cot
+        for label, model in (("the CoT model", story.cot), ("that merge", merged), ("the finetune", story.ft)):
+            found.setdefault(label, []).append(result["test"][model][story.more])
+    yield f"{story.more_label}: {', '.join(f'{label} {spread(values)}' for label, values in found.items())}."
 
 
 def gain(story: Story, test: dict[str, Scores], scores: Scores) -> float:

@@ -13,8 +13,10 @@ from pydoc_data.topics import topics
 import pytest
 from demo import STORY
 from make_data import SPLITS, rationale, split_prose, unique_problems
-from story import choose
+from story import choose, parse
 from story_report import finding_lines, gain, rows
+
+from test_train_docs import load_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -84,6 +86,41 @@ def test_findings_follow_the_numbers() -> None:
     assert "differ by at most 7.5 in sums" in text
 
 
+LARGER = load_script(EXAMPLES / "smollm2/make_data.py")
+
+
+def test_the_larger_demo_holds_out_problems_and_templates() -> None:
+    """Of the trained templates some problems, of others all; no problem is in two splits."""
+    found = {(f"x{k}",): [{"question": f"{k}: {n}", "answer": ""} for n in range(40)] for k in range(85)}
+    splits = LARGER.divide(found, seed=1)
+    templates = {name: {row["question"].split(":")[0] for row in rows} for name, rows in splits.items()}
+    every = [row["question"] for rows in splits.values() for row in rows]
+    assert len(every) == len({*every}) == 85 * 40
+    assert len(templates["skill_train"]) == 65
+    assert templates["skill_test"] | templates["skill_validation"] <= templates["skill_train"]
+    assert not templates["skill_train"] & (templates["new_skill_test"] | templates["new_skill_validation"])
+    assert not templates["new_skill_test"] & templates["new_skill_validation"]
+    assert len(splits["skill_test"]) == len(splits["skill_validation"]) == LARGER.COUNTS["test"]
+    assert splits != LARGER.divide(found, seed=2)
+
+
+def test_the_larger_demo_reports_both_measures() -> None:
+    """Answers to problems of trained templates choose t; those of new templates have a column of their own."""
+    larger = load_script(EXAMPLES / "smollm2/demo.py").STORY
+    score = lambda known, new: {"answer_perplexity": known, "prose_perplexity": 40.0, "new_template_perplexity": new}  # noqa: E731
+    test = {"cot/final": score(1.25, 5.5), "ft/final": score(1.75, 3.5)}
+    test |= {f"{method}/t-{t / 10}": score(1.5, 4.5) for method in ("slerp", "linear") for t in range(1, 10)}
+    test["slerp/t-0.4"] = score(1.375, 4.125)
+    result = {"seed": 0, "chosen_t": 0.4, "test": test, "angles": [0.5]}
+    table = list(rows(larger, [result]))
+    assert [*map(len, table)] == [7] * 11
+    assert table[4] == ["merge, t = 0.4 ← chosen", "1.375", "4.125", "40.0", "1.500", "4.500", "40.0"]
+    text = " ".join(finding_lines(larger, [result]))
+    assert "answer perplexity, new templates: the CoT model 5.500, that merge 4.125, the finetune 3.500." in text
+    printed = "answer_perplexity 1.5\nprose_perplexity 40\nnew_template_perplexity 4.5\n"
+    assert parse(printed * 2, 3) == [score(1.5, 4.5)] * 2
+
+
 @pytest.mark.slow
 def test_the_larger_demo_runs_and_reports(tmp_path: Path) -> None:
     """SmolLM2 out of its package, word problems by template, prose: a few steps of each, every merge judged."""
@@ -92,7 +129,8 @@ def test_the_larger_demo_runs_and_reports(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert len(result["test"]) == 2 + 2 * 9
-    assert all(scores["answer_perplexity"] > 1 for scores in result["test"].values())
+    for name in ("answer_perplexity", "new_template_perplexity"):
+        assert all(scores[name] > 1 for scores in result["test"].values())
     assert f"| {result['test']['cot/final']['prose_perplexity']:.1f} |" in done.stdout
     assert (tmp_path / "report.html").exists()
     assert not (tmp_path / "seed-0/slerp").exists()

@@ -20,13 +20,16 @@ STORY = Story(
     title="A merge that remembers: SmolLM2-135M",
     stages=("cot", "finetune"),
     skill="answer_perplexity",
-    skill_label="answer perplexity",
+    skill_label="answer perplexity, trained templates",
     prose="prose_perplexity",
     prose_label="prose perplexity",
     kept=kept,
     least_kept=0.75,
-    validation_note="40 validation problems of other templates (the skill: log perplexity of the worked answers, "
-    "100 % the CoT model's, 0 % the finetune's); the figures are of 40 problems of templates that no model saw",
+    validation_note="40 validation problems of the trained templates (the skill: log perplexity of the worked "
+    "answers, 100 % the CoT model's, 0 % the finetune's); the figures are of 40 other problems of these templates, and "
+    "of 40 of templates that no model saw",
+    more="new_template_perplexity",
+    more_label="answer perplexity, new templates",
     batch=3,
     keep_merges=False,
 )

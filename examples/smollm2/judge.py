@@ -1,7 +1,8 @@
 """Score models by perplexity: of worked answers given their problems, and of prose. judge.py DATA SPLIT MODEL...
 
-Prints `answer_perplexity VALUE` and `prose_perplexity VALUE` for each model, in order: what `merge-tool sweep --eval`
-reads. (Exact match is near the floor for a model of this size, so perplexity is the usable signal.)
+Prints `answer_perplexity VALUE` (problems of templates that were trained on), `prose_perplexity VALUE` and
+`new_template_perplexity VALUE` (answers to problems of other templates) for each model, in order: what `merge-tool
+sweep --eval` reads. (Exact match is near the floor for a model of this size, so perplexity is the usable signal.)
 """
 
 import json
@@ -24,12 +25,15 @@ from transformers.utils import logging
 def main(data: Path, split: str, models: tuple[Path, ...]) -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    answers = [answer_ids(tokenizer, row) for row in rows(data / f"skill_{split}.jsonl")]
+    known, new = (
+        [answer_ids(tokenizer, row) for row in rows(data / f"{kind}_{split}.jsonl")] for kind in ("skill", "new_skill")
+    )
     prose = [(tokenizer(row["text"])["input_ids"], 0) for row in rows(data / f"prose_{split}.jsonl")]
     for folder in models:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        print(f"answer_perplexity {perplexity(model, answers):.4f}", flush=True)
+        print(f"answer_perplexity {perplexity(model, known):.4f}", flush=True)
         print(f"prose_perplexity {perplexity(model, prose):.3f}", flush=True)
+        print(f"new_template_perplexity {perplexity(model, new):.4f}", flush=True)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Make what the larger demo trains on: SmolLM2-135M-Instruct, word problems, prose. make_data.py FOLDER [--seed N]
 
-The problems are reasoning-gym's `gsm_symbolic`: 85 templates with worked answers, held out by template. The prose is
+The problems are reasoning-gym's `gsm_symbolic`: 85 templates with worked answers. Held out are problems of the trained
+templates (`skill_*.jsonl`) and all problems of some other templates (`new_skill_*.jsonl`). The prose is
 Jane Austen, from Debian's r-cran-janeaustenr where apt-get can be had, else the manual that every CPython carries;
 held out by chapters of it. Needs reasoning-gym and rdata.
 """
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -38,26 +40,44 @@ def main(folder: Path, seed: int, quick: bool) -> None:
     problems, prose = split_problems(seed), split_prose(paragraphs(), seed)
     for split in COUNTS:
         most = QUICK[split] if quick else COUNTS[split]
-        write_rows(folder / f"skill_{split}.jsonl", problems[split][:most])
+        for kind in ("skill",) if split == "train" else ("skill", "new_skill"):
+            write_rows(folder / f"{kind}_{split}.jsonl", problems[f"{kind}_{split}"][:most])
         most = QUICK[split] if quick else PARAGRAPHS[split]
         write_rows(folder / f"prose_{split}.jsonl", [{"text": text} for text in prose[split][:most]])
 
 
 def split_problems(seed: int) -> dict[str, list[dict[str, str]]]:
-    """Problems and worked answers; no template is in two splits. A template is known by its variables' names."""
+    """Problems and worked answers: `skill_train`, `skill_validation`, `skill_test` of the trained templates, and
+    `new_skill_validation`, `new_skill_test` of others. No problem is there twice. A template is known by its variables'
+    names."""
     import reasoning_gym
 
-    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     dataset = reasoning_gym.create_dataset("gsm_symbolic", size=PROBLEMS, seed=seed)
     for number in range(PROBLEMS):
         row = dataset[number]
         problem = {"question": row["question"], "answer": row["metadata"]["answer_cot"]}
-        found.setdefault(tuple(sorted(row["metadata"]["variables"])), []).append(problem)
+        found.setdefault(tuple(sorted(row["metadata"]["variables"])), {})[row["question"]] = problem
+    return divide({template: list(problems.values()) for template, problems in found.items()}, seed)
+
+
+def divide(found: Mapping[tuple[str, ...], list[dict[str, str]]], seed: int) -> dict[str, list[dict[str, str]]]:
+    """The problems of each template -> those of each split."""
     templates = sorted(found)
     random.Random(seed).shuffle(templates)
-    parts = {"test": templates[:HELD_OUT_TEMPLATES], "validation": templates[HELD_OUT_TEMPLATES:][:HELD_OUT_TEMPLATES]}
-    parts["train"] = templates[2 * HELD_OUT_TEMPLATES :]
-    return {split: _shuffled([row for key in keys for row in found[key]], seed) for split, keys in parts.items()}
+    test, validation = templates[:HELD_OUT_TEMPLATES], templates[HELD_OUT_TEMPLATES:][:HELD_OUT_TEMPLATES]
+    known, new_test, new_validation = (
+        _shuffled([row for key in keys for row in found[key]], seed)
+        for keys in (templates[2 * HELD_OUT_TEMPLATES :], test, validation)
+    )
+    first, second = COUNTS["test"], COUNTS["test"] + COUNTS["validation"]
+    return {
+        "skill_test": known[:first],
+        "skill_validation": known[first:second],
+        "skill_train": known[second:],
+        "new_skill_test": new_test,
+        "new_skill_validation": new_validation,
+    }
 
 
 def split_prose(texts: list[str], seed: int) -> dict[str, list[str]]:
