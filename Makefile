@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 60
 COUNT ?= 200
 SEED ?= 0
 
-.PHONY: help test test-slow fuzz mutants test-core lint demo demo-smollm2 demo-contrast bench bigram clean
+.PHONY: help test test-slow fuzz mutants test-core lint demo demo-smollm2 demo-contrast evidence bench bigram clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -84,6 +84,9 @@ demo-smollm2: $(VENV)/.smollm2 ## the same with SmolLM2-135M (about half an hour
 demo-contrast: $(VENV)/.installed ## a tiny model learns from its own verified answers, in four ways (under 6 minutes a seed)
 	@rm -rf runs/mini_contrast
 	@$(BIN)/python examples/mini_contrast/run.py runs/mini_contrast --seeds $(SEEDS)
+
+evidence: $(VENV)/.installed ## ways to merge the tiny models, against one t: three seeds, about an hour on 2 cores; it goes on
+	@$(BIN)/python examples/mini/evidence.py runs/evidence --seeds 3 --jobs $(JOBS)
 
 bench: $(VENV)/.installed ## time and memory against the disk (MERGEKIT=path/to/python adds mergekit)
 	$(BIN)/python bench/merge.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) $(BENCH_FLAGS)

@@ -42,27 +42,40 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def exact_match(model: Any, tokenizer: Any, problems: list[dict[str, str]]) -> float:
     """Percentage of problems whose answer, after a rationale of the model's own, is right."""
+    return 100 * sum(solved(model, tokenizer, problems)) / len(problems)
+
+
+def solved(model: Any, tokenizer: Any, problems: list[dict[str, str]]) -> list[bool]:
+    """Of each problem, in order, whether it is solved."""
     prompts = [f"### User:\n{row['prompt']}\n### Rationale:\n" for row in problems]
     answers = [f"{row['rationale']}\n### Answer:\n{row['target']}\n" for row in problems]
     longest = max(map(len, tokenizer(answers)["input_ids"])) + 2
-    right = 0
+    right = [False] * len(problems)
     for ids, places in same_length(tokenizer(prompts)["input_ids"]):
         written = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False, pad_token_id=0
         )
         for place, text in zip(places, tokenizer.batch_decode(written[:, ids.shape[1] :]), strict=True):
             found = re.search(r"### Answer:\n(\d+)\n", text)
-            right += found is not None and found[1] == problems[place]["target"]
-    return 100 * right / len(problems)
+            right[place] = found is not None and found[1] == problems[place]["target"]
+    return right
 
 
 def perplexity(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    """Of the texts' tokens after the first, each text by itself; padded on the right, where attention is blind."""
+    """Of the texts' tokens after the first."""
+    losses, counts = zip(*text_losses(model, tokenizer, texts), strict=True)
+    return math.exp(sum(losses) / sum(counts))
+
+
+def text_losses(model: Any, tokenizer: Any, texts: list[str]) -> list[tuple[float, int]]:
+    """Of each text by itself: the summed loss of its tokens after the first, in nats, and their number. Padded on the
+    right, where attention is blind."""
     ids = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
     inputs = pad_sequence(ids, batch_first=True)
     labels = pad_sequence(ids, batch_first=True, padding_value=-100)[:, 1:]
     logits = model(inputs, use_cache=False).logits[:, :-1]
-    return math.exp(cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().sum(1)
+    return [(float(loss), len(row) - 1) for loss, row in zip(losses, ids, strict=True)]
 
 
 def same_length(sequences: list[list[int]]) -> Iterator[tuple[torch.Tensor, list[int]]]:

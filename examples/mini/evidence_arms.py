@@ -1,0 +1,152 @@
+"""What `evidence.py` compares: the candidates of each arm, and the one rule by which every arm chooses. No model is
+opened here.
+
+The rule: of the candidates that keep at least 90 % of the parent's skill on the validation data, the one with the least
+prose perplexity; if none keeps so much, the one that keeps most. `value` says it as one number, so that a search can
+go after what the others are chosen by.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+LEAST_KEPT = 0.9
+MOST_CANDIDATES = 60  # of an arm
+STEPS = 40  # of t from 0 to 1
+WINDOWS = (2, 3, 5, 8, 10)  # checkpoints in an average; the run leaves nine and its result
+WEIGHTS = ("uniform", "sqrt")
+MERGED_WINDOWS = (3, 5, 10)  # of the averages that are merged with the parent
+MERGED_STEPS = 19
+PARENT, FINETUNE, REPLAY, AVERAGES = "cot/final", "ft/final", "replay/final", "averages"
+
+Scores = Mapping[str, float]  # skill: problems solved, %; prose_perplexity
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe to merge (or its file), or the folder of a model that is there."""
+
+    label: str
+    recipe: Mapping[str, Any] | Path | None = None
+    model: Path | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`candidates` makes them for the folder of a seed; None for a search, which makes its own as it goes."""
+
+    name: str
+    title: str
+    candidates: Callable[[Path], list[Candidate]] | None
+
+
+def value(scores: Scores, parent: Scores, finetune: Scores) -> float:
+    """The share of the finetune's gain in prose; below -0.9 and less, the less skill is kept, for a candidate that
+    keeps too little. The rule takes the largest."""
+    kept = scores["skill"] / max(parent["skill"], 1e-9)
+    return gained(scores, parent, finetune) if kept >= LEAST_KEPT else kept - LEAST_KEPT - 1
+
+
+def gained(scores: Scores, parent: Scores, finetune: Scores) -> float:
+    """Of the finetune's gain in log perplexity of prose, the share that these scores have."""
+    start, end, here = (log(one["prose_perplexity"]) for one in (parent, finetune, scores))
+    return (start - here) / (start - end) if start != end else 0.0
+
+
+def choose(validation: Iterable[tuple[str, Scores]], parent: Scores, finetune: Scores) -> str:
+    """The label of the candidate with the largest value; of equal ones, the first."""
+    return max(validation, key=lambda one: value(one[1], parent, finetune))[0]
+
+
+# ------------------------------------------------------------------------------------ the candidates
+
+
+def slerps(folder: Path, model: str, steps: int, before: str = "") -> list[Candidate]:
+    """Parent and model, by SLERP with one t for all tensors, from 0 to 1."""
+    return [
+        Candidate(f"{before}t = {k / steps:.3g}", _of_two(folder, model, {"t": k / steps})) for k in range(steps + 1)
+    ]
+
+
+def linears(folder: Path) -> list[Candidate]:
+    """The same, interpolated linearly."""
+    found = []
+    for k in range(STEPS + 1):
+        weights = {PARENT: 1 - k / STEPS, FINETUNE: k / STEPS}
+        models = [{"model": str(folder / name), "parameters": {"weight": w}} for name, w in weights.items()]
+        found.append(Candidate(f"t = {k / STEPS:.3g}", {"merge_method": "linear", "models": models}))
+    return found
+
+
+def growing(folder: Path) -> list[Candidate]:
+    """LiNeS: t grows along the layers, from `first` to `last`, in steps of 0.1."""
+    ends = [(first, last) for first in range(10) for last in range(first + 1, 11)]
+    return [
+        Candidate(
+            f"t = {first / 10} to {last / 10}",
+            _of_two(folder, FINETUNE, {"t": {"lines": {"alpha": first / 10, "beta": (last - first) / 10}}}),
+        )
+        for first, last in ends
+    ]
+
+
+def averages(folder: Path) -> list[Candidate]:
+    """Averages of the last checkpoints of the finetune, by themselves."""
+    return [
+        Candidate(f"the last {window}, {kind}", model=folder / average_name(window, kind))
+        for kind in WEIGHTS
+        for window in WINDOWS
+    ]
+
+
+def merged_averages(folder: Path) -> list[Candidate]:
+    found = []
+    for window in MERGED_WINDOWS:
+        found += slerps(folder, average_name(window, "uniform"), MERGED_STEPS, f"the last {window}, ")
+    return found
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that the finetune left, the oldest first; the last one is its result."""
+    return [*sorted((folder / FINETUNE).parent.glob("checkpoints/step-*")), folder / FINETUNE]
+
+
+def average_name(window: int, kind: str) -> str:
+    return f"{AVERAGES}/window-{window}-weights-{kind}"
+
+
+def _of_two(folder: Path, model: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    parent, other = str(folder / PARENT), str(folder / model)
+    return {
+        "merge_method": "slerp",
+        "base_model": parent,
+        "models": [{"model": parent}, {"model": other}],
+        "parameters": dict(parameters),
+    }
+
+
+def _is_there(name: str) -> Callable[[Path], list[Candidate]]:
+    return lambda folder: [Candidate("", model=folder / name)]
+
+
+def _checkpoints(folder: Path) -> list[Candidate]:
+    return [Candidate(re.sub("step-0*", "step ", model.name), model=model) for model in checkpoints(folder)]
+
+
+BASELINE, SEARCH = "slerp", "search"
+ARMS = (
+    Arm("parent", "parent", _is_there(PARENT)),
+    Arm("finetune", "finetune", _is_there(FINETUNE)),
+    Arm("checkpoint", "one checkpoint of the finetune", _checkpoints),
+    Arm("average", "average of its checkpoints", averages),
+    Arm(BASELINE, "SLERP, one t", lambda folder: slerps(folder, FINETUNE, STEPS)),
+    Arm("linear", "linear, one t", linears),
+    Arm("lines", "SLERP, t grows along the layers (LiNeS)", growing),
+    Arm(SEARCH, "SLERP, 12 values of t by search", None),
+    Arm("average-slerp", "average of its checkpoints, SLERP, one t", merged_averages),
+    Arm("replay", "finetune with 2 % replay", _is_there(REPLAY)),
+    Arm("replay-slerp", "finetune with 2 % replay, SLERP, one t", lambda folder: slerps(folder, REPLAY, STEPS)),
+)
