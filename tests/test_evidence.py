@@ -50,6 +50,11 @@ def test_the_value_of_what_keeps_enough_is_the_gain() -> None:
     assert value(PARENT, PARENT, FINETUNE) == 0
 
 
+def test_the_label_of_a_search_has_each_group_along_the_layers() -> None:
+    values = {"t.attention.1": 0.123, "t.attention.2": 1.0, "t.rest.1": 0.5, "t.rest.2": 0.0}
+    assert evidence.in_words(values) == "attention 0.12 1.00; rest 0.50 0.00"
+
+
 def test_an_arm_has_a_budget(tmp_path: Path) -> None:
     """At most 60 candidates, each with a label of its own."""
     for step in range(8, 80, 8):
@@ -189,6 +194,7 @@ def test_the_page_has_the_tables_of_the_stored_results(tmp_path: Path) -> None:
     page = (ROOT / "docs/evidence.md").read_text()
     for part in (evidence_report.table, evidence_report.chosen_table, evidence_report.comparison_table):
         assert part(results) in page
+    assert evidence_report.side_by_side(results) in (MINI / "README.md").read_text()
     evidence_report.plot(results, tmp_path / "evidence.svg")
     stored = ROOT / "docs/images/evidence.svg"
     for picture in (tmp_path / "evidence.svg", stored):

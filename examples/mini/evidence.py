@@ -225,8 +225,16 @@ def search(folder: Path, place: Path, judge: Judge, parent: Scores, finetune: Sc
     assert found.chosen is not None
     point = found.point(found.chosen)
     assert point.scores is not None
-    label = f"t = {point.t:.3g}, the same everywhere" if point.t is not None else f"candidate {point.number}"
+    label = in_words(point.values) if point.t is None else f"t = {point.t:.3g} everywhere"
     return {"label": label, "candidates": len(found.tried), "validation": scores_of(point.scores)}
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """The t of each group, from the first band of layers to the last: `attention 0.1 0.5 0.2 0.9; mlp ...`."""
+    groups: dict[str, list[str]] = {}
+    for name, t in values.items():  # t.attention.1
+        groups.setdefault(name.split(".")[1], []).append(f"{t:.2f}")
+    return "; ".join(" ".join([group, *ts]) for group, ts in groups.items())
 
 
 # ---------------------------------------------------------------------------------------------- test
@@ -245,7 +253,7 @@ def score_chosen(folder: Path) -> None:
             write_json(place / "test.json", judge(made(candidate, place / "chosen")))
     curve = {}
     out = folder / "evidence/curve"
-    for candidate in slerps(folder, FINETUNE, 10)[1:-1]:
+    for candidate in slerps(folder, FINETUNE, 20)[4:-4]:  # from 0.2 to 0.8
         curve[candidate.label] = scores_of(judge(made(candidate, out)))
     shutil.rmtree(out, ignore_errors=True)
     write_json(folder / "evidence/curve.json", curve)

@@ -155,6 +155,20 @@ def comparison_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(results: Results) -> str:
+    """Markdown: the merge alone, replay alone, and both, beside the two models that they start from."""
+    lines = ["| mean ± standard deviation | sums solved, % | prose perplexity |", "|---|---:|---:|"]
+    for name in ("parent", "finetune", BASELINE, "replay", "replay-slerp"):
+        tests = [seed["arms"][name]["test"] for seed in results["seeds"]]
+        cells = [spread([test[score] for test in tests]) for score in ("skill", "prose_perplexity")]
+        lines.append(f"| {_title(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _title(name: str) -> str:
+    return next(arm.title for arm in ARMS if arm.name == name)
+
+
 def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
