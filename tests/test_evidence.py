@@ -50,6 +50,18 @@ def test_the_value_of_what_keeps_enough_is_the_gain() -> None:
     assert value(PARENT, PARENT, FINETUNE) == 0
 
 
+def test_t_is_tried_in_finer_steps_around_the_best() -> None:
+    """0.1 apart, then 0.02, nothing twice, never outside of 0 to 1."""
+    first = {one.label: one for one in evidence_arms.along(lambda t: {"t": t})}
+    assert [*first] == ["t = 0", *(f"t = 0.{k}" for k in range(1, 10)), "t = 1"]
+    labels = {label: [(one.label, one.recipe) for one in one.finer()] for label, one in first.items() if one.finer}
+    assert labels["t = 0.4"] == [
+        (f"t = {t}", {"t": t}) for t in (0.32, 0.34, 0.36, 0.38, 0.42, 0.44, 0.46, 0.48)
+    ]  # fmt: skip
+    assert [label for label, _ in labels["t = 1"]] == ["t = 0.92", "t = 0.94", "t = 0.96", "t = 0.98"]
+    assert not {label for found in labels.values() for label, _ in found} & {*first}
+
+
 def test_the_label_of_a_search_has_each_group_along_the_layers() -> None:
     values = {"t.attention.1": 0.123, "t.attention.2": 1.0, "t.rest.1": 0.5, "t.rest.2": 0.0}
     assert evidence.in_words(values) == "attention 0.12 1.00; rest 0.50 0.00"
@@ -61,7 +73,9 @@ def test_an_arm_has_a_budget(tmp_path: Path) -> None:
         (tmp_path / f"ft/checkpoints/step-{step:08d}").mkdir(parents=True)
     for arm in ARMS:
         found = arm.candidates(tmp_path) if arm.candidates else []
-        assert len({one.label for one in found}) == len(found) <= MOST_CANDIDATES
+        assert len({one.label for one in found}) == len(found)
+        more = [len(one.finer()) for one in found if one.finer]
+        assert len(found) + max(more, default=0) <= MOST_CANDIDATES
     labels = [one.label for one in evidence_arms.ARMS[2].candidates(tmp_path)]
     assert labels == [f"step {step}" for step in range(8, 80, 8)] + ["final"]
 
@@ -106,6 +120,7 @@ def read(path: Path) -> Any:
 def test_arms_choose_without_test_data(name: str, seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are none, and every arm chooses; what it chose is the best of its validation scores."""
     monkeypatch.setattr(evidence_arms, "STEPS", 2)
+    monkeypatch.setattr(evidence_arms, "FINER", (-0.1, 0.1) if name == "linear" else ())
     monkeypatch.setattr(evidence, "QUICK_TRIALS", 3)
     assert not list(seed.rglob("*_test.jsonl"))
     evidence.run_arm(seed, name, quick=True)
@@ -115,7 +130,8 @@ def test_arms_choose_without_test_data(name: str, seed: Path, monkeypatch: pytes
         tried = [one["scores"] for one in read(place / "study/search.json")["candidates"]]
     else:
         tried = [json.loads(line)["scores"] for line in (place / "scores.jsonl").read_text().splitlines()]
-    assert chosen["candidates"] == len(tried) == 3
+    assert chosen["candidates"] == len(tried)
+    assert len(tried) in ((4, 5) if name == "linear" else (3,))
     assert chosen["validation"]["prose_perplexity"] == min(one["prose_perplexity"] for one in tried)
     assert not (place / "test.json").exists()
 
@@ -123,6 +139,7 @@ def test_arms_choose_without_test_data(name: str, seed: Path, monkeypatch: pytes
 def test_a_stopped_arm_goes_on(seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has been judged is not judged again; half a line does not count; what is chosen stays chosen."""
     monkeypatch.setattr(evidence_arms, "STEPS", 2)
+    monkeypatch.setattr(evidence_arms, "FINER", ())
     place = seed / "evidence/slerp"
     evidence.run_arm(seed, "slerp")
     lines = (place / "scores.jsonl").read_text().splitlines()
@@ -143,6 +160,7 @@ def test_a_stopped_arm_goes_on(seed: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_tested_is_what_was_chosen(seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged again, scored on test data, item by item."""
     monkeypatch.setattr(evidence_arms, "STEPS", 2)
+    monkeypatch.setattr(evidence_arms, "FINER", ())
     monkeypatch.setattr(evidence, "QUICK_TRIALS", 3)
     for split in ("skill", "prose"):
         path = "evidence/skill_test.jsonl" if split == "skill" else "prose_test.jsonl"

@@ -33,7 +33,7 @@ from evidence_arms import (
     Scores,
     checkpoints,
     choose,
-    slerps,
+    slerp,
     value,
 )
 from evidence_report import results_of, write_report
@@ -49,6 +49,7 @@ from story import python, run, say
 
 HERE = Path(__file__).resolve().parent
 TEST_PROBLEMS = 600  # the demo's 300, and as many more
+CURVE = tuple(k / 20 for k in range(4, 17))  # t whose merges are tested to compare by: nothing is chosen by them
 ENDS = "evidence/ends.json"  # the parent's and the finetune's scores on validation data
 QUICK_TRIALS = 12
 Judge = Callable[[Path | Mapping[str, Any]], dict[str, Any]]
@@ -196,12 +197,19 @@ def choose_one(folder: Path, arm: Arm, place: Path, judge: Judge, parent: Scores
     """The candidate that the rule takes, from their scores on validation data."""
     assert arm.candidates is not None
     candidates, scored = arm.candidates(folder), Scored(place / "scores.jsonl")
-    validation = {
-        one.label: scored.get(one.label, lambda one=one: judge(made(one, place / "candidate"))) for one in candidates
-    }
+
+    def validated() -> dict[str, dict[str, float]]:
+        return {
+            one.label: scored.get(one.label, lambda one=one: judge(made(one, place / "candidate")))
+            for one in candidates
+        }
+
+    label = choose(validated().items(), parent, finetune)
+    if finer := next(one.finer for one in candidates if one.label == label):
+        candidates += finer()
+        label = choose(validated().items(), parent, finetune)
     shutil.rmtree(place / "candidate", ignore_errors=True)
-    label = choose(validation.items(), parent, finetune)
-    return {"label": label, "candidates": len(candidates), "validation": validation[label]}
+    return {"label": label, "candidates": len(candidates), "validation": validated()[label]}
 
 
 def made(candidate: Candidate, out: Path) -> Path:
@@ -253,8 +261,8 @@ def score_chosen(folder: Path) -> None:
             write_json(place / "test.json", judge(made(candidate, place / "chosen")))
     curve = {}
     out = folder / "evidence/curve"
-    for candidate in slerps(folder, FINETUNE, 20)[4:-4]:  # from 0.2 to 0.8
-        curve[candidate.label] = scores_of(judge(made(candidate, out)))
+    for t in CURVE:
+        curve[f"t = {t}"] = scores_of(judge(made(Candidate("", slerp(folder, FINETUNE, t)), out)))
     shutil.rmtree(out, ignore_errors=True)
     write_json(folder / "evidence/curve.json", curve)
 
@@ -264,7 +272,9 @@ def chosen_candidate(folder: Path, arm: Arm) -> Candidate:
     if arm.candidates is None:
         return Candidate("", recipe=place / "study/chosen.yaml")
     label = json.loads((place / "chosen.json").read_text())["label"]
-    return next(one for one in arm.candidates(folder) if one.label == label)
+    first = arm.candidates(folder)
+    more = [finer for one in first if one.finer for finer in one.finer()]
+    return next(one for one in (*first, *more) if one.label == label)
 
 
 def write_json(path: Path, found: Any) -> None:

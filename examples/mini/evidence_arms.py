@@ -9,17 +9,18 @@ go after what the others are chosen by.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
 
 LEAST_KEPT = 0.9
 MOST_CANDIDATES = 60  # of an arm
-STEPS = 40  # of t from 0 to 1
+STEPS = 10  # of t from 0 to 1
+FINER = tuple(k / 50 for k in (-4, -3, -2, -1, 1, 2, 3, 4))  # then around the best of these
 WINDOWS = (2, 3, 5, 8, 10)  # checkpoints in an average; the run leaves nine and its result
 WEIGHTS = ("uniform", "sqrt")
 MERGED_WINDOWS = (3, 5, 10)  # of the averages that are merged with the parent
-MERGED_STEPS = 19
 PARENT, FINETUNE, REPLAY, AVERAGES = "cot/final", "ft/final", "replay/final", "averages"
 
 Scores = Mapping[str, float]  # skill: problems solved, %; prose_perplexity
@@ -27,11 +28,13 @@ Scores = Mapping[str, float]  # skill: problems solved, %; prose_perplexity
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe to merge (or its file), or the folder of a model that is there."""
+    """A recipe to merge (or its file), or the folder of a model that is there. `finer` makes the candidates that are
+    tried next, if this one is the best."""
 
     label: str
     recipe: Mapping[str, Any] | Path | None = None
     model: Path | None = None
+    finer: Callable[[], list["Candidate"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,39 @@ def choose(validation: Iterable[tuple[str, Scores]], parent: Scores, finetune: S
 # ------------------------------------------------------------------------------------ the candidates
 
 
-def slerps(folder: Path, model: str, steps: int, before: str = "") -> list[Candidate]:
-    """Parent and model, by SLERP with one t for all tensors, from 0 to 1."""
-    return [
-        Candidate(f"{before}t = {k / steps:.3g}", _of_two(folder, model, {"t": k / steps})) for k in range(steps + 1)
-    ]
+def along(recipe_at: Callable[[float], Mapping[str, Any]], before: str = "") -> list[Candidate]:
+    """t from 0 to 1; then, around the best, steps of 0.02."""
+
+    def at(t: float, finer: Callable[[], list[Candidate]] | None = None) -> Candidate:
+        return Candidate(f"{before}t = {t:.3g}", recipe_at(t), finer=finer)
+
+    def around(t: float) -> list[Candidate]:
+        near = [round(t + step, 4) for step in FINER]
+        return [at(one) for one in near if 0 < one < 1]
+
+    return [at(k / STEPS, partial(around, k / STEPS)) for k in range(STEPS + 1)]
+
+
+def slerps(folder: Path, model: str, before: str = "") -> list[Candidate]:
+    """Parent and model, by SLERP with one t for all tensors."""
+    return along(partial(slerp, folder, model), before)
+
+
+def slerp(folder: Path, model: str, t: Any) -> Mapping[str, Any]:
+    parent, other = str(folder / PARENT), str(folder / model)
+    models = [{"model": parent}, {"model": other}]
+    return {"merge_method": "slerp", "base_model": parent, "models": models, "parameters": {"t": t}}
 
 
 def linears(folder: Path) -> list[Candidate]:
     """The same, interpolated linearly."""
-    found = []
-    for k in range(STEPS + 1):
-        weights = {PARENT: 1 - k / STEPS, FINETUNE: k / STEPS}
+
+    def linear(t: float) -> Mapping[str, Any]:
+        weights = {PARENT: 1 - t, FINETUNE: t}
         models = [{"model": str(folder / name), "parameters": {"weight": w}} for name, w in weights.items()]
-        found.append(Candidate(f"t = {k / STEPS:.3g}", {"merge_method": "linear", "models": models}))
-    return found
+        return {"merge_method": "linear", "models": models}
+
+    return along(linear)
 
 
 def growing(folder: Path) -> list[Candidate]:
@@ -87,7 +108,7 @@ def growing(folder: Path) -> list[Candidate]:
     return [
         Candidate(
             f"t = {first / 10} to {last / 10}",
-            _of_two(folder, FINETUNE, {"t": {"lines": {"alpha": first / 10, "beta": (last - first) / 10}}}),
+            slerp(folder, FINETUNE, {"lines": {"alpha": first / 10, "beta": (last - first) / 10}}),
         )
         for first, last in ends
     ]
@@ -105,7 +126,7 @@ def averages(folder: Path) -> list[Candidate]:
 def merged_averages(folder: Path) -> list[Candidate]:
     found = []
     for window in MERGED_WINDOWS:
-        found += slerps(folder, average_name(window, "uniform"), MERGED_STEPS, f"the last {window}, ")
+        found += slerps(folder, average_name(window, "uniform"), f"the last {window}, ")
     return found
 
 
@@ -116,16 +137,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def average_name(window: int, kind: str) -> str:
     return f"{AVERAGES}/window-{window}-weights-{kind}"
-
-
-def _of_two(folder: Path, model: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    parent, other = str(folder / PARENT), str(folder / model)
-    return {
-        "merge_method": "slerp",
-        "base_model": parent,
-        "models": [{"model": parent}, {"model": other}],
-        "parameters": dict(parameters),
-    }
 
 
 def _is_there(name: str) -> Callable[[Path], list[Candidate]]:
@@ -142,11 +153,11 @@ ARMS = (
     Arm("finetune", "finetune", _is_there(FINETUNE)),
     Arm("checkpoint", "one checkpoint of the finetune", _checkpoints),
     Arm("average", "average of its checkpoints", averages),
-    Arm(BASELINE, "SLERP, one t", lambda folder: slerps(folder, FINETUNE, STEPS)),
+    Arm(BASELINE, "SLERP, one t", lambda folder: slerps(folder, FINETUNE)),
     Arm("linear", "linear, one t", linears),
     Arm("lines", "SLERP, t grows along the layers (LiNeS)", growing),
     Arm(SEARCH, "SLERP, 12 values of t by search", None),
     Arm("average-slerp", "average of its checkpoints, SLERP, one t", merged_averages),
     Arm("replay", "finetune with 2 % replay", _is_there(REPLAY)),
-    Arm("replay-slerp", "finetune with 2 % replay, SLERP, one t", lambda folder: slerps(folder, REPLAY, STEPS)),
+    Arm("replay-slerp", "finetune with 2 % replay, SLERP, one t", lambda folder: slerps(folder, REPLAY)),
 )
