@@ -10,8 +10,8 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from math import exp
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,8 +48,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from story import python, run, say
 
 HERE = Path(__file__).resolve().parent
-TEST_PROBLEMS = 600  # the demo's 300, and as many more
-CURVE = tuple(k / 20 for k in range(4, 17))  # t whose merges are tested to compare by: nothing is chosen by them
+TEST_PROBLEMS = 400  # the demo's 300, and 100 more
+CURVE = tuple(k / 20 for k in range(6, 15))  # t whose merges are tested to compare by: nothing is chosen by them
 ENDS = "evidence/ends.json"  # the parent's and the finetune's scores on validation data
 QUICK_TRIALS = 12
 Judge = Callable[[Path | Mapping[str, Any]], dict[str, Any]]
@@ -73,22 +73,18 @@ def main(folder: Path, seeds: int, jobs: int, quick: bool) -> None:
 
 
 def run_all(pool: ProcessPoolExecutor, places: list[tuple[Path, int]], quick: bool) -> None:
-    """For each seed its models, then its arms, then the test of what the arms chose."""
-    running: dict[Future[None], tuple[Path, str]] = {}
-    left: dict[Path, int] = {}
-    for folder, seed in places:
-        running[pool.submit(make_models, folder, seed, quick)] = folder, "models"
-    while running:
-        for done in wait(running, return_when=FIRST_COMPLETED).done:
-            folder, what = running.pop(done)
-            done.result()
-            if what == "models":
-                left[folder] = len(ARMS)
-                running |= {pool.submit(run_arm, folder, arm.name, quick): (folder, "arm") for arm in ARMS}
-            elif what == "arm":
-                left[folder] -= 1
-                if not left[folder]:
-                    running[pool.submit(score_chosen, folder)] = folder, "test"
+    """The models of every seed; then the choice of every arm; then the test of what was chosen."""
+    folders = [folder for folder, _ in places]
+    arms = sorted(ARMS, key=lambda arm: arm.candidates is not None)  # the search takes longest, so it begins
+    finish(pool.submit(make_models, folder, seed, quick) for folder, seed in places)
+    finish(pool.submit(run_arm, folder, arm.name, quick) for arm in arms for folder in folders)
+    tests = [pool.submit(score_arm, folder, arm.name) for arm in ARMS for folder in folders]
+    finish([*tests, *(pool.submit(score_curve, folder) for folder in folders)])
+
+
+def finish(tasks: Iterable[Future[None]]) -> None:
+    for task in as_completed([*tasks]):
+        task.result()
 
 
 # -------------------------------------------------------------------------------------------- models
@@ -131,6 +127,7 @@ def make_judge(folder: Path, split: str) -> Judge:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     problems = rows(folder / ("evidence/skill_test.jsonl" if split == "test" else "skill_validation.jsonl"))
     texts = [row["text"] for row in rows(folder / f"prose_{split}.jsonl")]
+    texts = texts[::2] if split == "validation" else texts  # enough to tell merges apart, and half the time
     tokenizer = AutoTokenizer.from_pretrained(folder / PARENT)
     model = AutoModelForCausalLM.from_pretrained(folder / PARENT, dtype=torch.float32).eval()
 
@@ -248,23 +245,24 @@ def in_words(values: Mapping[str, float]) -> str:
 # ---------------------------------------------------------------------------------------------- test
 
 
-def score_chosen(folder: Path) -> None:
-    """Score what each arm chose on the test data, once: `evidence/NAME/test.json`; and some t for a picture."""
-    if (folder / "evidence/curve.json").exists():
-        return
-    say(f"{folder}: what was chosen, on test data")
-    judge = make_judge(folder, "test")
-    for arm in ARMS:
-        place = folder / "evidence" / arm.name
-        if not (place / "test.json").exists():
-            candidate = chosen_candidate(folder, arm)
-            write_json(place / "test.json", judge(made(candidate, place / "chosen")))
-    curve = {}
-    out = folder / "evidence/curve"
-    for t in CURVE:
-        curve[f"t = {t}"] = scores_of(judge(made(Candidate("", slerp(folder, FINETUNE, t)), out)))
-    shutil.rmtree(out, ignore_errors=True)
-    write_json(folder / "evidence/curve.json", curve)
+def score_arm(folder: Path, name: str) -> None:
+    """Score what an arm chose on the test data, once: `evidence/NAME/test.json`."""
+    place = folder / "evidence" / name
+    if not (place / "test.json").exists():
+        say(f"{folder}: {name}, on test data")
+        candidate = chosen_candidate(folder, next(one for one in ARMS if one.name == name))
+        write_json(place / "test.json", make_judge(folder, "test")(made(candidate, place / "chosen")))
+
+
+def score_curve(folder: Path) -> None:
+    """The merges with one t on the test data, for comparisons: `evidence/curve.json`."""
+    path, out = folder / "evidence/curve.json", folder / "evidence/curve"
+    if not path.exists():
+        say(f"{folder}: one t, on test data")
+        judge = make_judge(folder, "test")
+        merges = {f"t = {t}": Candidate("", slerp(folder, FINETUNE, t)) for t in CURVE}
+        write_json(path, {label: scores_of(judge(made(one, out))) for label, one in merges.items()})
+        shutil.rmtree(out)
 
 
 def chosen_candidate(folder: Path, arm: Arm) -> Candidate:

@@ -20,7 +20,7 @@ STEPS = 10  # of t from 0 to 1
 FINER = tuple(k / 50 for k in (-4, -3, -2, -1, 1, 2, 3, 4))  # then around the best of these
 WINDOWS = (2, 3, 5, 8, 10)  # checkpoints in an average; the run leaves nine and its result
 WEIGHTS = ("uniform", "sqrt")
-MERGED_WINDOWS = (3, 5, 10)  # of the averages that are merged with the parent
+MERGED_WINDOWS = (3, 10)  # of the averages that are merged with the parent
 PARENT, FINETUNE, REPLAY, AVERAGES = "cot/final", "ft/final", "replay/final", "averages"
 
 Scores = Mapping[str, float]  # skill: problems solved, %; prose_perplexity
@@ -103,15 +103,19 @@ def linears(folder: Path) -> list[Candidate]:
 
 
 def growing(folder: Path) -> list[Candidate]:
-    """LiNeS: t grows along the layers, from `first` to `last`, in steps of 0.1."""
-    ends = [(first, last) for first in range(10) for last in range(first + 1, 11)]
-    return [
-        Candidate(
-            f"t = {first / 10} to {last / 10}",
-            slerp(folder, FINETUNE, {"lines": {"alpha": first / 10, "beta": (last - first) / 10}}),
-        )
-        for first, last in ends
-    ]
+    """LiNeS: t grows along the layers, in steps of 0.2 for the first and for the last one; then, around the best, of
+    0.1."""
+
+    def at(first: int, last: int, finer: Callable[[], list[Candidate]] | None = None) -> Candidate:  # in tenths
+        lines = {"alpha": first / 10, "beta": (last - first) / 10}
+        return Candidate(f"t = {first / 10} to {last / 10}", slerp(folder, FINETUNE, {"lines": lines}), finer=finer)
+
+    def around(first: int, last: int) -> list[Candidate]:
+        near = [(first + a, last + b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
+        return [at(a, b) for a, b in near if 0 <= a <= b <= 10]
+
+    ends = [(first, last) for first in range(0, 10, 2) for last in range(first + 2, 11, 2)]
+    return [at(*one, partial(around, *one)) for one in ends]
 
 
 def averages(folder: Path) -> list[Candidate]:
