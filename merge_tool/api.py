@@ -398,7 +398,7 @@ def merge_recipe(
                     adopt_parts(work, plan_file, fill=fill, check=check_resumed)
                 read_ahead(inputs, prepared, work)
                 carry_out(prepared, work, watch, known)
-                inputs.close()  # the process that downloads
+                inputs.end_downloads()
                 findings = work.findings()
                 summary = summarise(prepared.plan, findings)
                 write_side_files(prepared, work, findings, summary)
@@ -419,7 +419,7 @@ def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str
     stream, download = inputs.streaming.stream, prepared.download
     if inputs.must_stream:
         if stream is False:
-            raise RecipeError("--no-stream: a model at an address (https://...) is always read by range.")
+            raise RecipeError("--no-stream: a model at an address (https://..., s3://...) is always read by range.")
         return "It is at an address."
     if stream is not None:
         return "It was asked for." if stream else ""
@@ -500,6 +500,7 @@ def plan_parts(
     if target.is_file:
         raise RecipeError(f"{shown(out)}: is one file. Many hosts need a folder: give OUT without .safetensors.")
     with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
+        inputs.check_have_paths()
         check_target(target, inputs.paths)
         prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=not inputs.coming)
         check_output(prepared, overwrite=overwrite)

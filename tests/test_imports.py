@@ -21,7 +21,7 @@ OUTSIDE = {  # who alone may import a package that is not Python's own
     "safetensors": {"output", "verification"},
     "yaml": {"recipe", "models.cards"}, "transformers": {"compare"}, "numpy": set(), "ml_dtypes": {"arrays"},
     "ray": {"hosts"}, "distributed": {"hosts"}, "optuna": {"sweeps.study"}, "sqlalchemy": {"sweeps.study"},
-    "cmaes": {"sweeps.study"},
+    "cmaes": {"sweeps.study"}, "obstore": {"checkpoint", "output"},
 }  # fmt: skip
 FILES = {
     path.relative_to(ROOT / "merge_tool").with_suffix("").as_posix().replace("/", "."): path

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -25,6 +25,14 @@ _THREADS = 8
 _WAITS = (0.5, 1.0, 2.0)  # seconds before another try: a large model takes hundreds of requests
 PASSING = frozenset({429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes 0-\d+/(\d{1,18}|\*)", re.ASCII)
+
+
+class Passing(Exception):
+    """This try failed, another may not. `seconds` is how long the server asks to wait."""
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 def can_ask() -> bool:
@@ -47,14 +55,16 @@ class Start:
     data: bytes
 
 
-def fetch_headers(places: Sequence[Place]) -> list[Start]:
+def fetch_headers(places: Sequence[Place], fetch: Callable[[Place, int], Start] | None = None) -> list[Start]:
     """Size, ETag and the first bytes up to the header's end of each safetensors file, in order.
 
     If a header's length is impossible, only the first 8 bytes, which the reader then refuses. Raises FetchError for
-    answers that cannot be used, and the errors of the session.
+    answers that cannot be used, and the errors of the session. `fetch(place, count)` gets the first bytes of a file; by
+    default by HTTP.
     """
+    fetch = fetch or _fetch
     with ThreadPoolExecutor(_THREADS) as pool:
-        starts = list(pool.map(lambda place: _fetch(place, _LENGTH_BYTES), places))
+        starts = list(pool.map(lambda place: fetch(place, _LENGTH_BYTES), places))
         ends = [_header_end(start.size, start.data) for start in starts]
         if (total := sum(ends)) > MAX_HEADER_BYTES:
             raise FetchError(
@@ -62,7 +72,7 @@ def fetch_headers(places: Sequence[Place]) -> list[Start]:
                 f"{MAX_HEADER_BYTES:,} are fetched ahead of the rest. Download the model, then give its folder."
             )
         longer = [(place, end) for place, end in zip(places, ends, strict=True) if end > _LENGTH_BYTES]
-        whole = dict(zip(longer, pool.map(lambda one: _fetch(*one), longer), strict=True))
+        whole = dict(zip(longer, pool.map(lambda one: fetch(*one), longer), strict=True))
     return [whole.get(key, first) for key, first in zip(zip(places, ends, strict=True), starts, strict=True)]
 
 

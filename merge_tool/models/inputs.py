@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from merge_tool.checkpoint.hub import Snapshot, look
+from merge_tool.checkpoint.hub import Snapshot, look, not_read_here
 from merge_tool.checkpoint.source import ByteSource
 from merge_tool.checkpoint.streaming import Streaming
 from merge_tool.errors import FetchError, shown, sized
@@ -103,10 +103,14 @@ class Inputs:
         self.close()
 
     def close(self) -> None:
+        self.end_downloads()
+        self._held.close()
+
+    def end_downloads(self) -> None:
+        """End the process that downloads: the weights are merged. Side files can still be read."""
         if self._ranges is not None:
             self._ranges.close()
             self._ranges = None
-        self._held.close()
 
     @property
     def coming(self) -> Coming:
@@ -115,7 +119,7 @@ class Inputs:
     @property
     def must_stream(self) -> bool:
         """Whether weights are at addresses, which have no cache."""
-        return any(one.is_url for one in self._snapshots.values())
+        return any(one.address for one in self._snapshots.values())
 
     @property
     def download(self) -> Download:
@@ -132,11 +136,17 @@ class Inputs:
         )
 
     def fetch(self) -> None:
-        """Fetch all missing weights; `coming` is then empty. Raises FetchError."""
+        """Fetch all missing weights; `coming` is then empty. Raises FetchError, also for models at addresses."""
+        self.check_have_paths()
         for one in self._snapshots.values():
             one.fetch()
         self._held.close()
         self._snapshots.clear()
+
+    def check_have_paths(self) -> None:
+        """Raise FetchError for models at addresses, which can only be read by range."""
+        if address := next((one.address for one in self._snapshots.values() if one.address), ""):
+            raise FetchError(not_read_here(address))
 
     def choose_streaming(self, folder: Path, waiting_bytes: int | None = None) -> None:
         """From here on, the missing weights count as read by range, with the spool in `folder`. If the output does not

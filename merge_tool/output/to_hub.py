@@ -51,7 +51,7 @@ def merge_to_hub(
         say_what_is_done(prepared, work, watch)
         read_ahead(inputs, prepared, work)
         carry_out(prepared, work, watch)
-        inputs.close()
+        inputs.end_downloads()
         work.await_uploads()
         findings = work.findings()
         summary = summarise(prepared.plan, findings)
