@@ -306,7 +306,7 @@ def merge_recipe(
     _check_method(recipe, methods, is_shared=executor is not None)
     target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path, publishing)
     if target.repo and (executor is not None or plan_file is not None):
-        raise RecipeError(f"{target.name}: workers share a folder, and cannot write to the Hub. Leave out --executor.")
+        raise RecipeError(f"{target.name}: workers share a folder, and cannot write elsewhere. Leave out --executor.")
 
     if executor is not None or plan_file is not None:
         if streaming is not None and streaming.stream:

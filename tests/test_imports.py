@@ -17,7 +17,7 @@ ORDER = [  # from the top; those in one set stand side by side
 ]  # fmt: skip
 OUTSIDE = {  # who alone may import a package that is not Python's own
     "click": {"cli"}, "tqdm": {"progress"}, "matplotlib": {"cli.plot"}, "torch": {"checkpoint.unpickle", "compare"},
-    "huggingface_hub": {"checkpoint", "output.card", "output.pushing", "output.repository", "output.uploading"},
+    "huggingface_hub": {"checkpoint", "output.card", "output.pushing", "output.repository", "output.hub_session"},
     "safetensors": {"output", "verification"},
     "yaml": {"recipe", "models.cards"}, "transformers": {"compare"}, "numpy": set(), "ml_dtypes": {"arrays"},
     "ray": {"hosts"}, "distributed": {"hosts"}, "optuna": {"sweeps.study"}, "sqlalchemy": {"sweeps.study"},

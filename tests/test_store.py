@@ -97,6 +97,7 @@ def test_two_of_one_name_are_told_apart(store: Replica, here: Path) -> None:
     assert contents(Path("merged")) == contents(Path("local"))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_fetched_whole_and_its_model_is_not(store: Replica, here: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     factors = {f"{name}.lora_A.weight": normal(4, 64), f"{name}.lora_B.weight": normal(64, 4)}
@@ -135,6 +136,7 @@ def test_what_cannot_be_the_planned_object_is_refused(store: Replica, fault: str
     assert KEY not in str(failed.value)
 
 
+@pytest.mark.slow
 def test_after_a_refusal_the_same_command_continues(store: Replica, here: Path) -> None:
     """With the shards that are finished."""
     store.spoilt = {"models/ft/model.safetensors": "403"}

@@ -1,7 +1,7 @@
 """In processes of their own: folders of object stores, by obstore, and what goes wrong with them.
 
 Keys, endpoint, region and proxies are those that obstore finds in the environment (AWS_*, GOOGLE_*, AZURE_*) or asks
-the machine for. obstore tries nothing again: how long to be patient is decided here. No message shows a key.
+the machine for. How long to be patient is decided here, not by obstore. No message shows a key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from merge_tool.checkpoint.addresses import store_parts
-from merge_tool.errors import CheckpointError, FetchError, install, shown
+from merge_tool.errors import FetchError, MergeToolError, install, shown
 
 T = TypeVar("T")
 MOST_OBJECTS = 20_000  # in one folder
@@ -53,15 +53,17 @@ def library(url: str) -> Any:
 
 
 @lru_cache(maxsize=64)
-def open_store(url: str, stall_seconds: float = _STALL_SECONDS) -> Any:
-    """A folder as one of obstore's stores: names are relative to it. `stall_seconds` without a byte end a request.
-    Raises FetchError for an address that is none, and without obstore."""
+def open_store(url: str, stall_seconds: float = _STALL_SECONDS, tries: int = 0) -> Any:
+    """A folder as one of obstore's stores: names are relative to it. `stall_seconds` without a byte end a request;
+    obstore itself makes so many further `tries` of one, which a part of a large upload needs. Raises FetchError for an
+    address that is none, and without obstore."""
     from_url = library(url).store.from_url
     scheme, bucket, path = store_parts(url)
+    os.environ.setdefault("AWS_DISABLE_BULK_DELETE", "true")  # many servers have no other way to delete
     # As variables: options given to from_url would hide those of the environment, such as AWS_ALLOW_HTTP.
     os.environ.setdefault(f"{_PREFIXES[scheme]}TIMEOUT", "1h")
     os.environ.setdefault(f"{_PREFIXES[scheme]}READ_TIMEOUT", f"{round(1000 * stall_seconds)}ms")
-    return from_url(f"{scheme}://{bucket}/{quote(path)}", retry_config={"max_retries": 0})
+    return from_url(f"{scheme}://{bucket}/{quote(path)}", retry_config={"max_retries": tries})
 
 
 def sizes_of(url: str) -> dict[str, int]:
@@ -95,12 +97,14 @@ def patiently(action: Callable[[], T], url: str, waits: Sequence[float], *, is_s
 
 
 @contextmanager
-def explaining(url: str, error: type[CheckpointError] = FetchError) -> Iterator[None]:
+def explaining(url: str, error: type[MergeToolError] = FetchError) -> Iterator[None]:
     """Turn every error inside into a FetchError, or another kind."""
     try:
         yield
-    except CheckpointError:
-        raise
+    except MergeToolError as e:
+        if isinstance(e, error):
+            raise
+        raise error(str(e)) from e
     except Exception as e:  # obstore's errors and the system's; each means: cannot be had
         raise error(explained(e, url)) from e
 

@@ -157,13 +157,13 @@ def _make(
     from merge_tool.api import check_plan, merge_recipe, plan_recipe
     from merge_tool.cli.show import answer_lines
     from merge_tool.output.publishing import Publishing
-    from merge_tool.plan.target import is_hub
+    from merge_tool.plan.target import is_remote
 
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     recipe, streaming = recipe_of(), Streaming(stream, downloads, spool_bytes)
     publishing = Publishing(private, not no_publish, work)
-    if prompt is not None and is_hub(out):
+    if prompt is not None and is_remote(out):
         raise RecipeError(f"--try loads OUT from this disk, and {shown(out)} is not here. Leave it out.")
     if prompt is not None:
         from merge_tool.compare.prompting import check_can_answer
@@ -246,10 +246,10 @@ def _answers(recipe: Recipe, outputs: Iterable[Path], prompt: str) -> list[Answe
 
 def _make_parts(parts: Sequence[Part], out: Path, run: dict[str, Any]) -> None:
     """Run the merges of a file of several recipes; what is printed as JSON is the last one's report."""
-    from merge_tool.plan.target import is_hub
+    from merge_tool.plan.target import is_remote
     from merge_tool.sweeps.chain import merge_parts
 
-    if is_hub(out):
+    if is_remote(out):
         raise RecipeError(f"{shown(out)}: a file of several recipes needs a folder as OUT. Then: merge-tool push.")
 
     def make(recipe: Recipe, target: Path, name: str) -> None:

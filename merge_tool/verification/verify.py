@@ -21,7 +21,7 @@ from merge_tool.errors import CheckpointError, MergeToolError, OutputError, coun
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
 from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
-from merge_tool.plan.target import is_hub
+from merge_tool.plan.target import is_remote
 from merge_tool.progress import Progress
 from merge_tool.recipe.mergekit import make_options
 from merge_tool.recipe.options import Options, as_json
@@ -90,7 +90,7 @@ def verify(
     Raises MergeToolError if `out` is no output, or a parent cannot be read.
     """
     _check_sample(sample)
-    if is_hub(out):
+    if is_remote(out):
         from merge_tool.verification.on_hub import verify_on_hub  # most outputs are here
 
         if full or report_path is not None:
@@ -176,7 +176,7 @@ def plan_verify(
     """What `verify` with these arguments would do, from headers alone. Raises the errors that it begins with."""
     _check_sample(sample)
     _wanted(options)
-    if is_hub(out):
+    if is_remote(out):
         raise OutputError(f"{shown(out)}: a dry run is of an output that is here. Verify at once: it reads ranges.")
 
     def look(root: Path, file_name: str | None, given_report: Path | None) -> VerifyPlan:
