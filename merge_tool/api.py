@@ -306,7 +306,9 @@ def merge_recipe(
     _check_method(recipe, methods, is_shared=executor is not None)
     target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path, publishing)
     if target.repo and (executor is not None or plan_file is not None):
-        raise RecipeError(f"{target.name}: workers share a folder, and cannot write elsewhere. Leave out --executor.")
+        raise RecipeError(
+            f"{target.name}: workers share a folder, and cannot write to the Hub or a bucket. Leave out --executor."
+        )
 
     if executor is not None or plan_file is not None:
         if streaming is not None and streaming.stream:
@@ -322,7 +324,7 @@ def merge_recipe(
         if inputs.coming:
             planned = prepare(recipe, inputs, target, limits, methods=methods)
             if why := _why_by_range(planned, inputs, overwrite=overwrite):
-                watch.warn([why] if inputs.streaming.stream is None else [])
+                watch.warn([why] if inputs.streaming.stream is None and not inputs.must_stream else [])
                 planned = _by_range(planned, inputs)
             check_output(planned, overwrite=overwrite) if hub is None else hub.check(planned)
             del planned

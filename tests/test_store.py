@@ -266,7 +266,7 @@ def test_what_reads_no_ranges_says_so(store: Replica, here: Path) -> None:
 def test_the_plan_says_what_would_be_downloaded(store: Replica, here: Path) -> None:
     done = CliRunner().invoke(merge_tool, ["merge", BASE, FT, "merged", "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert re.search(r"download  .* by range; a spool of at most", done.stdout), done.stdout
+    assert re.search(r"download  .* from buckets, by range; a spool of at most", done.stdout), done.stdout
     assert sum(store.served[key] for key in store.served if key.endswith(".safetensors")) < 20_000
     done = CliRunner().invoke(merge_tool, ["inspect", BASE])
     assert done.exit_code == 0, done.output

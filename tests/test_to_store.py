@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from checkpoints import contents, language_model, save_model
-from merge_tool import DataError, MergeToolError, OutputError, RecipeError, merge
+from merge_tool import DataError, MergeToolError, OutputError, RecipeError, merge, verify
 from merge_tool.output import uploader
 from merge_tool.output.upload import push
 from s3_replica import KEY, Replica, serve
@@ -93,6 +93,24 @@ def test_a_merge_from_a_bucket_into_a_bucket_is_the_local_one(store: Replica, tm
     assert again.already_complete
     assert again.summary == report.summary
     assert there(store) == expected(*pair)
+
+
+@pytest.mark.slow
+def test_what_is_in_a_bucket_verifies_by_ranges(store: Replica, pair: Pair) -> None:
+    """Also with parents in a bucket; a changed byte is found by its tensor, and by the digest that is not there."""
+    store.put_folder("bucket", "models", pair[0].parent)
+    models = ("s3://bucket/models/base", "s3://bucket/models/ft")
+    merge(*pair, OUT, 0.4, **SMALL)
+    (found,) = verify(OUT, models, sample=0.5)
+    assert not found.problems
+    assert found.num_compared == found.num_elements > 100_000
+    name = min(key for key in there(store) if key.endswith(".safetensors"))
+    data = bytearray(there(store)[name])
+    data[-1] ^= 1
+    store.put("bucket", f"me/merged/{name}", bytes(data))
+    (changed,) = verify(OUT, models, sample=1.0)
+    assert f"{name}: its SHA-256 there is unknown, " in changed.problems[0]
+    assert "is not the merge of these parents: element" in changed.problems[1]
 
 
 def test_large_shards_go_up_in_parts(store: Replica, tmp_path: Path) -> None:

@@ -48,11 +48,13 @@ def _hub() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A file's size, its ETag without quotes (empty if the server gives none), and its first bytes."""
+    """A file's size, its ETag without quotes (empty if the server gives none), its first bytes, and the SHA-256 that is
+    noted beside an object."""
 
     size: int
     etag: str
     data: bytes
+    sha256: str = ""
 
 
 def fetch_headers(places: Sequence[Place], fetch: Callable[[Place, int], Start] | None = None) -> list[Start]:

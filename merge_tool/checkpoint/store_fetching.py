@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,7 +55,7 @@ def _look(url: str, what: str, coming: Sequence[str], fetched_bytes: int) -> tup
     places = [Place(f"{url}/{name}", f"{url}/{name}") for name in coming]
     starts = fetch_headers(places, _start) if places else []
     found = [
-        (name, start.size, start.etag, len(start.data), asdict(place))
+        (name, start.size, start.etag, len(start.data), asdict(replace(place, sha256=start.sha256)))
         for name, start, place in zip(coming, starts, places, strict=True)
     ]
     return {"coming": found, "fetched_bytes": fetched_bytes}, [start.data for start in starts]
@@ -124,7 +124,7 @@ def _start(place: Place, count: int) -> Start:
         data = bytes(found.bytes())
         if len(data) != min(count, found.meta["size"]):
             raise OSError(f"{len(data):,} bytes arrived, expected {min(count, found.meta['size']):,}")
-        return Start(found.meta["size"], found.meta["e_tag"] or "", data)
+        return Start(found.meta["size"], found.meta["e_tag"] or "", data, found.attributes.get("sha256", ""))
 
     with explaining(place.where):
         return patiently(ask, place.where, _WAITS)

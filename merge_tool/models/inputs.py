@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from merge_tool.checkpoint.addresses import is_store
 from merge_tool.checkpoint.hub import Snapshot, look, not_read_here
 from merge_tool.checkpoint.source import ByteSource
 from merge_tool.checkpoint.streaming import Streaming
@@ -23,6 +24,14 @@ if TYPE_CHECKING:  # most merges read no file by range
     from merge_tool.checkpoint.range_file import Ranges
 
 
+def _kinds(snapshots: Iterable[Snapshot]) -> list[str]:
+    """Where weights come from, in words, each kind once."""
+    kinds = {
+        ("the Hub" if not one.address else "buckets" if is_store(one.address) else "addresses") for one in snapshots
+    }
+    return sorted(kinds, reverse=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Download:
     """Weights of models of the Hub, in bytes.
@@ -30,6 +39,7 @@ class Download:
     `nbytes` are still to download, `cached_bytes` already in the cache, `fetched_bytes` of these fetched for planning;
     `begun_bytes` were left by an interrupted download. `cache` is a folder in the cache, if anything is to download.
     If they are read by range (`is_streamed`), only the spool takes disk space: `spool_bytes` in the folder `spool`.
+    Some may be at addresses: `sources` are in words where they come from.
     """
 
     nbytes: int = 0
@@ -39,6 +49,7 @@ class Download:
     cache: Path | None = None
     is_streamed: bool = False
     spool_bytes: int = 0
+    sources: str = "the Hub"
 
     @property
     def disk_bytes(self) -> int:
@@ -133,6 +144,7 @@ class Inputs:
             cache=cache if self._spool is None else self._spool,
             is_streamed=self._spool is not None,
             spool_bytes=self._spool_bytes,
+            sources=" and ".join(_kinds(one for one in snapshots if one.coming)) or "the Hub",
         )
 
     def fetch(self) -> None:
