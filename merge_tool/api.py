@@ -320,6 +320,8 @@ def merge_recipe(
         hub_of(target, publishing, recipe, overwrite=overwrite) as hub,
         Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs,
     ):
+        if executor is not None or plan_file is not None:
+            inputs.check_have_paths()
         check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
         if inputs.coming:
             planned = prepare(recipe, inputs, target, limits, methods=methods)

@@ -63,7 +63,9 @@ def local(here: Path, **options: object) -> dict[str, bytes]:
 
 def test_a_merge_from_a_bucket_is_the_local_one(store: Replica, here: Path, tmp_path: Path) -> None:
     """Every file the same, report and card included; each byte is served once, and nothing is kept. The second time the
-    merge is complete."""
+    merge is complete. Objects that stand for folders, as consoles make them, are no files."""
+    for name in ("", "base/", "base/sub/", "base/nothing/"):
+        store.put("bucket", f"models/{name}", b"")
     report = merge(BASE, f"{FT}/", "merged", 0.4)
     assert contents(Path("merged")) == local(here)
     sizes = {f"models/{path.relative_to(here)}": path.stat().st_size for path in here.rglob("*.safetensors")}

@@ -3,6 +3,7 @@ weights. No weights are read, except adapters, which are small."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,16 @@ from merge_tool.apart import answer
 from merge_tool.checkpoint.folder import is_pickle, is_weight_file
 from merge_tool.checkpoint.ranges import Start, fetch_headers
 from merge_tool.checkpoint.source import Place
-from merge_tool.checkpoint.stores import explaining, folder_url, library, open_store, patiently, sizes_of, status_of
+from merge_tool.checkpoint.stores import (
+    explained,
+    explaining,
+    folder_url,
+    library,
+    open_store,
+    patiently,
+    sizes_of,
+    status_of,
+)
 from merge_tool.checkpoint.wanted import can_wait, is_adapter_listing, is_small, module_weights
 from merge_tool.checkpoint.weight_files import adapter_files, find_weights, unread_format, weight_map_files
 from merge_tool.errors import FetchError, listed, reason, shown, sized
@@ -25,6 +35,10 @@ _WAITS = (0.5, 1.0, 2.0)
 _THREADS = 8
 _MOST_SMALL_BYTES = 1_000_000_000  # of files that are no weights: tokenizers have some 10 MB
 _PIECE_BYTES = 4_000_000
+
+
+class _NotThere(FetchError):
+    """There is no such object."""
 
 
 def main() -> None:
@@ -137,7 +151,10 @@ def _fetch_small(url: str, here: Path, sizes: dict[str, int]) -> None:
             f"{shown(url)}: besides weights it holds {sized(total)} of other files ({listed(largest, 3)}), which a "
             "merge would copy. Give a folder that holds the model alone."
         )
-    _fetch_all(url, here, list(sizes))
+    _fetch_all(url, here, [name for name, size in sizes.items() if size])
+    for name in (name for name, size in sizes.items() if not size):
+        with contextlib.suppress(_NotThere):  # stands for a folder: its real name ends with a /
+            _fetch(url, here / PurePosixPath(name), name)
 
 
 def _fetch_all(url: str, here: Path, names: Sequence[str]) -> None:
@@ -158,4 +175,7 @@ def _fetch(url: str, path: Path, name: str) -> None:
             raise OSError(f"{size:,} bytes arrived, expected {found.meta['size']:,}")
 
     with explaining(f"{url}/{name}"):
-        patiently(once, f"{url}/{name}", _WAITS)
+        try:
+            patiently(once, f"{url}/{name}", _WAITS)
+        except FileNotFoundError as e:
+            raise _NotThere(explained(e, f"{url}/{name}")) from e

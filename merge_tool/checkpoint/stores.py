@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -67,7 +68,8 @@ def open_store(url: str, stall_seconds: float = _STALL_SECONDS, tries: int = 0) 
 
 
 def sizes_of(url: str) -> dict[str, int]:
-    """The size of every object in a folder, by its name there. Raises FetchError if there are too many for a model."""
+    """The size of every object in a folder, by its name there, without the objects that stand for folders. Raises
+    FetchError if there are too many for a model."""
     sizes: dict[str, int] = {}
     for several in library(url).list(open_store(url), chunk_size=1000):
         sizes |= {one["path"]: one["size"] for one in several}
@@ -75,7 +77,8 @@ def sizes_of(url: str) -> dict[str, int]:
             raise FetchError(
                 f"{shown(url)}: holds more than {MOST_OBJECTS:,} objects. Give the folder of one model in it."
             )
-    return sizes
+    folders = {str(parent) for name in sizes for parent in PurePosixPath(name).parents}
+    return {name: size for name, size in sizes.items() if name and (size or name not in folders)}
 
 
 def patiently(action: Callable[[], T], url: str, waits: Sequence[float], *, is_said: bool = False) -> T:

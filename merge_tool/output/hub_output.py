@@ -1,4 +1,5 @@
-"""A repository of the Hub as a merge's output: what is there already, the draft of an earlier run, what may be written.
+"""A repository of the Hub, or a folder of a bucket, as a merge's output: what is there already, the draft of an earlier
+run, what may be written.
 
 Asks uploading.py, a process of its own, and decides. The shards go through HubFolder (hub_folder.py).
 """
@@ -32,7 +33,8 @@ from merge_tool.recipe.options import DEFAULT_MAX_SHARD_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The draft of a merge: its pull request's number, its files with size and digest, and its plan, if it has one.
+    """The draft of a merge: its pull request's number (in a bucket 0), its files with size and digest, and its plan, if
+    it has one.
     `why_not` says why its shards cannot be kept; it is empty if they can."""
 
     number: int | None = None
@@ -43,8 +45,8 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An output that is whole on the Hub: its report, its files as they must be, whether it is published, or else in
-    which pull request it is."""
+    """An output that is whole there: its report, its files as they must be, whether it is published, or else in which
+    pull request it is."""
 
     report: Path
     files: dict[str, Any]
@@ -52,7 +54,8 @@ class Stored:
 
 
 class HubOutput:
-    """The repository of a target. Raises OutputError at once where it is known that the user may not write there."""
+    """The place of a target; what it shows is `main`. Raises OutputError at once where it is known that the user may not
+    write there."""
 
     def __init__(self, target: Target, publishing: Publishing, asked_shard_bytes: int, *, overwrite: bool) -> None:
         self.target, self.publishing, self.overwrite = target, publishing, overwrite

@@ -1,4 +1,4 @@
-"""Where a merge's output goes: OUT as the user wrote it, with the options for a repository of the Hub."""
+"""Where a merge's output goes: OUT as the user wrote it, with the options for a repository of the Hub or a bucket."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _overlap(one: str, other: str) -> bool:
 def hub_of(
     target: Target, publishing: Publishing | None, recipe: Recipe, *, overwrite: bool
 ) -> Iterator[HubOutput | None]:
-    """The repository of the Hub that the output goes to; None for a folder or file."""
+    """The repository of the Hub or folder of a bucket that the output goes to; None for a folder or file here."""
     if not target.repo:
         yield None
         return

@@ -1,4 +1,4 @@
-"""A planned merge -> a repository of the Hub: run, upload shard by shard, publish."""
+"""A planned merge -> a repository of the Hub or a folder of a bucket: run, upload shard by shard, publish."""
 
 from __future__ import annotations
 
