@@ -308,7 +308,7 @@ def environment(*paths: Path) -> dict[str, str]:
 
 
 def ours(checkout: Path, *arguments: object) -> Command:
-    return [sys.executable, "-m", "merge_tool", *map(str, arguments)], environment(checkout)
+    return [sys.executable, "-P", "-m", "merge_tool", *map(str, arguments)], environment(checkout)
 
 
 def weights_bytes(folder: Path) -> int:
