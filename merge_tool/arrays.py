@@ -56,6 +56,7 @@ _NONFINITE: Mapping[np.dtype[Any], tuple[Any, int]] = {  # a value with all thes
     FLOAT8_DTYPES["F8_E4M3"]: (np.uint8, 0x7F),
     FLOAT8_DTYPES["F8_E5M2"]: (np.uint8, 0x7C),
 }
+_PIECE = 32_768
 _LEAST_NORMAL, _ABOVE_NORMAL = np.array([2.0**-14, 65_520.0], np.float32).view(np.uint32)  # of float16
 
 
@@ -84,7 +85,8 @@ def encode(values: Array, out: Array) -> Array:
         if out.dtype in FLOAT8_TABLES:
             _encode_float8(values, out)
         elif out.dtype == np.float16 and values.dtype == np.float32:
-            _encode_float16(values, out)
+            for start in range(0, len(values), _PIECE):  # its temporaries stay small
+                _encode_float16(values[start : start + _PIECE], out[start : start + _PIECE])
         elif out.dtype == BFLOAT16 and values.dtype == np.float64:
             np.copyto(out, _to_float32(values, low_bits=0x8000), casting="unsafe")
         else:
