@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from merge_tool.arrays import BFLOAT16, TILE, Array, decode, encode
+from merge_tool.arrays import BFLOAT16, TILE, Array, decode, encode, first_nonfinite
 
 _LANES = 1_024  # partial sums of a tile, then added pairwise
 
@@ -243,6 +243,7 @@ def _arc_sine(share: float, angle: Angle) -> float:
 
 _SURELY_FITS = 400.0  # finite in every dtype we write; makes the exact check unnecessary for nearly every block
 _TINY = np.float32(2.0**-124)  # float32 products below lose digits that a subnormal bfloat16 still shows
+_TINY_CODE = 0x0180  # the same as a bfloat16; what is smaller is rounded to it or to less
 
 
 def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
@@ -267,10 +268,12 @@ def _combine_narrow(x: Array, y: Array, weights: Weights, out: Array, scratch: S
     np.multiply(decode(y, b), np.float32(weights.w1), out=b)
     np.add(a, b, out=a)
     encode(a, out)
-    magnitude = np.abs(a, out=b)
-    if out.dtype == BFLOAT16 and magnitude.min(initial=1.0) < _TINY:
-        _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
-    return _fits(magnitude.max(initial=0.0), out.dtype)
+    if out.dtype == BFLOAT16:
+        sizes = np.bitwise_and(out.view(np.uint16), np.uint16(0x7FFF), out=scratch.f32[2].view(np.uint16)[: len(x)])
+        if sizes.min(initial=0x7FFF) <= _TINY_CODE:
+            magnitude = np.abs(a, out=b)
+            _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
+    return first_nonfinite(out) is None
 
 
 def _combine_tiny(places: Array, x: Array, y: Array, weights: Weights, out: Array) -> None:

@@ -16,6 +16,7 @@ integers.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -85,13 +86,22 @@ class Tile:
         Philox 4x64 (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose raw output
         numpy promises not to change: four elements to a counter.
         """
-        shape = self.inputs[0].shape
-        first, extra = divmod(self.start, 4)
-        bits = np.random.Philox(counter=first, key=(self.key ^ (stream * 0x9E3779B97F4A7C15)) & (2**128 - 1))
-        raw = bits.random_raw(self.inputs[0].size + extra)[extra:]
+        raw = self._random_bits(stream)
         raw >>= np.uint64(11)
         values: Array = raw * 2.0**-53
-        return values.reshape(shape)
+        return values
+
+    def is_below(self, stream: int, p: float) -> Array:
+        """Where `uniform(stream)` is below p, a number from 0 to less than 1."""
+        below: Array = self._random_bits(stream) < np.uint64(math.ceil(p * 2.0**53) << 11)
+        return below
+
+    def _random_bits(self, stream: int) -> Array:
+        """64 bits for each element; `uniform` uses the upper 53."""
+        first, extra = divmod(self.start, 4)
+        bits = np.random.Philox(counter=first, key=(self.key ^ (stream * 0x9E3779B97F4A7C15)) & (2**128 - 1))
+        raw: Array = bits.random_raw(self.inputs[0].size + extra)[extra:]
+        return raw.reshape(self.inputs[0].shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class HubFolder:
         self._plan_text = plan_text(hub.record(prepared)) if is_new or draft.plan is None else draft.plan
         place = {"private": hub.publishing.private, "overwrites": hub.overwrite}
         self.number = hub.uploader.ask("begin", plan=self._plan_text, is_new=is_new, **place)
-        recorded = {r["number"]: r["sha256"][0] for r in self.folder.journal.records() if r.get("record") == "shard"}
+        recorded = {r["number"]: r["sha256"][0] for r in self.folder.journal.records("shard")}
         shards = () if is_new else self.plan.shards
         kept = frozenset(shard.number for shard in shards if self._is_kept(shard, recorded.get(shard.number)))
         for number in sorted(local & kept):

@@ -54,8 +54,8 @@ class Stored:
 
 
 class HubOutput:
-    """The place of a target; what it shows is `main`. Raises OutputError at once where it is known that the user may not
-    write there."""
+    """The place of a target; what it shows is `main`. Raises OutputError at once where it is known that the user may
+    not write there."""
 
     def __init__(self, target: Target, publishing: Publishing, asked_shard_bytes: int, *, overwrite: bool) -> None:
         self.target, self.publishing, self.overwrite = target, publishing, overwrite

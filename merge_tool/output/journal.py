@@ -22,14 +22,18 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The complete records, in order; none for a journal that is missing or has another format."""
+    def records(self, kind: str = "") -> Iterator[dict[str, Any]]:
+        """The complete records, in order, or those of one kind; none for a journal that is missing or has another
+        format."""
         try:
             with self.path.open("rb") as lines:
                 for line in lines:
+                    if kind and f'"record": "{kind}"'.encode() not in line and _is_whole(line):
+                        continue
                     if (record := _parsed(line)) is None:
                         return
-                    yield record
+                    if not kind or record.get("record") == kind:
+                        yield record
         except FileNotFoundError:
             return
         except OSError as e:
@@ -38,9 +42,8 @@ class Journal:
     def publishing(self) -> dict[str, dict[str, list[str]]] | None:
         """The files that a publishing moves and removes, by output, once it has begun. Raises OutputError for names
         that lead out of OUT."""
-        for record in self.records():
-            if record.get("record") == "publish":
-                return {key: inside(self.path, record[key]) for key in ("files", "remove")}
+        for record in self.records("publish"):
+            return {key: inside(self.path, record[key]) for key in ("files", "remove")}
         return None
 
     def trim(self) -> None:
@@ -80,13 +83,17 @@ def inside(journal: Path, names: dict[str, list[str]]) -> dict[str, list[str]]:
     return names
 
 
+def _is_whole(line: bytes) -> bool:
+    text, _, end = line.rpartition(_SUM)
+    return end == b'%08x"}\n' % zlib.crc32(text)
+
+
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None if the line is damaged."""
-    text, _, end = line.rpartition(_SUM)
-    if end != b'%08x"}\n' % zlib.crc32(text):
+    if not _is_whole(line):
         return None
     try:
-        record: dict[str, Any] = json.loads(text + b"}")
+        record: dict[str, Any] = json.loads(line.rpartition(_SUM)[0] + b"}")
     except (ValueError, RecursionError):
         return None
     return record

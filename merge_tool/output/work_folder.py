@@ -267,14 +267,13 @@ class WorkFolder:
         """The findings of this run and earlier ones, from the journal."""
         findings = Findings()
         self.digests()  # all shards are there
-        for record in self.journal.records():
-            if record.get("record") == "tensor":
-                findings.add(record["number"], from_record(record))
+        for record in self.journal.records("tensor"):
+            findings.add(record["number"], from_record(record))
         return findings
 
     def digests(self) -> dict[int, list[str]]:
         """The SHA-256 of every finished shard, one an output."""
-        digests = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        digests = {record["number"]: record["sha256"] for record in self.journal.records("shard")}
         if len(digests) < len(self.plan.shards):
             raise self._replaced()
         return digests
