@@ -76,8 +76,8 @@ def slerp_merge(base: str, ft: str, out: Path, ts: tuple[float, ...], names_to: 
 
     BASE and FT are model folders, files of weights, or models of the Hub: org/name, org/name@revision (checked by
     their headers, then fetched); a PEFT LoRA adapter follows its model as MODEL+ADAPTER, or is FT alone, applied to
-    BASE. OUT is a folder, one file if it ends in .safetensors, or hub:org/name, a repository of the Hub. All of them may
-    be in buckets: s3://bucket/folder, gs://..., az://...
+    BASE. OUT is a folder, one file if it ends in .safetensors, or hub:org/name, a repository of the Hub. All of them
+    may be in buckets: s3://bucket/folder, gs://..., az://...
     A merge that was stopped continues with the same command.
     """
     run, chosen = parted(options)
