@@ -151,9 +151,9 @@ def test_after_a_refusal_the_same_command_continues(store: Replica, here: Path) 
 
 
 def attempt() -> str:
-    """What a merge says that is refused."""
+    """What a merge of two tiny models says that is refused."""
     try:
-        merge(BASE, FT, "merged", 0.4)
+        merge("s3://bucket/tiny/base", "s3://bucket/tiny/ft", "merged", 0.4, jobs=1)
     except MergeToolError as e:
         return str(e)
     return ""
@@ -161,17 +161,22 @@ def attempt() -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["403", "500", "reset", "short"])
-def test_each_request_may_fail(store: Replica, here: Path, kind: str) -> None:
+def test_each_request_may_fail(store: Replica, tmp_path: Path, kind: str) -> None:
     """One after the other: the merge goes on, or says one line and the same command continues."""
-    whole = local(here)
-    merge(BASE, FT, "merged", 0.4)
+    models = [tmp_path / "tiny" / name for name in ("base", "ft")]
+    for seed, folder in enumerate(models):
+        save_model(folder, language_model(seed, hidden=32, layers=1), config=CONFIG)
+        store.put_folder("bucket", f"tiny/{folder.name}", folder)
+    merge(*models, "local", 0.4)
+    whole, store.count = contents(Path("local")), 0
+    assert not attempt()
     for number in range(store.count):
         shutil.rmtree("merged", ignore_errors=True)
         store.count, store.faults = 0, {number: kind}
         if said := attempt():
-            assert (kind, "s3://bucket/models" in said) == ("403", True), said
+            assert (kind, "s3://bucket/tiny" in said) == ("403", True), said
             store.faults = {}
-            merge(BASE, FT, "merged", 0.4)
+            assert not attempt()
         assert contents(Path("merged")) == whole, number
 
 
