@@ -1,4 +1,4 @@
-"""What a search is asked, checked before any model is opened; and the facts that must be equal to go on with one."""
+"""The request for a search, checked before any model is opened; and the facts that must be equal to continue it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Many settings of one merge, one evaluation command: merge, run the command on the models, keep its scores, delete the
 models.
 
-The scores go into `sweep.jsonl` line by line, so that a sweep that was stopped continues; `batch` models are on disk
-at once. The user knows what a score means; this module knows only whether more or less is better.
+The scores go into `sweep.jsonl` line by line, so a sweep that was stopped can continue. At most `batch` models are on
+disk at a time. This module knows of a score only whether more or less is better.
 """
 
 from __future__ import annotations
