@@ -337,7 +337,7 @@ def test_hosts_share_one_study(pair: Pair, tmp_path: Path) -> None:
     assert [one.number for one in second.tried] == [0, 1, 2, 3, 4]
     assert second.tried[:3] == first.tried
     assert not (tmp_path / "one/study.db").exists()
-    with pytest.raises(RecipeError, match="overwrite=True goes with the study in OUT"):
+    with pytest.raises(RecipeError, match="overwrite=True is for the study in OUT"):
         search(pair, tmp_path / "two", trials=5, overwrite=True, **words)
     with pytest.raises(RecipeError, match=r"postgresql://me@host/db\W+a package for this database is missing"):
         search(pair, tmp_path / "three", trials=5, **{**words, "storage": "postgresql://me:secret@host/db"})
