@@ -437,7 +437,7 @@ def test_the_chosen_one_is_tested_once(pair: Pair, tmp_path: Path, judge: Path) 
     assert Path(f"{test}.log").read_text() == "x"
     done = run(pair, tmp_path / "out", judge, "--trials", "3", "--uniform", "0.6,0.7,0.5", *words[2:])
     assert "Nothing beat one value for all layers: the chosen one is t = 0.5 everywhere." in done.stdout
-    assert "The test data have scored 1 other candidate(s) before" in done.stderr
+    assert "The test data have already scored 1 other candidate(s)" in done.stderr
     assert Path(f"{test}.log").read_text() == "xx"
     assert not (tmp_path / "out/models").exists()
 
