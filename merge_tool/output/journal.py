@@ -12,7 +12,7 @@ from typing import Any
 from merge_tool.errors import OutputError, output_failed, shown
 from merge_tool.files import leads_out, sync_file
 
-_SUM = b', "crc32": "'  # then eight digits and `"}`: the checksum of the text before it, as the line's last member
+_SUM = b', "crc32": "'  # the line's last member; eight digits and `"}` follow, the checksum of the text before it
 
 
 class Journal:
@@ -23,7 +23,7 @@ class Journal:
         self.path = path
 
     def records(self, kind: str = "") -> Iterator[dict[str, Any]]:
-        """The complete records, in order, or those of one kind; none for a journal that is missing or has another
+        """The complete records in order, of one `kind` if given; none if the journal is missing or has another
         format."""
         try:
             with self.path.open("rb") as lines:
@@ -40,14 +40,14 @@ class Journal:
             raise output_failed(self.path, e) from e
 
     def publishing(self) -> dict[str, dict[str, list[str]]] | None:
-        """The files that a publishing moves and removes, by output, once it has begun. Raises OutputError for names
-        that lead out of OUT."""
+        """The files that the publishing moves and removes, by output; None before it has begun. Raises OutputError for
+        names that lead out of OUT."""
         for record in self.records("publish"):
             return {key: inside(self.path, record[key]) for key in ("files", "remove")}
         return None
 
     def trim(self) -> None:
-        """Cut off a damaged end, so that records added later are read again."""
+        """Cut off a damaged end, so that records added later can be read."""
         with self.path.open("r+b") as file:
             content = 0
             for line in file:
@@ -71,8 +71,8 @@ class Journal:
 
 
 def inside(journal: Path, names: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Files by output, as a journal has them. A stranger may have made the journal: OutputError for names that lead
-    elsewhere."""
+    """The files in a journal, by output. Raises OutputError for names that lead out of OUT, because a stranger may have
+    made the journal."""
     for label, files in names.items() if isinstance(names, dict) else [("", [str(names)])]:
         for name in files:
             if not isinstance(names, dict) or leads_out(name) or (label and leads_out(label)):
