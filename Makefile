@@ -55,7 +55,12 @@ $(VENV)/.engines: $(VENV)/.installed
 	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[ray,dask]'
 	@touch $@
 
-test-slow: $(BIN)/lm_eval $(VENV)/.smollm2 $(VENV)/.engines ## the longer checks
+$(VENV)/.cloud: $(VENV)/.installed
+	@echo "== moto's S3 server into $(VENV): what a bucket is tested against"
+	@$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt 'moto[s3]' flask flask-cors
+	@touch $@
+
+test-slow: $(BIN)/lm_eval $(VENV)/.smollm2 $(VENV)/.engines $(VENV)/.cloud ## the longer checks
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/.installed ## damaged files for every reader, FUZZ_SECONDS for each; headers by libFuzzer as well

@@ -2,9 +2,12 @@
 
     python bench/hub.py [--megabytes 300] [--latency 0.1] [--rate 25] [--spool 5GB] [--memory 64MB]
     python bench/hub.py --to-hub --disk 300 [--megabytes 1100] ...
+    python bench/hub.py --bucket [--megabytes 300] [--latency 0.1] [--shard 40MB]
 
 The server (tests/hub_replica.py) waits `latency` seconds before each answer, and sends `rate` MB/s in all. Both arms
 have the same server in one run: first the real `hf download` of both models, then the merge, which keeps nothing.
+
+With --bucket both models lie in a bucket (tests/s3_replica.py, which only waits), and the output goes there.
 
 With --to-hub the output goes to the same server, shard by shard, and all that the merge writes here lies on a disk of
 `--disk` MB: a tmpfs that is mounted for it, or, where that is not allowed, a folder that is only watched. The bytes are
@@ -28,6 +31,7 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import s3_replica
 from checkpoints import save_model
 from hub_replica import TOKEN, Replica, serve
 
@@ -185,6 +189,35 @@ def measure_to_hub(hub: Replica, place: Path, options: argparse.Namespace) -> No
     print(f"time                    {seconds:.0f} s; the download alone takes {longer:.0f} s at {options.rate:g} MB/s")
 
 
+def measure_bucket(place: Path, options: argparse.Namespace) -> None:
+    models = place / "hub/models/org"
+    with s3_replica.serve() as store:
+        store.put_folder("bucket", "org", models)
+        nbytes = sum(path.stat().st_size for path in models.rglob("*.safetensors"))
+        store.latency = options.latency
+        environment = {**os.environ, **store.environment(), "HF_HOME": str(place / "home")}
+        words = ["s3://bucket/org/base", "s3://bucket/org/ft", "s3://bucket/merged", "--t", "0.4", "--json"]
+        words += ["--memory", options.memory, "--spool", options.spool, "--max-shard-size", options.shard]
+        seconds, printed, watched = timed([sys.executable, "-m", "merge_tool", "merge", *words], environment)
+        merged = store.contents("bucket", "merged")
+    report, local = json.loads(printed), place / "local"
+    words = [str(models / "base"), str(models / "ft"), str(local), "--t", "0.4", "--max-shard-size", options.shard]
+    timed([sys.executable, "-m", "merge_tool", "merge", *words, "--quiet"], {**os.environ})
+    same = all((local / name).read_bytes() == data for name, data in merged.items()) and len(merged) > 3
+    size = sum(len(data) for name, data in merged.items() if name.endswith(".safetensors"))
+    served = sum(count for key, count in store.served.items() if key.startswith("org/"))
+    received = sum(count for key, count in store.received.items() if key.endswith(".safetensors"))
+    print(f"inputs, output          {nbytes / 1e6:,.0f} MB, {size / 1e6:,.0f} MB in {report['num_shards']} shards")
+    print(f"requests                {len(store.asked):,}")
+    print(f"bytes served / inputs   {served / nbytes:.4f}")
+    print(f"bytes uploaded / output {received / size:.4f}")
+    print(f"the same files          {same} ({len(merged)} files, beside a merge of local folders)")
+    print(f"peak of the merge       {report['peak_bytes'] / 1e6:.1f} MB, with --memory {options.memory}")
+    for name in ("downloading", "uploading", "looking"):
+        print(f"peak of the process {name:12s} {watched.peaks.get(name, 0) / 1e6:.0f} MB")
+    print(f"time                    {seconds:.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=300, help="of each model")
@@ -193,14 +226,19 @@ def main() -> None:
     parser.add_argument("--spool", default="5GB")
     parser.add_argument("--memory", default="64MB")
     parser.add_argument("--to-hub", action="store_true", help="the output too goes to the server")
+    parser.add_argument("--bucket", action="store_true", help="all of it in a bucket, instead of a Hub")
+    parser.add_argument("--shard", default="40MB", help="the size of shards in a bucket")
     parser.add_argument("--disk", type=int, default=300, help="MB of the disk of a merge to the Hub")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         place = Path(folder).absolute()
         for seed, name in enumerate(("base", "ft")):
             make(place / "hub/models/org" / name, seed, options.megabytes)
-        with serve(place / "hub") as hub:
-            (measure_to_hub if options.to_hub else measure)(hub, place, options)
+        if options.bucket:
+            measure_bucket(place, options)
+        else:
+            with serve(place / "hub") as hub:
+                (measure_to_hub if options.to_hub else measure)(hub, place, options)
 
 
 if __name__ == "__main__":

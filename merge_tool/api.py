@@ -306,7 +306,9 @@ def merge_recipe(
     _check_method(recipe, methods, is_shared=executor is not None)
     target, limits, report = _check_request(recipe, out, memory_bytes, jobs, report_path, publishing)
     if target.repo and (executor is not None or plan_file is not None):
-        raise RecipeError(f"{target.name}: workers share a folder, and cannot write to the Hub. Leave out --executor.")
+        raise RecipeError(
+            f"{target.name}: workers share a folder, and cannot write to the Hub or a bucket. Leave out --executor."
+        )
 
     if executor is not None or plan_file is not None:
         if streaming is not None and streaming.stream:
@@ -318,11 +320,13 @@ def merge_recipe(
         hub_of(target, publishing, recipe, overwrite=overwrite) as hub,
         Inputs(map(str, recipe.models), streaming, variant=recipe.options.variant) as inputs,
     ):
+        if executor is not None or plan_file is not None:
+            inputs.check_have_paths()
         check_target(target, inputs.paths)  # again: the Hub's models are in other folders now
         if inputs.coming:
             planned = prepare(recipe, inputs, target, limits, methods=methods)
             if why := _why_by_range(planned, inputs, overwrite=overwrite):
-                watch.warn([why] if inputs.streaming.stream is None else [])
+                watch.warn([why] if inputs.streaming.stream is None and not inputs.must_stream else [])
                 planned = _by_range(planned, inputs)
             check_output(planned, overwrite=overwrite) if hub is None else hub.check(planned)
             del planned
@@ -398,7 +402,7 @@ def merge_recipe(
                     adopt_parts(work, plan_file, fill=fill, check=check_resumed)
                 read_ahead(inputs, prepared, work)
                 carry_out(prepared, work, watch, known)
-                inputs.close()  # the process that downloads
+                inputs.end_downloads()
                 findings = work.findings()
                 summary = summarise(prepared.plan, findings)
                 write_side_files(prepared, work, findings, summary)
@@ -419,7 +423,7 @@ def _why_by_range(prepared: Prepared, inputs: Inputs, *, overwrite: bool) -> str
     stream, download = inputs.streaming.stream, prepared.download
     if inputs.must_stream:
         if stream is False:
-            raise RecipeError("--no-stream: a model at an address (https://...) is always read by range.")
+            raise RecipeError("--no-stream: a model at an address (https://..., s3://...) is always read by range.")
         return "It is at an address."
     if stream is not None:
         return "It was asked for." if stream else ""
@@ -500,6 +504,7 @@ def plan_parts(
     if target.is_file:
         raise RecipeError(f"{shown(out)}: is one file. Many hosts need a folder: give OUT without .safetensors.")
     with Inputs(map(str, recipe.models), variant=recipe.options.variant) as inputs:
+        inputs.check_have_paths()
         check_target(target, inputs.paths)
         prepared = prepare(recipe, inputs, target, limits, methods=methods, read_samples=not inputs.coming)
         check_output(prepared, overwrite=overwrite)

@@ -160,7 +160,7 @@ def refusal(hub: Replica, tmp_path: Path, *arguments: str, **more: str) -> str:
     return done.stderr
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has ended is no error; nothing of the server belongs to what a command says."""
         if not isinstance(sys.exception(), ConnectionError):
@@ -171,7 +171,7 @@ class _Server(ThreadingHTTPServer):
 def serve(root: Path) -> Iterator[Replica]:
     """A replica of the repositories below `root`, until the block ends."""
     replica = Replica(root)
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"replica": replica}))
+    server = Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"replica": replica}))
     server.daemon_threads = True
     replica.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -242,17 +242,17 @@ def test_a_training_checkpoints_other_files_stay_behind(tmp_path: Path, run: lis
 BAD = [
     ({"window": 9}, "--window 9 is larger than the number of checkpoints to average, 5. Give --window 5 or less"),
     ({"window": [2, 0]}, "--window is 0, expected at least 1"),
-    ({"window": "2,x"}, "--window 2,x: is no whole number, or several as in 4,8,16"),
+    ({"window": "2,x"}, "--window 2,x: is not a whole number, or several as in 4,8,16"),
     ({"window": [3, 3]}, "--window 3 is given more than once"),
     ({"window": 1, "weights": ["uniform", "linear"]}, "weights-uniform, weights-linear would be the same average"),
-    ({"weights": "mean"}, "--weights mean: is no kind of weights and no file, expected uniform, linear, sqrt"),
+    ({"weights": "mean"}, "--weights mean: is neither a kind of weights nor a file, expected uniform, linear, sqrt"),
     ({"weights": "ema:1"}, "--weights ema:1: the decay must be above 0 and below 1, as in ema:0.9"),
     ({"weights": "ema:x"}, "the decay must be above 0 and below 1"),
-    ({"weights": [1, -1, 0, 0, 0]}, "its numbers add up to 0, so they are no average"),
+    ({"weights": [1, -1, 0, 0, 0]}, "its numbers add up to 0, so they make no average"),
     ({"weights": [1, 2]}, "has 2 numbers, the average has 5 checkpoints. Give one for each, the oldest first"),
-    ({"weights": [1, 2, 3, 4, float("nan")]}, "nan is no finite number"),
+    ({"weights": [1, 2, 3, 4, float("nan")]}, "nan is not a finite number"),
     ({"last": 6}, "--last 6: there are 5 checkpoints. Give no more"),
-    ({"last": 1}, "1 checkpoint of 5 (--last, --every) is no average. Give two or more"),
+    ({"last": 1}, "1 checkpoint of 5 (--last, --every) cannot be averaged. Give two or more"),
     ({"every": 0}, "--every is 0, expected at least 1"),
 ]
 
@@ -283,7 +283,7 @@ def test_checkpoints_that_are_not_there_or_twice_or_alone(tmp_path: Path, run: l
         ([tmp_path / "run/stop-*"], "run/stop-*: the pattern matches no file or folder."),
         ([*run, tmp_path / "run/step-201"], "run/step-201: no such file or folder. Did you mean"),
         ([*run, tmp_path / "run/../run/step-100"], "step-100 is given twice; a checkpoint counts once."),
-        (run[:1], "1 checkpoint is no average. Give two or more."),
+        (run[:1], "1 checkpoint cannot be averaged. Give two or more."),
     ):
         result = command(*words, tmp_path / "out")
         assert (result.exit_code, says in result.stderr) == (1, True), result.stderr

@@ -122,7 +122,7 @@ def test_tensor_sets_that_differ_are_listed_from_both_sides(tmp_path: Path) -> N
         "    model.norm.bias: [32] in base, [5] in ft\n"
         "base has 28,174 parameters and 3 layers; ft has 28,263 parameters and 3 layers.\n"
         "All must be the same architecture, with one vocabulary. To merge them anyway:\n"
-        "  --on-missing base: tensors that a model lacks are copied from BASE; those that BASE lacks are left out.\n"
+        "  --on-missing base: tensors that a model lacks are copied from BASE; tensors that BASE lacks are left out.\n"
         "  --on-missing ft: the same, but tensors that BASE lacks are copied from a model that has them.\n"
         "  --on-mismatch base: such tensors are copied from BASE.\n"
         "  --vocab base, ft or union: rows are matched by token; the output has those tokens.\n"

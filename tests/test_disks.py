@@ -202,7 +202,7 @@ def test_names_that_a_disk_cannot_hold_are_found_before_the_work(tmp_path: Path)
     ft = save_model(tmp_path / "ft", language_model(1))
     merge(base, ft, tmp_path / "out")
     with disk(tmp_path / "real", tmp_path / "disk", "no-signs") as place:
-        with pytest.raises(OutputError, match=r"what\?\.txt: the disk of .* can hold no file of this name"):
+        with pytest.raises(OutputError, match=r"what\?\.txt: the disk of .* cannot hold this name"):
             merge(base, ft, place / "out")
         assert not list(place.iterdir())
         merge(base, ft, place / "out", files_from="ft")

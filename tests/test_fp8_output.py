@@ -374,7 +374,7 @@ def test_scales_of_activations_are_the_bases_and_told(tmp_path: Path) -> None:
 
 def test_files_from_the_finetune_must_speak_of_the_same_format(tmp_path: Path) -> None:
     base, ft, plain = fp8_model(tmp_path / "b", 1), fp8_model(tmp_path / "f", 2), plain_model(tmp_path / "p", 2)
-    with pytest.raises(MergeToolError, match=r"files_from=\"ft\": config\.json of p does not speak of the 8 bits"):
+    with pytest.raises(MergeToolError, match=r"files_from=\"ft\": config\.json of p does not describe the 8 bits"):
         merge(base, plain, tmp_path / "out", dtype="base", files_from="ft")
     assert not (tmp_path / "out").exists()
     merge(base, ft, tmp_path / "out", dtype="base", files_from="ft")

@@ -71,6 +71,15 @@ def test_other_writers_spacing_and_key_order_are_read(spaced: bool) -> None:
     assert [t.name for t in parse_header(raw, file_size=8 + len(raw) + 12, where="x")[0]] == ["b", "a"]
 
 
+def test_tensors_may_be_listed_in_any_order() -> None:
+    """The list is theirs, the order is that of the bytes."""
+    places = {"c": (8, 12), "a": (0, 8), "b": (12, 16)}
+    header = {name: entry(shape=[(stop - start) // 4], offsets=[start, stop]) for name, (start, stop) in places.items()}
+    found = parse(header, 16)
+    assert [info.name for info in found] == ["a", "c", "b"]
+    assert [info.offset - found[0].offset for info in found] == [0, 8, 12]
+
+
 HOSTILE: dict[str, Any] = {
     "not JSON": b"{hello",
     "empty": b"",

@@ -470,12 +470,12 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "cannot be read"),
-        (lambda path: path.write_text(path.read_text()[:500]), "is no whole plan file"),
-        (lambda path: path.write_text("[]"), "is no whole plan file"),
+        (lambda path: path.write_text(path.read_text()[:500]), "is not a whole plan file"),
+        (lambda path: path.write_text("[]"), "is not a whole plan file"),
         (edited(lambda plan: plan.update(format=9)), "its format is 9, expected 1"),
-        (edited(lambda plan: plan.update(out="/elsewhere")), "its SHA-256 is not the one that it says"),
-        (edited(lambda plan: plan["parts"].pop()), "its SHA-256 is not the one that it says"),
-        (edited(lambda plan: plan["versions"].pop("numpy")), "its SHA-256 is not the one that it says"),
+        (edited(lambda plan: plan.update(out="/elsewhere")), "its content does not match its SHA-256"),
+        (edited(lambda plan: plan["parts"].pop()), "its content does not match its SHA-256"),
+        (edited(lambda plan: plan["versions"].pop("numpy")), "its content does not match its SHA-256"),
     ],
 )
 def test_damaged_plans(planned: tuple[Path, PlanFile], damage: Callable[[Path], None], message: str) -> None:
@@ -498,8 +498,8 @@ def test_other_versions_and_other_inputs_are_refused_by_name(
     data = bytearray(shard.read_bytes())
     data[-200:] = bytes(200)
     shard.write_bytes(data)
-    assert "the inputs here are not those of the plan" in run("work", path, code=1)
-    assert "the inputs here are not those of the plan" in run("finish", path, "--fill", code=1)
+    assert "the inputs here differ from the plan's" in run("work", path, code=1)
+    assert "the inputs here differ from the plan's" in run("finish", path, "--fill", code=1)
 
 
 def test_a_folder_that_is_not_shared(planned: tuple[Path, PlanFile]) -> None:
@@ -547,7 +547,7 @@ def test_bytes_that_are_not_their_receipt_s_are_found(pair: tuple[Path, Path], t
         data = bytearray(path.read_bytes())
         data[-7] ^= 1
         path.write_bytes(data)
-        with pytest.raises(OutputError, match="are not those of its receipt"):
+        with pytest.raises(OutputError, match="do not match the receipt"):
             finish_parts(plan, check=check)
         finish_parts(plan, check=check, fill=True)
         assert contents(tmp_path / name) == reference(pair_of(*pair, 0.4, max_shard_bytes=size), tmp_path / "r" / name)

@@ -56,7 +56,7 @@ def test_a_finish_that_sees_other_inputs_keeps_the_work_and_the_old_model(pair: 
     kept, times = shard.read_bytes(), shard.stat()
     change(pair[1])
     for words in ([], ["--fill"]):
-        assert "the inputs here are not those of the plan" in run("finish", plan, *words, code=1)
+        assert "the inputs here differ from the plan's" in run("finish", plan, *words, code=1)
     assert {name: data for name, data in contents(out).items() if not name.startswith(".slerp-merge")} == before
     assert {name for name in contents(out) if "/owner" not in name} == {n for n in began if "/owner" not in n}
     shard.write_bytes(kept)
@@ -219,7 +219,7 @@ def test_a_plan_is_written_over_no_file_of_yours(tmp_path: Path, pair: Pair) -> 
     recipe = tmp_path / "ties.yaml"
     text = recipe.read_text()
     cases = {
-        recipe: "there is a file that is no plan",
+        recipe: "is a file, but not a plan",
         tmp_path / "m1" / "plan.json": "lies inside an input or the output",
         tmp_path / "out" / "plan.json": "lies inside an input or the output",
         tmp_path / "none" / "plan.json": "its folder is missing",

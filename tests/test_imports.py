@@ -17,11 +17,11 @@ ORDER = [  # from the top; those in one set stand side by side
 ]  # fmt: skip
 OUTSIDE = {  # who alone may import a package that is not Python's own
     "click": {"cli"}, "tqdm": {"progress"}, "matplotlib": {"cli.plot"}, "torch": {"checkpoint.unpickle", "compare"},
-    "huggingface_hub": {"checkpoint", "output.card", "output.pushing", "output.repository", "output.uploading"},
+    "huggingface_hub": {"checkpoint", "output.card", "output.pushing", "output.repository", "output.hub_session"},
     "safetensors": {"output", "verification"},
     "yaml": {"recipe", "models.cards"}, "transformers": {"compare"}, "numpy": set(), "ml_dtypes": {"arrays"},
     "ray": {"hosts"}, "distributed": {"hosts"}, "optuna": {"sweeps.study"}, "sqlalchemy": {"sweeps.study"},
-    "cmaes": {"sweeps.study"},
+    "cmaes": {"sweeps.study"}, "obstore": {"checkpoint", "output"},
 }  # fmt: skip
 FILES = {
     path.relative_to(ROOT / "merge_tool").with_suffix("").as_posix().replace("/", "."): path

@@ -176,7 +176,7 @@ def test_choices_that_make_no_sense(tmp_path: Path, pair: tuple[Path, Path], wor
 
 def test_a_rule_for_what_is_not_merged_is_warned_of(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     result = run(*pair, tmp_path / "out", "--exclude", "mlp", "--t-for", "mlp=1", "--dry-run")
-    assert "Warning: --t-for mlp=1 has no effect: what it matches is not merged, or" in result.stderr
+    assert "Warning: --t-for mlp=1 has no effect: its tensors are not merged, or" in result.stderr
 
 
 def test_models_that_are_equal_where_they_are_merged_are_said_to_be(tmp_path: Path) -> None:

@@ -155,11 +155,11 @@ def test_paths_that_are_too_long_are_found_before_the_work(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", windows)
-        with pytest.raises(OutputError, match=rf"Its path has {longest} characters: a shorter OUT may do"):
+        with pytest.raises(OutputError, match=rf"Its path has {longest} characters: a shorter OUT may help"):
             merge(*pair, out)
         assert not out.exists()
         merge(*pair, tmp_path / ("x" * 199) / "out")
-    with pytest.raises(OutputError, match="takes this name for that of another file"):
+    with pytest.raises(OutputError, match="this is the name of another file"):
         check_names(tmp_path / "names", [""], ["a", "a"])
 
 

@@ -323,7 +323,7 @@ def test_what_is_half_published_is_checked_where_it_is(
         shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         before = contents(tmp_path / "half")
         told = refusal(*pair, tmp_path / "half" / out, check_resumed=True, overwrite=not options, **options)
-        assert f"was half published, and {shard.name} is damaged since" in told
+        assert f"was half published, and {shard.name} was damaged since" in told
         changed = {name for name, content in contents(tmp_path / "half").items() if content != before[name]}
         assert {name.split("/")[-1] for name in changed} == {"lock"}
         shard.write_bytes(whole)
@@ -360,7 +360,7 @@ def test_an_output_whose_side_files_changed_is_not_complete(tmp_path: Path, pair
 def test_work_folders_that_are_not_ours_are_left_alone(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     (tmp_path / "x.safetensors.partial").mkdir()
     (tmp_path / "x.safetensors.partial/thesis.txt").write_text("precious")
-    assert "holds files that are not ours (thesis.txt)" in refusal(*pair, tmp_path / "x.safetensors", overwrite=True)
+    assert "holds other files (thesis.txt)" in refusal(*pair, tmp_path / "x.safetensors", overwrite=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/thesis.txt").write_text("precious")
     (tmp_path / "out").mkdir()
@@ -659,7 +659,7 @@ def test_a_file_that_the_library_reads_otherwise_is_not_published(
         original(self, offset, memoryview(text))
 
     monkeypatch.setattr(writer_module.ShardWriter, "write", damaged)
-    assert "safetensors itself finds" in refusal(*pair, tmp_path / "out")
+    assert "the safetensors library finds" in refusal(*pair, tmp_path / "out")
     assert not (tmp_path / "out/model.safetensors").exists()
 
 

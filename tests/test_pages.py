@@ -123,8 +123,8 @@ def test_every_name_comes_back(name: str) -> None:
 def test_what_cannot_have_a_page_is_refused_before_the_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
     page = ["--report-html", str(tmp_path / "p.html")]
     for words, said in (
-        ([*pair, tmp_path / "o", "--report-html", tmp_path / "p.png"], "a page's name ends in .html"),
-        ([*pair, tmp_path / "o", "--report-html", tmp_path / "no/p.html"], "there is no such folder"),
+        ([*pair, tmp_path / "o", "--report-html", tmp_path / "p.png"], "a page's name must end in .html"),
+        ([*pair, tmp_path / "o", "--report-html", tmp_path / "no/p.html"], "its folder is missing"),
         ([*pair, tmp_path / "o.safetensors", *page], "is one file, without a report"),
         ([*pair, tmp_path / "o", "--t", "0.1,0.2", *page], "2 outputs"),
         ([*pair, "hub:me/merged", *page], "hub:me/merged is not here"),

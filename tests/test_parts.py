@@ -107,7 +107,7 @@ def test_json_is_the_last_parts_report() -> None:
         (("name: x\n" + LINEAR.format("y", "a"), "name: y\n" + LINEAR.format("x", "a"), LINEAR.format("x", "y")),
          "x, y, the last part use each other"),
         (("name: a\n" + LINEAR.format("b", "c"), LINEAR.format("a", "b")),
-         "a is a part of the recipe, and a file or folder here"),
+         "a is a part of the recipe, and also a file or folder here"),
         (("name: a b\n" + LINEAR.format("b", "c"), LINEAR.format("a", "b")), "line 1: name is 'a b', expected one"),
         ((CHAIN[0], CHAIN[1], "merge_method: linear\nmodels: 3\n"), "recipe.yaml, line 15: models"),
         ((CHAIN[0], LINEAR.format("first", "nowhere")), "nowhere: no such file or folder"),

@@ -23,7 +23,7 @@ from merge_tool.checkpoint.header import TensorInfo
 from merge_tool.checkpoint.pickle import read_pickles
 from merge_tool.checkpoint.source import LocalFile
 from merge_tool.checkpoint.strided import StridedTensor
-from merge_tool.checkpoint.unpickle import describe
+from merge_tool.checkpoint.unpickle import _why, describe
 from merge_tool.compare.diff import diff
 from merge_tool.verification.verify import verify
 
@@ -404,3 +404,21 @@ def test_a_torchscript_archive_says_how_to_save_its_weights(tmp_path: Path, suff
             open_checkpoint(tmp_path / f"m{suffix}")
         torch.save(torch.jit.load(tmp_path / f"m{suffix}").state_dict(), tmp_path / "weights.pt")
     assert open_checkpoint(tmp_path / "weights.pt").tensors.keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("\n   \n  PytorchStreamReader failed  \nmore of it", "(PytorchStreamReader failed)"),
+        ("Weights only load failed.\n\nWeightsUnpickler error: Unsupported operand 149\n", "(Unsupported operand 149)"),
+        ("", "(RuntimeError)"),
+        ("   \n", "(RuntimeError)"),
+    ],
+)
+def test_the_first_line_that_says_something_is_the_reason(message: str, said: str) -> None:
+    assert said in _why(RuntimeError(message))
+
+
+def test_what_was_refused_is_named() -> None:
+    error = Exception("WeightsUnpickler error: Unsupported global: GLOBAL os.system was not an allowed global")
+    assert "holds more than weights: os.system" in _why(error)

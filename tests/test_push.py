@@ -129,7 +129,7 @@ def test_who_may_not_write_is_told_before_anything_is_uploaded(
     with pytest.raises(OutputError, match=r"let you write there \(it answers 403, and says: You have no write"):
         push("merged", "hub:you/model")
     assert "me/merged: writing needs a token. Give it by " in refusal(here, tmp_path, *PUSH, HF_TOKEN="")
-    assert "(it answers 401: the token is none " in refusal(here, tmp_path, *PUSH, HF_TOKEN="hf_another")
+    assert "(it answers 401: it does not know the token)" in refusal(here, tmp_path, *PUSH, HF_TOKEN="hf_another")
     with pytest.raises(OutputError, match="is no repository of the Hub"):
         push("merged", "me/merged")
     with pytest.raises(OutputError, match="is not an output of slerp-merge"):

@@ -231,7 +231,7 @@ def test_a_rule_that_comes_too_late_is_warned_of(tmp_path: Path, pair: tuple[Pat
     result = run(*pair, tmp_path / "out", "--t-for", "layers=0.1", "--t-for", "mlp=0.9")
     assert (
         result.stderr
-        == "Warning: --t-for mlp=0.9 has no effect: what it matches is not merged, or has its t from one before it.\n"
+        == "Warning: --t-for mlp=0.9 has no effect: its tensors are not merged, or have their t from one before it.\n"
     )
     assert report(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]["settings"]["t"] == 0.1
 

@@ -337,7 +337,7 @@ def test_hosts_share_one_study(pair: Pair, tmp_path: Path) -> None:
     assert [one.number for one in second.tried] == [0, 1, 2, 3, 4]
     assert second.tried[:3] == first.tried
     assert not (tmp_path / "one/study.db").exists()
-    with pytest.raises(RecipeError, match="overwrite=True goes with the study in OUT"):
+    with pytest.raises(RecipeError, match="overwrite=True is for the study in OUT"):
         search(pair, tmp_path / "two", trials=5, overwrite=True, **words)
     with pytest.raises(RecipeError, match=r"postgresql://me@host/db\W+a package for this database is missing"):
         search(pair, tmp_path / "three", trials=5, **{**words, "storage": "postgresql://me:secret@host/db"})
@@ -437,7 +437,7 @@ def test_the_chosen_one_is_tested_once(pair: Pair, tmp_path: Path, judge: Path) 
     assert Path(f"{test}.log").read_text() == "x"
     done = run(pair, tmp_path / "out", judge, "--trials", "3", "--uniform", "0.6,0.7,0.5", *words[2:])
     assert "Nothing beat one value for all layers: the chosen one is t = 0.5 everywhere." in done.stdout
-    assert "The test data have scored 1 other candidate(s) before" in done.stderr
+    assert "The test data have already scored 1 other candidate(s)" in done.stderr
     assert Path(f"{test}.log").read_text() == "xx"
     assert not (tmp_path / "out/models").exists()
 

@@ -267,8 +267,8 @@ def test_scores_and_items_are_read(text: str, scores: Any, items: Any) -> None:
         ("skill 1\nppl 2", "skill 1", "the scores are skill, expected skill, ppl"),
         ("skill 1\nitems skill 1 2", "skill 1\nitems skill 1", "the items are 1 of skill, expected 2 of skill"),
         ("skill 1\nitems skill 1 2", "skill 1", "the items are none, expected 2 of skill"),
-        ("", "skill 1\nitems ppl 1", "there are items of ppl, which is no score"),
-        ("", '{"skill": 1, "items": {"skill": [1, null]}}', "no list of finite numbers"),
+        ("", "skill 1\nitems ppl 1", "there are items of ppl, which is not a score"),
+        ("", '{"skill": 1, "items": {"skill": [1, null]}}', "not a list of finite numbers"),
     ],
 )
 def test_a_judge_that_says_nothing_of_use_is_refused(before: str, text: str, message: str) -> None:

@@ -118,14 +118,14 @@ def test_a_clock_that_was_wrong_is_named(tmp_path: Path, pair: tuple[Path, Path]
     """Sizes and samples agree, only times do not: an output from a board without a clock, and interrupted work."""
     merge(*pair, tmp_path / "out")
     os.utime(tmp_path / "out/merge_report.json", (1, 1))
-    with pytest.raises(OutputError, match=r"changed since, or the clocks differ: sizes and samples are as they were"):
+    with pytest.raises(OutputError, match=r"changed since, or the clocks differ: sizes and samples are the same"):
         merge(*pair, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Run, "_finish", stopping(_Run._finish))
         with pytest.raises(MergeToolError, match="stopped here"):
             merge(*pair, tmp_path / "half", **SMALL)
     os.utime(pair[1] / "model-00002-of-00003.safetensors", (1, 1))
-    with pytest.raises(OutputError, match=r"changed since, or the clocks differ\. Finish that one"):
+    with pytest.raises(OutputError, match=r"changed since, or the clocks differ\. Finish that merge"):
         merge(*pair, tmp_path / "half", **SMALL)
 
 

@@ -20,10 +20,22 @@ from hypothesis.extra import numpy as hnp
 
 from merge_tool.methods.geometric import arc_weights
 from merge_tool.methods.inner import Scratch, combine, pair_angle, slerp_weights
-from merge_tool.methods.passes import check_spec, cut_tile, drive, run_steps
+from merge_tool.methods.passes import check_spec, cut_tile, drive, run_steps, start_pass
 from merge_tool.methods.registry import METHODS
 from merge_tool.methods.rowwise import divergence, mean_ranks
-from merge_tool.methods.steps import REQUIRED, TILE, MergeSpec, Method, Steps, Sums, Tile, seed_key, tile_elements
+from merge_tool.methods.sparse import _sum_of_agreeing
+from merge_tool.methods.steps import (
+    REQUIRED,
+    TILE,
+    MergeSpec,
+    Method,
+    OrderStatistics,
+    Steps,
+    Sums,
+    Tile,
+    seed_key,
+    tile_elements,
+)
 from oracle import Array, exact_angle, exact_weights
 from steps_oracle import ORACLES, uniform
 from test_methods import pair_at_angle, sums_of
@@ -841,3 +853,47 @@ def test_a_method_of_ones_own_that_is_wrong_is_told_what_is(steps: Any, says: st
     method = Method("wrong", "here", steps, base="none")
     with pytest.raises(ValueError, match=says):
         run_steps(method, MergeSpec((6,), 1, False), None, [np.ones(6)])
+
+
+@pytest.mark.parametrize("p", [0.0, 2.0**-60, 0.1, 0.5, 1 / 3, 0.9, 1 - 2.0**-53])
+@pytest.mark.parametrize("start", [0, 3, TILE + 1])
+def test_random_bits_below_p_are_the_random_numbers_below_p(p: float, start: int) -> None:
+    tile = Tile(start, None, [np.zeros(4_001)], KEY)
+    numbers = tile.uniform(2)
+    exact = [p, float(numbers[17]), float(numbers[18]), float(np.nextafter(numbers[19], 1))]
+    for threshold in exact:  # one of the numbers itself, too: it is not below itself
+        assert (tile.is_below(2, threshold) == (numbers < threshold)).all()
+
+
+@given_(st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_weights_of_the_models_that_agree_are_added_in_their_order(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 11))
+    numbers = st.sampled_from([0.1, 0.2, 0.3, -0.3, 1 / 3, 1.0, 0.0, 1e-3, 7.0])
+    weights = data.draw(st.lists(numbers, min_size=n, max_size=n))
+    agreeing = [np.random.default_rng(i).random(300) < 0.5 for i in range(n)]
+    found = _sum_of_agreeing(agreeing, weights)
+    for element in range(300):
+        total = 0.0
+        for agrees, w in zip(agreeing, weights, strict=True):
+            total += w if agrees[element] else 0.0
+        assert found[element] == (total or 1.0)
+
+
+@pytest.mark.parametrize("equal", [0.0, 0.02, 0.9])
+def test_order_statistics_of_many_tiles_are_those_of_the_sorted_values(equal: float) -> None:
+    """Also of values that are mostly one: all of them then fall into one bucket."""
+    rng = np.random.default_rng(1)
+    values = np.abs(rng.standard_normal(3 * TILE + 100)).astype(np.float32)
+    values[rng.random(len(values)) < equal] = np.float32(0.25)
+    values[:10] = -0.0
+    ranks = sorted({0, 5, 1_000, len(values) // 2, len(values) - 1})
+    running = start_pass(
+        OrderStatistics(lambda tile: [tile.inputs[0]], [ranks]), MergeSpec(values.shape, 1, has_base=False), 4
+    )
+    again = True
+    while again:
+        for number, begin in enumerate(range(0, len(values), TILE)):
+            running.add(number, Tile(begin, None, [values[begin : begin + TILE]]))
+        again = running.settle()
+    assert running.result == [np.sort(np.abs(values))[ranks].tolist()]

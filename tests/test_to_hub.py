@@ -126,7 +126,7 @@ def test_what_is_wrong_on_the_hub_is_found_by_ranges(here: Replica, tmp_path: Pa
     data[-1] ^= 1
     shard.write_bytes(data)
     (changed,) = verify(OUT, ("org/base", "org/ft"), sample=1.0)
-    assert f"{shard.name}: its SHA-256 on the Hub is " in changed.problems[0]
+    assert f"{shard.name}: its SHA-256 there is " in changed.problems[0]
     assert "is not the merge of these parents: element" in changed.problems[1]
     with pytest.raises(OutputError, match=r"hub:org/base: holds no merge_report.json and SHA256SUMS"):
         verify("hub:org/base")

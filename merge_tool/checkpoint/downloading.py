@@ -1,7 +1,8 @@
 """In a process of its own: byte ranges of files on servers -> frames on standard output (fetcher.py).
 
-Requests go through huggingface_hub's session and its public calls: proxies, tokens, endpoint, offline mode. A range
-that breaks off continues where it broke; addresses that expired are resolved again; a server that is busy is obeyed.
+Requests go through huggingface_hub's session and its public calls: proxies, tokens, endpoint, offline mode; those for
+an object store through obstore (store_file.py). A range that breaks off continues where it broke; addresses that
+expired are resolved again; a server that is busy is obeyed.
 What cannot be the planned file (another ETag, size or range) is refused: it must never become part of a merge.
 """
 
@@ -18,12 +19,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from merge_tool.checkpoint.addresses import is_store
 from merge_tool.checkpoint.fetcher import FRAME, PIECE_BYTES
 from merge_tool.checkpoint.fetching import explained
-from merge_tool.checkpoint.ranges import PASSING, etag_of, opened, pieces_of, plain_etag, request_headers
+from merge_tool.checkpoint.ranges import PASSING, Passing, etag_of, opened, pieces_of, plain_etag, request_headers
 from merge_tool.checkpoint.source import Place
 from merge_tool.errors import FetchError, sized
 
@@ -43,18 +45,25 @@ def main() -> None:
     for line in lines:
         question = json.loads(line)
         if "file" in question:
-            downloads.files.append(RemoteFile(**question["file"]))
+            downloads.files.append(_file(**question["file"]))
         else:
             pool.submit(downloads.send, *question["range"])
     os._exit(0)  # whatever is still on its way
 
 
-class _Passing(Exception):
-    """This try failed, another may not. `seconds` is how long the server asks to wait."""
+class File(Protocol):
+    """A file of known size and ETag that is read by range."""
 
-    def __init__(self, message: str, seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.seconds = seconds
+    size: int
+
+    @property
+    def where(self) -> str: ...
+
+    def pieces(self, start: int, stop: int, stall_seconds: float) -> Iterator[bytes]:
+        """The bytes [start, stop), or fewer if the line breaks. Raises Passing, FetchError, a library's errors."""
+
+    def explained(self, error: Exception) -> str:
+        """What a library's error means, and what to do."""
 
 
 class RemoteFile:
@@ -114,12 +123,53 @@ class RemoteFile:
                     f"'{self._body_etag}', now '{etag}'. {_CHANGED}"
                 )
 
+    def explained(self, error: Exception) -> str:
+        return explained(error, self.place.repo or self.where, self.place.commit)
+
+    def pieces(self, start: int, stop: int, stall_seconds: float) -> Iterator[bytes]:
+        """The bytes [start, stop), or fewer if the line breaks. Raises Passing, FetchError, the session's errors."""
+        address = self.address()
+        headers = {**self.headers(address), "Range": f"bytes={start}-{stop - 1}"}
+        with opened(address, headers, stall_seconds) as response:
+            self._check_answer(address, response, start, stop)
+            yield from pieces_of(response)
+
+    def _check_answer(self, address: str, response: Any, start: int, stop: int) -> None:
+        """Whether the answer has the bytes [start, stop) of the planned file."""
+        status, headers = response.status_code, response.headers
+        if status in (401, 403) and self.expire(address):
+            raise Passing(f"the server answers {status}")
+        if status in PASSING:
+            raise Passing(f"the server answers {status}", _asked_seconds(headers))
+        found = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        if status == 206 and found is not None:
+            self.check_body(int(found[3]), etag_of(response) if not self.place.repo else _own_etag(headers))
+            if (int(found[1]), int(found[2]) + 1) == (start, stop) and _is_plain(headers):
+                return
+        if status == 200 and (start, stop) == (0, self.size) and _is_plain(headers):
+            self.check_body(int(headers.get("Content-Length", self.size)), _own_etag(headers))
+            return
+        raise FetchError(
+            f"{self.where}: cannot be read by range: asked for bytes {start:,} to {stop:,}, the server answers "
+            f"{status} with Content-Range '{headers.get('Content-Range', '')}', Content-Length "
+            f"'{headers.get('Content-Length', '')}' and Content-Encoding '{headers.get('Content-Encoding', '')}'. "
+            "Download the file, then give its folder (of a model of the Hub: --no-stream)."
+        )
+
+
+def _file(place: Mapping[str, Any], size: int, etag: str) -> File:
+    if not is_store(place["url"]):
+        return RemoteFile(place, size, etag)
+    from merge_tool.checkpoint.store_file import StoreFile  # with obstore
+
+    return StoreFile(place, size, etag)
+
 
 class Downloads:
     """The files, and how a range of one is sent."""
 
     def __init__(self, out: int, stall_seconds: float, waits: Sequence[float]) -> None:
-        self.files: list[RemoteFile] = []
+        self.files: list[File] = []
         self._out, self._stall_seconds, self._waits = out, stall_seconds, waits
         self._lock = threading.Lock()
 
@@ -133,7 +183,7 @@ class Downloads:
         except FetchError as e:
             self._refuse(number, str(e))
         except Exception as e:  # noqa: BLE001 - several libraries' errors, each means: cannot be had
-            self._refuse(number, explained(e, remote.place.repo or remote.where, remote.place.commit))
+            self._refuse(number, remote.explained(e))
 
     def _refuse(self, number: int, message: str) -> None:
         data = message.encode()[:PIECE_BYTES]
@@ -145,16 +195,19 @@ class Downloads:
             while view:
                 view = view[os.write(self._out, view) :]
 
-    def _download(self, file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
+    def _download(self, file: File, start: int, stop: int) -> Iterator[bytes]:
         tries = 0
         while True:
             try:
-                for piece in self._try(file, start, stop):
-                    start, tries = start + len(piece), 0
-                    yield piece
+                for piece in file.pieces(start, stop, self._stall_seconds):
+                    if len(piece) > stop - start:
+                        raise FetchError(f"{file.where}: the server sends more bytes than were asked for.")
+                    if piece:
+                        start, tries = start + len(piece), 0
+                        yield piece
                 if start == stop:
                     return
-                raise _Passing(f"the answer ended at byte {start:,}, expected {stop:,}")
+                raise Passing(f"the answer ended at byte {start:,}, expected {stop:,}")
             except FetchError:
                 raise
             except Exception as e:
@@ -162,41 +215,6 @@ class Downloads:
                     raise _given_up(file, e, tries) from e
                 tries += 1
                 time.sleep(seconds)
-
-    def _try(self, file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
-        address = file.address()
-        headers = {**file.headers(address), "Range": f"bytes={start}-{stop - 1}"}
-        with opened(address, headers, self._stall_seconds) as response:
-            self._check(file, address, response, start, stop)
-            left = stop - start
-            for piece in pieces_of(response):
-                if len(piece) > left:
-                    raise FetchError(f"{file.where}: the server sends more bytes than were asked for.")
-                left -= len(piece)
-                if piece:
-                    yield piece
-
-    def _check(self, file: RemoteFile, address: str, response: Any, start: int, stop: int) -> None:
-        """Whether the answer has the bytes [start, stop) of the planned file."""
-        status, headers = response.status_code, response.headers
-        if status in (401, 403) and file.expire(address):
-            raise _Passing(f"the server answers {status}")
-        if status in PASSING:
-            raise _Passing(f"the server answers {status}", _asked_seconds(headers))
-        found = _RANGE.fullmatch(headers.get("Content-Range", ""))
-        if status == 206 and found is not None:
-            file.check_body(int(found[3]), etag_of(response) if not file.place.repo else _own_etag(headers))
-            if (int(found[1]), int(found[2]) + 1) == (start, stop) and _is_plain(headers):
-                return
-        if status == 200 and (start, stop) == (0, file.size) and _is_plain(headers):
-            file.check_body(int(headers.get("Content-Length", file.size)), _own_etag(headers))
-            return
-        raise FetchError(
-            f"{file.where}: cannot be read by range: asked for bytes {start:,} to {stop:,}, the server answers "
-            f"{status} with Content-Range '{headers.get('Content-Range', '')}', Content-Length "
-            f"'{headers.get('Content-Length', '')}' and Content-Encoding '{headers.get('Content-Encoding', '')}'. "
-            "Download the file, then give its folder (of a model of the Hub: --no-stream)."
-        )
 
 
 def _is_of_hub(url: str) -> bool:
@@ -221,7 +239,7 @@ def _seconds(error: Exception, wait: float | None) -> float | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if wait is None or (status is not None and status not in PASSING):
         return None
-    asked = error.seconds if isinstance(error, _Passing) else None
+    asked = error.seconds if isinstance(error, Passing) else None
     if status is not None:
         asked = _asked_seconds(error.response.headers)  # type: ignore[attr-defined]
     return wait if asked is None else min(max(wait, asked), _LONGEST_WAIT)
@@ -241,7 +259,7 @@ def _asked_seconds(headers: Mapping[str, str]) -> float | None:
     return None if limit is None else float(limit.reset_in_seconds)
 
 
-def _given_up(file: RemoteFile, error: Exception, tries: int) -> Exception:
+def _given_up(file: File, error: Exception, tries: int) -> Exception:
     """What is said of a download after its last try."""
     if getattr(error, "response", None) is not None:
         return error

@@ -18,20 +18,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_tool.apart import answer
-from merge_tool.checkpoint.folder import WEIGHT_SUFFIXES, is_pickle
+from merge_tool.checkpoint.folder import is_pickle
 from merge_tool.checkpoint.ranges import can_ask, fetch_headers
 from merge_tool.checkpoint.source import Place
+from merge_tool.checkpoint.wanted import UNWANTED, can_wait, is_adapter_listing, module_weights
 from merge_tool.checkpoint.weight_files import adapter_files, find_weights, weight_map_files
 from merge_tool.errors import CheckpointError, FetchError, listed, reason, shown
 from merge_tool.files import leads_out
-
-# Never part of a merge, and often larger than the model: other formats, training checkpoints, original weights.
-_UNWANTED = [
-    *(f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)),
-    *("original/*", "*checkpoint-*/*", "*optimizer.*", "*scheduler.*", "*rng_state*", "*trainer_state.json"),
-    *("*.bin.index.json", "*.tfevents.*", ".git*"),
-]
-_MODEL = frozenset({"model.safetensors", "model.safetensors.index.json"})
 
 
 def main() -> None:
@@ -59,8 +52,8 @@ def look_ahead(
     with _explaining(repo, revision):
         folder, listing, wanted = _fetch_small(repo, revision, variant)
         lacking = [name for name in _lacking(folder, wanted) if name in listing]
-        may_wait = can_ask() and not _is_adapter(listing)
-        coming = [name for name in lacking if may_wait and _can_wait(name)]
+        may_wait = can_ask() and not is_adapter_listing(listing)
+        coming = [name for name in lacking if may_wait and can_wait(name)]
         whole = sorted({*lacking} - {*coming})
         if by_range and (pickles := [name for name in whole if is_pickle(name)]):
             raise FetchError(
@@ -124,7 +117,7 @@ def _fetch_small(repo: str, revision: str | None, variant: str | None) -> tuple[
     """The snapshot folder without the weights, the files of the repository, and the names of the weights to fetch."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=_UNWANTED))
+    folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=UNWANTED))
     listing, error = _listing(repo, folder.name, folder)
     if error is not None and not listing:  # empty: made below by a run that then failed
         raise error
@@ -143,15 +136,6 @@ def _download(repo: str, commit: str, names: Sequence[str]) -> str:
     from huggingface_hub import snapshot_download
 
     return snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in names])
-
-
-def _can_wait(name: str) -> bool:
-    """Whether a plan needs only the file's header. Pickles and files copied from sub-folders are needed whole."""
-    return name.endswith(".safetensors") and "/" not in name
-
-
-def _is_adapter(listing: Sequence[str]) -> bool:
-    return "adapter_config.json" in listing and not _MODEL & {*listing}
 
 
 def _begun_bytes(folder: Path) -> int:
@@ -178,13 +162,13 @@ def _listing(repo: str, commit: str, folder: Path) -> tuple[list[str], Exception
 
 def _weights(repo: str, folder: Path, listing: Sequence[str], commit: str, variant: str | None) -> list[str]:
     """The weights a merge reads: one file or the index's shards; with modules.json also those of sub-folders."""
-    if _is_adapter(listing) and (adapter := adapter_files(repo, listing, of_hub=True)):
+    if is_adapter_listing(listing) and (adapter := adapter_files(repo, listing, of_hub=True)):
         return adapter
     files, index = find_weights(repo, listing, of_hub=True, variant=variant)
     if index:
         files = _indexed_files(repo, folder, index, commit)
     if "modules.json" in listing:
-        files += _module_weights(listing)
+        files += module_weights(listing)
     return files
 
 
@@ -197,14 +181,6 @@ def _indexed_files(repo: str, folder: Path, index: str, commit: str) -> list[str
         return weight_map_files(json.loads((folder / index).read_bytes()))
     except (ValueError, OSError, RecursionError) as e:
         raise FetchError(f"{repo}/{index}: is not an index of weights ({reason(e)}).") from e
-
-
-def _module_weights(listing: Sequence[str]) -> list[str]:
-    """The weights in sub-folders; pickles only from folders without safetensors."""
-    safetensors = [name for name in listing if "/" in name and name.endswith(".safetensors")]
-    have = {PurePosixPath(name).parent for name in safetensors}
-    pickles = [name for name in listing if "/" in name and PurePosixPath(name).name == "pytorch_model.bin"]
-    return safetensors + [name for name in pickles if PurePosixPath(name).parent not in have]
 
 
 # ------------------------------------------------------------------------------------------ what went wrong

@@ -3,7 +3,7 @@
 huggingface_hub does the work (fetching.py), in a process of its own: importing it takes 15 MB, downloading more, and
 the merge needs that memory. For weights that are not in the cache, `look` fetches only the headers, which are enough
 for a plan. They go into an unnamed temporary file, which the system removes however this process ends. A file of
-safetensors at an address (https://...) is looked at in the same way.
+safetensors at an address (https://...) is looked at in the same way, and so is a model on an object store.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
 from merge_tool.apart import ask
+from merge_tool.checkpoint.addresses import is_address, is_store, store_path, store_url
 from merge_tool.checkpoint.folder import is_there, is_weight_file, meant_path, nearest_path, snapshot_of
 from merge_tool.checkpoint.source import ComingFile, Place
 from merge_tool.errors import CheckpointError, FetchError, reason, shown
 
+_AT_HUB, _AT_STORE = "merge_tool.checkpoint.fetching", "merge_tool.checkpoint.store_fetching"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
 
 
@@ -44,23 +46,24 @@ def hub_id(ref: str | Path) -> tuple[str, str | None] | None:
     return match[1], match[2]
 
 
-def is_url(ref: str | Path) -> bool:
-    """Whether `ref` is the address of a file of safetensors.
-
-    >>> is_url("https://host/a/model.safetensors?x=1"), is_url("https://host/a")
-    (True, False)
-    """
-    text = str(ref)
-    return re.match(r"https?://[^/?#]+/", text) is not None and text.partition("?")[0].endswith(".safetensors")
-
-
 def local_path(ref: str | Path) -> Path:
     """`ref` as a path. A hub id becomes its folder in the Hub's cache; a model that is not in the cache is fetched
     first. Raises CheckpointError for a local path that is not there; FetchError for models that cannot be
     fetched: gated, missing, offline, no such revision.
     """
     repo = hub_id(ref)
+    if repo is None and is_address(ref):
+        raise FetchError(not_read_here(ref))
     return _there(ref) if repo is None else _fetch_whole(*repo)
+
+
+def not_read_here(ref: str | Path) -> str:
+    """The message for a model at an address where none is read."""
+    where = f"{str(ref).partition('://')[0]}://... is an address" if "@" in str(ref) else str(ref).partition("?")[0]
+    return (
+        f"{shown(where)}: models at an address are read by range, which only merges in one process, averages and "
+        "inspect do. Copy it to this disk, then give that path."
+    )
 
 
 def _there(ref: str | Path) -> Path:
@@ -92,16 +95,14 @@ class Snapshot:
     repo: tuple[str, str | None] | None = None
     variant: str | None = None
     held: IO[bytes] | None = None
-    made: tempfile.TemporaryDirectory[str] | None = None  # an empty folder that stands for a file at an address
-
-    @property
-    def is_url(self) -> bool:
-        return self.made is not None
+    address: str = ""  # which has no cache; `made` is then a folder for it, with its small files
+    made: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def pinned(self) -> str:
-        """The model's absolute path, or its id at the commit."""
-        return str(self.folder.absolute()) if self.repo is None else f"{self.repo[0]}@{self.folder.name}"
+        """The model's absolute path, its address, or its id at the commit."""
+        path = self.address or str(self.folder.absolute())
+        return path if self.repo is None else f"{self.repo[0]}@{self.folder.name}"
 
     def close(self) -> None:
         if self.held is not None:
@@ -119,14 +120,14 @@ def look(ref: str | Path, *, by_range: bool = False, variant: str | None = None)
     """As `local_path`, but only the headers of safetensors that are not in the cache are fetched; pickles and adapters
     are fetched whole, but with `by_range` pickles are refused. `variant` chooses among files (fp16). The caller closes
     the Snapshot."""
-    if is_url(ref):
-        return _look_at_url(str(ref))
+    if is_address(ref):
+        return _look_at(str(ref), variant)
     repo = hub_id(ref)
     if repo is None:
         return Snapshot(_there(ref))
     held = _unnamed_file(repo[0])
     try:
-        answer = _ask_apart(held, "look", *repo, by_range, variant)
+        answer = _ask(held, _AT_HUB, "look", *repo, by_range, variant)
         cached, fetched, begun = (int(answer[f"{what}_bytes"]) for what in ("cached", "fetched", "begun"))
         return Snapshot(
             folder=Path(answer["folder"]),
@@ -143,17 +144,28 @@ def look(ref: str | Path, *, by_range: bool = False, variant: str | None = None)
         raise
 
 
-def _look_at_url(url: str) -> Snapshot:
-    held = _unnamed_file(url.partition("?")[0])
+def _look_at(address: str, variant: str | None) -> Snapshot:
+    """A model at an address. A folder is made for it, named like it; of a bucket's folder it gets the small files."""
+    name = store_url(address) if is_store(address) else address.partition("?")[0]
+    path = store_path(name) if is_store(name) else PurePosixPath(PurePosixPath(name).name)
+    held = _unnamed_file(name)
     try:
-        answer = _ask_apart(held, "url", url)
         made = tempfile.TemporaryDirectory(prefix="slerp-merge-", ignore_cleanup_errors=True)
-        folder = Path(made.name) / Path(url.partition("?")[0]).stem
-        folder.mkdir()
-        coming = _coming(answer, folder, held)
-        return Snapshot(folder=folder, coming=coming, held=held, made=made)
+    except OSError as e:
+        held.close()
+        raise FetchError(f"{shown(name)}: no temporary folder can be made for it ({reason(e)}).") from e
+    try:
+        folder = Path(made.name, path.with_suffix("") if is_weight_file(path.name) else path)
+        folder.mkdir(parents=True)
+        if is_store(address):
+            answer = _ask(held, _AT_STORE, name, str(folder), variant)
+        else:
+            answer = _ask(held, _AT_HUB, "url", address)
+        coming, fetched = _coming(answer, folder, held), int(answer.get("fetched_bytes", 0))
+        return Snapshot(folder, coming, fetched, fetched, variant=variant, held=held, address=address, made=made)
     except BaseException:
         held.close()
+        made.cleanup()
         raise
 
 
@@ -170,7 +182,7 @@ def _coming(answer: Any, folder: Path, held: IO[bytes]) -> dict[str, ComingFile]
 
 def _fetch_whole(repo: str, revision: str | None, commit: str | None = None, variant: str | None = None) -> Path:
     with _unnamed_file(repo) as held:
-        return Path(_ask_apart(held, "fetch", repo, revision, commit, variant))
+        return Path(_ask(held, _AT_HUB, "fetch", repo, revision, commit, variant))
 
 
 def _unnamed_file(repo: str) -> IO[bytes]:
@@ -180,14 +192,13 @@ def _unnamed_file(repo: str) -> IO[bytes]:
         raise FetchError(f"{shown(repo)}: no temporary file can be made to fetch it ({reason(e)}).") from e
 
 
-def _ask_apart(held: IO[bytes], *request: str | bool | None) -> Any:
-    """The answer of fetching.main, in a process of its own. It shows progress bars on our standard error. The bytes
+def _ask(held: IO[bytes], module: str, *request: str | bool | None) -> Any:
+    """The answer of a module's main, in a process of its own. It shows progress bars on our standard error. The bytes
     that follow the answer go into `held`, from its position on."""
-    repo = shown(request[1])
     value, _ = ask(
-        "merge_tool.checkpoint.fetching",
+        module,
         request,
-        what=repo,
+        what=shown(request[module == _AT_HUB]),
         error=FetchError,
         hint="Its last words are above. Run the same command again: it continues.",
         into=held,

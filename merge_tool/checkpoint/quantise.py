@@ -15,7 +15,7 @@ import numpy as np
 from merge_tool.arrays import LARGEST_CODES, POWERS_OF_TWO, Array, decode, encode
 from merge_tool.checkpoint.grid import Grid
 
-_PIECE = 16_384  # elements encoded at a time
+_PIECE = 32_768  # elements encoded at a time
 _POWERS_BIAS = 127
 _LARGEST_READ = float(np.finfo(np.float32).max)  # a reader multiplies codes and scales in float32
 

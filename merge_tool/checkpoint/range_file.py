@@ -31,7 +31,7 @@ class RangeFile:
 
     def __init__(self, ranges: Ranges, number: int, coming: ComingFile) -> None:
         self.path, self.name, self.size, self.number = coming.path, coming.name, coming.size, number
-        self.mtime_ns, self.etag = coming.mtime_ns, coming.etag
+        self.mtime_ns, self.digest = coming.mtime_ns, coming.digest
         self._ranges, self._coming = ranges, coming
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

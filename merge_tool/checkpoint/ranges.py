@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -27,6 +27,14 @@ PASSING = frozenset({429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes 0-\d+/(\d{1,18}|\*)", re.ASCII)
 
 
+class Passing(Exception):
+    """This try failed, another may not. `seconds` is how long the server asks to wait."""
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
 def can_ask() -> bool:
     """Whether this version of huggingface_hub has the functions that are needed here, under public names."""
     return all(hasattr(_hub(), name) for name in _NEEDED)
@@ -40,21 +48,25 @@ def _hub() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A file's size, its ETag without quotes (empty if the server gives none), and its first bytes."""
+    """A file's size, its ETag without quotes (empty if the server gives none), its first bytes, and the SHA-256 that is
+    noted beside an object."""
 
     size: int
     etag: str
     data: bytes
+    sha256: str = ""
 
 
-def fetch_headers(places: Sequence[Place]) -> list[Start]:
+def fetch_headers(places: Sequence[Place], fetch: Callable[[Place, int], Start] | None = None) -> list[Start]:
     """Size, ETag and the first bytes up to the header's end of each safetensors file, in order.
 
     If a header's length is impossible, only the first 8 bytes, which the reader then refuses. Raises FetchError for
-    answers that cannot be used, and the errors of the session.
+    answers that cannot be used, and the errors of the session. `fetch(place, count)` gets the first bytes of a file; by
+    default by HTTP.
     """
+    fetch = fetch or _fetch
     with ThreadPoolExecutor(_THREADS) as pool:
-        starts = list(pool.map(lambda place: _fetch(place, _LENGTH_BYTES), places))
+        starts = list(pool.map(lambda place: fetch(place, _LENGTH_BYTES), places))
         ends = [_header_end(start.size, start.data) for start in starts]
         if (total := sum(ends)) > MAX_HEADER_BYTES:
             raise FetchError(
@@ -62,7 +74,7 @@ def fetch_headers(places: Sequence[Place]) -> list[Start]:
                 f"{MAX_HEADER_BYTES:,} are fetched ahead of the rest. Download the model, then give its folder."
             )
         longer = [(place, end) for place, end in zip(places, ends, strict=True) if end > _LENGTH_BYTES]
-        whole = dict(zip(longer, pool.map(lambda one: _fetch(*one), longer), strict=True))
+        whole = dict(zip(longer, pool.map(lambda one: fetch(*one), longer), strict=True))
     return [whole.get(key, first) for key, first in zip(zip(places, ends, strict=True), starts, strict=True)]
 
 

@@ -248,12 +248,14 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a file is on a server. `where` is its name in messages; a file of the Hub has a repository and a commit."""
+    """Where a file is on a server. `where` is its name in messages; a file of the Hub has a repository and a commit, an
+    object the SHA-256 that whoever stored it has noted."""
 
     where: str
     url: str
     repo: str | None = None
     commit: str | None = None
+    sha256: str = ""
 
 
 class ComingFile:
@@ -279,6 +281,11 @@ class ComingFile:
         self.length, self.etag, self.place = length, etag, place
         self.mtime_ns = time.time_ns()  # newer than any output: none was made of the file that is to be fetched
         self._held, self._held_offset = held, held_offset
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 that the server has of the file, if it has one: of a large file of the Hub it is the ETag."""
+        return self.etag if self.place is None or self.place.repo else self.place.sha256
 
     def identify(self) -> None:
         """Let `mtime_ns` stand for the content: a negative number, made of what the server calls it, because the time

@@ -169,7 +169,7 @@ def finish_command(plan_file: Path, *, as_json: bool, quiet: bool, progress: str
     The files are the same bytes as those of the merge on one machine.
     """
     from merge_tool.api import finish_parts
-    from merge_tool.cli.commands import print_report, watched
+    from merge_tool.cli.merging import print_report, watched
     from merge_tool.hosts.plan_file import read_plan_file
 
     plan = read_plan_file(plan_file)

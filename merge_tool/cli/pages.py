@@ -45,10 +45,10 @@ def report_command(out: Path, page: Path | None) -> None:
 def check_page(page: Path, num_outputs: int, out: Path) -> None:
     """Raise an error, before the merge, for a page that could not be made after it."""
     from merge_tool.pages.page import check_page_path
-    from merge_tool.plan.target import is_hub
+    from merge_tool.plan.target import is_remote
 
     check_page_path(page)
-    if is_hub(out):
+    if is_remote(out):
         raise RecipeError(
             f"--report-html: {shown(out)} is not here. Fetch it afterwards (hf download), then make its page "
             "with merge-tool report."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merge_tool.cli.show_plan import effective_lines, first_line, recipe_json, table_lines
 from merge_tool.errors import counted, listed, shown, sized
 from merge_tool.plan.stacks import Stacks
+from merge_tool.plan.target import out_text
 from merge_tool.recipe.recipe import label_t
 
 if TYPE_CHECKING:  # only for types: these modules need not be loaded to print
@@ -182,7 +183,7 @@ def _download(download: Download) -> str:
     if not download.nbytes:
         return f"nothing from the Hub ({cached})" if download.cached_bytes else ""
     how = f", by range; a spool of at most {sized(download.spool_bytes)}" if download.is_streamed else ""
-    return f"{sized(download.nbytes)} from the Hub{how}" + (f" ({cached})" if download.cached_bytes else "")
+    return f"{sized(download.nbytes)} from {download.sources}{how}" + (f" ({cached})" if download.cached_bytes else "")
 
 
 def _what_was_read(fetched_bytes: int) -> str:
@@ -197,7 +198,7 @@ def _what_was_read(fetched_bytes: int) -> str:
 def report_json(report: MergeReport, said: Sequence[Answer] = ()) -> dict[str, Any]:
     summary = report.summary
     return {
-        "outputs": [str(path) for path in report.outputs],
+        "outputs": [out_text(path) for path in report.outputs],
         "method": report.method,
         "models": list(report.models),
         **({"t": list(report.ts)} if report.ts else {}),

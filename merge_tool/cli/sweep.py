@@ -84,7 +84,7 @@ def sweep_command(
     from merge_tool.cli.show import sweep_lines, sweep_plan_json, sweep_plan_lines
     from merge_tool.pages.other_pages import sweep_data
     from merge_tool.pages.page import write_page
-    from merge_tool.plan.target import is_hub
+    from merge_tool.plan.target import is_remote
     from merge_tool.sweeps.results import SweepPoint, point_text
     from merge_tool.sweeps.sweep import plan_sweep, sweep_outputs
 
@@ -94,7 +94,7 @@ def sweep_command(
         raise click.BadParameter(f"'{shown(command)}' cannot be split into words ({e}).", param_hint="--eval") from e
     recipe, keys = _recipe(models, ts, vary, models_dir, given(options))
     out = Path(models[-1])
-    if is_hub(out):
+    if is_remote(out):
         raise RecipeError(f"{shown(out)}: a sweep needs a folder as OUT. Then: merge-tool push, or merge to the Hub.")
     limits: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
     if dry_run:

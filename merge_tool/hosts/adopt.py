@@ -1,4 +1,4 @@
-"""Receipts -> the journal: finished pieces become the finished shards of an ordinary merge, which then goes on."""
+"""Receipts -> the journal: finished pieces become finished shards of an ordinary merge, which then continues."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _READ_BYTES = 1 << 20
 
 
 def adopt_parts(work: WorkFolder, plan_file: PlanFile, *, fill: bool, check: bool = False) -> None:
-    """Take all finished pieces into the merge of `work`. With `check` the SHA-256 of every shard is made again; of
-    shards that several workers wrote, always.
+    """Take all finished pieces into the merge of `work`. The SHA-256 of a shard is computed again with `check`, and
+    always if several workers wrote the shard.
 
-    Raises OutputError if a piece lacks its receipt or its file, or is not what its receipt says: with `fill` such
-    shards are left to this process.
+    Raises OutputError if a piece lacks its receipt or its file, or does not match its receipt. With `fill`, this
+    process makes such shards instead.
     """
     parts, lacking = PartsFolder(work.path, plan_file, work.plan.labels), list[int]()
     shards = {
@@ -38,7 +38,7 @@ def adopt_parts(work: WorkFolder, plan_file: PlanFile, *, fill: bool, check: boo
     }
     if not fill:
         lacking = parts.missing(number for numbers in shards.values() for number in numbers)
-        shards = {} if lacking else shards  # nothing is moved before all is there
+        shards = {} if lacking else shards  # nothing is moved before everything is there
     for shard, numbers in shards.items():
         try:
             bad = _adopt(work, work.plan.shards[shard], parts, numbers, check=check)
@@ -51,12 +51,12 @@ def adopt_parts(work: WorkFolder, plan_file: PlanFile, *, fill: bool, check: boo
         raise OutputError(
             f"{shown(work.target.path)}: {len(lacking):,} of {len(plan_file.pieces):,} pieces are not finished: "
             f"{absent(plan_file, lacking)}. Run their workers again (merge-tool work), or give --fill to make them "
-            "here. If they were finished on other hosts, those do not write into this folder."
+            "here. If other hosts have finished them, these hosts do not write into this folder."
         )
 
 
 def check_finished(prepared: Prepared, plan_file: PlanFile) -> None:
-    """Raise OutputError unless OUT holds the merge of this plan, of which there is no work folder."""
+    """Raise OutputError unless OUT holds the complete merge of this plan."""
     try:
         if is_complete(prepared):
             return
@@ -69,9 +69,9 @@ def check_finished(prepared: Prepared, plan_file: PlanFile) -> None:
 
 
 def has_ended(prepared: Prepared, plan_file: PlanFile, work: WorkFolder) -> bool:
-    """Whether the merge of this plan was finished before; else its parts are in `work`, or it is half published.
+    """Whether the merge of this plan is finished. If not, its parts are in `work`, or it is half published.
 
-    Raises OutputError if OUT is not the folder of this plan, and leaves what is there.
+    Raises OutputError if OUT is not the folder of this plan, and changes nothing there.
     """
     is_planned = PartsFolder(work.path, plan_file, prepared.plan.labels).is_planned()
     if is_planned or work.is_half_published():
@@ -79,13 +79,13 @@ def has_ended(prepared: Prepared, plan_file: PlanFile, work: WorkFolder) -> bool
     try:
         check_finished(prepared, plan_file)
     finally:
-        if next(work.journal.records(), None) is None:  # nothing but what a publishing left, or this run just made
+        if next(work.journal.records(), None) is None:  # it has only a publishing's rest, or what this run just made
             work.discard()
     return True
 
 
 def adopt_planned(work: WorkFolder, *, check: bool = False) -> None:
-    """Take what workers have finished of this merge by any plan, as far as it makes whole shards."""
+    """Take the whole shards of this merge that workers have finished, by any plan."""
     for copy in sorted((work.path / PARTS).glob(f"*/{PLAN}")):
         with contextlib.suppress(RecipeError):  # another version's, or another merge's
             plan_file = read_plan_file(copy)
@@ -95,7 +95,7 @@ def adopt_planned(work: WorkFolder, *, check: bool = False) -> None:
 
 
 def _adopt(work: WorkFolder, shard: ShardPlan, parts: PartsFolder, numbers: Sequence[int], *, check: bool) -> list[int]:
-    """Take one shard, if all its pieces are there; returns those that are not."""
+    """Take one shard if all its pieces are there. Returns the missing pieces."""
     receipts = {number: parts.read(number) for number in numbers}
     whole = len(numbers) == 1
     there = parts.files(numbers[0])
@@ -116,8 +116,8 @@ def _adopt(work: WorkFolder, shard: ShardPlan, parts: PartsFolder, numbers: Sequ
         bad = [n for n, receipt, d in zip(numbers, known, of_pieces, strict=True) if receipt.sha256[output] != d]
         if bad:
             raise OutputError(
-                f"{shown(path)}: the bytes of {absent(parts.plan, bad)} are not those of its receipt: the file was "
-                "damaged or replaced. Remove the receipt, and run that part's worker again, or give --fill."
+                f"{shown(path)}: the bytes of {absent(parts.plan, bad)} do not match the receipt: the file was damaged "
+                "or replaced. Remove the receipt, and run that part's worker again, or give --fill."
             )
         digests.append(digest)
     findings = Findings()

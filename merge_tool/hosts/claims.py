@@ -1,7 +1,8 @@
-"""Claims: which worker makes a piece, where workers take what nobody has finished (`--steal`).
+"""Claims: which worker makes a piece, if workers take pieces that nobody has finished (`--steal`).
 
-A claim is a file that one worker can make (O_EXCL) and that it touches while it works. A claim that was not touched for
-a while is a dead worker's, and anyone may take it over. Two workers on one piece do no harm: they write the same bytes.
+A claim is a file that only one worker can create (O_EXCL); the worker touches it while it works. If a claim was not
+touched for a while, its worker counts as dead, and another worker may take the piece. Two workers on one piece do no
+harm: they write the same bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Claims:
         self._clock.touch()
         try:
             return self._clock.stat().st_mtime - path.stat().st_mtime > self._lease
-        except FileNotFoundError:  # its worker is done with it
+        except FileNotFoundError:  # its worker has just finished
             return False
 
     def touch(self, piece: int) -> None:
@@ -73,8 +74,8 @@ def steal(
     on_progress: Progress | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[int]:
-    """Make pieces until all have their receipts: the worker's own share `first`, then whatever nobody makes. Returns
-    what this worker has made."""
+    """Make pieces until all have their receipts: the worker's own share `first`, then pieces that nobody makes. Returns
+    the pieces that this worker has made."""
     claims, made = Claims(worker, lease), list[int]()
     order = [*first, *(number for number in range(len(worker.plan_file.pieces)) if number not in set(first))]
     try:
@@ -96,7 +97,7 @@ def steal(
             finally:
                 claims.drop(taken)
     except OutputError:
-        worker.check_folder()  # perhaps it is finished, or planned anew
+        worker.check_folder()  # perhaps the merge is finished, or planned anew
         raise
     finally:
         claims.close()

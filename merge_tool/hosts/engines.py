@@ -15,8 +15,8 @@ from merge_tool.hosts.receipts import PartsFolder
 from merge_tool.hosts.worker import make_parts
 
 _LOOK_SECONDS = 0.5  # how often receipts are counted
-PARTS_A_WORKER = 4  # more parts than workers, so that a slow host holds up less
-_RETRIES = 3  # of a task whose node is lost
+PARTS_A_WORKER = 4  # more parts than workers, so that a slow host delays the merge less
+_RETRIES = 3  # for a task whose node is lost
 
 
 def make_on(
@@ -57,7 +57,7 @@ def make_on(
             "kept: run the same command, it continues."
         ) from e
     finally:
-        wait([future for future in futures if not future.cancel()])  # what runs still writes into the work folder
+        wait([future for future in futures if not future.cancel()])  # a running task still writes into the work folder
 
 
 # ------------------------------------------------------------------------------------------- by name
@@ -72,7 +72,7 @@ def engine(text: str, *, memory_bytes: int | None, jobs: int | None) -> Iterator
     name, _, address = text.partition(":")
     if name not in _ENGINES:
         raise RecipeError(
-            f"--executor is '{shown(text)}', expected processes:N, ray, ray:ADDRESS or dask:ADDRESS (N: how many)."
+            f"--executor is '{shown(text)}', expected processes:N (N processes), ray, ray:ADDRESS or dask:ADDRESS."
         )
     with _ENGINES[name](address, memory_bytes, jobs) as pair:
         yield pair
@@ -135,7 +135,7 @@ class RayExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ray goes on; only what was started here by name is ended."""
+        """Does nothing: `_ray` ends Ray if it has started it."""
 
 
 _ENGINES = {"processes": _processes, "ray": _ray, "dask": _dask}

@@ -1,4 +1,4 @@
-"""How a plan is cut into pieces and shared out: whole shards, or where these are too few, tensors of a shard."""
+"""Cut a plan into pieces and share them out. A piece is a shard, or, if there are few shards, some tensors of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merge_tool.plan.plan import MergePlan, ShardPlan
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The tensors [start, stop) of a shard, by their order in the file. `read_bytes` is what they take to read."""
+    """The tensors [start, stop) of a shard, in the file's order. `read_bytes` is the size of all their inputs."""
 
     shard: int
     start: int
@@ -49,6 +49,6 @@ def share_out(pieces: Sequence[Piece], parts: int) -> list[list[int]]:
 
 
 def shard_of(plan: MergePlan, piece: Piece) -> ShardPlan:
-    """A piece as a shard of its own, whose tensors are where they are in the whole one."""
+    """A piece as a shard of its own; its tensors keep their offsets in the whole shard."""
     shard = plan.shards[piece.shard]
     return replace(shard, jobs=shard.jobs[piece.start : piece.stop])

@@ -32,8 +32,8 @@ _AGAIN = "Make it again: merge-tool plan"
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A merge that many workers share. `recipe` is the Recipe as JSON, `record` what an unfinished merge's journal
-    says of it, `parts` the numbers of each part's pieces. `where` is the file, for messages."""
+    """A merge that many workers share. `recipe` is the Recipe as JSON, `record` the first line of an unfinished merge's
+    journal, `parts` the numbers of each part's pieces. `where` is the file, for messages."""
 
     out: str
     overwrite: bool
@@ -88,18 +88,18 @@ class PlanFile:
         ours = plan_record(plan, samples, overwrite=self.overwrite, is_shared=True)
         if differences := record_differences(self.record, ours):
             raise RecipeError(
-                f"{shown(self.where)}: the inputs here are not those of the plan: {differences}. Give every host the "
-                "same files, or make the plan again."
+                f"{shown(self.where)}: the inputs here differ from the plan's: {differences}. Give every host the same "
+                "files, or make the plan again."
             )
         if [(shard.file_name, shard.size) for shard in plan.shards] != list(self.shards):
-            raise RecipeError(f"{shown(self.where)}: the shards differ from those that are planned here. {_AGAIN}.")
+            raise RecipeError(f"{shown(self.where)}: its shards differ from the shards planned here. {_AGAIN}.")
 
     def _torn(self, why: str) -> RecipeError:
-        return RecipeError(f"{shown(self.where)}: is no whole plan file ({shown(why)}). {_AGAIN}.")
+        return RecipeError(f"{shown(self.where)}: is not a whole plan file ({shown(why)}). {_AGAIN}.")
 
 
 def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFile:
-    """The plan of `prepared` for so many parts. Raises RecipeError."""
+    """The plan of `prepared`, in this many parts. Raises RecipeError."""
     if parts < 1:
         raise RecipeError(f"The number of parts is {parts}, expected at least 1.")
     plan = prepared.plan
@@ -117,7 +117,7 @@ def make_plan_file(prepared: Prepared, parts: int, *, overwrite: bool) -> PlanFi
 
 
 def _places(recipe: Recipe, pinned: Sequence[str]) -> list[str]:
-    """What each place of the recipe's text names: local models and adapters by their absolute paths."""
+    """The models that the recipe's text names, place by place, with absolute paths for local models and adapters."""
     pairs = [
         pair
         for ref, absolute in zip(recipe.models, pinned, strict=True)
@@ -129,8 +129,8 @@ def _places(recipe: Recipe, pinned: Sequence[str]) -> list[str]:
 
 
 def check_plan_path(path: Path, recipe: Recipe, out: Path) -> None:
-    """Raise RecipeError if the plan would be written over a file that is no plan, or into an input or OUT. Inputs'
-    files are copied into OUT, so the plan would be, too."""
+    """Raise RecipeError if the plan would replace a file that is not a plan, or lie in an input or in OUT. (A merge
+    copies the files of an input into OUT, and would copy the plan, too.)"""
     where = f"--plan-file {shown(path)}"
     try:
         inputs = [Path(part) for ref in recipe.models for part in paths_of(str(ref))]
@@ -139,7 +139,7 @@ def check_plan_path(path: Path, recipe: Recipe, out: Path) -> None:
         if path.is_dir() or not path.parent.is_dir():
             raise RecipeError(f"{where}: {'is a folder' if path.is_dir() else 'its folder is missing'}.")
         if path.exists() and not _is_plan(path):
-            raise RecipeError(f"{where}: there is a file that is no plan. Choose another name.")
+            raise RecipeError(f"{where}: is a file, but not a plan. Choose another name.")
     except (OSError, RuntimeError, ValueError) as e:
         raise RecipeError(f"{where}: cannot be used ({reason(e)}).") from e
 
@@ -191,13 +191,13 @@ def read_plan_file(path: Path) -> PlanFile:
         )
         named = sorted(number for part in plan.parts for number in part)
         if plan.sha256 != stored["sha256"] or named != list(range(len(plan.pieces))):
-            raise torn("its SHA-256 is not the one that it says")
+            raise torn("its content does not match its SHA-256")
     except (KeyError, TypeError, AttributeError) as e:
         raise torn(reason(e)) from e
     return plan
 
 
 def absent(plan: PlanFile, numbers: Sequence[int]) -> str:
-    """Pieces that are not there, by file and part: for messages."""
+    """Some pieces by file and part, for messages."""
     part_of = {number: part for part, share in enumerate(plan.parts) for number in share}
     return listed((f"{plan.shards[plan.pieces[n].shard][0]} (part {part_of[n]})" for n in numbers), 5)

@@ -1,4 +1,4 @@
-"""Which of how many workers this process is, as schedulers and launchers say it in the environment."""
+"""The number of this worker, and of all workers, from the environment that schedulers and launchers set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merge_tool.errors import RecipeError, shown
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """This process is number `rank` (from 0) of `size`; `size` is None where the environment does not say it."""
+    """This process is number `rank` (from 0) of `size`; `size` is None if the environment does not have it."""
 
     rank: int
     size: int | None
@@ -19,18 +19,18 @@ class Rank:
 
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> Rank | None:
-    """The rank of this process; None if nothing in the environment says one.
+    """The rank of this process; None if the environment has no rank.
 
     torchrun sets RANK and WORLD_SIZE, also inside a Slurm step, and counts before all others. Open MPI sets
     OMPI_COMM_WORLD_*, srun SLURM_PROCID and SLURM_NTASKS, a job array SLURM_ARRAY_TASK_*, an indexed job of Kubernetes
-    JOB_COMPLETION_INDEX. One worker among one says nothing. Raises RecipeError for numbers that contradict each other.
+    JOB_COMPLETION_INDEX. A rank of 1 worker is ignored. Raises RecipeError for numbers that contradict each other.
     """
     found = [rank for rank in _all(environment) if rank.size != 1]
     if found and found[0].where == "RANK":
         return found[0]
     if len({(rank.rank, rank.size) for rank in found}) > 1:
-        told = ", ".join(f"{rank.where} is {rank.rank} of {rank.size or '?'}" for rank in found)
-        raise RecipeError(f"The environment names several ranks: {told}. Give --part I --of N.")
+        ranks = ", ".join(f"{rank.where} is {rank.rank} of {rank.size or '?'}" for rank in found)
+        raise RecipeError(f"The environment names several ranks: {ranks}. Give --part I --of N.")
     return found[0] if found else None
 
 

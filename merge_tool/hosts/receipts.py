@@ -21,7 +21,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A finished piece: the SHA-256 of its bytes in each output, and what was found of its tensors, by number."""
+    """A finished piece: the SHA-256 of its bytes in each output, and the findings of its tensors, by number."""
 
     piece: int
     sha256: tuple[str, ...]
@@ -30,10 +30,10 @@ class Receipt:
 
 class PartsFolder:
     """The folder in the work folder of OUT where workers put pieces and receipts: `0/NAME` is a file of the first
-    output. A piece that is part of a shard is written into its place in that file.
+    output. A piece that is part of a shard is written at its offset in the shard's file.
 
-    Each plan has a folder of its own, which `share_plan` makes and no worker: so a worker that still runs when OUT was
-    planned anew, or is finished, can write nothing into what others make there.
+    Each plan has a folder of its own. Only `share_plan` makes it, never a worker. So if OUT is planned anew or
+    finished, a worker that still runs cannot write into the new work.
     """
 
     def __init__(self, work: Path, plan: PlanFile, labels: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ class PartsFolder:
         """The error for an OUT that is not the folder of this plan."""
         return OutputError(
             f"{shown(out)}: is not the folder in which this merge was planned: {shown(self.path / PLAN)} is missing. "
-            "Either this host does not see that folder, or the merge is finished, or planned anew. All hosts need a "
+            "Either this host does not see that folder, or the merge was finished, or planned anew. All hosts need a "
             "shared folder as OUT."
         )
 
@@ -60,7 +60,7 @@ class PartsFolder:
         return self.path / str(output) / self.plan.shards[self.plan.pieces[piece].shard][0]
 
     def files(self, piece: int) -> list[Path]:
-        """The files that have a piece's bytes, one an output: here, or where a finish has moved them."""
+        """The files that have a piece's bytes, one for each output: here, or where `merge-tool finish` moved them."""
         name = self.file(0, piece).name
         moved = [self._adopted / label / name for label in self.labels]
         ours = [self.file(output, piece) for output in range(len(self.labels))]
@@ -88,7 +88,7 @@ class PartsFolder:
             raise output_failed(path, e) from e
 
     def read(self, piece: int) -> Receipt | None:
-        """A piece's receipt; None if there is none. Raises OutputError for one that is torn, or of another plan."""
+        """A piece's receipt; None if there is none. Raises OutputError if it is torn, or of another plan."""
         path = self.receipt(piece)
         try:
             stored: Any = json.loads(path.read_bytes())
@@ -111,11 +111,11 @@ class PartsFolder:
             ) from e
 
     def is_done(self, piece: int) -> bool:
-        """Whether a piece has its receipt, and its files their sizes."""
+        """Whether a piece has its receipt, and its files have their sizes."""
         size = self.plan.shards[self.plan.pieces[piece].shard][1]
         has_files = all(path.is_file() and path.stat().st_size == size for path in self.files(piece))
         return self.read(piece) is not None and has_files
 
     def missing(self, pieces: Iterable[int]) -> list[int]:
-        """The pieces that are not finished. Raises OutputError for receipts that are damaged or another plan's."""
+        """The pieces that are not finished. Raises OutputError for receipts that are damaged or of another plan."""
         return [piece for piece in pieces if not self.is_done(piece)]

@@ -1,4 +1,4 @@
-"""A worker: makes pieces of a plan, and leaves a receipt for each. Workers know nothing of each other."""
+"""A worker: makes pieces of a plan, and writes a receipt for each. Workers do not communicate."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Progress = Callable[[int, str], None]
 
 
 class Worker:
-    """A process that makes pieces: the plan made again from the inputs that are seen here, and checked.
+    """A process that makes pieces. It plans the merge again from the inputs on this host, and compares the two plans.
 
-    Raises RecipeError if versions or inputs are not the plan's, OutputError if OUT is not the folder of this plan.
+    Raises RecipeError if versions or inputs differ from the plan's, OutputError if OUT is not the folder of this plan.
     """
 
     def __init__(self, plan_file: PlanFile, *, memory_bytes: int | None = None, jobs: int | None = None) -> None:
@@ -49,12 +49,12 @@ class Worker:
         return prepared
 
     def check_folder(self) -> None:
-        """Raise OutputError unless OUT is the folder of this plan still."""
+        """Raise OutputError if OUT is no longer the folder of this plan."""
         if not self.parts.is_planned():
             raise self.parts.not_planned(self.target.path)
 
     def progress_bytes(self, pieces: Iterable[int]) -> int:
-        """The sum of all bytes that `on_progress` will be told of these pieces."""
+        """The sum of all bytes that `on_progress` will get for these pieces."""
         plan = self.prepared.plan
         return progress_bytes(replace(plan, shards=tuple(shard_of(plan, self.plan_file.pieces[k]) for k in pieces)))
 
@@ -74,7 +74,7 @@ class Worker:
             for _ in run_plan(plan, sink, prepared.layout, on_progress=on_progress):
                 pass
         except OutputError:
-            self.check_folder()  # perhaps it is finished, or planned anew
+            self.check_folder()  # perhaps the merge is finished, or planned anew
             raise
 
 
@@ -114,13 +114,13 @@ def share_plan(plan_file: PlanFile, work: Path, labels: Sequence[str]) -> tuple[
             (parts.path / str(output)).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise output_failed(parts.path, e) from e
-    path = (parts.path / PLAN).absolute()  # an engine's processes are in other folders
+    path = (parts.path / PLAN).absolute()  # an engine's processes have other working folders
     write_plan_file(plan_file, path)
     return parts, path
 
 
 def make_parts(path: str, pieces: Sequence[int], memory_bytes: int | None = None, jobs: int | None = None) -> list[int]:
-    """What an engine calls in its processes: make those of these pieces that are not finished. Returns them."""
+    """The function that an engine calls in its processes: make the unfinished ones of these pieces. Returns them."""
     plan_file = read_plan_file(Path(path))
     worker = _worker(path, plan_file.sha256, memory_bytes, jobs)
     missing = worker.parts.missing(pieces)
@@ -131,5 +131,5 @@ def make_parts(path: str, pieces: Sequence[int], memory_bytes: int | None = None
 
 @lru_cache(maxsize=1)
 def _worker(path: str, sha256: str, memory_bytes: int | None, jobs: int | None) -> Worker:
-    """One plan a process: its next part needs no new one."""
+    """The worker of this process, kept for the next part of the same plan."""
     return Worker(read_plan_file(Path(path)), memory_bytes=memory_bytes, jobs=jobs)

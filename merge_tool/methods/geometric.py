@@ -1,7 +1,7 @@
 """The inner-product family: a few inner products per tensor (or row, or column), then a sum of c_i x_i.
 
-After the sums, everything is arithmetic on the table of inner products: a direction is a combination of the inputs and
-is given by its coefficients. With a base, the inputs are replaced by their differences from it.
+After the sums, everything is arithmetic on the table of inner products: a direction is a combination of the inputs,
+given by its coefficients. With a base, the inputs' differences from the base take the place of the inputs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def shares(spec: MergeSpec) -> list[float]:
 
 
 def linear(spec: MergeSpec) -> Steps:
-    """sum_i w_i x_i, over sum_i w_i where `normalize`."""
+    """sum_i w_i x_i, divided by sum_i w_i if `normalize`."""
     coefficients = shares(spec)
     yield from ()
     return lambda tile: mix(coefficients, tile.inputs)

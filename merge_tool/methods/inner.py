@@ -1,8 +1,8 @@
-"""The maths of merging: arrays and floats only, no names, no files, no threads.
+"""The maths of merging two tensors: arrays and floats only, no names, no files, no threads.
 
-Sums over each pair of tensors, made on a fixed grid, then `merged = w0 * x + w1 * y`.
-Sums are float64, block by block, by einsum (never BLAS, whose last bits depend on threads and kernels),
-and added with fsum; so the same tensors give the same bits whatever the chunks, threads and memory.
+Sums over the pair of tensors are made on a fixed grid; then `merged = w0 * x + w1 * y`. A block is summed in float64 by
+einsum (never BLAS, whose last bits depend on threads and kernels), and the blocks' sums are added with fsum. So the
+same tensors give the same bits for any chunks, threads and memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from merge_tool.arrays import BFLOAT16, TILE, Array, decode, encode
+from merge_tool.arrays import BFLOAT16, TILE, Array, decode, encode, first_nonfinite
 
 _LANES = 1_024  # partial sums of a tile, then added pairwise
 
@@ -94,7 +94,7 @@ def _dot(a: Array, b: Array, scratch: Scratch) -> float:
 
 
 def total(parts: Any) -> float:
-    """The sum of floats, correctly rounded, in any order; NaN or infinity if a float is one, or if the sum
+    """The sum of floats in any order, correctly rounded; NaN or infinity if a float is NaN or infinite; NaN if the sum
     overflows."""
     try:
         return math.fsum(parts)
@@ -105,7 +105,7 @@ def total(parts: Any) -> float:
 def sharpen(
     sums: PairSums, tiles: Callable[[], Iterable[tuple[Array, Array]]], *, has_float64: bool, scratch: Scratch
 ) -> PairSums:
-    """The sums, made again if they left float64's range or lost digits of the angle, which is rare.
+    """The sums. They are made again if they left float64's range or lost digits of the angle, which is rare.
 
     `tiles` gives the pair of tensors once more, tile by tile; their values must be finite.
     """
@@ -177,7 +177,7 @@ def refinement(sums: PairSums) -> tuple[int, float] | None:
     """The sign and factor of another pass, if the sums so far leave fewer than 11 digits of the angle; else None.
 
     Digits are lost if the norms differ by much more than the angle, if y is much shorter than x, or if the angle is
-    near pi. Ask again after each pass, at most three times: for |y|, for the angle, and for the other sign.
+    near pi. Call this again after each pass. There are at most three: for |y|, for the angle, and for the other sign.
     """
     n0, n1 = sums.norms
     if n0 == 0 or sums.dd == 0 or (n1 == 0 and sums.refined):
@@ -243,13 +243,14 @@ def _arc_sine(share: float, angle: Angle) -> float:
 
 _SURELY_FITS = 400.0  # finite in every dtype we write; makes the exact check unnecessary for nearly every block
 _TINY = np.float32(2.0**-124)  # float32 products below lose digits that a subnormal bfloat16 still shows
+_TINY_CODE = 0x0180  # _TINY as a bfloat16; smaller values are rounded to it or to less
 
 
 def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
     """`out = w0 * x + w1 * y`, flat arrays of one length; False if a finite result does not fit `out`'s dtype.
 
-    For 16-bit outputs |out - exact| <= ulp(exact)/2 + 2^-22 (|w0 x| + |w1 y|): computed in float32, or in float64 if
-    float32 does not suffice. For float32 and float64 outputs always computed in float64.
+    For 16-bit outputs |out - exact| <= ulp(exact)/2 + 2^-22 (|w0 x| + |w1 y|); they are computed in float32, or in
+    float64 if float32 does not suffice. float32 and float64 outputs are always computed in float64.
     """
     narrow = out.dtype.itemsize <= 2 and np.float64 not in (x.dtype, y.dtype) and not weights.precise
     fits = True
@@ -267,10 +268,12 @@ def _combine_narrow(x: Array, y: Array, weights: Weights, out: Array, scratch: S
     np.multiply(decode(y, b), np.float32(weights.w1), out=b)
     np.add(a, b, out=a)
     encode(a, out)
-    magnitude = np.abs(a, out=b)
-    if out.dtype == BFLOAT16 and magnitude.min(initial=1.0) < _TINY:
-        _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
-    return _fits(magnitude.max(initial=0.0), out.dtype)
+    if out.dtype == BFLOAT16:
+        sizes = np.bitwise_and(out.view(np.uint16), np.uint16(0x7FFF), out=scratch.f32[2].view(np.uint16)[: len(x)])
+        if sizes.min(initial=0x7FFF) <= _TINY_CODE:
+            magnitude = np.abs(a, out=b)
+            _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
+    return first_nonfinite(out) is None
 
 
 def _combine_tiny(places: Array, x: Array, y: Array, weights: Weights, out: Array) -> None:

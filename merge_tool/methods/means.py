@@ -1,6 +1,6 @@
-"""Means of many models that are no plain averages: on the sphere, and the point with the least sum of distances.
+"""Means of many models other than the average: on the sphere, and the point with the least sum of distances.
 
-One pass makes a table of numbers over pairs of models; the mean is then found on the table alone, as coefficients.
+One pass makes a table of numbers over pairs of models. The mean's coefficients are then computed from the table alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from merge_tool.methods.tiles import (
 )
 
 _CANCELLED = 1e-3  # share of a squared length: below it the table has lost digits, so the vector itself is summed
-_TOGETHER = 1e-12  # share of the largest distance: points that are nearer are one
+_TOGETHER = 1e-12  # share of the largest distance: nearer points count as one point
 _MOST_STEPS = 10_000  # about 0.1 s a tensor; with a `tol` of 0 all steps are made
 
 # ------------------------------------------------------------------------------- means on the sphere
@@ -37,9 +37,9 @@ _MOST_STEPS = 10_000  # about 0.1 s a tensor; with a `tol` of 0 all steps are ma
 def multislerp(spec: MergeSpec) -> Steps:
     """The direction of m = sum_i w_i x_i/|x_i|, at the length sum_i w_i |x_i|.
 
-    The method is published as: take the tangents at m of all points, average them, go along the average. That average
-    is sum_i w_i (u_i - <u_i, m> m / <m, m>) = m - m = 0, so it stays at m, and needs |m| only. If m vanishes, no
-    direction is preferred: linear, as slerp for antiparallel tensors.
+    The published method takes the tangents at m of all points, averages them, and goes along the average. That average
+    is sum_i w_i (u_i - <u_i, m> m / <m, m>) = m - m = 0, so the method stays at m, and needs |m| only. If m vanishes,
+    no direction is preferred: the result is linear, as for slerp of antiparallel tensors.
     """
     weights, eps = numbers(spec, "weight"), number(spec, "eps", 0.0)
     if spec["normalize_weights"]:
@@ -65,7 +65,7 @@ def _squared(x: Array) -> list[float]:
 def karcher(spec: MergeSpec) -> Steps:
     """The point of the sphere with the least sum of squared arcs to the inputs' directions, at their mean length.
 
-    Gradient descent from the normalised average, until a step is shorter than `tol` or `max_iter` were made.
+    Gradient descent from the normalised average, until a step is shorter than `tol` or `max_iter` steps were made.
     H. Karcher, "Riemannian center of mass and mollifier smoothing", 1977. Tensors of norm 0 have no direction.
     """
     max_iter, tol, n = int(number(spec, "max_iter", 0, _MOST_STEPS)), number(spec, "tol", 0.0), spec.num_inputs
@@ -106,7 +106,7 @@ def _unit(c: Sequence[float], cosines: Array) -> list[float]:
 
 
 def _tangent(mean: Sequence[float], cosines: Array) -> list[float]:
-    """The average of the arcs from the mean to each point; a point exactly opposite does not count."""
+    """The average of the arcs from the mean to each point; a point exactly opposite to the mean does not count."""
     n = len(mean)
     tangent = [0.0] * n
     for i in range(n):
@@ -154,8 +154,8 @@ def geometric_median(spec: MergeSpec) -> Steps:
 def median_of(squares: Array, weights: Array, max_iter: int, tol: float) -> list[float]:
     """The median's coefficients, from the squared distances between the points.
 
-    It begins at the point with the least sum of distances, where a median that is one of the points is; from there on
-    every step lessens the sum, so no point is met again.
+    The iteration begins at the point with the least sum of distances. If the median is one of the points, it is this
+    point. From there every step lessens the sum, so the iteration never comes to another point.
     """
     squares = squares / (squares.max() or 1.0)
     center = np.zeros(len(weights))
@@ -170,8 +170,8 @@ def median_of(squares: Array, weights: Array, max_iter: int, tol: float) -> list
 
 
 def _weiszfeld(center: Array, squares: Array, weights: Array) -> Array:
-    """One step: the average of the points, each by its weight over its distance; of a point at the center itself, the
-    weight holds it back. For coefficients c that add up to 1, |x_i - x|^2 = (S c)_i - c S c / 2.
+    """One step: the average of the points, each weighted by its weight over its distance. The weight of a point at the
+    center itself holds the step back. For coefficients c that add up to 1, |x_i - x|^2 = (S c)_i - c S c / 2.
     """
     along = np.add.reduce(squares * center, axis=1)
     distances = np.sqrt(np.maximum(along - float(np.add.reduce(along * center)) / 2, 0.0))

@@ -91,17 +91,22 @@ class _RunningOrder:
     def add(self, number: int, tile: Tile) -> None:
         for k, values in enumerate(self.request.of(tile)):
             bits = _bits(values)
-            high = (bits >> np.uint32(16)).astype(np.int64)
+            high = bits >> np.uint32(16)
             if not self.bucket_ranks:
-                counts = np.bincount(high, minlength=_HALF)
-                with self.lock:
-                    self.upper[k] += counts
+                self._count(self.upper[k], high)
                 continue
             for bucket in {bucket for bucket, _ in self.bucket_ranks[k]}:
-                low = (bits[high == bucket] & np.uint32(0xFFFF)).astype(np.int64)
-                counts = np.bincount(low, minlength=_HALF)
-                with self.lock:
-                    self.lower[k, bucket] += counts
+                self._count(self.lower[k, bucket], bits[high == np.uint32(bucket)] & np.uint32(0xFFFF))
+
+    def _count(self, counts: Array, values: Array) -> None:
+        """Add the histogram of some values below 65,536."""
+        if len(values) < _HALF // 16:
+            with self.lock:
+                np.add.at(counts, values, 1)
+            return
+        new = np.bincount(values.astype(np.int64), minlength=_HALF)
+        with self.lock:
+            counts += new
 
     def settle(self) -> bool:
         if not self.bucket_ranks:
@@ -141,7 +146,7 @@ class _SortedOrder:
 def _bits(values: Array) -> Array:
     """Values >= 0 as float32 bit patterns, which are ordered as the values are."""
     bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
-    return np.where(bits == 0x80000000, np.uint32(0), bits)  # -0.0 is 0.0
+    return bits & np.uint32(0x7FFF_FFFF)  # -0.0 is 0.0
 
 
 def _locate(counts: Array, rank: int) -> tuple[int, int]:

@@ -164,7 +164,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "ties": Method(
         steps=sparse.ties,
-        summary="largest differences only, averaged where they agree in sign",
+        summary="each model's largest differences from the base, averaged where they agree in sign",
         source="https://arxiv.org/abs/2306.01708",
         shared={**_SUM, "normalize": True, "rescale": False},
         each={**_DELTA, "density": 1.0},
@@ -217,7 +217,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "della": Method(
         steps=rowwise.della,
-        summary="differences dropped at random, small ones of a row rather, averaged where they agree in sign",
+        summary="differences dropped at random, the small ones of a row more often, averaged where they agree in sign",
         source="https://arxiv.org/abs/2406.11617",
         shared={**_SUM, "normalize": True, "rescale": True},
         each={**_DELTA, "density": 1.0, "epsilon": 0.15},
@@ -227,7 +227,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "della_linear": Method(
         steps=rowwise.della_linear,
-        summary="differences dropped at random, small ones of a row rather, summed",
+        summary="differences dropped at random, the small ones of a row more often, summed",
         source="https://arxiv.org/abs/2406.11617",
         shared={**_SUM, "rescale": True},
         each={**_DELTA, "density": 1.0, "epsilon": 0.15},
@@ -256,7 +256,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "arcee_fusion": Method(
         steps=rowwise.arcee_fusion,
-        summary="the model's values where they matter unusually much, else the base's",
+        summary="the model's values where they are unusually important, else the base's",
         source="https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
         inputs=(1, 1),
         granularity=lambda spec: ROWS,
@@ -272,7 +272,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "ramplus_tl": Method(
         steps=sparse.ramplus_tl,
-        summary="differences averaged over the models that have one, those of one model alone scaled up",
+        summary="differences averaged over the models that have one, differences of a single model scaled up",
         source="https://arxiv.org/abs/2601.13572",
         shared={"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},
         copies_equal=_always,

@@ -1,4 +1,5 @@
-"""Methods that look at rows (the last dimension) or at single elements; at most one threshold of the whole tensor."""
+"""Methods that work on rows (the last dimension) or on single elements, with at most one threshold of the whole
+tensor."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ exact order statistics of the whole tensor; a value equal to its threshold is ke
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
@@ -33,6 +34,7 @@ Mask: TypeAlias = Callable[
 
 
 # --------------------------------------------------------------------------------- sums and consensus
+_IN_A_SET = 8  # models whose sums of weights are looked up
 _BALANCE = 2.0**-43  # share of the summed magnitudes: rounding may change a sum of 1,000 numbers by it
 
 
@@ -55,8 +57,9 @@ def merge_masked(spec: MergeSpec, mask: Mask, *, consensus: bool) -> Combine:
             merged = agreed(deltas, weights, elected(deltas), normalize=normalize)
         else:
             merged = mix(weights, deltas)
-            np.divide(merged, divisor, out=merged)
-        np.multiply(merged, scale, out=merged)
+            if divisor != 1:
+                np.divide(merged, divisor, out=merged)
+        weigh([scale], [merged])
         np.add(merged, tile.base, out=merged)
         return merged
 
@@ -73,10 +76,10 @@ def masked(tile: Tile, mask: Mask) -> list[Array]:
 def elected(deltas: Sequence[Array]) -> tuple[Array, Array]:
     """Where the models' sum is positive, and where it is negative. A sum that is 0 but for rounding is neither (weights
     such as 0.1 + 0.2 - 0.3, a base that is the others' mean), in any order of the models."""
-    total, size = deltas[0].copy(), np.abs(deltas[0])
+    total, size, magnitude = deltas[0].copy(), np.abs(deltas[0]), np.empty_like(deltas[0])
     for d in deltas[1:]:
         np.add(total, d, out=total)
-        size += np.abs(d)
+        size += np.abs(d, out=magnitude)
     size *= _BALANCE
     return total > size, total < np.negative(size, out=size)
 
@@ -87,17 +90,38 @@ def agreed(deltas: Sequence[Array], weights: Sequence[float], signs: tuple[Array
     The result uses the deltas' memory. Weights of both signs may cancel; nothing is divided by a sum of 0.
     """
     positive, negative = signs
-    divisor = np.zeros_like(deltas[0]) if normalize else None
-    for d, w in zip(deltas, weights, strict=True):
-        agrees = ((d > 0) & positive) | ((d < 0) & negative)
+    agreeing: list[Array] = []
+    for d in deltas:
+        agrees = d > 0
+        agrees &= positive
+        agrees |= (d < 0) & negative
         np.multiply(d, agrees, out=d)  # several times as fast as numpy's own `where`
-        if divisor is not None:
-            divisor += agrees * w
+        agreeing.append(agrees)
     total = mix([1.0] * len(deltas), deltas)
-    if divisor is not None:
-        divisor += divisor == 0
-        np.divide(total, divisor, out=total)
+    if normalize:
+        np.divide(total, _sum_of_agreeing(agreeing, weights), out=total)
     return total
+
+
+def _sum_of_agreeing(agreeing: Sequence[Array], weights: Sequence[float]) -> Array:
+    """The sum of the weights of the models that agree, element by element; 1 where it is 0."""
+    sets = agreeing[0].astype(np.uint8)
+    for bit, agrees in enumerate(agreeing[1:_IN_A_SET], start=1):
+        sets |= agrees.view(np.uint8) << np.uint8(bit)
+    sums = np.take(_sums_of_sets(tuple(weights[:_IN_A_SET])), sets, mode="clip")
+    for agrees, w in zip(agreeing[_IN_A_SET:], weights[_IN_A_SET:], strict=True):
+        sums += agrees * w
+    sums += sums == 0
+    return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _sums_of_sets(weights: tuple[float, ...]) -> Array:
+    """The sum of the weights of each set of models, in their order; a set is a number's bits."""
+    sets, sums = np.arange(1 << len(weights)), np.zeros(1 << len(weights))
+    for bit, w in enumerate(weights):
+        sums += (sets >> bit & 1) * w
+    return sums
 
 
 # ----------------------------------------------------------------------------------- masks by magnitude
@@ -132,7 +156,10 @@ def between_ranks(spec: MergeSpec, bounds: Bounds) -> Generator[Pass, Any, Mask]
             return
         low, high = (np.float32(values.get((i, rank), end)) for rank, end in ((first, 0.0), (last, math.inf)))
         sizes = magnitudes(d)
-        np.multiply(d, (sizes >= low) & (sizes <= high), out=d)
+        keep = sizes >= low
+        if high < math.inf:
+            keep &= sizes <= high
+        np.multiply(d, keep, out=d)
 
     return mask
 
@@ -226,8 +253,9 @@ def dropped(spec: MergeSpec) -> Mask:
     def mask(tile: Tile, i: int, d: Array) -> None:
         p = densities[i]
         if p < 1:
-            np.multiply(d, tile.uniform(i) < p, out=d)
-            np.divide(d, p if rescale and p else 1.0, out=d)
+            np.multiply(d, tile.is_below(i, p), out=d)
+            if rescale and p:
+                np.divide(d, p, out=d)
 
     return mask
 

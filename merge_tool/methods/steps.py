@@ -8,14 +8,14 @@ receives their results, and returns the function that merges a tile:
         ...
         return lambda tile: tile.base + spec["lambda"] * (tile.inputs[0] - tile.base)
 
-`merge_tool.run.run` runs a method from disk, `run_steps` in memory. Both give the same bits for the same tensors,
-whatever the memory, the threads and the order of the tiles: sums are made per tile and added exactly, counts are
-integers.
+`merge_tool.run.run` runs a method from disk, `run_steps` in memory. Both give the same bits for the same tensors, for
+any memory, threads and order of the tiles: sums are made for each tile and added exactly, counts are integers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -27,12 +27,12 @@ from merge_tool.arrays import Array
 from merge_tool.methods.inner import PairSums, Weights
 
 TILE = PAIR_TILE // 2  # elements; a method holds many tiles at a time, in float64
-FLAT, ROWS = "flat", "rows"  # what a tile is: TILE elements of the flat tensor, or whole rows
+FLAT, ROWS = "flat", "rows"  # a tile is TILE elements of the flat tensor, or whole rows
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSpec:
-    """What a method knows about one tensor before it reads any: the shape, the parameters, and a key for random bits.
+    """What a method knows of a tensor before any element is read: the shape, the parameters, a key for random bits.
 
     `each[name]` has one value per input (`weight`, `density`...), `shared[name]` one value (`t`, `lambda`...).
     `spec[name]` is either. `key` depends on the seed and the tensor's name only.
@@ -85,13 +85,22 @@ class Tile:
         Philox 4x64 (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose raw output
         numpy promises not to change: four elements to a counter.
         """
-        shape = self.inputs[0].shape
-        first, extra = divmod(self.start, 4)
-        bits = np.random.Philox(counter=first, key=(self.key ^ (stream * 0x9E3779B97F4A7C15)) & (2**128 - 1))
-        raw = bits.random_raw(self.inputs[0].size + extra)[extra:]
+        raw = self._random_bits(stream)
         raw >>= np.uint64(11)
         values: Array = raw * 2.0**-53
-        return values.reshape(shape)
+        return values
+
+    def is_below(self, stream: int, p: float) -> Array:
+        """Where `uniform(stream)` is below p, a number from 0 to less than 1."""
+        below: Array = self._random_bits(stream) < np.uint64(math.ceil(p * 2.0**53) << 11)
+        return below
+
+    def _random_bits(self, stream: int) -> Array:
+        """64 bits for each element; `uniform` uses the upper 53."""
+        first, extra = divmod(self.start, 4)
+        bits = np.random.Philox(counter=first, key=(self.key ^ (stream * 0x9E3779B97F4A7C15)) & (2**128 - 1))
+        raw: Array = bits.random_raw(self.inputs[0].size + extra)[extra:]
+        return raw.reshape(self.inputs[0].shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +144,12 @@ REQUIRED: Any = object()  # a parameter without a default
 
 @dataclass(frozen=True)
 class Method:
-    """One way to merge the tensors of some models, and what a recipe may ask of it.
+    """One way to merge the tensors of some models, with the parameters that a recipe can set.
 
-    `weights` makes two weights from the sums of two models, where the result without a base is a plain combination of
-    the two. `coefficients` are those of the inputs where `steps` gives nothing but their sum: the inputs are then added
-    one by one, however many there are. Everything else is `steps`: a generator function of passes, then a combine. All
-    raise ValueError before the first pass for parameters that they cannot work with.
+    `weights` makes two weights from the sums of two models, if the result without a base is a combination of the two.
+    `coefficients` are the inputs' coefficients, if the result of `steps` is just their sum: any number of inputs is
+    then added one by one. Everything else is `steps`: a generator function of passes, then a combine. All raise
+    ValueError before the first pass for parameters that they cannot work with.
 
     `shared` and `each` map the parameters' names to defaults (REQUIRED if there is none): one value for all models, or
     one for each. `fractions` are the parameters that must be 0 to 1. `base` is "none" (ignored), "optional", "required"
@@ -148,7 +157,7 @@ class Method:
     models beside it, the first included. Where `copies_equal`, inputs (and base) that hold the same bytes give those
     bytes. A method of `ROWS` sees whole rows. `divides_weights` is a function of the
     shared parameters: whether each model's share is its weight divided by the sum of all weights. `passes_by` are the
-    parameters that what its passes find depends on; None: perhaps all of them.
+    parameters on which the results of the passes depend; None: perhaps on all.
     """
 
     summary: str
@@ -178,7 +187,7 @@ def seed_key(seed: int, name: str) -> int:
 
 
 def tile_elements(spec: MergeSpec, granularity: str) -> int:
-    """How many elements a tile has: TILE, or as many whole rows as fit into TILE, at least one."""
+    """The number of elements in a tile: TILE, or as many whole rows as fit into TILE, at least one row."""
     if granularity == FLAT:
         return TILE
     return max(1, TILE // max(1, spec.columns)) * max(1, spec.columns)

@@ -44,13 +44,15 @@ def row_dots(a: Array, b: Array) -> Array:
 def magnitudes(values: Array) -> Array:
     """|values| rounded to float32, as order statistics are, to compare with a threshold."""
     with np.errstate(over="ignore"):
-        return np.abs(values).astype(np.float32)
+        narrow = values.astype(np.float32)
+    return np.abs(narrow, out=narrow)
 
 
 def weigh(coefficients: Sequence[float | Array], arrays: Sequence[Array]) -> None:
     """x_i becomes c_i x_i."""
     for c, x in zip(coefficients, arrays, strict=True):
-        np.multiply(x, c, out=x)
+        if not (isinstance(c, float) and c == 1.0):
+            np.multiply(x, c, out=x)
 
 
 def mix(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:

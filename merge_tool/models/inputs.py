@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from merge_tool.checkpoint.hub import Snapshot, look
+from merge_tool.checkpoint.addresses import is_store
+from merge_tool.checkpoint.hub import Snapshot, look, not_read_here
 from merge_tool.checkpoint.source import ByteSource
 from merge_tool.checkpoint.streaming import Streaming
 from merge_tool.errors import FetchError, shown, sized
@@ -23,6 +24,14 @@ if TYPE_CHECKING:  # most merges read no file by range
     from merge_tool.checkpoint.range_file import Ranges
 
 
+def _kinds(snapshots: Iterable[Snapshot]) -> list[str]:
+    """Where weights come from, in words, each kind once."""
+    kinds = {
+        ("the Hub" if not one.address else "buckets" if is_store(one.address) else "addresses") for one in snapshots
+    }
+    return sorted(kinds, reverse=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Download:
     """Weights of models of the Hub, in bytes.
@@ -30,6 +39,7 @@ class Download:
     `nbytes` are still to download, `cached_bytes` already in the cache, `fetched_bytes` of these fetched for planning;
     `begun_bytes` were left by an interrupted download. `cache` is a folder in the cache, if anything is to download.
     If they are read by range (`is_streamed`), only the spool takes disk space: `spool_bytes` in the folder `spool`.
+    Some may be at addresses: `sources` are in words where they come from.
     """
 
     nbytes: int = 0
@@ -39,6 +49,7 @@ class Download:
     cache: Path | None = None
     is_streamed: bool = False
     spool_bytes: int = 0
+    sources: str = "the Hub"
 
     @property
     def disk_bytes(self) -> int:
@@ -103,10 +114,14 @@ class Inputs:
         self.close()
 
     def close(self) -> None:
+        self.end_downloads()
+        self._held.close()
+
+    def end_downloads(self) -> None:
+        """End the process that downloads: the weights are merged. Side files can still be read."""
         if self._ranges is not None:
             self._ranges.close()
             self._ranges = None
-        self._held.close()
 
     @property
     def coming(self) -> Coming:
@@ -115,7 +130,7 @@ class Inputs:
     @property
     def must_stream(self) -> bool:
         """Whether weights are at addresses, which have no cache."""
-        return any(one.is_url for one in self._snapshots.values())
+        return any(one.address for one in self._snapshots.values())
 
     @property
     def download(self) -> Download:
@@ -129,14 +144,21 @@ class Inputs:
             cache=cache if self._spool is None else self._spool,
             is_streamed=self._spool is not None,
             spool_bytes=self._spool_bytes,
+            sources=" and ".join(_kinds(one for one in snapshots if one.coming)) or "the Hub",
         )
 
     def fetch(self) -> None:
-        """Fetch all missing weights; `coming` is then empty. Raises FetchError."""
+        """Fetch all missing weights; `coming` is then empty. Raises FetchError, also for models at addresses."""
+        self.check_have_paths()
         for one in self._snapshots.values():
             one.fetch()
         self._held.close()
         self._snapshots.clear()
+
+    def check_have_paths(self) -> None:
+        """Raise FetchError for models at addresses, which can only be read by range."""
+        if address := next((one.address for one in self._snapshots.values() if one.address), ""):
+            raise FetchError(not_read_here(address))
 
     def choose_streaming(self, folder: Path, waiting_bytes: int | None = None) -> None:
         """From here on, the missing weights count as read by range, with the spool in `folder`. If the output does not

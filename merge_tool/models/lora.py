@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from merge_tool.checkpoint.addresses import is_address, is_url
 from merge_tool.checkpoint.alike import share_entries
 from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, meant_path
 from merge_tool.checkpoint.header import MAX_HEADER_BYTES
-from merge_tool.checkpoint.hub import hub_id, is_url, local_path
+from merge_tool.checkpoint.hub import hub_id, local_path
 from merge_tool.checkpoint.reader import Checkpoint, CheckpointFile, open_local, open_one_file
 from merge_tool.checkpoint.source import ByteSource
 from merge_tool.checkpoint.weight_files import ADAPTER_WEIGHTS, MLX_WEIGHTS, adapter_files, kind_beside
@@ -45,7 +46,7 @@ def parts(ref: str | Path) -> tuple[str, ...]:
 
 
 def _may_exist(ref: str | Path) -> bool:
-    return str(ref) != "" and (is_there(ref) or is_url(ref) or hub_id(ref) is not None)
+    return str(ref) != "" and (is_there(ref) or is_address(ref) or hub_id(ref) is not None)
 
 
 def known_parts(ref: str | Path) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
+from merge_tool.checkpoint.addresses import is_address
 from merge_tool.checkpoint.folder import is_there
-from merge_tool.checkpoint.hub import hub_id, is_url, meant
+from merge_tool.checkpoint.hub import hub_id, meant
 from merge_tool.errors import CheckpointError, RecipeError, listed, shown
 from merge_tool.models.lora import lacking
 from merge_tool.models.naming import natural_key
@@ -55,7 +56,7 @@ def in_order(
 
 def _matches(text: str) -> list[str]:
     """The paths that a text means: itself, or a glob's matches."""
-    if is_there(text) or is_url(text) or hub_id(text) is not None:
+    if is_there(text) or is_address(text) or hub_id(text) is not None:
         return [text]
     if any(sign in text for sign in "*?["):
         if matches := sorted(glob(text), key=natural_key):  # noqa: PTH207 - the text may be absolute

@@ -1,4 +1,4 @@
-"""An audit of finished weight files by other code: what the safetensors library finds in them."""
+"""An audit of finished weight files by other code: the safetensors library must find the planned tensors in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIBRARY_BYTES = 2_000  # bytes that the library holds for each tensor of an ope
 
 def check_with_library(folders: Iterable[Path], plan: MergePlan, most_bytes: int) -> None:
     """Open the weight files in each output's folder with the safetensors library: names, shapes and types must be as
-    planned. Files for which that takes more than `most_bytes` of memory are passed over. Raises OutputError."""
+    planned. A file is skipped if opening it takes more than `most_bytes` of memory. Raises OutputError."""
     for folder in folders:
         for shard in plan.shards:
             if len(shard.jobs) <= most_bytes // _LIBRARY_BYTES:
@@ -38,6 +38,6 @@ def check_file(path: Path, tensors: Iterable[tuple[str, Sequence[int], str]], co
         ) from e
     if good != count or len(names) != good:
         raise OutputError(
-            f"{shown(path.name)}: safetensors itself finds {good:,} of {count:,} tensors "
-            "as they were planned. This is a bug; please report it. Nothing was published."
+            f"{shown(path.name)}: the safetensors library finds {good:,} of {count:,} tensors "
+            "as planned. This is a bug; please report it. Nothing was published."
         )

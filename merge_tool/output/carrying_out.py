@@ -1,4 +1,4 @@
-"""The loop, carried out into a work folder: what an earlier run has done, progress, and errors in the user's words."""
+"""Run a plan into a work folder: note what an earlier run has finished, report progress, and word errors for users."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from merge_tool.run.run import Sink, progress_bytes, run_plan
 if TYPE_CHECKING:
     from merge_tool.output.known import EarlierFindings
 
-FLUSH_BYTES = 8_000_000  # under memory pressure, so many bytes of a shard are in the system's cache at most
+FLUSH_BYTES = 8_000_000  # under memory pressure, at most so many bytes of a shard stay in the system's cache
 MAY_SHARE = (
     "The unfinished merge in OUT was begun on another machine, in another container, or before a restart, and has not "
-    "been written to for a while. It is continued; the SHA-256 of its finished shards is checked first."
+    "changed for a while. This run continues it, and first checks the SHA-256 of its finished shards."
 )
 
 
@@ -33,7 +33,7 @@ class Work(Sink, Protocol):
 def read_ahead(inputs: Inputs, prepared: Prepared, work: Work) -> None:
     """Begin to download the weights that are read by range, in the order in which the run will read them."""
     if inputs.is_streamed:
-        from merge_tool.run.read_order import read_order  # most merges need none
+        from merge_tool.run.read_order import read_order  # most merges do not need it
 
         inputs.read_ahead(read_order(prepared.plan, prepared.layout, work.done_shards))
 
@@ -51,7 +51,8 @@ def say_what_is_done(prepared: Prepared, work: Work, watch: Watch) -> None:
 
 
 def carry_out(prepared: Prepared, work: Work, watch: Watch, known: EarlierFindings | None = None) -> None:
-    """Merge all shards that an earlier run has not finished; what is `known` of a tensor is not summed again."""
+    """Merge all shards that an earlier run has not finished. `known` gives findings of an earlier merge, so that their
+    tensors are not summed again."""
     plan, skip = prepared.plan, work.done_shards
     if watch.on_start is not None:
         watch.on_start(progress_bytes(plan, skip))

@@ -16,8 +16,8 @@ from merge_tool.plan.overlap import find_look_alike
 from merge_tool.plan.prepare import Prepared
 from merge_tool.plan.target import Target, existing_folder, held_bytes
 
-_MOST = 5  # at most so many differences are named
-_SPARE_DISK_BYTES = 16_000_000  # bytes for journal, index, card and report, and for the file system, at most
+_MOST = 5  # differences that a message names
+_SPARE_DISK_BYTES = 16_000_000  # the most for journal, index, card and report, and for the file system
 
 
 def is_complete(prepared: Prepared) -> bool:
@@ -55,8 +55,8 @@ def is_complete(prepared: Prepared) -> bool:
     if later:
         raise OutputError(
             f"{shown(target.path)}: holds this merge, but {listed(later)} changed since, or the clocks differ: sizes "
-            "and samples are as they were, times are later than the merge's. merge-tool verify with the parents tells "
-            "which; --overwrite merges again."
+            "and samples are the same, but the times are later than the merge's. merge-tool verify with the parents "
+            "shows whether the weights changed; --overwrite merges again."
         )
     return True
 
@@ -80,7 +80,7 @@ def _is_output(prepared: Prepared, folder: Path, output: int) -> bool:
 
 
 def _why_another(prepared: Prepared) -> list[str]:
-    """The differences between OUT's merge and this one in words, or the files that OUT lacks; nothing if OUT holds no
+    """The differences between OUT's merge and this merge in words, or the files that OUT lacks; empty if OUT holds no
     merge."""
     out, plan = prepared.target.path, prepared.plan
     before = [head for label in older_labels(out) if (head := read_head(out / label / REPORT))]
@@ -101,8 +101,8 @@ def _lost(prepared: Prepared, folder: Path) -> list[str]:
 
 
 def _changed_since(prepared: Prepared, output: Path) -> tuple[list[str], list[str]]:
-    """Side files whose content differs from the output's; and input files whose time is later than the report's: they
-    were changed, or written by another clock (a board without one, a share)."""
+    """Side files whose content differs from the output's, and input files whose time is later than the report's. Such
+    inputs were changed, or written with another clock (a board without a clock, a share)."""
     written = (output / REPORT).stat().st_mtime_ns
     files = {id(file): file for job in prepared.plan.jobs() for source in job.sources for file in source.files}
     later = [file.name for file in files.values() if file.mtime_ns > written]
@@ -110,7 +110,7 @@ def _changed_since(prepared: Prepared, output: Path) -> tuple[list[str], list[st
 
 
 def changed_side_files(prepared: Prepared, sums: Mapping[str, str]) -> list[str]:
-    """The files to copy whose content is not the one that an output's SHA256SUMS has."""
+    """The files to copy whose content differs from an output's SHA256SUMS."""
     changed = []
     for file in prepared.side_files.copied:
         digest = hashlib.sha256()

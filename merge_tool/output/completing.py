@@ -1,4 +1,4 @@
-"""What completes an output beside its weights: its other files in the work folder, and the report of the merge."""
+"""The files of an output beside its weights, written into the work folder; and the report of the merge."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_side_files(prepared: Prepared, work: Work, findings: Findings, summary
 
 
 def write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
-    """Write the report for which the user gave a path; the file appears whole, and never in an input."""
+    """Write the report to the path that the user gave; the file appears whole, and never in an input."""
     try:
         check_apart_by_mark(path.parent, prepared.inputs, name=path.name)
         write_whole(path, (line.encode() for line in lines))
@@ -60,7 +60,7 @@ def write_report(prepared: Prepared, path: Path, lines: Iterable[str]) -> None:
 
 
 def earlier_report(prepared: Prepared, report: Path | None, started: float, stored: Path | None = None) -> MergeReport:
-    """The report of a merge that an earlier run completed; `stored` is its merge_report.json, if that is not in OUT."""
+    """The report of a merge that an earlier run completed. `stored` is its merge_report.json, if it is not in OUT."""
     stored = stored or prepared.target.path / prepared.plan.labels[0] / REPORT
     summary = summarise(prepared.plan, _stored_findings(prepared, stored))
     if report is not None:
@@ -81,7 +81,7 @@ def _stored_findings(prepared: Prepared, stored: Path) -> Findings:
 
 
 def report_of(prepared: Prepared, summary: Summary, started: float, *, already_complete: bool = False) -> MergeReport:
-    """What the caller gets of a merge that began at `started` (time.monotonic)."""
+    """The result for the caller of a merge that began at `started` (time.monotonic)."""
     plan, target = prepared.plan, Path(prepared.target.name) if prepared.target.repo else prepared.target.path
     has_base = plan.recipe.base is not None and plan.method.base in ("required", "optional")
     return MergeReport(

@@ -1,4 +1,4 @@
-"""The folders of a merge: made as far as they are missing, removed as far as they are empty, never a stranger's."""
+"""The folders of a merge: missing ones are made, empty ones are removed, and folders of others are never touched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merge_tool.output.owner import OWNER
 from merge_tool.plan.target import existing_folder
 
 FILES = "files"  # the finished files of each output
-PARTS = "parts"  # what many workers share
+PARTS = "parts"  # the pieces and receipts of many workers
 _OWN_ENTRIES = frozenset({"lock", "journal.jsonl", FILES, "names", PARTS, MARK, OWNER})
 
 
@@ -25,7 +25,7 @@ def refuse_foreign(work: Path) -> None:
     elif work.exists() and not work.is_dir():
         what = "is a file"
     elif work.is_dir() and (others := [name for name in _names_in(work) if not SYSTEM_FILES.fullmatch(name)]):
-        what = f"holds files that are not ours ({listed(sorted(others))})"
+        what = f"holds other files ({listed(sorted(others))})"
     if what:
         raise OutputError(f"{shown(work)}: {what}; the work of a merge goes there. Move it away.")
 
@@ -35,7 +35,7 @@ def _names_in(work: Path) -> set[str]:
 
 
 def remove_empty(folder: Path, stop: Path) -> None:
-    """Remove a folder and those above it, below `stop`, as far as they are empty."""
+    """Remove a folder and its parents below `stop`, up to the first that is not empty."""
     with contextlib.suppress(OSError):
         while folder != stop:
             folder.rmdir()
@@ -43,7 +43,7 @@ def remove_empty(folder: Path, stop: Path) -> None:
 
 
 def make_folders(path: Path) -> list[Path]:
-    """Create `path` and what is missing above it; returns what was created, deepest first."""
+    """Create `path` and its missing parents; returns the created folders, deepest first."""
     missing, there = [], existing_folder(path)
     while path != there and not path.exists():
         missing.append(path)

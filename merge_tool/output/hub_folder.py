@@ -1,4 +1,4 @@
-"""The sink of a merge whose output is a repository of the Hub: shards wait in a work folder, at most two at a time.
+"""The sink of a merge whose output is on the Hub or in a bucket: shards wait in a work folder, at most two at a time.
 
 While shard k is merged, shard k - 1 is uploaded; then its file here is removed. Only shard k itself waits for the
 opening of k + 1, so whoever opens a shard waits for an upload, never for itself (no deadlock).
@@ -28,7 +28,8 @@ MOST_HERE = 2  # shards on this disk at a time
 
 
 class HubFolder:
-    """The shards of one merge on their way to the Hub. `done_shards` are in the draft, or here from an earlier run.
+    """The shards of one merge on their way to the Hub or a bucket. `done_shards` are in the draft, or here from an
+    earlier run.
 
     `on_note(message)` is called from the thread that uploads. Raises OutputError, also for what went wrong in that
     thread, at the next call.
@@ -72,9 +73,9 @@ class HubFolder:
         local, draft, hub = self.folder.done_shards, self.hub.draft, self.hub
         is_new = draft.plan is None or bool(draft.why_not)
         self._plan_text = plan_text(hub.record(prepared)) if is_new or draft.plan is None else draft.plan
-        private = hub.publishing.private
-        self.number = hub.uploader.ask("begin", private=private, plan=self._plan_text, is_new=is_new)
-        recorded = {r["number"]: r["sha256"][0] for r in self.folder.journal.records() if r.get("record") == "shard"}
+        place = {"private": hub.publishing.private, "overwrites": hub.overwrite}
+        self.number = hub.uploader.ask("begin", plan=self._plan_text, is_new=is_new, **place)
+        recorded = {r["number"]: r["sha256"][0] for r in self.folder.journal.records("shard")}
         shards = () if is_new else self.plan.shards
         kept = frozenset(shard.number for shard in shards if self._is_kept(shard, recorded.get(shard.number)))
         for number in sorted(local & kept):

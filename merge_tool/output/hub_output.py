@@ -1,4 +1,5 @@
-"""A repository of the Hub as a merge's output: what is there already, the draft of an earlier run, what may be written.
+"""A repository of the Hub, or a folder of a bucket, as a merge's output: what is there already, the draft of an earlier
+run, what may be written.
 
 Asks uploading.py, a process of its own, and decides. The shards go through HubFolder (hub_folder.py).
 """
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from merge_tool.checkpoint.folder import is_weight_file
-from merge_tool.errors import OutputError, listed, output_failed, shown
+from merge_tool.errors import OutputError, listed, output_failed
 from merge_tool.models.side_files import REPORT
 from merge_tool.output.complete import changed_side_files, check_room
 from merge_tool.output.older import read_sums
@@ -32,7 +33,8 @@ from merge_tool.recipe.options import DEFAULT_MAX_SHARD_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The draft of a merge: its pull request's number, its files with size and digest, and its plan, if it has one.
+    """The draft of a merge: its pull request's number (in a bucket 0), its files with size and digest, and its plan, if
+    it has one.
     `why_not` says why its shards cannot be kept; it is empty if they can."""
 
     number: int | None = None
@@ -43,8 +45,8 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An output that is whole on the Hub: its report, its files as they must be, whether it is published, or else in
-    which pull request it is."""
+    """An output that is whole there: its report, its files as they must be, whether it is published, or else in which
+    pull request it is."""
 
     report: Path
     files: dict[str, Any]
@@ -52,7 +54,8 @@ class Stored:
 
 
 class HubOutput:
-    """The repository of a target. Raises OutputError at once where it is known that the user may not write there."""
+    """The place of a target; what it shows is `main`. Raises OutputError at once where it is known that the user may
+    not write there."""
 
     def __init__(self, target: Target, publishing: Publishing, asked_shard_bytes: int, *, overwrite: bool) -> None:
         self.target, self.publishing, self.overwrite = target, publishing, overwrite
@@ -99,7 +102,7 @@ class HubOutput:
             return found
         parts = self._why_another(prepared, folder / REPORT)
         why = f"has weights already ({listed(weights)})" if not parts else f"holds another merge: {'; '.join(parts)}"
-        raise OutputError(f"{self.target.name}: {why}. Choose another repository, or give --overwrite.")
+        raise OutputError(f"{self.target.name}: {why}. Choose another OUT, or give --overwrite.")
 
     def in_draft(self, prepared: Prepared) -> Stored | None:
         """This merge, if it is whole in the draft and only not published."""
@@ -153,22 +156,16 @@ class HubOutput:
         with that size, and look again."""
         record = self.record(prepared)
         self.digest = draft_digest(record, self.asked_shard_bytes)
-        found = self.uploader.ask("draft", digest=self.digest)
-        self.warnings = [
-            f"{self.target.name}: pull request {number} of {shown(author)} is the draft of another merge, or of "
-            "another user, and is left alone. Close it if it is not needed."
-            for number, author in found["others"]
-        ]
+        found = self.uploader.ask("draft", digest=self.digest, overwrites=self.overwrite)
+        self.warnings = [f"{self.target.name}: {text}" for text in found["others"]]
         files = {name: (size, digest) for name, (size, digest) in found["files"].items()}
         most, plan = shard_bytes_of(found["plan"]), found["plan"]
         if plan is not None and most not in (None, record["facts"]["max_shard_bytes"]):
             return most
         why_not = "" if plan is None else differences_of(plan, record)
         if why_not:
-            self.warnings.append(
-                f"{self.target.name}: the shards of the draft (pull request {found['number']}) are made again: "
-                f"{why_not}."
-            )
+            pull = f" (pull request {found['number']})" if found["number"] else ""
+            self.warnings.append(f"{self.target.name}: the shards of the draft{pull} are made again: {why_not}.")
         self.draft = Draft(found["number"], files, plan, why_not)
         return None
 
@@ -182,7 +179,7 @@ class HubOutput:
         if stored.number is not None:
             self.finish(self._folder, [], stored.files)
         elif self.draft.number is not None:
-            self.uploader.ask("drop")
+            self.uploader.ask("tidy")
         is_published = stored.number is None or self.publishing.publishes
         return {"pull_request": stored.number, "is_published": is_published}
 
@@ -193,7 +190,7 @@ class HubOutput:
         try:
             with contextlib.suppress(OutputError):
                 uploader.ask("look")
-                uploader.ask("draft", digest=self.digest)
+                uploader.ask("draft", digest=self.digest, overwrites=True)
                 uploader.ask("drop")
         finally:
             uploader.close()

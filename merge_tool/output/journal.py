@@ -12,7 +12,7 @@ from typing import Any
 from merge_tool.errors import OutputError, output_failed, shown
 from merge_tool.files import leads_out, sync_file
 
-_SUM = b', "crc32": "'  # then eight digits and `"}`: the checksum of the text before it, as the line's last member
+_SUM = b', "crc32": "'  # the line's last member; eight digits and `"}` follow, the checksum of the text before it
 
 
 class Journal:
@@ -22,29 +22,32 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The complete records, in order; none for a journal that is missing or has another format."""
+    def records(self, kind: str = "") -> Iterator[dict[str, Any]]:
+        """The complete records in order, of one `kind` if given; none if the journal is missing or has another
+        format."""
         try:
             with self.path.open("rb") as lines:
                 for line in lines:
+                    if kind and f'"record": "{kind}"'.encode() not in line and _is_whole(line):
+                        continue
                     if (record := _parsed(line)) is None:
                         return
-                    yield record
+                    if not kind or record.get("record") == kind:
+                        yield record
         except FileNotFoundError:
             return
         except OSError as e:
             raise output_failed(self.path, e) from e
 
     def publishing(self) -> dict[str, dict[str, list[str]]] | None:
-        """The files that a publishing moves and removes, by output, once it has begun. Raises OutputError for names
-        that lead out of OUT."""
-        for record in self.records():
-            if record.get("record") == "publish":
-                return {key: inside(self.path, record[key]) for key in ("files", "remove")}
+        """The files that the publishing moves and removes, by output; None before it has begun. Raises OutputError for
+        names that lead out of OUT."""
+        for record in self.records("publish"):
+            return {key: inside(self.path, record[key]) for key in ("files", "remove")}
         return None
 
     def trim(self) -> None:
-        """Cut off a damaged end, so that records added later are read again."""
+        """Cut off a damaged end, so that records added later can be read."""
         with self.path.open("r+b") as file:
             content = 0
             for line in file:
@@ -68,8 +71,8 @@ class Journal:
 
 
 def inside(journal: Path, names: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Files by output, as a journal has them. A stranger may have made the journal: OutputError for names that lead
-    elsewhere."""
+    """The files in a journal, by output. Raises OutputError for names that lead out of OUT, because a stranger may have
+    made the journal."""
     for label, files in names.items() if isinstance(names, dict) else [("", [str(names)])]:
         for name in files:
             if not isinstance(names, dict) or leads_out(name) or (label and leads_out(label)):
@@ -80,13 +83,17 @@ def inside(journal: Path, names: dict[str, list[str]]) -> dict[str, list[str]]:
     return names
 
 
+def _is_whole(line: bytes) -> bool:
+    text, _, end = line.rpartition(_SUM)
+    return end == b'%08x"}\n' % zlib.crc32(text)
+
+
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None if the line is damaged."""
-    text, _, end = line.rpartition(_SUM)
-    if end != b'%08x"}\n' % zlib.crc32(text):
+    if not _is_whole(line):
         return None
     try:
-        record: dict[str, Any] = json.loads(text + b"}")
+        record: dict[str, Any] = json.loads(line.rpartition(_SUM)[0] + b"}")
     except (ValueError, RecursionError):
         return None
     return record

@@ -1,7 +1,7 @@
-"""What an earlier merge of the same inputs found out, read from its merge_report.json: sums and pass results, exactly.
+"""The exact sums and pass results of an earlier merge of the same inputs, read from its merge_report.json.
 
-A merge with other parameters then leaves out the passes whose results do not depend on them. Sums of two models depend
-on no parameter at all.
+A merge with other parameters then skips the passes whose results do not depend on these parameters. Sums of two models
+depend on no parameter at all.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from merge_tool.run.findings import Finding, from_record
 
 
 class EarlierFindings:
-    """The findings of an earlier merge. It must have been of the same models with the same options; its parameters may
-    differ. Raises ValueError for a report that cannot be read, or that is of other files or weights."""
+    """The findings of an earlier merge of the same models with the same options; its parameters may differ. Raises
+    ValueError if the report cannot be read, or belongs to other files or weights."""
 
     def __init__(self, report: Path, prepared: Prepared) -> None:
         self._records: dict[str, dict[str, Any]] = {}
@@ -61,7 +61,7 @@ class EarlierFindings:
 
 
 def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is needed of a tensor's line."""
+    """The part of a tensor's line that is needed."""
     kept = {key: record[key] for key in ("equal", "sums", "passes", "settings") if key in record}
     sources = tuple((source["model"], source["name"], source["dtype"]) for source in record["sources"])
     return {**kept, "kept_base": record.get("note") == "differs: base kept", "sources": hash(sources)}
@@ -86,7 +86,7 @@ def _check_head(head: Mapping[str, Any], prepared: Prepared) -> None:
 
 
 def _request(head: Mapping[str, Any]) -> list[Any]:
-    """What was asked of which version, beside parameters."""
+    """The version, the method and the options, without parameters."""
     words = {key: value for key, value in head["words"].items() if key != "t_for"}
     return [head["tool"], head["method"], words, head["options"], without_parameters(head.get("recipe", ""))]
 
@@ -104,14 +104,14 @@ def _copies(plan: MergePlan, job: TensorJob, settings: Mapping[str, Any]) -> boo
 
 
 def _knows_equality(plan: MergePlan, job: TensorJob, record: Mapping[str, Any], finding: Finding) -> bool:
-    """Whether the earlier merge compared the inputs' bytes, or this one has no use for it."""
+    """Whether the earlier merge compared the inputs' bytes, or this merge does not need the comparison."""
     if finding.equal or _copies(plan, job, record["settings"]):
         return True
     return not any(_copies(plan, job, settings) for settings in _settings_of(job))
 
 
 def _same_passes(plan: MergePlan, job: TensorJob, record: Mapping[str, Any]) -> bool:
-    """Whether the passes would find the same: the parameters that they depend on have the same values."""
+    """Whether the passes would have the same results: the parameters that they depend on have the same values."""
     if len(set(job.values)) != 1:
         return False
     (now,), before = _settings_of(job)[:1], record["settings"]

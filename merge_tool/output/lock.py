@@ -1,6 +1,6 @@
-"""One process at a time in a work folder. The system drops the lock with the process that holds it.
+"""A lock: only one process works in a work folder. The system releases the lock when its process ends.
 
-Where locks do not reach (see owner.py) a record does their work.
+Some file systems do not enforce locks; there a record replaces the lock (owner.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from merge_tool.errors import OutputError, output_failed, shown
 from merge_tool.files import patiently, remove_tree
 from merge_tool.output.owner import OWNER, Owner
 
-# What file systems without locks say
+# The errors of file systems without locks
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY})
 _LOCKED_BYTE = 1 << 30  # byte to lock on Windows: behind the file's content
 
 
 class FolderLock:
-    """One process at a time in a work folder. The system drops the lock with the process that holds it."""
+    """The lock of a work folder, held from creation to `release`. Raises OutputError while another process has it."""
 
     NAME = "lock"
 
@@ -59,8 +59,8 @@ class FolderLock:
             raise
 
     def _is_there(self, fd: int) -> bool:
-        """Whether the open file is the one at the lock's path: by inode, or, since some drivers number a file anew
-        whenever they are asked, by what is written into it."""
+        """Whether the open file is still the file at the lock's path. If the inodes differ, the contents decide: some
+        drivers give a file a new inode number at each call."""
         if os.fstat(fd).st_ino == self.path.stat().st_ino:
             return True
         mark = _write_mark(fd)
@@ -122,9 +122,11 @@ def _write_mark(fd: int) -> bytes:
 
 
 def lock_file(fd: int) -> socket.socket | None:
-    """Lock, or raise BlockingIOError. By flock; by record locks if the file system has no flock; by a name in the
-    kernel if it has neither (Linux only, and only against processes of this machine; elsewhere only the record of the
-    owner is left). The caller keeps the returned socket."""
+    """Lock the file. Raises BlockingIOError if another process has the lock.
+
+    The lock is a flock; a record lock if the file system has no flock; a socket's name in the kernel if it has neither.
+    (The name works on Linux only, between processes of this machine. Elsewhere only the owner's record is left.) The
+    caller keeps the returned socket."""
     if sys.platform == "win32":
         import msvcrt
 

@@ -1,7 +1,7 @@
-"""Whether a folder in OUT is an input's, by a link, a mount or a spelling; and whether files can be moved into it.
+"""Checks that no folder in OUT is an input's by a link, a mount or a spelling, and that files can be moved into OUT.
 
-Before a merge by device and inode. Under its lock by marks: a mark that goes the way of the model's files, and then
-shows up in an input, is proof, whatever numbers the disk's driver gives its files.
+Before the merge, devices and inodes are compared. Under the lock, marks are used: a marked file is moved as the model's
+files will be. If it then shows up in an input, OUT is that input, whatever inode numbers the disk's driver gives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from merge_tool.output.older import older_labels, outdated
 from merge_tool.plan.overlap import find_shared, find_showing, holds
 from merge_tool.plan.target import Target, shared_with
 
-MARK = ".slerp-merge-mark"  # and in the folder that is looked at, some letters of its own, see `_fresh`
+MARK = ".slerp-merge-mark"  # in the folder that is checked with letters behind it, see `_fresh`
 _LONG_PATH = 240  # Windows ends at 259, unless long paths are enabled
 _NAME_ERRORS = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT})
 
@@ -46,8 +46,8 @@ def check_folders(target: Target, labels: Iterable[str], names: Iterable[str], i
 def check_marks(
     lock: FolderLock, target: Target, labels: Iterable[str], names: Iterable[str], inputs: Iterable[Path]
 ) -> None:
-    """Raise OutputError if the lock, or a mark in a folder that is in OUT already, shows up in an input; and if no file
-    can be renamed from the work folder into such a folder, because it is another disk."""
+    """Raise OutputError if the lock, or a mark in an existing folder of OUT, shows up in an input; and if files cannot
+    be renamed from the work folder into such a folder because it is on another disk."""
     inputs, new = tuple(inputs), list(names)
     content = lock.mark()
     if (source := find_showing(lock.path, content, inputs, above=not target.is_file)) is not None:
@@ -61,8 +61,8 @@ def check_marks(
 
 
 def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, name: str = "") -> None:
-    """Raise OutputError if a mark in this folder shows up in an input. Without a `name` also if inputs are below the
-    folder, whose content is removed; with it only if the file of that name there is an input."""
+    """Raise OutputError if a mark in this folder shows up in an input. Without a `name` the folder's content will be
+    removed, so inputs below it count as well; with a `name` only the file of that name counts."""
     mark, content, inputs = _fresh(folder), new_mark(), tuple(inputs)
     try:
         mark.write_bytes(content)
@@ -77,8 +77,8 @@ def check_apart_by_mark(folder: Path, inputs: Iterable[Path], *, name: str = "")
 
 
 def check_names(folder: Path, labels: Iterable[str], names: Iterable[str]) -> None:
-    """Raise OutputError unless this disk can hold files of these names in each output, each beside the others. `folder`
-    is made for the trial, and removed; its paths are as long as those of the unfinished files."""
+    """Raise OutputError unless this disk can hold files with all these names in each output. `folder` is made for the
+    trial, and removed; its paths are as long as the paths of the unfinished files."""
     name, chosen = "", list(names)
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -88,16 +88,16 @@ def check_names(folder: Path, labels: Iterable[str], names: Iterable[str]) -> No
                 (folder / label / name).open("xb").close()
     except FileExistsError as e:
         raise OutputError(
-            f"{shown(name)}: the disk of {shown(folder.parent)} takes this name for that of another file of the model. "
-            "Rename one of them in the model's folder, or choose another disk."
+            f"{shown(name)}: for the disk of {shown(folder.parent)} this is the name of another file of the model, "
+            "too. Rename one of the two in the model's folder, or choose another disk."
         ) from e
     except OSError as e:
         if e.errno not in _NAME_ERRORS:
             raise output_failed(folder, e) from e
         length = len(str(folder.absolute() / label / name))
-        shorter = f" Its path has {length} characters: a shorter OUT may do." if length > _LONG_PATH else ""
+        shorter = f" Its path has {length} characters: a shorter OUT may help." if length > _LONG_PATH else ""
         raise OutputError(
-            f"{shown(name)}: the disk of {shown(folder.parent)} can hold no file of this name ({reason(e)}).{shorter} "
+            f"{shown(name)}: the disk of {shown(folder.parent)} cannot hold this name ({reason(e)}).{shorter} "
             "Rename it in the model's folder, or choose another disk."
         ) from e
     finally:
@@ -105,8 +105,7 @@ def check_names(folder: Path, labels: Iterable[str], names: Iterable[str]) -> No
 
 
 def _inner_folders(out: Path, labels: Iterable[str], names: Iterable[str] | None = None) -> list[Path]:
-    """The folders below OUT, there already, that hold files of the outputs: those with these names, or outdated
-    ones."""
+    """The existing folders below OUT that hold files of the outputs: the files with these names, or outdated files."""
     chosen = None if names is None else list(names)
     folders = [
         out / label / parent
@@ -118,7 +117,7 @@ def _inner_folders(out: Path, labels: Iterable[str], names: Iterable[str] | None
 
 
 def _remove(mark: Path) -> None:
-    """Remove a mark, at the second try if the first fails: it would stay beside the user's files."""
+    """Remove a mark; if that fails, try once more: a mark must not stay beside the user's files."""
     try:
         mark.unlink(missing_ok=True)
     except OSError:
@@ -126,8 +125,7 @@ def _remove(mark: Path) -> None:
 
 
 def _fresh(folder: Path) -> Path:
-    """A path for a mark that nobody has looked for yet: an overlay mount, or a share, remembers for a while that there
-    was no file of a name."""
+    """A new path for a mark: an overlay mount, or a share, remembers for a while that a name did not exist."""
     return folder / f"{MARK}-{secrets.token_hex(4)}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from merge_tool.errors import counted, listed, shown, sized
 from merge_tool.models.side_files import REPORT
 from merge_tool.output.report import Summary, load_tensors, remarks
+from merge_tool.plan.target import out_text
 from merge_tool.recipe.recipe import label_t
 
 _MOST_WARNINGS = 5  # of the text for a screen
@@ -81,7 +82,7 @@ class MergeReport:
 
 def summary_lines(report: MergeReport) -> Iterator[str]:
     """The result in a few lines: what was made, how long it took, how far apart the models are."""
-    summary, where = report.summary, listed(report.outputs, 12)
+    summary, where = report.summary, listed(map(out_text, report.outputs), 12)
     if report.already_complete:
         yield f"{where}: already complete, nothing to do."
         if not report.is_published:

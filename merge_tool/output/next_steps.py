@@ -8,8 +8,8 @@ _CAUSAL = "ForCausalLM"
 
 
 def next_steps(architecture: str, *, has_code: bool, is_quantised: bool) -> Iterator[str]:
-    """The card's section: what the class that config.json names can be used with. `architecture` is empty for weights
-    without a configuration that names one."""
+    """The card's section about the tools that can use this model. `architecture` is the class that config.json names;
+    it is empty if there is none."""
     yield "## What next"
     yield "`OUT` is this model's folder or, after an upload, its id on the Hub."
     if architecture:

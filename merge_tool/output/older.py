@@ -30,7 +30,7 @@ _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file at a model folder's root is weights or their index, which loaders look for first."""
+    """Whether a file in a model folder itself is weights or an index of weights: loaders look for these first."""
     return "/" not in name and (is_weight_file(name) or name.endswith(".index.json"))
 
 
@@ -66,13 +66,13 @@ def outdated(folder: Path) -> list[str]:
 
 
 def _stays_in(folder: Path, name: str) -> bool:
-    """Whether no link on the way to a file leads out of the folder."""
+    """Whether the path to a file stays in the folder, links followed."""
     return (folder / name).parent.resolve().is_relative_to(folder.resolve())
 
 
 def older_labels(out: Path) -> Iterator[str]:
-    """The folders in OUT that may hold models: its root, and the sub-folders that are one of several outputs of this
-    tool."""
+    """The folders in OUT that may hold models: OUT itself, and sub-folders that this tool made as one of several
+    outputs."""
     yield ""
     if out.is_dir():
         yield from (e.name for e in sorted(out.iterdir()) if is_output_of_several(e))
@@ -107,7 +107,7 @@ def check_conflicts(out: Path, names: Iterable[str]) -> None:
 
 
 def strangers(out: Path, labels: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The entries of OUT that are not the new model's, nor what a system leaves there (.DS_Store); `labels` are its
+    """The entries of OUT that belong neither to the new model nor to a system (.DS_Store). `labels` are the model's
     outputs, `names` their files."""
     ours = {PurePosixPath(name).parts[0] for name in names} | set(labels) | {WORK}
     names = (entry.name for entry in out.iterdir())

@@ -1,8 +1,8 @@
-"""Who works in a work folder: a record beside the lock, for runs that the lock does not separate.
+"""The record of the run that works in a work folder, for runs that the lock does not separate.
 
-The lock of a file may hold on one machine only (a mount with local locks), or not through another path to the same
-folder (sshfs beside the local path). So a run also makes the file `owner`, which only one can make. It says who that
-is, and changes while the run works.
+A file lock may hold on one machine only (a mount with local locks), or not through another path to the same folder
+(sshfs beside the local path). So a run also creates the file `owner`, which only one run can create. The file names the
+run, and changes while the run works.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 from merge_tool.errors import OutputError, output_failed, shown
 
 OWNER = "owner"
-_BEAT_SECONDS = 2.0  # the record changes at least so often, while there is progress
-_PATIENCE_SECONDS = 20.0  # a record that did not change for so long is of a run that has ended
+_BEAT_SECONDS = 2.0  # while there is progress, the record changes about this often
+_PATIENCE_SECONDS = 20.0  # if a record did not change for so long, its run counts as ended
 
 
 class Owner:
@@ -50,7 +50,7 @@ class Owner:
                 ) from e
             except OSError as e:
                 raise output_failed(self.path, e) from e
-            with contextlib.suppress(OSError), os.fdopen(fd, "wb") as file:  # an empty record is one, too
+            with contextlib.suppress(OSError), os.fdopen(fd, "wb") as file:  # an empty record counts as well
                 file.write(self._record())
             return
 
@@ -60,7 +60,7 @@ class Owner:
         return json.dumps({**record, "beats": self._beats}).encode()
 
     def _await_end(self, content: bytes) -> None:
-        """Return once the run that left this record has ended. Raises OutputError if it works still."""
+        """Return once the run that left this record has ended. Raises OutputError if that run still works."""
         ended = has_ended(content)
         end = time.monotonic() + _PATIENCE_SECONDS
         while ended is None and time.monotonic() < end:
@@ -85,12 +85,12 @@ class Owner:
             self.path.write_bytes(self._record())
 
     def confirm(self) -> None:
-        """Raise OutputError unless the folder is this run's still."""
+        """Raise OutputError if another run has taken the folder."""
         content = _content(self.path)
         if _parsed(content).get("run") not in (None, self.run):  # None: another thread is writing it
             raise OutputError(
                 f"{shown(self.path.parent.parent)}: another merge has begun here meanwhile ({_who(content)}); the "
-                "disk's locks do not reach from one to the other. This run has ended, and that one goes on."
+                "disk's locks do not separate the two runs. This run ends, and the other one continues."
             )
 
     def release(self) -> None:
@@ -100,7 +100,7 @@ class Owner:
 
 
 def machine() -> str:
-    """A text for this machine, this start of it, and this set of process numbers."""
+    """A text that identifies this machine, its last boot, and its set of process numbers (a container has its own)."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -112,18 +112,18 @@ def has_ended(content: bytes) -> bool | None:
     """Whether the run of a record has ended; None if that cannot be known from here."""
     record = _parsed(content)
     process = record.get("process")
-    if not content:  # a power cut leaves the name alone
+    if not content:  # a power cut may leave a name without content
         return True
     if record.get("machine") != machine() or not isinstance(process, int):
         return None
-    if process == os.getpid() or sys.platform == "win32":  # the lock is ours, and one machine's locks are one
+    if process == os.getpid() or sys.platform == "win32":  # we hold the lock, which holds on all of one machine
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # another user's, so it is there
+        pass  # another user's process, so it exists
     except OSError:
         return None
     started = _started(process)
@@ -131,7 +131,7 @@ def has_ended(content: bytes) -> bool | None:
 
 
 def _started(process: int) -> str | None:
-    """When a process began, in the system's ticks; an empty text if it has ended, None if the system does not say."""
+    """The start time of a process in the system's ticks; an empty text if the process has ended, None if unknown."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]

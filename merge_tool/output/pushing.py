@@ -1,8 +1,8 @@
-"""In a process of its own: finished files -> a repository of the Hub, which shows all of them at once, or none.
+"""In a separate process: finished files -> a repository of the Hub, which shows all of them at once, or none.
 
 Everything goes to a pull request: one commit for each file of weights, one for the rest. Its tree, which names the
 SHA-256 of every large file, is the journal: the same command finds the pull request by its title, also from another
-machine, keeps what is right in it, and continues. Merging it is the one visible step.
+machine, keeps the right files in it, and continues. Only the last step is visible: merging the pull request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from merge_tool.output.repository import Repository, Tree, expected_of, explaini
 
 @dataclass(frozen=True)
 class Request:
-    """What to push where. `sums` has every file's SHA-256; `digest` stands for the whole output."""
+    """A folder and the repository to push it to. `sums` has every file's SHA-256; `digest` identifies the output."""
 
     folder: str
     repo: str
@@ -35,8 +35,8 @@ class Request:
 
 @dataclass(slots=True)
 class Pushed:
-    """What was done: the pull request's number (None if nothing had to be done), the bytes uploaded, the files that
-    were there already, and whether the repository shows the output now."""
+    """The result: the pull request's number (None if nothing had to be done), the uploaded bytes, the number of files
+    that were there already, and whether the repository now shows the output."""
 
     number: int | None = None
     uploaded_bytes: int = 0
@@ -58,8 +58,8 @@ def push(request: Request) -> dict[str, Any]:
 
 
 def check_replaceable(repo: str, before: Tree, files: Iterable[str], *, overwrites: bool) -> list[str]:
-    """The files of an older model that the new one replaces. Raises OutputError if the repository has weights, unless
-    it `overwrites`."""
+    """The files of an older model that the new model replaces. Raises OutputError if the repository has weights, unless
+    the push `overwrites` them."""
     new = set(files)
     if not overwrites and (there := [name for name in before if is_weight_file(name)]):
         raise OutputError(

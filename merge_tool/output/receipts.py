@@ -1,5 +1,5 @@
-"""What lies in the draft of a merge on the Hub beside its shards, until it is published: the plan, and a receipt for
-each shard. Texts only; a stranger may have written them."""
+"""What lies in the draft of a merge on the Hub or in a bucket beside its shards, until it is published: the plan, and a
+receipt for each shard. Texts only; a stranger may have written them."""
 
 from __future__ import annotations
 

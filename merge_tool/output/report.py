@@ -1,6 +1,6 @@
 """The results of a merge: findings -> merge_report.json, SHA256SUMS, a summary.
 
-Everything written here is a function of the inputs and the recipe: no times, budgets or paths.
+Everything written here depends only on the inputs and the recipe: no times, budgets or paths.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLOSE_DEGREES = 1.8  # below it slerp and lerp differ by at most 1.25e-4 relativ
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """One merged tensor: angle in degrees, norms of its two inputs, |y - x| / |x|; None where there is none."""
+    """One merged tensor: angle in degrees, norms of its two inputs, |y - x| / |x|; None if it has no such value."""
 
     angle_degrees: float | None
     norms: tuple[float, float] | None
@@ -113,7 +113,7 @@ def tensor_text(plan: MergePlan, job: TensorJob, finding: Finding, output: int) 
 
 @dataclass(frozen=True)
 class Summary:
-    """The angles of a merge in a few numbers. `groups` maps a kind of tensor to its angles in degrees."""
+    """A merge in a few numbers. `groups` maps a kind of tensor to its angles in degrees."""
 
     num_tensors: int
     num_parameters: int
@@ -176,7 +176,8 @@ def _by_name(plan: MergePlan, numbers: Counter[int]) -> Mapping[str, int]:
 
 
 def _is_across_layers(job: TensorJob) -> bool:
-    """Whether layers of different numbers are merged; their angle says nothing about how far apart the models are."""
+    """Whether the layers that are merged have different numbers. Their angle does not show how far apart the models
+    are."""
     names = {source.info.name for source in job.sources}
     return len(names) > 1 and len({layer[1] for layer in map(split_layer, names) if layer}) > 1
 
@@ -237,7 +238,7 @@ def alarms(summary: Summary) -> list[str]:
 
 
 def report_lines(plan: MergePlan, findings: Findings, output: int, samples: Sequence[str]) -> Iterator[str]:
-    """merge_report.json of the output of that number: its head first, then a line per tensor."""
+    """merge_report.json of the output of that number: the head, then a line for each tensor."""
     head = report_head(plan, output, samples)
     yield json.dumps(head, indent=1, ensure_ascii=False)[:-2] + _TENSORS
     count = plan.num_tensors
@@ -268,7 +269,7 @@ def report_head(plan: MergePlan, output: int, samples: Sequence[str]) -> dict[st
 
 
 def read_head(report: Path) -> dict[str, Any]:
-    """The head of a merge_report.json; nothing of one that is missing or damaged."""
+    """The head of a merge_report.json; empty if the file is missing or damaged."""
     try:
         with report.open(encoding="utf-8", newline="") as lines:
             return next(stream_report(lines))[1]
@@ -298,7 +299,7 @@ def _head_facts(heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **head["inputs"],
         **head["words"],
         **as_json(Options(), all_of_them=True),
-        **head["options"],  # those that are not as they are by themselves
+        **head["options"],  # the options that are not at their default
         "version": head["tool"],
     }
 
@@ -322,9 +323,9 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
 
 
 def stream_report(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object of a merge_report.json with its text: first its head, then a line per tensor.
+    """Every object of a merge_report.json with its text: the head, then a line for each tensor.
 
-    Raises ValueError where that is not what report_lines writes.
+    Raises ValueError for a line that report_lines does not write.
     """
     head, start, size = [], _TENSORS.split("\n")[1], 0
     numbered = enumerate(lines, 1)
@@ -359,7 +360,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def load_tensors(report: Path) -> list[dict[str, Any]]:
-    """The tensors of a merge_report.json. Raises OutputError where that is damaged."""
+    """The tensors of a merge_report.json. Raises OutputError if the file is damaged."""
     try:
         return list(json.loads(report.read_text(encoding="utf-8"))["tensors"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
@@ -372,7 +373,7 @@ def damaged(report: Path, e: Exception) -> OutputError:
 
 
 def read_identity(report: Path) -> tuple[str | None, tuple[str, ...]]:
-    """The plan digest and the inputs' samples of a merge_report.json; (None, ()) if that is not one."""
+    """The plan digest and the inputs' samples of a merge_report.json; (None, ()) if the file is not a report."""
     try:
         with report.open(encoding="utf-8") as file:
             head = file.read(65_536)

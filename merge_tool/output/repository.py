@@ -1,7 +1,7 @@
 """In a process of its own: a repository of the Hub, its pull requests, and what goes wrong with them.
 
-Nothing here becomes visible before `publish`: everything goes to a pull request, whose tree (path, size, SHA-256 of
-every large file) is the journal. What may pass (a busy server, a broken line) is tried again.
+Nothing becomes visible before `publish`: everything goes to a pull request, whose tree (path, size, SHA-256 of every
+large file) is the journal. A request that fails for a passing reason (a busy server, a broken line) is made again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LOGIN = "`hf auth login` or HF_TOKEN (with write permission)"
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a file must be: its size and SHA-256; of one that is here, also what git calls it."""
+    """What a file must be: its size and SHA-256; for a file on this disk also git's digest."""
 
     size: int
     sha256: str
@@ -44,12 +44,12 @@ class Expected:
 
 
 def expected_of(path: Path, sha256: str) -> Expected:
-    """What a file that is here must be on the Hub."""
+    """What the copy of a local file must be on the Hub."""
     return Expected(path.stat().st_size, sha256, git_digest(path))
 
 
 def git_digest(path: Path) -> str:
-    """What git calls a file of this content; an empty text for a large one, which the Hub knows by its SHA-256."""
+    """Git's digest of a file; an empty text for a large file, which the Hub lists with its SHA-256."""
     size = path.stat().st_size
     if size > 64_000_000:
         return ""
@@ -59,7 +59,7 @@ def git_digest(path: Path) -> str:
 
 
 def title_of(digest: str) -> str:
-    """The title of the pull request of the output that `digest`, 16 digits, stands for."""
+    """The title of an output's pull request; `digest`, 16 digits, identifies the output."""
     return f"slerp-merge {digest}"
 
 
@@ -85,11 +85,11 @@ class Repository:
     # ------------------------------------------------------------------------------------- looking
 
     def look(self) -> bool:
-        """Whether the repository is there; else the user may make it. Raises OutputError where it is known before that
+        """Whether the repository exists; if not, the user may create it. Raises OutputError if it is already clear that
         the user may not write there."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        me = self.api.whoami()  # at once: a Hub that cannot be reached is said before anything else
+        me = self.api.whoami()  # first: so an unreachable Hub is reported before anything else
         self.user = str(me.get("name"))
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise OutputError(f"{self.repo}: your token may only read. Give one with write permission by {_LOGIN}.")
@@ -102,7 +102,7 @@ class Repository:
             return False
         if info.id != self.repo:
             raise OutputError(f"{self.repo}: is called {shown(info.id)} on the Hub. Write hub:{shown(info.id)}.")
-        # Before huggingface_hub 1, who may read passes, and who may not write is found when the draft is opened.
+        # Before huggingface_hub 1 this checks reading only; missing write access is found when the draft is opened.
         may = {"write": True} if "write" in signature(self.api.auth_check).parameters else {}
         self._patiently(lambda: self.api.auth_check(self.repo, **may))
         return True
@@ -121,7 +121,7 @@ class Repository:
         self._patiently(lambda: self.api.create_repo(self.repo, private=private, exist_ok=True))
 
     def tree(self, revision: str) -> dict[str, tuple[int, str]]:
-        """The size and the digest of every file at a revision: SHA-256 of large files, git's of small ones."""
+        """The size and the digest of every file at a revision: SHA-256 of large files, git's digest of small files."""
         from huggingface_hub.hf_api import RepoFile  # where older versions have it, too
 
         entries = self._patiently(lambda: list(self.api.list_repo_tree(self.repo, recursive=True, revision=revision)))
@@ -143,15 +143,15 @@ class Repository:
     # -------------------------------------------------------------------------------- pull requests
 
     def open_ones(self) -> list[Any]:
-        """The pull requests with a title of ours that are neither merged nor closed."""
-        # All of them: whether drafts count as open ones is not promised.
+        """Our pull requests, by their title, that are neither merged nor closed."""
+        # All are listed: the Hub does not promise that drafts count as open.
         listing = self._patiently(
             lambda: list(self.api.get_repo_discussions(self.repo, discussion_type="pull_request"))
         )
         return [one for one in listing if one.status in ("open", "draft") and _OURS.fullmatch(one.title)]
 
     def find_draft(self, digest: str, author: str | None = None) -> int | None:
-        """Our pull request of an earlier run, if it is still open; with `author` only one of that user's."""
+        """Our pull request of an earlier run, if it is still open; with `author` only that user's pull requests."""
         drafts = [one for one in self.open_ones() if one.title == title_of(digest)]
         return next((one.num for one in drafts if author is None or one.author == author), None)
 
@@ -164,8 +164,8 @@ class Repository:
         digest: str,
         author: str | None = None,
     ) -> None:
-        """Add files to our pull request and remove those that are `gone`; the first commit makes the pull request.
-        `adds` gives the operations anew at each try."""
+        """Add files to our pull request and remove the files in `gone`; the first commit makes the pull request. `adds`
+        gives the operations anew at each try."""
         from huggingface_hub import CommitOperationDelete
 
         names = list(gone)
@@ -185,7 +185,7 @@ class Repository:
         self._patiently(once)
 
     def check_strangers(self, before: Tree, ours: Iterable[str], gone: Iterable[str]) -> None:
-        """Raise OutputError if our pull request would change anything but `ours`: others may write to it, too."""
+        """Raise OutputError if our pull request changes other files than `ours`: other people may write to it."""
         tree, lost = self.tree(self.revision), set(gone)
         expected = {name: found for name, found in before.items() if name not in lost}
         names = {*tree, *expected} - {*ours}
@@ -196,8 +196,8 @@ class Repository:
             )
 
     def publish(self, files: Mapping[str, Expected], digest: str) -> None:
-        """Merge our pull request, and close this user's others for the same output. Raises OutputError if main then
-        lacks a file."""
+        """Merge our pull request, and close this user's other pull requests for the same output. Raises OutputError if
+        main then lacks a file."""
         if self.api.get_discussion_details(self.repo, self.number).status == "draft":
             self.api.change_discussion_status(self.repo, self.number, "open")
         self.api.merge_pull_request(self.repo, self.number)
@@ -206,13 +206,13 @@ class Repository:
         self.close_drafts(digest)
 
     def close_drafts(self, digest: str) -> None:
-        """Close what earlier runs of this user for the same output left open."""
+        """Close the pull requests that earlier runs of this user left open for the same output."""
         for one in self.open_ones():
             if one.title == title_of(digest) and one.author == self.user:
                 self.api.change_discussion_status(self.repo, one.num, "closed")
 
     def _patiently(self, action: Callable[[], T]) -> T:
-        """The result of a request that may be made twice; what may pass is tried again."""
+        """The result of a request that may be made twice; passing failures are tried again."""
         for wait in self._waits:
             try:
                 return action()
@@ -225,12 +225,12 @@ class Repository:
 
 
 def other_files(before: Tree, files: Iterable[str], gone: Iterable[str]) -> list[str]:
-    """The files that a repository keeps beside an output: no file of it, none that is gone, and not the Hub's own."""
+    """The files that a repository keeps beside an output, without the Hub's own files."""
     return sorted(before.keys() - {*files, *gone, ".gitattributes"})
 
 
 def lacking(files: Mapping[str, Expected], tree: Tree) -> list[str]:
-    """The files that are not in a tree, or not as they must be."""
+    """The files that a tree lacks, or has with another size or content."""
     return [name for name, file in files.items() if not file.is_found(tree.get(name))]
 
 
@@ -271,7 +271,7 @@ def _response(error: BaseException) -> Any:
 
 
 def _seconds(error: Exception, wait: float) -> float | None:
-    """How long to wait before another try; None if there shall be none."""
+    """The seconds to wait before another try; None if the request is not tried again."""
     if (response := _response(error)) is None:
         is_broken = bool(_kinds(error) & _BROKEN) and "OfflineModeIsEnabled" not in _kinds(error)
         return wait if is_broken else None
@@ -299,8 +299,8 @@ def _why(error: Exception, repo: str) -> str:
         return f"{repo}: HF_HUB_OFFLINE forbids to write to the Hub. Unset it, or give a folder as OUT."
     if status == 401:
         return (
-            f"{repo}: the Hub does not let you write there (it answers 401: the token is none that it knows). Give a "
-            f"valid one by {_LOGIN}."
+            f"{repo}: the Hub does not let you write there (it answers 401: it does not know the token). Give a valid "
+            f"token by {_LOGIN}."
         )
     if status in (402, 403, 413):
         said = next((text for e in _chain(error) if (text := getattr(e, "server_message", None))), None)

@@ -1,4 +1,4 @@
-"""A planned merge -> a repository of the Hub: run, upload shard by shard, publish."""
+"""A planned merge -> a repository of the Hub or a folder of a bucket: run, upload shard by shard, publish."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def merge_to_hub(
         say_what_is_done(prepared, work, watch)
         read_ahead(inputs, prepared, work)
         carry_out(prepared, work, watch)
-        inputs.close()
+        inputs.end_downloads()
         work.await_uploads()
         findings = work.findings()
         summary = summarise(prepared.plan, findings)

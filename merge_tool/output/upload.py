@@ -1,7 +1,7 @@
-"""push(OUT, "hub:org/name"): an output that is complete here -> the Hub, published in one step.
+"""push(OUT, "hub:org/name"): an output that is complete here -> the Hub, published in one step; or a bucket.
 
-pushing.py does the work, in a process of its own. Nothing of a model is uploaded before its files are known to be those
-that the merge wrote.
+pushing.py or store_pushing.py does the work, in a process of its own. Nothing of a model is uploaded before its files
+are known to be those that the merge wrote.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_tool.apart import ask
+from merge_tool.checkpoint.addresses import is_store
 from merge_tool.checkpoint.source import sha256_of
 from merge_tool.errors import OutputError, listed, output_failed, shown
 from merge_tool.models.side_files import SUMS, WORK
 from merge_tool.output.older import is_ours, read_sums
+from merge_tool.output.publishing import Publishing, target_of
 from merge_tool.plan.target import repo_of
 
 
@@ -32,13 +34,15 @@ class Push:
 
 
 def push(out: str | Path, target: str, *, private: bool = False, publish: bool = True, overwrite: bool = False) -> Push:
-    """Push the output `out` to the Hub's repository `target`, which is `hub:org/name`.
+    """Push the output `out` to the Hub's repository `target`, which is `hub:org/name`, or to a folder of an object
+    store (`s3://bucket/folder`), which knows neither `private` nor `publish`.
 
     All files go to a pull request, which is merged at the end if `publish`; until then the repository shows nothing of
     them. The same call continues what was interrupted, also on another machine. A repository that is not there is made
     (`private`, if asked); one with other weights is refused unless `overwrite`. Raises OutputError.
     """
-    folder, repo = Path(out), repo_of(target)
+    place = target_of(target, Publishing(private, publish)) if is_store(target) else None
+    folder, repo = Path(out), repo_of(target) if place is None else place.repo
     sums = _sums(folder)
     digest = hashlib.sha256("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()).hexdigest()[:16]
     question = {
@@ -51,7 +55,8 @@ def push(out: str | Path, target: str, *, private: bool = False, publish: bool =
         "overwrites": overwrite,
     }
     hint = "Its last words are above. Run the same command again: it continues."
-    answer, _ = ask("merge_tool.output.pushing", question, what=repo, error=OutputError, hint=hint)
+    module = f"merge_tool.output.{'pushing' if place is None else 'store_pushing'}"
+    answer, _ = ask(module, question, what=repo, error=OutputError, hint=hint)
     return Push(**{**answer, "others": tuple(answer["others"])})
 
 

@@ -1,4 +1,4 @@
-"""What computes here: parts of one merge that two versions made may differ."""
+"""The versions of the code that computes: two versions may compute parts of one merge differently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merge_tool._version import __version__
 
 
 def versions() -> dict[str, str]:
-    """The versions of all that decides a merge's bytes: of this code, and of the libraries that compute."""
+    """The versions of everything that decides a merge's bytes: this code, and the libraries that compute."""
     libraries = ("numpy", "ml_dtypes")
     ours = f"{__version__} ({_source_sha256()[:16]})"
     return {"slerp-merge": ours, **{name: importlib.metadata.version(name) for name in libraries}}
@@ -19,7 +19,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def _source_sha256() -> str:
-    """Of the package's own code: two checkouts may have one version number."""
+    """A digest of the package's own code: two checkouts may have the same version number."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         code = path.read_bytes().replace(b"\r\n", b"\n")

@@ -1,8 +1,8 @@
-"""The output: lock, work folder, journal, publishing. Never a tensor's values.
+"""The output: lock, work folder, journal, publishing. No tensor's values are seen here.
 
-Work happens in OUT/.slerp-merge/ (for a one-file output, OUT.partial/ beside it). What is finished there is
-recorded, synced, in the journal, so that the same command continues after a kill. Publishing renames everything
-into place, the index (or the only weights file) last: at no moment does OUT look like a model while it is not.
+Work happens in OUT/.slerp-merge/ (for a one-file output, OUT.partial/ beside it). Each finished shard is recorded in
+the synced journal, so the same command continues after a kill. Publishing renames everything into place, the index (or
+the only weights file) last: so OUT looks like a model only when it is complete.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")  # in the path o
 
 
 class WorkFolder:
-    """The work folder of one merge, locked by this process from creation to `close`. It must not show up in `inputs`,
-    and the folders that the outputs' files, `names`, go into must be able to take them.
+    """The work folder of one merge, locked by this process from creation to `close`. Raises OutputError if the folder
+    shows up in `inputs`, or if the disk cannot hold the outputs' files, `names`.
 
     The sink of `run_plan`: keeps the finished shards and the findings. `done_shards` are the shards that an earlier run
-    finished: those that its journal names, with their size, and with `check_resumed` their SHA-256.
+    finished: its journal names them, and their size is right; with `check_resumed` also their SHA-256.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class WorkFolder:
             raise
 
     def _check_place(self, inputs: Iterable[Path], names: Sequence[str]) -> None:
-        """Raise OutputError if what was just made here shows up in an input (OUT is that input by another name), or if
-        the disk cannot hold the outputs' names."""
+        """Raise OutputError if a file that was just made here shows up in an input (OUT is that input by another name),
+        or if the disk cannot hold the outputs' names."""
         try:
             check_marks(self._lock, self.target, self.plan.labels, names, inputs)
             if not self.target.is_file:
@@ -114,8 +114,8 @@ class WorkFolder:
     def begin(self, *, overwrite: bool) -> bool:
         """Continue an earlier run of the same merge, or start anew. Returns whether an earlier run is continued.
 
-        Raises OutputError when the work is another merge's, naming what differs, unless `overwrite`; and when it
-        was begun with --overwrite, which must then be given again.
+        Raises OutputError if the work belongs to another merge, unless `overwrite`: the error names the differences.
+        Raises it also if the work was begun with --overwrite, and --overwrite is not given again.
         """
         stored = next(self.journal.records(), None)
         if stored is not None and stored.get("record") != "plan":
@@ -125,16 +125,17 @@ class WorkFolder:
         if stored is not None and not same and not overwrite and not self._is_same_but_for_shards(stored, ours):
             raise OutputError(
                 f"{shown(self.path)}: holds an unfinished merge that differs from this one: "
-                f"{record_differences(stored, ours)}. Finish that one, or give --overwrite to start anew."
+                f"{record_differences(stored, ours)}. Finish that merge, or give --overwrite to start anew."
             )
         if stored is not None and same and stored.get("overwrite") and not overwrite:
             raise OutputError(
-                f"{shown(self.target.path)}: this merge was begun with --overwrite and is half done. Give it again."
+                f"{shown(self.target.path)}: this merge was begun with --overwrite and is half done. Give --overwrite "
+                "again."
             )
         if same and (lost := self._lost()) is not None:
             if not overwrite:
                 raise OutputError(
-                    f"{shown(self.target.path)}: was half published, and {shown(lost)} is gone since. "
+                    f"{shown(self.target.path)}: was half published, and {shown(lost)} has disappeared since. "
                     "Give --overwrite to start anew."
                 )
             same = False
@@ -146,7 +147,7 @@ class WorkFolder:
             self.journal.trim()
             for label in self.plan.labels:
                 self.folder(label).mkdir(parents=True, exist_ok=True)
-            # else a power cut could leave a journal without the folders that it names
+            # otherwise a power cut could leave a journal without the folders that it names
             folders = (self.path / FILES, self.path, *(made.parent for made in self._made))
             self.is_durable = False not in [sync_folder(folder) for folder in folders]
             self.done_shards = frozenset(self._recover())
@@ -157,21 +158,22 @@ class WorkFolder:
         return same
 
     def _is_same_but_for_shards(self, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-        """Whether only the size of shards differs, and none is finished: nothing is lost by starting anew, as a disk
-        that takes no file so large asks for."""
+        """Whether only the size of shards differs, and no shard is finished. Then starting anew loses nothing (a disk
+        may need smaller files)."""
         then, now = dict(stored.get("facts", {})), dict(ours["facts"])
         alike = all(stored.get(key) == ours[key] for key in ("modified", "samples"))
         alike = alike and {**then, "max_shard_bytes": 0} == {**now, "max_shard_bytes": 0}
         return alike and not stored.get("overwrite") and next(islice(self.journal.records(), 1, None), None) is None
 
     def is_half_published(self) -> bool:
-        """Whether an earlier run of the same merge was ended while it published."""
+        """Whether an earlier run of the same merge ended while it published."""
         ours = plan_record(self.plan, self.samples, overwrite=False)
         stored = next(self.journal.records(), {})
         return is_same_merge(stored, ours) and self.journal.publishing() is not None
 
     def _lost(self) -> str | None:
-        """A file of a half published model that is neither here nor there any more: going on would publish the rest."""
+        """A file of a half published model that is neither in the work folder nor in OUT: continuing would publish a
+        model without it."""
         moves = self.journal.publishing() or {"files": {}}
         for label, names in moves["files"].items():
             for name in names:
@@ -180,7 +182,7 @@ class WorkFolder:
         return None
 
     def _leftover(self, stored: Mapping[str, Any] | None) -> dict[str, list[str]]:
-        """Files that a publishing which is now given up may have moved into OUT already."""
+        """Files that an abandoned publishing may already have moved into OUT."""
         left: dict[str, list[str]] = inside(self.journal.path, (stored or {}).get("leftover", {}))
         return left | (self.journal.publishing() or {"files": {}})["files"]
 
@@ -192,7 +194,7 @@ class WorkFolder:
                 entry.unlink()
 
     def _recover(self) -> Iterator[int]:
-        """Shards whose record and files are all there; a rename that a crash prevented is made up for."""
+        """Shards whose record and files are all there; a rename that a crash prevented is done now."""
         recorded: dict[int, list[str]] = {}
         runs: dict[int, str] = {}
         for record in self.journal.records():
@@ -208,14 +210,14 @@ class WorkFolder:
             if self.check_resumed and not self._has_digests(shard, digests):
                 if self.is_publishing:
                     raise OutputError(
-                        f"{shown(self.target.path)}: was half published, and {shown(shard.file_name)} is damaged "
+                        f"{shown(self.target.path)}: was half published, and {shown(shard.file_name)} was damaged "
                         "since. Remove the folder and merge again."
                     )
                 continue
             yield shard.number
 
     def _has_digests(self, shard: ShardPlan, expected: list[str]) -> bool:
-        """Whether a shard's files are as they were recorded, wherever publishing has moved them."""
+        """Whether a shard's files have the recorded digests, in the work folder or where publishing has moved them."""
         places = ((self.folder(label), self._final(label)) for label in self.plan.labels)
         paths = [(a if (a / shard.file_name).exists() else b) / shard.file_name for a, b in places]
         return [sha256_of(path) for path in paths] == expected
@@ -225,8 +227,8 @@ class WorkFolder:
         return self.target.path.parent if self.target.is_file else self.target.path / label
 
     def _settle(self, shard: ShardPlan, label: str, run: str, digest: str) -> bool:
-        """Whether a recorded shard is there. If its run ended before it could give the file its name, that is made up
-        for, once the file is known to be whole: only that run wrote into its own part."""
+        """Whether a recorded shard is there. If its run ended before the rename, the part is renamed now, if its size
+        and digest are right: only that run wrote into its own part."""
         path = self.folder(label) / shard.file_name
         part = part_path(path, run)
         if not path.exists() and part.exists() and part.stat().st_size == shard.size and sha256_of(part) == digest:
@@ -255,8 +257,8 @@ class WorkFolder:
             self.journal.append(chain(tensors, [last]))
 
     def adopt(self, shard: ShardPlan, files: Sequence[Path], sha256: Sequence[str], findings: Findings) -> None:
-        """Record a shard that other processes have made and synced; `files` are its files, one an output, some
-        perhaps here already."""
+        """Record a shard that other processes have made and synced. `files` are its files, one for each output; some
+        may be here already."""
         for label, path in zip(self.plan.labels, files, strict=True):
             if path != (own := self.folder(label) / shard.file_name):
                 rename_synced(path, own)
@@ -267,20 +269,19 @@ class WorkFolder:
         """The findings of this run and earlier ones, from the journal."""
         findings = Findings()
         self.digests()  # all shards are there
-        for record in self.journal.records():
-            if record.get("record") == "tensor":
-                findings.add(record["number"], from_record(record))
+        for record in self.journal.records("tensor"):
+            findings.add(record["number"], from_record(record))
         return findings
 
     def digests(self) -> dict[int, list[str]]:
-        """The SHA-256 of every finished shard, one an output."""
-        digests = {r["number"]: r["sha256"] for r in self.journal.records() if r.get("record") == "shard"}
+        """The SHA-256 of every finished shard, one for each output."""
+        digests = {record["number"]: record["sha256"] for record in self.journal.records("shard")}
         if len(digests) < len(self.plan.shards):
             raise self._replaced()
         return digests
 
     def _replaced(self) -> OutputError:
-        """The error for a journal that lacks what this run wrote into it."""
+        """The error for a journal that lacks this run's records."""
         self._owner.confirm()
         return OutputError(
             f"{shown(self.journal.path)}: was replaced or removed while this run was working. Run the same command: it "
@@ -313,8 +314,8 @@ class WorkFolder:
     def publish(self, *, check_bytes: int) -> list[str]:
         """Move everything into place, the file that makes it a model last, and remove the work folder.
 
-        Before that the safetensors library audits each weight file, if that takes at most `check_bytes` of memory.
-        Returns what else lies in OUT: files that are neither the new model's nor an older one's.
+        Before that, the safetensors library audits each weight file, if that takes at most `check_bytes` of memory.
+        Returns the other files in OUT, which belong neither to the new model nor to an older one.
         """
         try:
             self._owner.confirm()
@@ -339,7 +340,7 @@ class WorkFolder:
             raise output_failed(Path(e.filename) if isinstance(e.filename, str) else self.path, e) from e
 
     def _moves(self) -> dict[str, dict[str, list[str]]]:
-        """The files of older models to remove, and each output's new ones in the order of their moves."""
+        """The files of older models to remove, and each output's new files in the order of their moves."""
         files, remove = {}, {}
         last = self.plan.index_name if len(self.plan.shards) > 1 else self.plan.shards[0].file_name
         for label in self.plan.labels:
@@ -357,7 +358,7 @@ class WorkFolder:
         folder = self.target.path / label
         folder.mkdir(exist_ok=True)
         for name in names:
-            if name not in new or (self.folder(label) / name).exists():  # else it is the new one already
+            if name not in new or (self.folder(label) / name).exists():  # otherwise it is the new file already
                 patiently(partial((folder / name).unlink, missing_ok=True))
                 if "/" in name:
                     remove_empty((folder / name).parent, folder)
@@ -384,16 +385,16 @@ class WorkFolder:
             sync_folder(self.target.path)
 
     def discard(self) -> None:
-        """Leave OUT as it was before this merge: after an error in the data, nothing here is worth keeping."""
+        """Leave OUT as it was before this merge, after an error in the data: nothing here is worth keeping."""
         with contextlib.suppress(OSError):
             self._lock.remove_with(self.path)
         remove_folders(self._made)
 
 
 def plan_record(plan: MergePlan, samples: Sequence[str], *, overwrite: bool, is_shared: bool = False) -> dict[str, Any]:
-    """What identifies a merge, for the first line of its journal: what decides the output's bytes, and of every input
-    file its time. If hosts share the merge, files in the Hub's cache go by their commit: each host has fetched them at
-    another time."""
+    """What identifies a merge, for the first line of its journal: the facts that decide the output's bytes, and the
+    time of every input file. If hosts share the merge, files in the Hub's cache are identified by their commit, because
+    each host has downloaded them at another time."""
     files = {f"{side}/{file.name}": file for side, several in _inputs(plan).items() for file in several}
     commits = {name: match[1] for name, file in files.items() if (match := _COMMIT.search(str(file.path)))}
     return {
@@ -417,8 +418,8 @@ def _inputs(plan: MergePlan) -> dict[str, list[ByteSource]]:
 
 
 def _changed(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """The input files that are not as the stored record has them. A file of the Hub goes by its commit if hosts share
-    the merge, or if one of the runs has read it by range: then its time is made up, and negative."""
+    """The input files that differ from the stored record. A file of the Hub is identified by its commit if hosts share
+    the merge, or if a run has read it by range (its time is then a made-up negative number)."""
     then, now = (record.get("modified", {}) for record in (stored, ours))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     commits, known = stored.get("commits", {}), ours["commits"]
@@ -428,18 +429,18 @@ def _changed(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 
 
 def is_same_merge(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether two records are of one merge. A merge that was planned by headers alone has no samples."""
+    """Whether two records are of the same merge. A merge that was planned from headers alone has no samples."""
     same_samples = stored.get("samples") in ([], ours["samples"])
     return stored.get("facts") == ours["facts"] and same_samples and not _changed(stored, ours)
 
 
 def _is_no_output(name: str) -> bool:
-    """Whether a file in the work folder is a system's, or another run's unfinished one."""
+    """Whether a file in the work folder is a system's file, or an unfinished file of another run."""
     return SYSTEM_FILES.fullmatch(name) is not None or is_part_of_run(name)
 
 
 def record_differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """What differs between two records, in words; nothing if they are of one merge."""
+    """The differences between two records in words; empty if they are of the same merge."""
     if is_same_merge(stored, ours):
         return ""
     parts = differences(stored.get("facts", {}), ours["facts"])

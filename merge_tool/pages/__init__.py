@@ -1,1 +1,1 @@
-"""Pages to look at: one file each, opened from the disk, with nothing fetched from anywhere."""
+"""Pages for a browser: each is one file, opened from the disk, that loads nothing else."""

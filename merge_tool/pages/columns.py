@@ -1,4 +1,4 @@
-"""Tensors -> columns: what a page holds of each, as numbers and as places in tables of texts."""
+"""Tensors -> columns: a page's data about each tensor, as numbers and as indices into tables of texts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from merge_tool.plan.stacks import split_layer
 
 _ATTENTION = ("self_attn", "attention", "attn")
 _MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn")
-_DIGITS = 6  # of a number on the page
+_DIGITS = 6  # significant digits of a number on the page
 
 
 @dataclass
 class Columns:
-    """One list for each property, in the order of the tensors. A text is a place in `texts`; layer -1 is none."""
+    """One list for each property, in the order of the tensors. A text is an index into `texts`; layer -1 is no
+    layer."""
 
     modules: dict[str, int] = field(default_factory=dict)
     texts: dict[str, int] = field(default_factory=dict)
     numbers: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, name: str, **values: Any) -> None:
-        """One more tensor; texts become places, numbers are rounded, None and what is not finite become None."""
+        """Add a tensor. Texts become indices, numbers are rounded, and values that are not finite become None."""
         found = split_layer(name)
         layer = -1 if found is None else found[1]
         module = name if found is None else f"{found[0]}*{name[len(found[0]) + len(str(layer)) :]}"
@@ -50,8 +51,8 @@ class Columns:
 
 
 def groups(modules: Iterable[str]) -> list[dict[str, Any]]:
-    """Attention and MLP, each with the pattern that finds its tensors (`--t-for`), and the places of its modules;
-    nothing of a model without them. The first pattern that matches counts."""
+    """Attention and MLP, if the model has them, each with the pattern that finds its tensors (`--t-for`) and the
+    indices of its modules. The first pattern that matches counts."""
     inside = [(place, module) for place, module in enumerate(modules) if "*" in module]
     found = []
     for title, patterns in (("attention", _ATTENTION), ("MLP", _MLP)):
@@ -64,5 +65,5 @@ def groups(modules: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """`[4096, 1024]` -> `4096 x 1024`; `scalar` of none."""
+    """`[4096, 1024]` -> `4096 x 1024`; `[]` -> `scalar`."""
     return " x ".join(map(str, shape)) or "scalar"

@@ -1,4 +1,4 @@
-"""A finished output -> what its page shows: what was merged with what, how far apart the models are, its files."""
+"""A finished output -> the data of its page: the models and settings, how far apart the models are, the files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FORMULAS = {
 
 
 def merge_data(out: Path, report: MergeReport | None = None) -> dict[str, Any]:
-    """The data of an output's page; with the `report` of the merge that was just made also its seconds, memory and
-    warnings. Raises OutputError for a folder without a report, or a damaged one."""
+    """The data of an output's page. `report` is given for a merge that was just made, and adds its seconds, memory and
+    warnings. Raises OutputError if the folder has no report, or a damaged one."""
     path, columns = out / REPORT, Columns()
     try:
         with path.open(encoding="utf-8", newline="") as lines:
@@ -37,7 +37,7 @@ def merge_data(out: Path, report: MergeReport | None = None) -> dict[str, Any]:
     except FileNotFoundError as e:
         raise OutputError(f"{shown(out)}: holds no merge: it has no {REPORT}. Give the output of a merge.") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise OutputError(f"{shown(path)}: cannot be read ({reason(e)}). merge-tool verify tells more.") from e
+        raise OutputError(f"{shown(path)}: cannot be read ({reason(e)}). merge-tool verify shows more.") from e
     is_pair = "base" in head["inputs"] and len(models) == 2 and head["method"] in ("slerp", "linear")
     return {
         "kind": "merge",

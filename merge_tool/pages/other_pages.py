@@ -1,4 +1,4 @@
-"""A comparison, or a sweep -> what its page shows."""
+"""A comparison, or a sweep -> the data of its page."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def diff_data(diff: Diff) -> dict[str, Any]:
 
 
 def sweep_data(report: SweepReport) -> dict[str, Any]:
-    """The data of a sweep's page: a point for each merge, by the first parameter that is varied."""
+    """The data of a sweep's page: a point for each merge, drawn over the first varied parameter."""
     is_number = all(isinstance(p.values[report.keys[0]], int | float) for p in report.points)
     return {
         "kind": "sweep",

@@ -1,7 +1,7 @@
 """A page: data as JSON, a script that draws them and a style, in one file.
 
-No text of the data becomes markup: names of tensors are a stranger's. The policy in the page's head allows this script
-and this style alone, and no request.
+No text of the data becomes markup, because a stranger may have chosen the tensors' names. The policy in the page's head
+allows only this script and this style, and no request.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ def page_text(title: str, data: Mapping[str, Any]) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names an inline script or style (https://www.w3.org/TR/CSP3/)."""
+    """The hash by which a content security policy allows an inline script or style (https://www.w3.org/TR/CSP3/)."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def check_page_path(path: Path) -> None:
     """Raise OutputError unless a page can be written there. Called before the work begins."""
     if path.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"{shown(path)}: a page's name ends in .html.")
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise OutputError(f"{shown(path)}: there is no such folder, or it is one. Choose a file's path.")
+        raise OutputError(f"{shown(path)}: a page's name must end in .html.")
+    if path.is_dir():
+        raise OutputError(f"{shown(path)}: is a folder. Choose a file's path.")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{shown(path)}: its folder is missing. Choose another path.")
 
 
 def write_page(path: Path, title: str, data: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Models of different architectures are refused first: all that would follow (missing tensors, other shapes) is noise.
+"""Models of different architectures are refused before other mismatches, which would only follow from this difference.
 
-An architecture is known by what config.json calls it. Old and new names of one architecture are the same, and so are a
-language model and the vision-language model that holds it. A model without such a name is taken as it is.
+An architecture is known by its name in config.json. Old and new names of one architecture are the same, and so are a
+language model and the vision-language model that holds it. A model without such a name is accepted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from merge_tool.checkpoint.sub_configs import is_of_text, sub_configs
 from merge_tool.errors import MismatchError, shown
 from merge_tool.recipe.recipe import Recipe
 
-# Names without case, `_` and `-`. To the left what a library called it once, or a model whose config.json has the
-# settings of its language model among its own.
+# Names without case, `_` and `-`. On the left is an old name of an architecture, or the name of a model whose
+# config.json mixes the settings of its language model with its own.
 _SAME = {
     "refinedweb": "falcon", "refinedwebmodel": "falcon", "rw": "falcon", "stablelmepoch": "stablelm",
     "yi": "llama", "phimsft": "phi", "mixformersequential": "phi", "llavallama": "llama", "llavamistral": "mistral",
@@ -43,7 +43,7 @@ def check_architectures(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
 
 
 def architectures(config: Mapping[str, Any]) -> frozenset[str]:
-    """What a model may be called: by its own configuration, and by those of its language model.
+    """The names of a model's architecture, from its own configuration and from its language model's.
 
     >>> architectures({"architectures": ["LLaMAForCausalLM"]}) == architectures({"model_type": "llama"})
     True

@@ -21,7 +21,7 @@ from merge_tool.plan.stacks import Stacks
 from merge_tool.vocabulary.align import config_sizes
 from merge_tool.vocabulary.row_tensors import embedding_rows
 
-# What a configuration says of the task that a model was trained for.
+# The keys of a configuration about the task that a model was trained for.
 _TASK = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
 
 
@@ -53,7 +53,7 @@ def fit_config(
     predicted = _predicted(infos, donor, len(side_files.layers))
     if predicted is not None:
         warnings.append(
-            f"config.json announces {predicted:,} layers that predict further tokens: so many are in the output. "
+            f"config.json announces {predicted:,} layers that predict further tokens, as many as the output has. "
             f"{donor.name} has another number."
         )
     if side_files.layers and donor.config is not None and not counts_layers(donor.config):
@@ -73,7 +73,7 @@ def fit_config(
 
 
 def _task(donor: Checkpoint, model: Checkpoint) -> dict[str, Any]:
-    """What the configuration of `model` says of its task, and the donor's does not."""
+    """The settings of the task in the configuration of `model` that differ from the donor's."""
     if donor is model or donor.config is None:
         return {}
     theirs = model.config or {}
@@ -113,9 +113,9 @@ def _ties(ends: Sequence[TensorJob], donor: Checkpoint, models: Sequence[Checkpo
     """The corrected tie_word_embeddings; None if the donor's config.json is right."""
     if not any(is_head(name) for model in models for name in model.tensors):
         return None
-    if not any(is_embedding(job.out.name) for job in ends):  # under the head's name, perhaps: the donor's own affair
+    if not any(is_embedding(job.out.name) for job in ends):  # perhaps stored under the head's name, as in the donor
         return None
-    stored = donor.stored or donor  # what its config.json speaks of
+    stored = donor.stored or donor  # the tensors that its config.json describes
     said, donor_has_head = says_tied(stored.config or {}), any(map(is_head, stored.tensors))
     is_tied = not any(is_head(job.out.name) for job in ends)
     if is_tied:

@@ -1,4 +1,4 @@
-"""What the disk of OUT can take: its largest file. Asked before a byte is written; unknown is not zero."""
+"""The largest file that the disk of OUT can hold, asked before a byte is written; None if it is unknown."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _FAT = frozenset({"vfat", "msdos", "fat", "fat32"})
 
 
 def largest_file(folder: Path) -> int | None:
-    """The largest file, in bytes, that the disk of an existing folder can hold; None if that is not known, or more than
-    any model has."""
+    """The largest file, in bytes, that the disk of an existing folder can hold; None if unknown, or larger than any
+    model."""
     if sys.platform == "win32":
         return largest_of(_windows_kind(folder))
     if sys.platform == "linux":
         return largest_of(_linux_kind(folder))
-    try:  # Linux's C library answers 32 bits for every file system that it does not know, macOS knows
+    try:  # on macOS; Linux's C library answers 32 bits for every file system that it does not know
         bits = os.pathconf(folder, "PC_FILESIZEBITS")
     except (OSError, ValueError, AttributeError):
         return None
@@ -37,7 +37,7 @@ def largest_of_process() -> int | None:
 
 
 def largest_of(kind: str) -> int | None:
-    """By the name of a file system.
+    """The largest file by the name of a file system.
 
     >>> largest_of("vfat"), largest_of("FAT32"), largest_of("ext4")
     (4294967295, 4294967295, None)
@@ -46,7 +46,7 @@ def largest_of(kind: str) -> int | None:
 
 
 def largest_of_bits(bits: int) -> int | None:
-    """By the bits that a file's size has, one of them the sign: 33 for 4 GiB.
+    """The largest file by the number of bits of a file's size, one of them the sign: 33 for 4 GiB.
 
     >>> largest_of_bits(33), largest_of_bits(64), largest_of_bits(-1)
     (4294967295, None, None)
@@ -55,7 +55,7 @@ def largest_of_bits(bits: int) -> int | None:
 
 
 def shard_limit(largest: int) -> int:
-    """The most data of a shard on a disk with such a largest file: room is left for the header.
+    """The most data of a shard on a disk whose largest file is `largest`: room is left for the header.
 
     >>> shard_limit(2**32 - 1), shard_limit(30_000)
     (4000000000, 28125)
@@ -64,9 +64,9 @@ def shard_limit(largest: int) -> int:
 
 
 def waiting_limit(room: int) -> int:
-    """The most data of a shard that waits for its upload, where two of them may wait and the disk has little room: an
-    eighth of it (what is read by range needs the most), rounded down to 1, 2 or 5 of a power of ten, so that another
-    disk of about that size gives the same shards. At least a megabyte.
+    """The most data of a shard that waits for its upload, if the disk has little room for two such shards. It is an
+    eighth of the room (weights read by range need the most), rounded down to 1, 2 or 5 times a power of ten, so that
+    another disk of about that size gives the same shards. At least a megabyte.
 
     >>> waiting_limit(10_000_000_000), waiting_limit(9_000_000_000), waiting_limit(5_000)
     (1000000000, 1000000000, 1000000)

@@ -1,7 +1,7 @@
 """Recipe + the models' tensor names -> for each tensor of the output: its sources and its parameters.
 
-Names and numbers only. No table of architectures: a layer is known by the number in its tensors' names. No lists:
-everything about a tensor follows from its name, so 100,000 tensors take no memory beside the plan itself.
+Works on names and numbers only. There is no table of architectures: the number in a tensor's name is its layer. There
+are no lists: everything about a tensor follows from its name, so 100,000 tensors take no memory beside the plan itself.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from merge_tool.recipe.settings import Choice, Settings, find_choice
 
 
 class OutputTensor(NamedTuple):
-    """A tensor of the output: its slice (`part`) and module, its `position` along the layers, and in `names` its name
-    in each of the slice's sources, in their order, as the first model names tensors. `is_behind` the layers are a final
-    norm and a head."""
+    """A tensor of the output: its slice (`part`) and module, and its `position` along the layers. `names` are its names
+    in the slice's sources, in their order, as the first model names tensors. `is_behind` marks tensors behind the
+    layers: a final norm and a head."""
 
     name: str
     names: tuple[str, ...]
@@ -112,7 +112,7 @@ class Expansion:
         return self._stacks[lead].position(name)
 
     def _common_num_layers(self) -> int | None:
-        """The most layers that a source has by config.json; None if one does not say."""
+        """The largest number of layers in the sources' config.json; None if one of them does not have it."""
         counts = [self._num_layers[k] for k in self._recipe.sources]
         return None if None in counts else max(count for count in counts if count is not None)
 
@@ -120,7 +120,7 @@ class Expansion:
         return Stacks(iter(self.known[number]), self._num_layers[number])
 
     def depth(self, number: int, stack: str) -> int:
-        """The number of a model's layers in a stack, without what lies outside it."""
+        """The number of a model's layers in a stack, without layers that lie outside it."""
         key = number, stack
         if key not in self._depths:
             extra = self._stacks_of(number).extra
@@ -129,8 +129,8 @@ class Expansion:
         return self._depths[key]
 
     def beyond(self) -> Iterator[tuple[int, str, int]]:
-        """(model, stack, number of layers that lie outside it by the model's config.json), where layers count: for
-        slices, and for values along the layers."""
+        """(model, stack, number of layers that lie outside it by the model's config.json). Empty for recipes without
+        slices and without values along the layers: for them layers do not matter."""
         if self._sliced or self._values.lie_along_layers:
             for number in self._first_before(self._recipe.sources):
                 if (extra := self._stacks_of(number).extra) is not None:
@@ -161,8 +161,7 @@ class Expansion:
         return comes_last(name) and name != self._lone_head
 
     def _names_behind(self, module: Module, stack: str) -> Iterator[str]:
-        """The tensors of layers outside the stack, of the last slice's models, numbered on behind the output's
-        layers."""
+        """The last slice's tensors in layers outside the stack, numbered behind the output's layers."""
         names, total = dict[str, None](), module.num_layers or 0
         for k in self._first_before({source.model for source in module.slices[-1].sources}):
             depth = self.depth(k, stack)
@@ -248,8 +247,8 @@ class Expansion:
         return tuple((model, self.known[model].own(tensor.names[number])) for number, model in self._numbers[key])
 
     def base_of(self, tensor: OutputTensor) -> tuple[int, str] | None:
-        """The tensor in the slice's base, else in the first model, else in the first source; None if that model lacks
-        it."""
+        """The tensor in the slice's base; without a base in the first model, or else in the first source. None if that
+        model lacks it."""
         sources = tensor.part.sources
         of_first = (k for k, source in enumerate(sources) if source.model == self._recipe.first)
         number = tensor.part.base if tensor.part.base is not None else next(of_first, 0)

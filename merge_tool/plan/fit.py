@@ -128,7 +128,7 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
             where = f"only in {models[others[0]].name}" if len(others) == 1 else f"not in {models[model].name}"
             problems.append(f"{counted(len(names), 'tensor')} {where}: {listed(_natural(names))}")
         ways.append(
-            "--on-missing base: tensors that a model lacks are copied from BASE; those that BASE lacks are left out."
+            "--on-missing base: tensors that a model lacks are copied from BASE; tensors that BASE lacks are left out."
         )
         if recipe.first in differences.lacking:
             ways.append("--on-missing ft: the same, but tensors that BASE lacks are copied from a model that has them.")
@@ -171,7 +171,8 @@ def _check(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], d
 
 
 def _check_depth(base: Checkpoint, added: Sequence[str]) -> None:
-    """Raise MismatchError for layers that BASE does not have: config.json counts BASE's, and a loader ignores more."""
+    """Raise MismatchError for layers that BASE does not have: config.json counts BASE's layers, and a loader ignores
+    others."""
     layers = {name: layer for name in added if (layer := split_layer(name)) is not None}
     if not layers:
         return
@@ -186,7 +187,7 @@ def _check_depth(base: Checkpoint, added: Sequence[str]) -> None:
 
 
 def _suggested(recipe: Recipe, models: Sequence[Checkpoint], differences: _Differences) -> dict[str, str]:
-    """FT's names and BASE's, where both have tensors of their own whose shapes fit each other in one way only."""
+    """FT's names and BASE's names, if both have tensors of their own whose shapes allow only one pairing."""
     other = max(recipe.sources)
     if not recipe.is_strict or not {recipe.first, other} <= differences.lacking.keys():
         return {}

@@ -13,7 +13,7 @@ from merge_tool.checkpoint.reader import Checkpoint
 from merge_tool.plan.plan import ShardPlan, TensorJob
 from merge_tool.recipe.recipe import Recipe
 
-_PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # both formats have the same name
+_PICKLED_STEMS = frozenset({"diffusion_pytorch_model", "adapter_model"})  # pickles and safetensors share these names
 
 
 def lay_out(
@@ -62,8 +62,8 @@ def output_dtype(recipe: Recipe, dtype: str) -> str:
 
 
 def output_stem(first: Checkpoint, variant: str | None) -> str:
-    """The names of the output's files, chosen so that a loader of BASE also loads the output: by the index, or the only
-    file, without a variant."""
+    """The stem of the output's file names: that of BASE's index, or only file, without a variant. So a loader of BASE
+    also loads the output."""
     if first.folder is None:
         return "model"
     name = first.index_name or first.files[0].file_name

@@ -17,10 +17,10 @@ from merge_tool.plan.system_memory import available_bytes, resident_bytes
 DEFAULT_MOST_BYTES = 256_000_000
 _COMMAND_BYTES = 48_000_000  # interpreter, imports and headers of a usual model: about 40 MB
 _RESERVE_BYTES = 3_000_000  # threads' stacks, malloc's overhead, the journal: at most 2.0 MB measured
-_PER_TENSOR_BYTES = 300  # findings until a shard is done, and its header: 290 measured
+_PER_TENSOR_BYTES = 300  # findings until a shard is done, and the shard's header: 290 measured
 _CARD_BYTES = 5_000_000  # huggingface_hub's card class and YAML, imported after the buffers are given back
 _LARGEST_CHUNK_TILES = 2  # larger chunks were no faster, and fall out of the caches
-SUM_BLOCK = 16_384  # elements: what is added at a time, of inputs that are read one by one
+SUM_BLOCK = 16_384  # elements that are added at a time, if inputs are read one by one
 _STEPS_ROWS = 6  # float64 tiles that a method's expressions hold at a time, beside its inputs
 _SLACK_BYTES = 2_000_000  # run-to-run variation of one command's resident memory
 
@@ -30,7 +30,7 @@ class Layout:
     """What the streaming loop allocates: `jobs` slots of one chunk each, and an arena for tensors read once.
 
     Each job has `scratch_bytes` for the sums and the combine of two weights, and `temporary_bytes` for short-lived
-    arrays; `state_bytes` is what a method's passes hold, `scales_bytes` what is kept of scales in 8 bits.
+    arrays. A method's passes hold `state_bytes`; the scales of 8-bit output that are kept have `scales_bytes`.
     """
 
     jobs: int
@@ -91,7 +91,7 @@ def default_budget(held: int) -> int:
 
 
 def plan_layout(plan: MergePlan, budget: int, jobs: int, *, held: int | None = None) -> Layout:
-    """Divide `budget` bytes; the process `held` so many before the merge (default: what it holds now).
+    """Divide `budget` bytes. The process `held` so many bytes before the merge (default: as many as it holds now).
 
     If memory is short: fewer jobs and smaller chunks, then RecipeError with the least budget that suffices.
     """
@@ -144,12 +144,13 @@ def _job_bytes(plan: MergePlan, chunk: int) -> tuple[int, int]:
         if plan.is_summed(job):
             merging = 3 * 8 * SUM_BLOCK
         temporary = max(temporary, reading, merging if job.scaling is None else extra_bytes(job.numel))
-        finishing = max(finishing, _scales_bytes(plan, job))  # of the tensor before, perhaps still being written
+        finishing = max(finishing, _scales_bytes(plan, job))  # scales of the tensor before may still be written
     return slot, temporary + finishing
 
 
 def _slot_bytes(plan: MergePlan, job: TensorJob, chunk: int) -> int:
-    """A chunk of all inputs and of the output; where inputs are added one by one, of one of them, and of the sums."""
+    """A chunk of all inputs and of the output. If inputs are added one by one: of one input, the sums and the
+    output."""
     if plan.is_summed(job):
         length, rows = min(chunk, job.numel), len(set(job.values))
         itemsize = STORED_DTYPES[job.out.dtype].itemsize
@@ -185,7 +186,7 @@ def _scales_bytes(plan: MergePlan, job: TensorJob) -> int:
 
 
 def _stored_scales_bytes(plan: MergePlan) -> int:
-    """The scales of a shard, as they are stored. Who keeps them need not make a weight's passes again for its codes."""
+    """The stored scales of a shard, at most. If they are kept, a weight's passes are not made again for its codes."""
     shards = (sum(job.out.nbytes for job in shard.jobs if job.is_scales) for shard in plan.shards)
     return len(plan.labels) * max(shards, default=0)
 
@@ -201,7 +202,8 @@ def _arena_bytes(plan: MergePlan, room: int) -> int:
 
 
 def region_bytes(plan: MergePlan, job: TensorJob) -> int:
-    """The arena bytes of a tensor: all inputs whole; 0 if it is only copied, or its inputs are added one by one."""
+    """The arena bytes of a tensor: all its inputs, whole. 0 if it is only copied, or its inputs are added one by
+    one."""
     is_once = job.is_copied or plan.is_summed(job)
     return 0 if is_once else sum(aligned(source.info.nbytes) for source in job.sources)
 

@@ -1,7 +1,7 @@
 """Whether an output would touch an input: by device and inode, because one folder may have several names.
 
-A link, a mount, or another spelling on a disk that ignores case: the text of two paths is not enough. Some drivers give
-two spellings of one folder two inodes; a file made under one spelling then appears under the other, too.
+The text of two paths is not enough: there are links, mounts, and other spellings on a disk that ignores case. Some
+drivers give two spellings of one folder two inodes; a file made under one spelling then appears under the other, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def lies_in(path: Path, other: Path) -> bool:
-    """Whether `path` is `other` or inside it. Both may be missing still."""
+    """Whether `path` is `other` or inside it. Neither path needs to exist."""
     real, other_real = path.resolve(), other.resolve()
     if real.is_relative_to(other_real):
         return True
@@ -70,7 +70,7 @@ def find_showing(
 
 
 def _places(real: Path, source: Path, above: bool, has_folder: bool) -> Iterator[Path]:
-    """Where a mark would be if the output were this input, or inside or around it."""
+    """The places where a mark would be if the output were this input, or inside or around it."""
     yield from (source / real.relative_to(parent) for parent in real.parents)
     folders = [source, *_folders_in(source)] if source.is_dir() else []
     for folder in (*folders, *(source.parents if above else ())):
@@ -106,7 +106,7 @@ def _looks_like(out: Path, ours: set[tuple[str, int, int]], source: Path) -> Pat
 
 @contextmanager
 def _reading(source: Path) -> Iterator[None]:
-    """Errors are the input's, and name it."""
+    """Turn OSErrors into errors that name the input."""
     try:
         yield
     except OSError as e:

@@ -21,7 +21,7 @@ _POSITIONS = "the two see positions differently"
 _SCALES = "the same values have another effect in each"
 _REACH = "the two attend to other tokens"
 _EXPERTS = "the two choose and weigh experts differently"
-# What changes the meaning of weights, and why; as libraries spell it.
+# Settings that change the meaning of weights, in all spellings of libraries, and the reason.
 _SETTINGS: Mapping[str, str] = {
     **dict.fromkeys(("architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"), _KIND),
     **dict.fromkeys(("num_key_value_heads", "num_heads", "tie_word_embeddings", "head_dim", "position_embedding_type"),
@@ -45,20 +45,17 @@ _SAME_ROPE = {  # older names
     "rotary_emb_base": "rope_theta", "global_rope_theta": "rope_theta", "local_rope_theta": "rope_local_base_freq",
     "rotary_pct": "partial_rotary_factor",
 }  # fmt: skip
-_USUAL_BASE = (
-    10_000.0  # of rotary positions: what transformers takes for these, and writes, where config.json is silent
-)
+_USUAL_BASE = 10_000.0  # the base of rotary positions that transformers uses for these if config.json has none
 _OF_USUAL_BASE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "stablelm", "gpt_neox", "falcon", "olmo"}
     | {"olmo2", "starcoder2", "granite"}
 )
-_ONE_SIDED = frozenset(
-    {"num_attention_heads", "num_key_value_heads", "rope_theta", "rope_scaling"}
-)  # worth a word then
+# Settings that are worth a warning even if only one config.json has them.
+_ONE_SIDED = frozenset({"num_attention_heads", "num_key_value_heads", "rope_theta", "rope_scaling"})
 
 
 def parent_warnings(recipe: Recipe, models: Sequence[Checkpoint], alignment: Alignment | None) -> Iterable[str]:
-    """Notices of the models, and what each says otherwise than the model whose files the output has. With an
+    """The models' notices, and the differences of each model from the model whose files the output has. With an
     `alignment`, rows are matched by token, and the tokenizer may be another model's."""
     for model in models:
         yield from model.notices
@@ -84,8 +81,8 @@ def _ways(recipe: Recipe, name: str, has_own_rows: bool) -> Ways:
 
 
 def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
-    """Raise MismatchError if a row means different tokens in two models: if the recipe is strict, for any difference
-    between tokenizers, else only if a token's id differs."""
+    """Raise MismatchError if a row means different tokens in two models. If the recipe is strict, any difference
+    between tokenizers counts; otherwise only a token with different ids."""
     base, *others = models
     for other in others:
         here, there = base.tokenizer_folder, other.tokenizer_folder
@@ -101,12 +98,13 @@ def check_vocabularies(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
             raise MismatchError(
                 f"{base.name} and {other.name} have different vocabularies, so rows of one number mean other tokens. "
                 f"{explain(base, other)}.\nWith {recipe.rows_option} rows are matched by token; --exclude PATTERN "
-                "keeps what it matches (embeddings, heads) as the base has it."
+                "keeps the base's tensors that it matches (embeddings, heads)."
             )
 
 
 def explain_rows(models: Sequence[Checkpoint]) -> str:
-    """How far vocabularies agree, for models whose embeddings differ in their number of rows; empty if none do."""
+    """How far vocabularies agree, for models whose embeddings have different numbers of rows; empty if there are
+    none."""
     base, *others = models
     lines = [f"\n{text}." for other in others if _has_other_rows(base, other) and (text := _compared(base, other))]
     return "".join(lines)
@@ -133,7 +131,7 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
     for key in sorted(a.keys() | b.keys()):
         own, theirs, last = a.get(key), b.get(key), key.split(".")[-1]
         if own == theirs or (last == "tie_word_embeddings" and base.tensors.keys() != ft.tensors.keys()):
-            continue  # of heads their own warning speaks
+            continue  # heads have a warning of their own
         is_one_sided = key not in a or key not in b
         if last == "rope_theta" and is_one_sided and _is_usual_base(*((a, theirs) if key in b else (b, own))):
             continue
@@ -145,7 +143,7 @@ def _differences(base: Checkpoint, ft: Checkpoint) -> Iterator[str]:
 
 
 def _is_usual_base(silent: Mapping[str, Any], value: Any) -> bool:
-    """Whether a model whose configuration is silent of its rotary base has this one."""
+    """Whether a model whose configuration has no rotary base uses this base."""
     return value == _USUAL_BASE and silent.get("model_type") in _OF_USUAL_BASE
 
 
@@ -158,9 +156,9 @@ def _language(config: Mapping[str, Any]) -> list[KeyPath]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that matter: the language model's by their names, those of another part as `vision_config.head_dim`.
+    """The settings that matter: of the language model by their names, of another part as `vision_config.head_dim`.
 
-    None where a setting is off: without scaling of positions, or null.
+    A setting that is off (null, or no scaling of positions) is None.
     """
     settings: dict[str, Any] = {"rope_scaling": None}
     for keys, part in sub_configs(config):

@@ -1,5 +1,5 @@
-"""Regular expressions that came from a file, perhaps a stranger's: they are tried in another process before we match
-them, because nothing can interrupt a match."""
+"""Regular expressions from a file, perhaps a stranger's, are tried in another process before they are used here,
+because nothing can interrupt a match."""
 
 from __future__ import annotations
 

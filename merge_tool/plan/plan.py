@@ -1,4 +1,4 @@
-"""`MergePlan`: everything that is decided before a weight is read. Every output byte has its offset, and every tensor
+"""`MergePlan`: every decision that is made before a weight is read. Every output byte has its offset, and every tensor
 its job.
 
 Objects are small and shared: 100,000 tensors are normal.
@@ -78,7 +78,7 @@ class TensorJob:
         return sum(source.info.nbytes for source in self.sources)
 
     def spec(self, seed: int, output: int = 0) -> MergeSpec:
-        """What the method gets of this tensor in an output."""
+        """The spec that the method gets for this tensor in one output."""
         values = self.values[output]
         return MergeSpec(
             shape=self.first.info.shape,
@@ -109,8 +109,8 @@ class MergePlan:
     """The decisions: the method, the parameters of each output, and the shards that each output has.
 
     `names` are the models' names; `facts` decide the output's bytes, as far as headers show it. `layers` has for each
-    output layer the donor's layer, if they are not the same; `num_layers` is the number of the output's layers, as far
-    as config.json says it. `text` is the recipe's text as written to the output. `num_scheduled` tensors have
+    output layer the donor's layer, if they are not the same; `num_layers` is the number of the output's layers, if
+    config.json has it. `text` is the recipe's text as written to the output. `num_scheduled` tensors have
     parameters of their own, by a pattern or along the layers. `is_scaled`: BASE and the output have 8-bit floats with
     scales.
     """
@@ -159,7 +159,7 @@ class MergePlan:
         return self.has_steps(job) or job.scaling is not None
 
     def tile(self, job: TensorJob) -> int:
-        """How many elements of this tensor form a tile."""
+        """The number of elements in a tile of this tensor."""
         if not self.has_steps(job):
             return TILE
         spec = job.spec(self.seed)

@@ -226,7 +226,8 @@ def _is_plain_copy(values: Values) -> bool:
 
 
 def _idle_choices(recipe: Recipe, expansion: Expansion, names: Sequence[str]) -> Iterator[str]:
-    """Warnings of patterns without effect. RecipeError for one that matches no tensor, if the recipe is strict."""
+    """Warnings about patterns without effect. If the recipe is strict, a pattern that matches no tensor is a
+    RecipeError."""
     for key, choice in expansion.idle_choices():
         assert choice.pattern is not None
         matches = any(map(choice.pattern.matches, names))
@@ -234,24 +235,24 @@ def _idle_choices(recipe: Recipe, expansion: Expansion, names: Sequence[str]) ->
             option = f"--{key}-for {shown(choice)}"
             if not matches:
                 raise RecipeError(no_match(option, choice.pattern, names))
-            yield f"{option} has no effect: what it matches is not merged, or has its {key} from one before it."
+            yield f"{option} has no effect: its tensors are not merged, or have their {key} from one before it."
         elif not matches and not any(map(choice.pattern.matches, chain.from_iterable(expansion.known))):
             yield (
-                f"The filter '{shown(choice.pattern.text)}' of '{shown(key)}' is in no tensor's name."
-                f"{meant(choice.pattern.text, names)} A filter is a part of the name, no glob and no regular "
+                f"The filter '{shown(choice.pattern.text)}' of '{shown(key)}' occurs in no tensor's name."
+                f"{meant(choice.pattern.text, names)} A filter is a part of the name, not a glob or a regular "
                 "expression."
             )
 
 
 def _beyond(expansion: Expansion, models: Sequence[Checkpoint]) -> Iterator[str]:
-    """Warnings of layers that lie outside the stack, by a model's config.json."""
+    """Warnings about layers that lie outside the stack by a model's config.json."""
     for number, stack, more in expansion.beyond():
         depth = expansion.depth(number, stack)
         names = f"{stack}{depth}" if more == 1 else f"{stack}{depth} to {stack}{depth + more - 1}"
         yield (
             f"{shown(names)} of {models[number].name} {'lies' if more == 1 else 'lie'} outside the layers: its "
-            f"config.json says that it has {depth:,}. What lies outside is merged by the value for the rest; in a "
-            "stack it comes from the last slice and is numbered behind the layers."
+            f"config.json says that it has {depth:,}. Tensors outside the layers are merged with the value for the "
+            "rest; in a stack they come from the last slice and are numbered behind the layers."
         )
 
 

@@ -60,12 +60,12 @@ from merge_tool.vocabulary.row_tensors import has_row_tensors
 class Prepared:
     """A planned merge, checked by headers: `--dry-run` shows it and `merge` runs it.
 
-    `samples` are digests of a few bytes of many tensors of each input, which distinguish two finetunes of one layout; a
-    dry run, which reads no weights, has none. `refs` are the models by local paths, `pinned` by absolute paths or
-    commits of the Hub, `inputs` all of these paths, including adapters; `download` is what is still to be fetched,
-    after a dry run. `first_card` is the card of the model whose language the output inherits; `cards` are those of all
-    models, for their licences. `architecture` is the class that the output's config.json names, if any. `has_own_rows`:
-    rows were matched by token.
+    `samples` are digests of a few bytes of many tensors of each input: they distinguish two finetunes of one layout. A
+    dry run reads no weights and has no samples. `refs` are the models' local paths, `pinned` their absolute paths or
+    commits of the Hub, `inputs` all of these paths, including adapters. `download` is the download that is still
+    missing after a dry run. `first_card` is the card of the model whose language the output inherits; `cards` are the
+    cards of all models, for their licences. `architecture` is the class that the output's config.json names, if any.
+    `has_own_rows`: rows were matched by token.
     """
 
     plan: MergePlan
@@ -100,7 +100,8 @@ class Prepared:
 
     @property
     def here_bytes(self) -> int:
-        """The part of it that this disk takes: all, or for the Hub the two largest shards and the other files."""
+        """The disk space that is needed here: for all outputs, or for the Hub the two largest shards and the other
+        files."""
         if not self.target.repo:
             return self.disk_bytes
         return waiting_bytes(self.plan) + self.side_files.size
@@ -118,7 +119,7 @@ class Prepared:
 
     @property
     def free_disk_bytes(self) -> int | None:
-        """None if the file system does not say."""
+        """The free bytes on the disk of OUT; None if the file system does not report them."""
         return free_bytes(existing_folder(self.target.path))
 
     @property
@@ -205,7 +206,7 @@ def _with_variant(models: Sequence[Checkpoint], variant: str) -> list[Checkpoint
 
 
 def _name_of(e: OSError, inputs: Sequence[Path]) -> str:
-    """The file that the system refused, by the name of its input: `base/tokenizer.json`."""
+    """The file that could not be read, under the name of its input: `base/tokenizer.json`."""
     if not isinstance(e.filename, str):
         return "a file of the inputs"
     path = Path(e.filename)
@@ -240,8 +241,8 @@ def _plan_for_upload(
 def _plan_for_disk(
     recipe: Recipe, models: Sequence[Checkpoint], methods: Mapping[str, Method], target: Target
 ) -> MergePlan:
-    """The plan, with smaller shards if the disk of OUT, or a limit of this process, allows no file so large. Raises
-    OutputError if a single tensor is too large for it."""
+    """The plan, with smaller shards if the disk of OUT, or a limit of this process, does not allow files so large.
+    Raises OutputError if a single tensor is too large."""
     plan = (_plan_for_upload if target.repo else _plan)(recipe, models, methods, target)
     limits = {
         ("its disk holds", "Choose another disk"): largest_file(existing_folder(target.path)),

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merge_tool.checkpoint.addresses import is_address, is_store, is_url, store_path
 from merge_tool.checkpoint.folder import Folder, distinct_names, is_there, snapshot_of
-from merge_tool.checkpoint.hub import hub_id, is_url, meant
+from merge_tool.checkpoint.hub import hub_id, meant
 from merge_tool.errors import CheckpointError, RecipeError, shown
 from merge_tool.models.lora import lacking, parts
 from merge_tool.plan.plan import MergePlan
@@ -31,12 +32,17 @@ def published(recipe: Recipe) -> str:
 
 
 def local_names(recipe: Recipe) -> dict[str, str]:
-    """The name of each local model and adapter, by its path in the recipe. A name with a / begins with `./`: it must
-    not be taken for an id of the Hub."""
-    paths = list(dict.fromkeys(path for path in _all_parts(recipe) if is_there(path)))
-    names = distinct_names(map(Path, paths))
+    """The name of each local model and adapter, by its path in the recipe, and of those on object stores, whose buckets
+    are nobody's business either. A name with a / begins with `./`: it must not be taken for an id of the Hub."""
+    places = {path: _place(path) for path in _all_parts(recipe) if is_store(path) or is_there(path)}
+    names = distinct_names(places.values())
     addresses = {path: path.partition("?")[0] for path in _all_parts(recipe) if is_url(path)}  # without a signature
-    return {path: _local(names[Path(path)], Path(path)) for path in paths} | addresses
+    return {path: _local(names[place], place) for path, place in places.items()} | addresses
+
+
+def _place(path: str) -> Path:
+    """A local path; of a model on an object store the path that it is called by."""
+    return Path("/", store_path(path)) if is_store(path) else Path(path)
 
 
 def _local(name: str, path: Path) -> str:
@@ -118,7 +124,7 @@ def check_places(recipe: Recipe) -> None:
     current folder. One that is beside the recipe is not looked up on the Hub, even if it has the form of an id."""
     for path in _all_parts(recipe) if recipe.text else ():
         beside = recipe.folder is not None and Path(recipe.folder, path).exists()
-        if is_there(path) or is_url(path) or (hub_id(path) is not None and not beside):
+        if is_there(path) or is_address(path) or (hub_id(path) is not None and not beside):
             continue
         ends = [place.end for place in recipe.places if path.partition("@")[0] in str(place.ref)]
         line = f", line {recipe.text[: ends[0]].rstrip().count(chr(10)) + 1}" if ends else ""

@@ -1,7 +1,7 @@
 """`--dtype base` where BASE has 8-bit floats with scales: the output's tensors, and the sources of each.
 
-Its tensors are BASE's as they are stored: codes and scales, merged in real values and quantised again; scales of
-activations, copied. Reads no weights.
+The output has BASE's stored tensors: codes and scales, which are merged in real values and quantised again, and scales
+of activations, which are copied. Reads no weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from merge_tool.recipe.recipe import Recipe
 class Scaling:
     """How two jobs write a weight in 8 bits, its codes and its scales, in the format of `like`, BASE's weight.
 
-    `other` is the second model's, where it has the same grid and dtypes: a merge that equals it may have its bytes.
+    `other` is the second model's weight, if it has the same grid and dtypes: if the merge equals it, its bytes are
+    copied.
     """
 
     like: ScaledTensor
@@ -49,7 +50,7 @@ class ScaledPlan:
 
     @cached_property
     def weights(self) -> dict[str, str]:
-        """The name of every tensor of codes or scales -> its weight's."""
+        """The name of every tensor of codes or scales -> the name of its weight."""
         scales = {weight.scales.info.name: name for name, weight in self.scaled.made.items()}
         return {**{name: name for name in self.scaled.made}, **scales}
 
@@ -100,8 +101,8 @@ def plan_scaled(recipe: Recipe, method: Method, models: Sequence[Checkpoint]) ->
         raise RecipeError(
             f"dtype is 'base', and {base.name} has {counted(len(changed), 'tensor')} in 8 bits with something "
             "added to them: "
-            f"{listed(changed)}. Only BASE's own codes are quantised again; write bfloat16 (the default), and quantise "
-            "it afterwards."
+            f"{listed(changed)}. Only BASE's own codes are quantised again. Write bfloat16 (the default), and quantise "
+            "OUT afterwards."
         )
     for source in scaled.activations.values():
         if source.info.dtype not in STORED_DTYPES:
@@ -110,7 +111,7 @@ def plan_scaled(recipe: Recipe, method: Method, models: Sequence[Checkpoint]) ->
     theirs = donor.scaled.settings if donor.scaled is not None else None
     if donor is not base and theirs != scaled.settings:
         raise RecipeError(
-            f"--files-from {shown(recipe.options.files_from)}: config.json of {donor.name} does not speak of the 8 "
+            f"--files-from {shown(recipe.options.files_from)}: config.json of {donor.name} does not describe the 8 "
             f"bits that {base.name} has and --dtype base writes. Take BASE's files, or another dtype."
         )
     return ScaledPlan(base, scaled)

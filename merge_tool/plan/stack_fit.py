@@ -1,7 +1,7 @@
-"""Whether layers that were stacked from several models fit each other, and the config.json that the output gets.
+"""Check that layers stacked from several models fit each other, and fit the config.json that the output gets.
 
-Names and shapes only, so before a weight is read or fetched. Layers of one model may have several shapes (dense layers
-and layers with experts, widths that a list gives): only what no single model has is a mismatch.
+Needs names and shapes only, so it runs before a weight is read or fetched. Layers of one model may have several shapes
+(dense layers and layers with experts, widths that a list gives). A combination that no single model has is a mismatch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST = 5
 
 
 def check_stack(recipe: Recipe, expansion: Expansion, models: Sequence[Checkpoint], names: Iterable[str]) -> None:
-    """Raise MismatchError for stacked layers, embedding and head that no model could have together, all at once."""
+    """Raise MismatchError with all mismatches at once: layers, embedding and head that no model has together."""
     if not expansion.sliced_stacks:
         return
     stacked = expansion.stacked_layers()
@@ -143,8 +143,8 @@ def _unlike_donor(
 def _unlike_outside(
     models: Sequence[Checkpoint], donor: int, outside: dict[str, tuple[int, TensorInfo]]
 ) -> Iterator[tuple[str, str]]:
-    """Tensors outside the layers of another shape than the model has whose config.json is copied, rows of tokens
-    apart."""
+    """Tensors outside the layers whose shape differs from the model whose config.json is copied. The number of token
+    rows may differ."""
     for name, (number, info) in outside.items():
         there = models[donor].tensors.get(name)
         if there is None or number == donor:

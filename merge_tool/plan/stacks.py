@@ -27,8 +27,8 @@ class Stacks:
     """The stacks in some models' tensor names, each with its number of layers. A stack of *layers* is numbered from 0
     without gaps and has at least three tensors in each layer, if any stack has; a projector's `mlp.0` is no layer.
 
-    `num_layers` is the language model's number of layers by config.json. What the names of its stack have beyond that
-    (a layer that predicts further tokens) lies outside the stack: `extra` has the stack and how many such layers."""
+    `num_layers` is the language model's number of layers by config.json. Further layers in the names of its stack (a
+    layer that predicts further tokens) lie outside the stack: `extra` has the stack and the number of such layers."""
 
     def __init__(self, names: Iterable[str], num_layers: int | None = None) -> None:
         counts: dict[str, dict[int, int]] = {}
@@ -94,8 +94,8 @@ def is_beside(stack: str) -> bool:
 
 
 def _language_stack(counts: Mapping[str, Mapping[int, int]]) -> str | None:
-    """The stack of the language model: the only one with as many tensors in a layer as stacks of layers have, beside
-    stacks of parts such as a vision tower. None if that is not clear (an encoder and a decoder)."""
+    """The stack of the language model: the only stack of layers, without stacks of parts such as a vision tower. None
+    if there are several (an encoder and a decoder)."""
     deep = [stack for stack, layers in counts.items() if len(layers) > 1 and min(layers.values()) >= _FEWEST_TENSORS]
     own = [stack for stack in deep or counts if not (_OTHER_STACK.search(stack) or is_beside(stack))]
     return own[0] if len(own) == 1 else None

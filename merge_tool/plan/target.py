@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_tool.checkpoint.addresses import is_store, store_url
 from merge_tool.checkpoint.folder import is_weight_file
 from merge_tool.errors import OutputError, RecipeError, reason, shown
 from merge_tool.models.side_files import WORK
@@ -20,8 +21,9 @@ _REPO = re.compile(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A merge's output: a folder, or exactly one .safetensors file. With `repo` a repository of the Hub: `path` is then
-    the folder where shards wait for their upload, and `most_shard_bytes` the size that an earlier run gave them."""
+    """A merge's output: a folder, or exactly one .safetensors file. With `repo` a repository of the Hub, or a folder of
+    an object store (`s3://bucket/folder`): `path` is then the folder where shards wait for their upload, and
+    `most_shard_bytes` the size that an earlier run gave them."""
 
     path: Path
     repo: str = ""
@@ -30,7 +32,9 @@ class Target:
     @property
     def name(self) -> str:
         """What the user calls the output."""
-        return f"{HUB}{self.repo}" if self.repo else shown(self.path)
+        if not self.repo:
+            return shown(self.path)
+        return shown(self.repo) if is_store(self.repo) else f"{HUB}{self.repo}"
 
     @property
     def is_file(self) -> bool:
@@ -45,9 +49,16 @@ class Target:
         return self.path.name if self.is_file else None
 
 
-def is_hub(out: str | Path) -> bool:
-    """Whether an output is a repository of the Hub, rather than a path."""
-    return str(out).startswith(HUB)
+def is_remote(out: str | Path) -> bool:
+    """Whether an output is a repository of the Hub or a folder of an object store, rather than a path."""
+    text = out.as_posix() if isinstance(out, Path) else out
+    return text.startswith(HUB) or is_store(out_text(text))
+
+
+def out_text(out: str | Path) -> str:
+    """An output as it was typed: a Path makes one / of the two in s3://bucket."""
+    text = out.as_posix() if isinstance(out, Path) else out
+    return re.sub(r"^(s3|gs|az):/(?=[^/])", r"\1://", text)
 
 
 def repo_of(out: str | Path) -> str:
@@ -60,16 +71,20 @@ def repo_of(out: str | Path) -> str:
     return match[1]
 
 
-def hub_target(out: str | Path, work: Path | None = None) -> Target:
-    """The target for `hub:org/name`. Shards wait in a folder in `work`, or by itself in the folder that the Hub's own
-    client keeps for other programs: HF_ASSETS_CACHE, or `assets` in HF_HOME. Raises OutputError."""
-    repo = repo_of(out)
+def remote_target(out: str | Path, work: Path | None = None) -> Target:
+    """The target for `hub:org/name` or `s3://bucket/folder`. Shards wait in a folder in `work`, or by itself in the
+    folder that the Hub's own client keeps for other programs: HF_ASSETS_CACHE, or `assets` in HF_HOME. Raises
+    OutputError."""
+    text = out_text(out)
+    repo = store_url(text) if is_store(text) else repo_of(out)
+    if is_store(text) and is_weight_file(repo):
+        raise OutputError(f"{shown(repo)}: an output there is a folder, not one file. Leave out {Path(repo).suffix}.")
     if work is None:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
         assets = os.environ.get("HF_ASSETS_CACHE") or f"{home}/assets"
         work = Path(os.path.expandvars(assets)).expanduser() / "slerp-merge"
-    return Target(work / repo.replace("/", "--"), repo)
+    return Target(work / repo.replace("://", "--").replace("/", "--"), repo)
 
 
 def check_target(target: Target, inputs: Iterable[Path]) -> None:

@@ -1,5 +1,5 @@
-"""Checkpoints of one training run, the oldest first -> a recipe of `linear`: weights by their order, and an output for
-each window and kind of weights. Opens no checkpoint.
+"""Checkpoints of one training run, the oldest first -> a recipe of `linear`: weights by age, and an output for each
+window and kind of weights. Opens no checkpoint.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def average_recipe(
     **options: Any,
 ) -> Recipe:
     """The recipe that averages `checkpoints`, the oldest first. `options` are the fields of Options. Raises
-    RecipeError: too few checkpoints for a window, other numbers of weights, weights that add up to 0, equal outputs."""
+    RecipeError: too few checkpoints for a window, a wrong number of weights, a sum of weights of 0, equal outputs."""
     from merge_tool.recipe.mergekit import read_recipe
 
     chosen = choose(checkpoints, own)
@@ -111,7 +111,7 @@ def choose(checkpoints: Sequence[str], own: AverageOptions) -> list[str]:
     chosen = list(checkpoints[-(own.last or 0) :])[:: -own.every][::-1]
     if len(chosen) < 2:
         left = "" if len(checkpoints) == 1 else f" of {len(checkpoints)} (--last, --every)"
-        raise RecipeError(f"1 checkpoint{left} is no average. Give two or more.")
+        raise RecipeError(f"1 checkpoint{left} cannot be averaged. Give two or more.")
     return chosen
 
 
@@ -129,7 +129,7 @@ def _rows(count: int, own: AverageOptions) -> Iterator[tuple[str, list[float]]]:
 
 
 def are_weights(words: Mapping[str, Any]) -> bool:
-    """Whether an output's values are several models' weights, as an average's are."""
+    """Whether an output's values are the weights of several models, as for an average."""
     return len(words) > 1 and all(_WEIGHT.fullmatch(key) for key in words)
 
 
@@ -159,7 +159,7 @@ def weights_of(kind: _Kind, count: int) -> list[float]:
                 f"{counted(count, 'checkpoint')}. Give one for each, the oldest first."
             )
         if abs(math.fsum(kind.numbers)) <= 1e-9 * math.fsum(map(abs, kind.numbers)):
-            raise RecipeError(f"--weights {shown(kind.text)}: its numbers add up to 0, so they are no average.")
+            raise RecipeError(f"--weights {shown(kind.text)}: its numbers add up to 0, so they make no average.")
         return list(kind.numbers)
     if kind.text == "linear":
         return [float(place) for place in range(1, count + 1)]
@@ -171,7 +171,7 @@ def weights_of(kind: _Kind, count: int) -> list[float]:
 
 
 def _listed(kind: Any) -> Sequence[Any]:
-    """The kinds in a text with commas, unless it is the name of a file."""
+    """The kinds in a text with commas, unless the whole text is the name of a file."""
     return kind.split(",") if isinstance(kind, str) and "," in kind and not Path(kind).is_file() else [kind]
 
 
@@ -192,11 +192,12 @@ def _parse_kind(given: Any) -> _Kind:
 
 
 def _read_numbers(path: Path) -> tuple[float, ...]:
-    """The numbers of a file: one a line, or several with spaces or commas; lines that begin with # are none."""
+    """The numbers of a file: one in each line, or several with spaces or commas; lines that begin with # are left
+    out."""
     where = f"--weights {shown(path)}"
     try:
         if not path.is_file():
-            raise RecipeError(f"{where}: is no kind of weights and no file, {_EXPECTED}.")
+            raise RecipeError(f"{where}: is neither a kind of weights nor a file, {_EXPECTED}.")
         if path.stat().st_size > _LARGEST_FILE:
             raise RecipeError(f"{where}: has more than {_LARGEST_FILE:,} bytes, {_EXPECTED}.")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -215,7 +216,7 @@ def _finite(values: Sequence[Any], what: str) -> tuple[float, ...]:
         except (TypeError, ValueError, OverflowError):
             is_finite = False
         if not is_finite:
-            raise RecipeError(f"--weights {shown(what)}: {shown(value)} is no finite number, {_EXPECTED}.")
+            raise RecipeError(f"--weights {shown(what)}: {shown(value)} is not a finite number, {_EXPECTED}.")
     return tuple(map(float, values))
 
 
@@ -224,14 +225,14 @@ def _parse_window(given: Any) -> list[int]:
     try:
         numbers = [int(text) for text in texts]
     except (TypeError, ValueError) as e:
-        raise RecipeError(f"--window {shown(given)}: is no whole number, or several as in 4,8,16.") from e
+        raise RecipeError(f"--window {shown(given)}: is not a whole number, or several as in 4,8,16.") from e
     if min(numbers) < 1:
         raise RecipeError(f"--window is {min(numbers)}, expected at least 1.")
     return numbers
 
 
 def output_of(label: str, weights: Sequence[float]) -> Output:
-    """An output of these weights: in words as `--set` has them, so it can be made again by itself."""
+    """An output with these weights. Its words are as `--set` would give them, so it can be made again alone."""
     words = {f"models.{number}.parameters.weight": weight for number, weight in enumerate(weights)}
     of_models = {number: {"weight": constant(weight)} for number, weight in enumerate(weights)}
     return Output(label, words, {}, of_models)

@@ -28,7 +28,7 @@ from merge_tool.checkpoint.source import TensorSource
 from merge_tool.errors import WorkerError
 from merge_tool.plan.memory import Layout, aligned, region_bytes
 from merge_tool.plan.plan import MergePlan, ShardPlan, TensorJob
-from merge_tool.run.buffers import Arena, Worker, WorkerMemory, ended
+from merge_tool.run.buffers import Arena, Worker, WorkerMemory, ended, keep_freed_tiles
 from merge_tool.run.findings import Finding, Findings
 from merge_tool.run.summed import Summed
 from merge_tool.run.weighted import ScalesStore
@@ -175,6 +175,7 @@ class _Run:
         self.open_shards: list[_OpenShard] = []
         self.open_tensors: list[_OpenTensor] = []
         self.arena = Arena(layout.arena_bytes)
+        keep_freed_tiles()
         self.scales = ScalesStore(layout.scales_bytes)
         self.failure: BaseException | None = None
         self.closing = self.abandoned = False

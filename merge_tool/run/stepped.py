@@ -94,9 +94,9 @@ class Stepped:
         them."""
         columns = self.ways[0].spec.columns
         shape = (-1,) if self.granularity == FLAT else (-1, columns)
-        wide = [decode(values, np.empty(len(values))) for values in parts]
         if not self.is_checked:
-            check_finite(self.job, start, wide)
+            check_finite(self.job, start, parts)
+        wide = [decode(values, np.empty(len(values))) for values in parts]
         shaped = [values.reshape(shape) if values.size else values for values in wide]
         base = shaped.pop(0) if self.job.has_base else None
         return Tile(start, base, shaped, self.ways[0].spec.key)

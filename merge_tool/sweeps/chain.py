@@ -1,5 +1,5 @@
-"""A file of several recipes: each is a merge of its own, one after the other. The outputs of named parts lie in
-OUT.parts until the last part that uses them is done."""
+"""A file of several recipes: each is a merge of its own, one after the other. The outputs of named parts stay in
+OUT.parts until the last part that uses them is finished."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from merge_tool.recipe.recipe import Recipe
 
 
 def merge_parts(parts: Sequence[Part], out: Path, make: Callable[[Recipe, Path, str], None]) -> None:
-    """Make all parts by `make(recipe, output, name)`, the last into `out`. Stopped, the same call continues: what is
-    complete is found and kept.
+    """Make all parts with `make(recipe, output, name)`, the last part into `out`. After a stop the same call continues,
+    and keeps complete parts.
 
-    Raises a MergeToolError; before anything is made for a model that is not there, or that is called like a part.
+    Raises a MergeToolError. A missing model, or a model with the name of a part, is found before anything is made.
     """
     folder = out.with_name(f"{out.name}.parts")
     for part in parts:
@@ -41,8 +41,8 @@ def _check(part: Part) -> None:
     for name in part.uses:
         if is_there(name):
             raise CheckpointError(
-                f"{shown(part.recipe.where)}: {shown(name)} is a part of the recipe, and a file or folder here. Give "
-                "the part another name."
+                f"{shown(part.recipe.where)}: {shown(name)} is a part of the recipe, and also a file or folder here. "
+                "Give the part another name."
             )
 
 
@@ -65,5 +65,5 @@ def _remove(output: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # something else is in it, or it never was
+    with suppress(OSError):  # it holds something else, or does not exist
         folder.rmdir()

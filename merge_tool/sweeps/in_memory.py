@@ -1,4 +1,4 @@
-"""A merge whose output is tensors in memory: for a judge in this process. Nothing is written to a disk."""
+"""A merge whose output stays in memory, for a judge in this process. Nothing is written to a disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from merge_tool.run.work import check_exact_tensors
 
 
 class _Buffer:
-    """What takes one shard's bytes."""
+    """The bytes of one shard, in place of a file."""
 
     def __init__(self, nbytes: int) -> None:
         self.content: Array = np.empty(nbytes, np.uint8)
@@ -35,7 +35,7 @@ class _Buffer:
 
 
 class _Memory:
-    """Where shards go."""
+    """The sink of the run: shards in memory."""
 
     def __init__(self) -> None:
         self.buffers: dict[int, _Buffer] = {}
@@ -54,8 +54,8 @@ def merge_in_memory(
     known: Callable[[Any], Finding | None] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
 ) -> tuple[Mapping[str, Array], Findings]:
-    """The merged tensors by their names, in the output's order, shapes and types (bfloat16 as ml_dtypes has it); and
-    what was found out. Holds the whole output in memory. Raises the errors of a merge."""
+    """The merged tensors by name, in the output's order, shapes and types (bfloat16 from ml_dtypes), and the findings.
+    Holds the whole output in memory. Raises the errors of a merge."""
     plan, memory, findings = prepared.plan, _Memory(), Findings()
     if known is None:
         check_exact_tensors(plan)

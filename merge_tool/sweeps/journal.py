@@ -83,7 +83,7 @@ class Journal:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines; the last may have been cut short by a kill. Raises OutputError for one that is damaged."""
+    """The complete lines, without a last line that a kill has cut short. Raises OutputError for a damaged line."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_whole(line: Any) -> bool:
-    """Whether a line is a sweep's facts, or models begun, or one that was scored."""
+    """Whether a line has a sweep's facts, the models that were begun, or the scores of a model."""
     if not isinstance(line, dict):
         return False
     if "scores" in line:
@@ -132,6 +132,6 @@ def read_scored(folder: Path) -> set[str]:
 
 
 def write_beside(path: Path, text: str) -> None:
-    """Write a file of the sweep's folder in the lock's folder, then move it: a kill leaves the old file, and no other
-    file."""
+    """Write a file in the lock's folder, then move it into the sweep's folder: a kill leaves the old file, and nothing
+    else."""
     write_whole(path, [text.encode()], path.parent / HIDDEN / f"{path.name}.part")

@@ -1,6 +1,6 @@
-"""One candidate's judgement: a command that reads a merged model, or a Python function that gets its tensors.
+"""Judge one candidate, with a command that reads the merged model, or a Python function that gets its tensors.
 
-A command prints scores as for a sweep, and may print more, while it runs or at its end:
+A command prints scores as for a sweep. It may also print these lines, while it runs or at its end:
 
     step 100 skill 0.31         an intermediate score, by which a hopeless candidate is stopped early
     items skill 1 0 1 1         a score's single items, in an order that is the same for every model
@@ -40,18 +40,18 @@ OnStep = Callable[[int, Mapping[str, float]], bool]  # whether the candidate is 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A model's scores, and of some of them the single items."""
+    """A model's scores, and for some scores the single items."""
 
     scores: Mapping[str, float]
     items: Mapping[str, Sequence[float]]
 
 
 class Hopeless(Exception):
-    """The candidate was stopped early, by its intermediate scores."""
+    """The candidate was stopped early because of its intermediate scores."""
 
 
 class Names:
-    """The scores that every model has, and how many items: those of the first one."""
+    """The names of the scores, and the number of items of each, that every model must have: as the first model."""
 
     def __init__(self, objectives: Sequence[str]) -> None:
         self._objectives = objectives
@@ -72,7 +72,7 @@ class Names:
         counts = {name: len(values) for name, values in judgement.items.items()}
         if unknown := [name for name in counts if name not in judgement.scores]:
             raise ValueError(
-                f"there are items of {unknown[0]}, which is no score; found: {', '.join(judgement.scores)}"
+                f"there are items of {unknown[0]}, which is not a score; found: {', '.join(judgement.scores)}"
             )
         if self._items is not None and counts != self._items:
             raise ValueError(f"the items are {_counts(counts)}, expected {_counts(self._items)}, as before")
@@ -95,8 +95,8 @@ def filled(command: Sequence[str], model: Path) -> list[str]:
 def judge_by_command(
     command: Sequence[str], model: Path, folder: Path, names: Names, *, beat: Callable[[], None], on_step: OnStep
 ) -> Judgement:
-    """What the command prints about the model; its stderr goes into the log in `folder`. Raises EvaluationError; and
-    Hopeless, after it has stopped the command."""
+    """The command's judgement of the model. Its stderr goes into the log in `folder`. Raises EvaluationError; and
+    Hopeless, after the command was stopped."""
     words = filled(command, model)
     try:
         with (folder / LOG).open("ab") as log:
@@ -157,7 +157,7 @@ def _lines(lines: queue.SimpleQueue[bytes], beat: Callable[[], None]) -> Iterato
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the command with all that it has started."""
+    """End the command and all processes that it has started."""
     if sys.platform == "win32":
         process.kill()
         return
@@ -206,7 +206,7 @@ def _parse_json(text: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 def _items(name: object, values: object) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not all(is_number(value) and math.isfinite(value) for value in values):
-        raise ValueError(f"items of {shown(name)} are no list of finite numbers")
+        raise ValueError(f"items of {shown(name)} are not a list of finite numbers")
     return tuple(map(float, values))
 
 
@@ -214,7 +214,7 @@ def _items(name: object, values: object) -> tuple[float, ...]:
 
 
 def judge_by_function(function: Callable[[Any], Any], tensors: Any, names: Names, *, on_step: OnStep) -> Judgement:
-    """What a function says of a model's tensors. Raises EvaluationError, also for what the function raises; and
+    """A function's judgement of a model's tensors. Raises EvaluationError, also for errors of the function; and
     Hopeless."""
     try:
         answer = function(tensors)

@@ -18,7 +18,7 @@ from typing import Any
 
 
 def main(words: Sequence[str]) -> int:
-    """Score every folder; the exit code is lm_eval's if that is not 0."""
+    """Score every folder. Returns the exit code: 0, or that of the first lm_eval that failed."""
     tasks, *rest = words
     cut = len(rest) - 1 - rest[::-1].index("--")  # the last one: lm_eval takes none
     options, folders = rest[:cut], rest[cut + 1 :]
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _arguments(tasks: str, options: Sequence[str], folder: str) -> list[str]:
-    """lm_eval's arguments for one model; --model_args of the user's come beside the model's path."""
+    """lm_eval's arguments for one model. The user's --model_args are added to the model's path."""
     model_args, rest = model_arguments(options)
     has_model = any(word == "-M" or word.partition("=")[0] == "--model" for word in rest)
     return [
@@ -57,7 +57,7 @@ def _arguments(tasks: str, options: Sequence[str], folder: str) -> list[str]:
 
 
 def model_arguments(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """lm_eval's arguments of the model (`dtype=float32`), however they are written, and all other words.
+    """The model's arguments for lm_eval (`dtype=float32`), in whatever form they are written, and all other words.
 
     >>> model_arguments(["--limit", "5", "-a", "dtype=float32", "parallelize=True", "--model_args=x=1,y=2"])
     (['dtype=float32', 'parallelize=True', 'x=1', 'y=2'], ['--limit', '5'])

@@ -1,8 +1,8 @@
 """Whether two models' scores of the same items differ: a paired permutation test.
 
-If the two were alike, each item's difference would as likely have the other sign. p is the share of sign flips whose
-mean is at least as far from 0 as the one seen (R. A. Fisher, "The Design of Experiments", 1935, section 21; for models
-of language: R. Dror et al., https://aclanthology.org/P18-1128). Many p are corrected together by Holm's method
+If the models were equally good, each item's difference could as well have the other sign. p is the share of sign flips
+whose mean is at least as far from 0 as the observed mean (R. A. Fisher, "The Design of Experiments", 1935, section 21;
+for language models: R. Dror et al., https://aclanthology.org/P18-1128). Many p are corrected together by Holm's method
 (S. Holm, "A simple sequentially rejective multiple test procedure", 1979).
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from merge_tool.arrays import Array
 
 _MOST_EXACT = 13  # items that differ: all 8,192 flips are tried
-_MOST_DRAWN = 500  # then _DRAWS flips at random; with more items the sums of flips are normal within 0.01 of p
+_MOST_DRAWN = 500  # up to here _DRAWS random flips; with more items a normal distribution is within 0.01 of p
 _DRAWS = 9_999
 _BLOCK = 256  # flips at a time
 _TOLERANCE = 1e-12  # relative: sums of the same numbers in another order
@@ -44,7 +44,7 @@ def p_value(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _by_draws(differences: Array, least: float) -> float:
-    """Flips at random, the one that was seen among them; the same ones in every call."""
+    """p from random flips, the observed signs among them. Every call draws the same flips."""
     random, extreme, left = np.random.default_rng(0), 0, _DRAWS
     while left:
         count = min(_BLOCK, left)
@@ -56,7 +56,7 @@ def _by_draws(differences: Array, least: float) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p of several tests, corrected so that the chance of any false alarm is as for one.
+    """The p of several tests, corrected so that any false alarm among them is as unlikely as for a single test.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]

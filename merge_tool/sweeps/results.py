@@ -12,15 +12,15 @@ from typing import Any
 from merge_tool.errors import RecipeError, shown
 from merge_tool.recipe.recipe import label_t
 
-LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # parts of names of scores to minimise by default
+LESS_IS_BETTER = ("perplexity", "ppl", "loss", "nll", "error", "wer")  # scores with these in their names are minimised
 _MOST_POINTS = 15  # of the text for a screen
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One merge: the parameters that are varied, the command's scores, and whether no other merge is at least as good
-    in every score."""
+    """One merge: the values of the varied parameters, the command's scores, and whether the merge is Pareto-optimal (no
+    other is as good in every score and better in one)."""
 
     values: Values
     scores: Mapping[str, float]
@@ -34,8 +34,8 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """All points, in order of their parameters; `less_is_better` are the scores to be kept small, `folder` holds the
-    files, `models` are the names of the merged models. Its text has the first points."""
+    """All points, in order of their parameters. `less_is_better` are the scores to minimise, `folder` holds the files,
+    `models` are the names of the merged models. The repr shows the first points."""
 
     folder: Path
     points: tuple[SweepPoint, ...]
@@ -92,7 +92,7 @@ def build_report(
     minimize: Iterable[str],
     models: tuple[str, ...] = (),
 ) -> SweepReport:
-    """The points with their Pareto marks. Raises RecipeError when `minimize` names no score."""
+    """The points with their Pareto marks. Raises RecipeError if `minimize` names a score that does not exist."""
     ordered = sorted(scored, key=lambda item: [(isinstance(v, str), v) for v in item[0].values()])
     names = tuple(ordered[0][1])
     less = check_minimize(names, minimize)
@@ -102,14 +102,14 @@ def build_report(
 
 
 def check_minimize(names: Sequence[str], minimize: Iterable[str]) -> frozenset[str]:
-    """The scores of which less is better. Raises RecipeError when `minimize` names no score."""
+    """The scores for which less is better. Raises RecipeError if `minimize` names a score that does not exist."""
     if unknown := sorted(set(minimize) - set(names)):
         raise RecipeError(f"--minimize {shown(unknown[0])}: there is no such score; found: {', '.join(names)}.")
     return frozenset(minimize) | {n for n in names if any(part in n.lower() for part in LESS_IS_BETTER)}
 
 
 def pareto(rows: Sequence[Sequence[float]]) -> list[bool]:
-    """For each row of scores, more being better, whether no other row is as good in all and better in one."""
+    """For each row of scores (more is better): whether no other row is as good in all scores and better in one."""
 
     def beats(a: Sequence[float], b: Sequence[float]) -> bool:
         return all(x >= y for x, y in zip(a, b, strict=True)) and list(a) != list(b)

@@ -1,4 +1,4 @@
-"""One evaluation command: run it on the folders of merged models, and read the scores that it prints."""
+"""Run an evaluation command on the folders of merged models, and read the scores that it prints."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def evaluate(
     names: tuple[str, ...] | None,
     beat: Callable[[], None],
 ) -> list[dict[str, float]]:
-    """The command's scores for each of `folders`; `names` are those that it printed before. Its stderr goes into the
-    log in `folder`; `beat` is called every few seconds."""
+    """The command's scores for each of `folders`. `names` are the scores that it printed before. Its stderr goes into
+    the log in `folder`; `beat` is called every few seconds."""
     paths = [str(path) for path in folders]
     has_braces = "{}" in command
     args = [arg for word in command for arg in (paths if word == "{}" else [word])] + ([] if has_braces else paths)
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def _run(args: Sequence[str], log: IO[bytes], beat: Callable[[], None]) -> tuple[int, bytes]:
-    """The exit code and output of a command. While it runs, others see that this sweep works."""
+    """The exit code and output of a command. `beat` is called while it runs."""
     with subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
         while True:
             try:

@@ -1,7 +1,7 @@
-"""Coefficients by evaluation: Optuna says which recipe to try next; merge it, judge it, forget the model, go on.
+"""Coefficients by evaluation: Optuna chooses the next recipe; merge it, judge the model, delete the model, repeat.
 
-The first merge's sums are kept, so that every further candidate is one pass over the inputs. One model is on disk at a
-time. What the judge cannot score is recorded, and the search goes on.
+The sums of the first merge are kept, so every further candidate takes one pass over the inputs. One model is on disk at
+a time. A candidate that the judge cannot score is recorded, and the search continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from merge_tool.sweeps.search_results import SearchReport, build_report
 from merge_tool.sweeps.study import Study, Tried, objectives_of
 from merge_tool.sweeps.warm_start import sweep_scores
 
-_MOST_FAILURES = 5  # in a row: then it is not the candidates
+_MOST_FAILURES = 5  # after so many in a row the fault is the judge's, not the candidates'
 
 
 def search(
@@ -64,7 +64,7 @@ def search(
 ) -> SearchReport:
     """Search for the parameters of a merge whose scores are best.
 
-    `models` are a base and finetunes, or a recipe (a file or a mapping), which needs a `space` (docs/search.md). The
+    `models` are a base and finetunes, or a recipe (a file or a mapping); a recipe needs a `space` (docs/search.md). The
     `command` gets a candidate's folder in place of `{out}` and prints scores, as in `sweep`; or `judge` gets its
     tensors (name -> array) in this process and returns scores by name. `maximize` and `minimize` name the scores that
     count. `trials` is the number of candidates in all; the same call continues. `uniform` are values of t that are
@@ -183,7 +183,7 @@ class _Search:
             )
 
     def _begin(self) -> None:
-        """What was left is tried again; then the sweep's points, one value everywhere, and the points of the space."""
+        """Queue unfinished candidates again; then the sweep's points, uniform values, and the points of the space."""
         self._check_facts()
         self._study.recover()
         request, tried = self._request, self._study.tried()
@@ -214,8 +214,8 @@ class _Search:
     # -------------------------------------------------------------------------------- one candidate
 
     def _try(self, number: int, values: Mapping[str, Any], *, has_scores: bool) -> None:
-        """Merge and judge a candidate, and tell the study. The judge's failure is told, too; if nothing has scores yet,
-        the judge is wrong, and this candidate is left to be tried again."""
+        """Merge and judge a candidate, and record the scores, or the judge's failure, in the study. If no candidate has
+        scores yet, the judge itself is wrong: this candidate is then tried again in the next run."""
         try:
             judgement = self._judged(number, values)
         except Hopeless:
@@ -248,7 +248,7 @@ class _Search:
         return judgement
 
     def _merge(self, recipe: Recipe) -> Path:
-        """The merged model, below OUT; one that a stopped run began is continued, any other is removed."""
+        """The merged model, below OUT. A model that a stopped run began is continued, any other model is removed."""
         digest = hashlib.sha256(recipe.text.encode()).hexdigest()[:8]
         models = self._request.out / MODELS
         folder = models / f"candidate-{digest}"
@@ -289,7 +289,7 @@ class _Search:
     # ----------------------------------------------------------------------------------- the results
 
     def _write(self, tried: Sequence[Tried], *, compare: bool = True) -> SearchReport:
-        """Table, front and chosen recipe, as far as the search has come."""
+        """Write table, front and chosen recipe of the search so far."""
         request = self._request
         tests = self._folder.tests(request.test or ())
         report = build_report(request.out, request.objectives, tried, request.choose, tests, compare=compare)
@@ -297,15 +297,15 @@ class _Search:
         return report
 
     def _test(self, report: SearchReport) -> None:
-        """Score the chosen candidate on test data, unless that was done."""
+        """Score the chosen candidate on test data, unless it has such scores."""
         words = self._request.test
         if words is None or report.test_scores is not None or report.chosen is None:
             return
         if earlier := self._folder.tests(words):
             self._watch.warn(
                 [
-                    f"The test data have scored {len(earlier)} other candidate(s) before, and another one is chosen "
-                    "now: its score on them is no longer that of data never seen."
+                    f"The test data have already scored {len(earlier)} other candidate(s), and now another one is "
+                    "chosen: these data are no longer unseen."
                 ]
             )
         self._bar.begin(f"candidate {report.chosen}, on test data")

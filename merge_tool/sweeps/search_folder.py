@@ -1,5 +1,5 @@
-"""The folder of a search: its lock, the sums of the first merge, and the files that show how far it has come. Every
-file appears whole."""
+"""The folder of a search: its lock, the sums of the first merge, and the files with the results so far. Every file
+appears whole."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _HIDDEN, _OWNER, _TESTS = ".search", "owner.txt", "test.json"
 
 
 class SearchFolder:
-    """OUT, made and locked. With `overwrite` the search that is in it is removed. Raises OutputError if it holds
-    something else, or if another process works in it."""
+    """OUT, made and locked. With `overwrite` the search in it is removed. Raises OutputError if OUT holds something
+    else, or if another process works in it."""
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -65,8 +65,8 @@ class SearchFolder:
     # ---------------------------------------------------------------------------------------- sums
 
     def sums(self, facts: Mapping[str, Any]) -> Path | None:
-        """The report of the first merge of a search with these facts, if it is as it was written: its name has its
-        digest."""
+        """The report of the first merge of a search with these facts, if its content matches the digest in its
+        name."""
         for path in self.path.glob(f"{_stem(facts)}*.json"):
             if path.name == _sums_name(facts, path.read_bytes()):
                 return path
@@ -95,7 +95,7 @@ class SearchFolder:
         self._write(CHOSEN, texts[report.chosen].encode())
 
     def tests(self, command: Sequence[str]) -> dict[int, dict[str, float]]:
-        """The scores on test data by this command, of each candidate that it has scored."""
+        """This command's scores on test data, for each candidate that it has scored."""
         return {one["candidate"]: one["scores"] for one in self._tests() if one["command"] == list(command)}
 
     def add_test(self, number: int, command: Sequence[str], scores: Mapping[str, float]) -> None:

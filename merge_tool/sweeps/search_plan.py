@@ -1,5 +1,5 @@
-"""What a search is asked: models or a recipe, a space, options -> the recipe of any candidate, and the facts that must
-be equal to go on with a search."""
+"""The request for a search (models or a recipe, a space, options) -> the recipe of any candidate, and the facts that
+must be equal to continue a search."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def plan_search(
     jobs: int | None,
     read_samples: bool,
 ) -> SearchPlan:
-    """Plan a search from headers (and with `read_samples` a few bytes of weights). Raises a MergeToolError for whatever
-    the first candidate would fail with, and for a space that does not fit the models."""
+    """Plan a search from headers (with `read_samples` also from a few bytes of weights). Raises a MergeToolError if the
+    first candidate would fail, or if the space does not fit the models."""
     given = dict(options)
     extrapolate = bool(given.pop("extrapolate", False))
     asked = None if space is None else read_space(space)
@@ -82,7 +82,7 @@ def plan_search(
         raise RecipeError("--space is missing: a recipe is searched over the parameters that SPACE.yaml names.")
     middles = _middles(asked, base)
     recipe = _parsed(as_text(with_settings(base, middles)), asked, extrapolate)
-    recipe = replace(recipe, is_strict=_is_of_models(models))  # vocabularies that differ are an error, as for a pair
+    recipe = replace(recipe, is_strict=_is_of_models(models))  # different vocabularies are an error, as for a pair
     first = plan_recipe(recipe, out, memory_bytes=memory_bytes, jobs=jobs, read_samples=read_samples)
     merged = [job.out.name for job in first.plan.jobs() if not job.is_copied]
     found = asked or Space({key: default_groups(merged) for key in default_keys(base)}, where="the default space")
@@ -97,7 +97,7 @@ def plan_search(
         first=first,
         facts=_facts(first, found),
     )
-    for end in (0, 1):  # values that the method refuses are said before anything is merged
+    for end in (0, 1):  # values that the method refuses are an error before anything is merged
         values = {name: (knob.choices or (knob.low, knob.high))[-end] for name, knob in found.knobs.items()}
         _parsed(plan.text_of(values), asked, extrapolate)
     return plan
@@ -124,7 +124,7 @@ def _middles(asked: Space | None, base: Mapping[str, Any]) -> dict[str, list[dic
 
 
 def _parsed(text: str, asked: Space | None, extrapolate: bool) -> Recipe:
-    """The recipe in a text that was made by a space. Its errors name the space, whose lines are others."""
+    """The recipe in a text that was made from a space. Its errors name the space, not the lines of this text."""
     try:
         return parse_recipe(text, "the recipe", METHODS, extrapolate=extrapolate)
     except RecipeError as e:
@@ -134,7 +134,7 @@ def _parsed(text: str, asked: Space | None, extrapolate: bool) -> Recipe:
 
 
 def default_groups(names: Iterable[str]) -> tuple[Group, ...]:
-    """Attention, MLP and the rest, each in four smooth bands, as far as the tensors' names show them."""
+    """Attention, MLP and the rest, each in four smooth bands, if the tensors' names show such groups."""
     left, groups = list(names), list[Group]()
     for name, known in (("attention", _ATTENTION), ("mlp", _MLP)):
         filters = []
@@ -150,7 +150,7 @@ def default_groups(names: Iterable[str]) -> tuple[Group, ...]:
 
 
 def _check_groups(space: Space, merged: Sequence[str]) -> None:
-    """Raise RecipeError for a group that no tensor is left for."""
+    """Raise RecipeError for a group without tensors."""
     for key, groups in space.parameters.items():
         left = list(merged)
         for group in sorted(groups, key=lambda group: not group.filters):
@@ -158,8 +158,8 @@ def _check_groups(space: Space, merged: Sequence[str]) -> None:
             if len(rest) == len(left):
                 what = f"the group '{shown(group.name)}' of '{shown(key)}'" if group.name else f"'{shown(key)}'"
                 raise RecipeError(
-                    f"{shown(space.where)}: {what} has no tensor: others have them all, or they are not merged. Leave "
-                    "it out."
+                    f"{shown(space.where)}: {what} has no tensor: other groups have all of them, or they are not "
+                    "merged. Leave it out."
                 )
             left = rest
 
@@ -170,7 +170,7 @@ def _num_layers(plan: MergePlan) -> int:
 
 
 def _pinned(base: Mapping[str, Any], recipe: Recipe, first: Prepared) -> dict[str, Any]:
-    """The recipe with the commits of the Hub's models: their newest revision may change meanwhile."""
+    """The recipe with the Hub's models at their commits, because their newest revision may change during the search."""
     pins = {
         str(ref): pinned
         for ref, pinned in zip(recipe.models, first.pinned, strict=True)

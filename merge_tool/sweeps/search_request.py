@@ -1,4 +1,4 @@
-"""What a search is asked, checked before any model is opened; and the facts that must be equal to go on with one."""
+"""The request for a search, checked before any model is opened; and the facts that must be equal to continue it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Judge = Callable[[Mapping[str, Any]], Any]
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What a search is asked: `search` has the meaning of each field."""
+    """A request for a search; the docstring of `search` explains each field."""
 
     models: Models
     out: Path
@@ -44,7 +44,7 @@ class SearchRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, *, read_samples: bool) -> SearchPlan:
-        """Check what needs no model, then plan the first candidate. Raises a MergeToolError."""
+        """Make the checks that need no model, then plan the first candidate. Raises a MergeToolError."""
         if (self.command is None) == (self.judge is None):
             raise RecipeError("A search needs one judge: --eval COMMAND, or --in-process FILE.py:FUNCTION.")
         for words in filter(None, (self.command, self.test)):
@@ -53,7 +53,7 @@ class SearchRequest:
             raise RecipeError(f"--trials is {self.trials}, expected at least 1.")
         check_sampler(self.sampler, self.pruner, self.objectives)
         if self.overwrite and self.storage is not None:
-            raise RecipeError("--overwrite goes with the study in OUT; the one in --storage may be other hosts', too.")
+            raise RecipeError("--overwrite is for the study in OUT; the study in --storage may be other hosts', too.")
         check_choose(self.objectives, self.choose)
         plan = plan_search(
             self.models,
@@ -77,14 +77,15 @@ class SearchRequest:
         return len(models) == 2 and self.method in (None, "slerp")
 
     def facts(self, plan: SearchPlan) -> dict[str, Any]:
-        """What must be equal to go on with a study."""
+        """The facts that must be equal to continue a study."""
         words = None if self.command is None else [word.replace("{out}", "{}") for word in self.command]
         named = [[one.name, one.direction] for one in self.objectives]
         return {**plan.facts, "judge": words or "a function", "objectives": named}
 
 
 def plan_only(request: SearchRequest) -> SearchPlan:
-    """Plan a search from headers; nothing is fetched or written. Raises the errors that it would begin with."""
+    """Plan a search from headers; nothing is fetched or written. Raises the errors that the search would raise
+    first."""
     plan = request.plan(read_samples=False)
     if request.judge is None:
         check_plan(plan.first)

@@ -1,5 +1,5 @@
-"""The results of a search: every candidate, the Pareto front, the chosen point by a stated rule, and which points of
-the front really differ."""
+"""The results of a search: every candidate, the Pareto front, the point that a stated rule chooses, and tests of which
+points of the front differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from merge_tool.sweeps.results import pareto
 from merge_tool.sweeps.study import Objective, Tried
 
 CHOSEN, FRONT, TABLE, RESULT = "chosen.yaml", "front", "search.csv", "search.json"
-ALPHA = 0.05  # a p below it counts as a difference
+ALPHA = 0.05  # if p is below it, two points differ
 _MOST_POINTS = 12  # of the text for a screen
 _MOST_COMPARED = 16  # points of the front, by pairs: some seconds
 
@@ -41,9 +41,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """All candidates, in their order; the numbers of those on the front, of the chosen one, and of the best with one
-    value everywhere. `comparisons` are of points of the front, `against_uniform` of the chosen one with the best
-    uniform one; both need the judge's items. `test_scores` are the chosen one's on test data."""
+    """All candidates, in their order. `front`, `chosen` and `uniform` are candidates' numbers: the Pareto front, the
+    chosen one, and the best candidate with one value everywhere. `comparisons` compare points of the front,
+    `against_uniform` the chosen with the best uniform candidate; both need the judge's items. `test_scores` are the
+    chosen candidate's scores on test data."""
 
     folder: Path
     objectives: tuple[Objective, ...]
@@ -167,7 +168,7 @@ def _more_is_better(objectives: Sequence[Objective], one: Tried) -> list[float]:
 def _choose(
     objectives: Sequence[Objective], points: Sequence[Tried], front: Sequence[Tried], choose: str | None
 ) -> Tried | None:
-    """The point by the rule; of equal ones, the first that was tried."""
+    """The point that the rule chooses; among equal points, the first that was tried."""
     if not points:
         return None
     if choose is not None or len(objectives) == 1:

@@ -1,7 +1,7 @@
-"""The study of a search: Optuna's, in its storage. The only module that knows Optuna.
+"""The study of a search: an Optuna study in its storage. No other module uses Optuna.
 
-A trial is a candidate. What the judge said of it, or why it has no scores, is in its attributes, so that any host can
-go on with the study. A trial without either was left by a run that was stopped; it is tried again.
+A trial is a candidate. Its attributes have its scores, or the reason why it has none, so any host can continue the
+study. A trial with neither was left by a run that was stopped; it is tried again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STUDY = "study.db"
 SAMPLERS = ("auto", "tpe", "cmaes", "nsga2", "random")
 PRUNERS = ("median", "none")
 _NAME = "search"
-_STARTUP = 10  # candidates at random after the first points, before TPE makes a model of them
+_STARTUP = 10  # random candidates after the first points, before TPE fits its model
 _LOCK_SECONDS = 30  # how long another writer may hold the storage
 _PATIENCE = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to open a new storage
 _ALREADY = re.compile("already exists|unique|duplicate", re.IGNORECASE)
@@ -47,7 +47,7 @@ def objectives_of(maximize: Sequence[str], minimize: Sequence[str]) -> tuple[Obj
     """The scores that count. Raises RecipeError if there is none, or if one is named twice."""
     names = [*maximize, *minimize]
     if not names:
-        raise RecipeError("No score is named to search by. Give --maximize NAME or --minimize NAME.")
+        raise RecipeError("A search needs a score to improve. Give --maximize NAME or --minimize NAME.")
     if len(set(names)) < len(names):
         raise RecipeError("A score is named twice by --maximize and --minimize.")
     return (*(Objective(name) for name in maximize), *(Objective(name, True) for name in minimize))
@@ -69,10 +69,9 @@ class Tried:
 
 
 class Study:
-    """A study with these knobs and objectives. `facts` must be equal to go on with one that is there.
+    """A study with these knobs and objectives. An existing study is continued only if its `facts` are equal.
 
-    Raises RecipeError if Optuna is not installed or cannot do what is asked, OutputError for a storage that cannot be
-    used or holds another search.
+    Raises RecipeError if Optuna is not installed or cannot do what is asked, OutputError if the storage cannot be used.
     """
 
     def __init__(
@@ -128,7 +127,7 @@ class Study:
         return [one for one in map(self._tried, trials) if one is not None]
 
     def enqueue(self, values: Mapping[str, Any], kind: str, t: float | None = None) -> None:
-        """Try this point before others are sampled, unless it has scores, or waits, already."""
+        """Try this point before others are sampled, unless it is queued or has scores already."""
         with self._reaching():
             states = self._optuna.trial.TrialState
             for trial in self._study.get_trials(deepcopy=False):
@@ -150,14 +149,14 @@ class Study:
             )
 
     def recover(self) -> int:
-        """Have the trials that a stopped run of this OUT left be tried again. Their number."""
+        """Queue the trials again that a stopped run of this OUT left unfinished. Returns their number."""
         with self._reaching():
             states, stale = self._optuna.trial.TrialState, []
             for trial in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
                 if not self._is_shared or trial.user_attrs.get("owner") == self._owner:
                     stale.append(trial)
             for trial in stale:
-                if "scores" in trial.user_attrs:  # stopped while it was told
+                if "scores" in trial.user_attrs:  # stopped while its scores were recorded
                     scores = trial.user_attrs["scores"]
                     self._study.tell(trial.number, [scores[objective.name] for objective in self._objectives])
                     continue
@@ -176,8 +175,8 @@ class Study:
             return self._running.number, dict(self._running.params)
 
     def is_hopeless(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Note intermediate scores; whether the candidate is worse than others were at that step. Only one objective
-        can be pruned by."""
+        """Record intermediate scores. Returns whether the candidate is worse than others were at that step; always
+        False if there are several objectives."""
         if len(self._objectives) > 1 or self._objectives[0].name not in scores:
             return False
         with self._reaching():
@@ -232,8 +231,8 @@ class Study:
         return distributions.FloatDistribution(knob.low, knob.high, log=knob.log)
 
     def _make_sampler(self, num_tried: int) -> Any:
-        """The sampler for the next candidate. Its random numbers depend on the seed and on how many were tried, so a
-        search that was stopped goes on as if it had not been. Hosts of one study differ."""
+        """The sampler for the next candidate. Its random numbers depend on the seed and on the number of candidates
+        tried, so a search that was stopped continues as if it had not been. Hosts of one study have other numbers."""
         samplers, words = self._optuna.samplers, [self._seed, num_tried, self._owner if self._is_shared else ""]
         seed = int.from_bytes(hashlib.sha256(json.dumps(words).encode()).digest()[:4], "big")
         if self._sampler == "tpe":
@@ -259,7 +258,7 @@ class Study:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """The storage's errors as one message."""
+        """Turn the storage's errors into one message."""
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
@@ -287,7 +286,7 @@ class Study:
 
 
 def check_sampler(sampler: str, pruner: str, objectives: Sequence[Objective]) -> str:
-    """The sampler that is meant. Raises RecipeError for what there is not, or is not installed."""
+    """The sampler's name, `auto` resolved. Raises RecipeError if it is unknown or not installed."""
     for name, known in ((sampler, SAMPLERS), (pruner, PRUNERS)):
         if name not in known:
             raise RecipeError(f"'{shown(name)}' is not one of {', '.join(known)}.")

@@ -1,8 +1,8 @@
 """Many settings of one merge, one evaluation command: merge, run the command on the models, keep its scores, delete the
 models.
 
-The scores go into `sweep.jsonl` line by line, so that a sweep that was stopped continues; `batch` models are on disk
-at once. The user knows what a score means; this module knows only whether more or less is better.
+The scores go into `sweep.jsonl` line by line, so a sweep that was stopped can continue. At most `batch` models are on
+disk at a time. This module knows of a score only whether more or less is better.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def sweep(
     The command gets the folders of up to `batch` merges as its last arguments (or in the place of an argument `{}`)
     and prints `name value` lines, in the folders' order, or JSON: an object of numbers, or a list of them. No shell is
     involved. `["lm-eval:gsm8k,arc_easy", "--limit", "100"]` is lm-evaluation-harness with its own options. Merges are
-    deleted once they are scored, unless `keep`. `minimize` names scores of which less is better, besides those with
-    loss, perplexity, ppl, nll, error or wer in their name. `options` are `merge`'s; `progress` is as in `merge`. The
-    same call continues a sweep that was stopped, and may add values of t.
+    deleted once they are scored, unless `keep`. `minimize` names scores for which less is better, besides scores with
+    loss, perplexity, ppl, nll, error or wer in their name. `options` and `progress` are as for `merge`. The same call
+    continues a sweep that was stopped, and may add values of t.
 
     Raises EvaluationError when the command fails or its scores cannot be read; the errors of `merge`.
     """
@@ -103,8 +103,8 @@ def sweep_recipe(
     `command`: as `sweep`, for any parameter of any method.
 
     `vary` is a mapping, or texts: {"density": [0.2, 0.5]}, "density=0.2,0.5", "parameters.t=0:1:0.1". A parameter has
-    the same value in the whole merge; `models.1.parameters.weight` is that of one entry of the recipe's models, the
-    second one. `options` are those of `merge_models`. Raises the errors of `sweep` and `merge_models`.
+    the same value in the whole merge; `models.1.parameters.weight` is the weight of the second entry of the recipe's
+    models only. `options` are the options of `merge_models`. Raises the errors of `sweep` and `merge_models`.
     """
     return sweep_outputs(
         recipe_at(recipe, vary, **options),
@@ -196,7 +196,7 @@ def sweep_outputs(
     on_scores: Callable[[SweepPoint], None] | None,
     on_warning: Callable[[str], None] | None,
 ) -> SweepReport:
-    """Merge and score every output of `recipe`; these differ in the parameters `keys`."""
+    """Merge and score every output of `recipe`. The outputs differ in the parameters `keys`."""
     words, folder, watch = judge(command), Path(out), Watch(on_warning)
     limits: dict[str, Any] = {"memory_bytes": memory_bytes, "jobs": jobs}
     plan = _Plan.of(recipe, keys, batch)
@@ -238,7 +238,7 @@ def sweep_outputs(
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would do: the plan of its first merge, all models, and those that have scores already."""
+    """The plan of a sweep: the plan of its first merge, all points, and the number of points with scores already."""
 
     first: Prepared
     points: tuple[Mapping[str, Any], ...]
@@ -257,7 +257,7 @@ def plan_sweep(
     memory_bytes: int | None,
     jobs: int | None,
 ) -> SweepPlan:
-    """Plan a sweep from headers; nothing is fetched or written. Raises the errors that the sweep would begin with."""
+    """Plan a sweep from headers; nothing is fetched or written. Raises the errors that the sweep would raise first."""
     judge(command)
     folder, plan = Path(out), _Plan.of(recipe, keys, batch)
     prepared = plan.prepare(folder, memory_bytes=memory_bytes, jobs=jobs)
@@ -311,7 +311,7 @@ class _Plan:
 
 
 def _pinned(recipe: Recipe, prepared: Prepared) -> Recipe:
-    """The recipe with the Hub's models by their local paths: their newest revision may change meanwhile."""
+    """The recipe with local paths for the Hub's models, because their newest revision may change during the sweep."""
     refs = [
         ref if all(map(os.path.lexists, parts(str(ref)))) else ModelRef(str(path))
         for ref, path in zip(recipe.models, prepared.refs, strict=True)
@@ -358,7 +358,7 @@ def _put_away(folder: Path, models: Iterable[str], *, keep: bool) -> None:
     for model in (folder / MODELS / name for name in models):
         if model.is_dir() and keep:
             if (folder / model.name).exists():
-                raise OutputError(f"{shown(folder / model.name)}: is in the way of the model to keep. Move it away.")
+                raise OutputError(f"{shown(folder / model.name)}: exists, so no model can be kept there. Move it away.")
             model.rename(folder / model.name)
         elif model.is_dir():
             shutil.rmtree(model)

@@ -1,4 +1,4 @@
-"""Scores that a sweep in the same folder has already: a search begins with them, and merges nothing for them."""
+"""The scores of a sweep in the same folder: a search begins with them, without merging these candidates again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from merge_tool.sweeps.sweep import sweep_facts
 def sweep_scores(
     folder: Path, models: Sequence[str | Path], options: Mapping[str, Any], command: Sequence[str]
 ) -> tuple[list[tuple[float, dict[str, float]]], str]:
-    """(t, scores) of each merge of a sweep in `folder` of the same BASE and FT, with the same options and judge; and
-    why there are none, if there is a sweep."""
+    """(t, scores) of each merge of a sweep in `folder`, if the sweep has the same BASE, FT, options and judge. If it
+    has others, no scores, and the reason as the second result."""
     path = folder / JOURNAL
     if not path.exists():
         return [], ""
@@ -41,6 +41,6 @@ def sweep_scores(
 
 
 def _plain(command: Sequence[str]) -> list[str]:
-    """A command without the place of the model, if that is the last one."""
+    """A command without the word for the model's folder, if that is the last word."""
     words = ["{}" if word == "{out}" else word for word in command]
     return words[:-1] if words[-1:] == ["{}"] else words

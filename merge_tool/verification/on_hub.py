@@ -1,7 +1,7 @@
-"""An output in a repository of the Hub, verified by ranges: digests as the Hub has them, headers, a sample of elements.
+"""An output on the Hub or in a bucket, verified by ranges: its digests there, headers, a sample of elements.
 
-The Hub names the SHA-256 of every large file, so that nothing is downloaded whole but the small files. A sample is
-merged again from the parents, whose models of the Hub are read by range, too.
+The Hub names the SHA-256 of every large file; in a bucket the merge has noted it. So nothing is downloaded whole but
+the small files. A sample is merged again from the parents; those that are not here are read by range, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from merge_tool.checkpoint.addresses import is_store, store_url
 from merge_tool.checkpoint.folder import Folder
 from merge_tool.checkpoint.reader import open_local
 from merge_tool.checkpoint.source import ByteSource
@@ -22,7 +23,7 @@ from merge_tool.models.side_files import CARD, REPORT, SUMS
 from merge_tool.output.older import read_sums, strangers
 from merge_tool.output.report import sums_text
 from merge_tool.plan.memory import machine
-from merge_tool.plan.target import Target, repo_of
+from merge_tool.plan.target import Target, out_text, repo_of
 from merge_tool.verification.checks import Checks
 from merge_tool.verification.remerge import StoredReport, check_parents, plan_with, recipe_again
 from merge_tool.verification.verify import Verification, check_digest, check_options, check_tensor, open_report
@@ -40,11 +41,13 @@ def verify_on_hub(
     wanted: Mapping[str, Any],
     checks: Checks,
 ) -> Verification:
-    """Check the output in the repository `hub:org/name`. The rest is as in `verify`. Raises MergeToolError."""
-    repo = repo_of(out)
+    """Check the output in the repository `hub:org/name`, or at `s3://bucket/folder`. The rest is as in `verify`. Raises
+    MergeToolError."""
+    text = out_text(out)
+    where = store_url(text) if is_store(text) else repo_of(out)
     with ExitStack() as held:
         spool = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        place = held.enter_context(_by_range([repo], spool))
+        place = held.enter_context(_by_range([where], spool))
         root = place.refs[0]
         there, folder = place.coming.get(root, {}), Folder(root)
         if not folder.has(REPORT) or not folder.has(SUMS):
@@ -68,7 +71,7 @@ def verify_on_hub(
     if checks.more:
         checks.problems.append(f"and {checks.more:,} more")
     return Verification(
-        path=Path(f"hub:{repo}"),
+        path=Path(where if is_store(where) else f"hub:{where}"),
         num_files=checks.num_files,
         nbytes=checks.nbytes,
         num_tensors=counts[0],
@@ -104,10 +107,10 @@ def _check_manifest(checks: Checks, folder: Folder, there: Mapping[str, ByteSour
             continue
         checks.num_files += 1
         checks.nbytes += there[name].size
-        if (digest := getattr(there[name], "etag", "")) != expected:
+        if (digest := getattr(there[name], "digest", "")) != expected:
             checks.add(
-                f"{shown(name)}: its SHA-256 on the Hub is {shown(digest) or 'unknown'}, {SUMS} says {expected}. The "
-                "file was changed."
+                f"{shown(name)}: its SHA-256 there is {shown(digest) or 'unknown'}, {SUMS} says {expected}. The file "
+                "was changed."
             )
     for name in (REPORT, CARD):
         if name not in sums:

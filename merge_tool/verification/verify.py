@@ -21,7 +21,7 @@ from merge_tool.errors import CheckpointError, MergeToolError, OutputError, coun
 from merge_tool.models.side_files import CARD, REPORT, SUMS, WORK
 from merge_tool.output.older import is_output_of_several, read_sums, strangers
 from merge_tool.output.report import FORMAT, stream_report, sums_text
-from merge_tool.plan.target import is_hub
+from merge_tool.plan.target import is_remote, out_text
 from merge_tool.progress import Progress
 from merge_tool.recipe.mergekit import make_options
 from merge_tool.recipe.options import Options, as_json
@@ -84,19 +84,19 @@ def verify(
     the report's pass results and compared bit for bit. With `full` all elements, the passes, and every line of the
     report are compared. A one-file output needs its `report_path`. `options` are fields of
     `merge_tool.recipe.options.Options` that OUT must have been made with; without them its report is taken at its word.
-    `progress` is as in `merge`. `out` may be a repository of the Hub, `hub:org/name`: it and the parents' models of the
-    Hub are then read by ranges.
+    `progress` is as in `merge`. `out` may be a repository of the Hub, `hub:org/name`, or a folder of an object store,
+    `s3://bucket/folder`: it and the parents that are elsewhere are then read by ranges.
 
     Raises MergeToolError if `out` is no output, or a parent cannot be read.
     """
     _check_sample(sample)
-    if is_hub(out):
+    if is_remote(out):
         from merge_tool.verification.on_hub import verify_on_hub  # most outputs are here
 
         if full or report_path is not None:
             raise OutputError(
-                f"{shown(out)}: is verified by ranges, a sample of it, with its own report. For --full fetch it first: "
-                "hf download ORG/NAME --local-dir OUT."
+                f"{shown(out_text(out))}: is verified by ranges, a sample of it, with its own report. For --full fetch "
+                "it first, from the Hub by: hf download ORG/NAME --local-dir OUT."
             )
         with Progress(progress) as shown_progress:
             return (
@@ -176,7 +176,7 @@ def plan_verify(
     """What `verify` with these arguments would do, from headers alone. Raises the errors that it begins with."""
     _check_sample(sample)
     _wanted(options)
-    if is_hub(out):
+    if is_remote(out):
         raise OutputError(f"{shown(out)}: a dry run is of an output that is here. Verify at once: it reads ranges.")
 
     def look(root: Path, file_name: str | None, given_report: Path | None) -> VerifyPlan:
