@@ -409,7 +409,7 @@ def test_a_licences_file_of_one_model_alone_is_named(place: Path) -> None:
 @pytest.mark.parametrize("typed", ["m/bse", "./m/bse", "m/bse/", "./m/bse/", "m//bse"])
 def test_a_path_typed_wrong_never_goes_to_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
     """Not by any command: its form, or its first folder, says that it is local. The nearest name is named."""
-    monkeypatch.setattr("merge_tool.checkpoint.hub._ask_apart", lambda *words: pytest.fail(f"asked the Hub: {words}"))
+    monkeypatch.setattr("merge_tool.checkpoint.hub._ask", lambda *words: pytest.fail(f"asked the Hub: {words}"))
     Path("r.yaml").write_text(f"merge_method: linear\nmodels: [{{model: {typed}, parameters: {{weight: 1}}}}]\n")
     for words in (
         ("merge", typed, "m/ft", "out"),
@@ -442,7 +442,7 @@ def test_a_form_that_is_local_is_never_an_id_and_a_revision_says_that_the_hub_is
 @pytest.mark.parametrize("typed", ["mm/base", "mn/base", "./mm/base"])
 def test_a_folder_typed_wrong_never_goes_to_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
     """Where a folder of nearly that name has the model; the message says how to mean the Hub all the same."""
-    monkeypatch.setattr("merge_tool.checkpoint.hub._ask_apart", lambda *words: pytest.fail(f"asked the Hub: {words}"))
+    monkeypatch.setattr("merge_tool.checkpoint.hub._ask", lambda *words: pytest.fail(f"asked the Hub: {words}"))
     Path("mm1").mkdir()  # nearer, but the model is not in it
     Path("r.yaml").write_text(f"merge_method: linear\nmodels: [{{model: {typed}, parameters: {{weight: 1}}}}]\n")
     for words in (("merge", typed, "m/ft", "out"), ("merge", "m/ft", typed, "out"), ("run", "r.yaml", "out")):
