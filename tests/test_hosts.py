@@ -182,7 +182,7 @@ def test_an_engine_that_fails_is_named_and_the_merge_goes_on(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("spark", "expected processes:N, ray"),
+        ("spark", "expected processes:N (N processes), ray"),
         ("processes:0", "as in processes:4"),
         ("processes", "as in processes:4"),
         ("ray", "Ray is not installed. pip install"),
