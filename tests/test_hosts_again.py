@@ -117,7 +117,7 @@ def test_a_worker_that_comes_late_leaves_nothing_behind(pair: Pair, tmp_path: Pa
     late = Worker(plan)
     Worker(plan).make(range(len(plan.pieces)))
     finish_parts(plan)
-    with pytest.raises(OutputError, match="or the merge is finished"):
+    with pytest.raises(OutputError, match="or the merge was finished"):
         late.make([0])
     assert contents(out) == reference(recipe, tmp_path)
 
