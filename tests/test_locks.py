@@ -133,9 +133,9 @@ class Counts:
 
 def test_order_statistics_count_every_value_of_two_threads() -> None:
     """In both passes: over the upper halves of the bits, and over the lower halves."""
-    values = 1 + np.arange(1000) * 2.0**-23  # of one upper half
-    asked = OrderStatistics(lambda tile: [tile.inputs[0]], [[0, 999, 1000, 1999]])
-    running = passes.start_pass(asked, MergeSpec((2000,), 1, False), 2)
+    values = 1 + np.arange(5000) * 2.0**-23  # of one upper half
+    asked = OrderStatistics(lambda tile: [tile.inputs[0]], [[0, 4999, 5000, 9999]])
+    running = passes.start_pass(asked, MergeSpec((10_000,), 1, False), 2)
     assert isinstance(running, passes._RunningOrder)
 
     def add() -> None:
@@ -152,7 +152,32 @@ def test_order_statistics_count_every_value_of_two_threads() -> None:
     add()
     running.lower[bucket] = lower.done()
     assert not running.settle()
-    assert running.result == [[values[0], values[499], values[500], values[999]]]
+    assert running.result == [[values[0], values[2499], values[2500], values[4999]]]
+
+
+def test_a_few_values_are_counted_under_the_same_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = 1 + np.arange(100) * 2.0**-23
+    asked = OrderStatistics(lambda tile: [tile.inputs[0]], [[0]])
+    running = passes.start_pass(asked, MergeSpec((200,), 1, False), 2)
+    assert isinstance(running, passes._RunningOrder)
+    locked = []
+    counted = running._count
+
+    def count(histograms: Any, key: Any, values: Any) -> None:
+        class Watched:
+            def __getitem__(self, key: Any) -> Any:
+                locked.append(running.lock.locked())
+                return histograms[key]
+
+        counted(Watched(), key, values)
+
+    monkeypatch.setattr(running, "_count", count)
+    for _ in range(2):
+        running.add(0, Tile(0, None, [values]))
+        running.add(1, Tile(100, None, [values]))
+        running.settle()
+    assert locked == [True] * 4
+    assert running.result == [[1.0]]
 
 
 def test_a_file_is_opened_once_for_all_who_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

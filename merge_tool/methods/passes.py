@@ -29,6 +29,7 @@ from merge_tool.methods.steps import (
 )
 
 _HALF = 1 << 16  # values of half a float32's bits
+_FEW = 4_096  # values that are counted one by one
 
 
 class Running(Protocol):
@@ -93,20 +94,20 @@ class _RunningOrder:
             bits = _bits(values)
             high = bits >> np.uint32(16)
             if not self.bucket_ranks:
-                self._count(self.upper[k], high)
+                self._count(self.upper, k, high)
                 continue
             for bucket in {bucket for bucket, _ in self.bucket_ranks[k]}:
-                self._count(self.lower[k, bucket], bits[high == np.uint32(bucket)] & np.uint32(0xFFFF))
+                self._count(self.lower, (k, bucket), bits[high == np.uint32(bucket)] & np.uint32(0xFFFF))
 
-    def _count(self, counts: Array, values: Array) -> None:
-        """Add the histogram of some values below 65,536."""
-        if len(values) < _HALF // 16:
+    def _count(self, histograms: Any, key: Any, values: Array) -> None:
+        """Add some values below 65,536 to one of the histograms."""
+        if len(values) < _FEW:
             with self.lock:
-                np.add.at(counts, values, 1)
+                np.add.at(histograms[key], values, 1)
             return
-        new = np.bincount(values.astype(np.int64), minlength=_HALF)
+        counts = np.bincount(values.astype(np.int64), minlength=_HALF)
         with self.lock:
-            counts += new
+            histograms[key] += counts
 
     def settle(self) -> bool:
         if not self.bucket_ranks:
