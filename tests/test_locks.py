@@ -155,29 +155,35 @@ def test_order_statistics_count_every_value_of_two_threads() -> None:
     assert running.result == [[values[0], values[2499], values[2500], values[4999]]]
 
 
-def test_a_few_values_are_counted_under_the_same_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+class Held:
+    """A lock that says whether it is held."""
+
+    is_held = False
+
+    def __enter__(self) -> None:
+        self.is_held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.is_held = False
+
+
+def test_a_few_values_are_counted_under_the_same_lock() -> None:
     values = 1 + np.arange(100) * 2.0**-23
     asked = OrderStatistics(lambda tile: [tile.inputs[0]], [[0]])
     running = passes.start_pass(asked, MergeSpec((200,), 1, False), 2)
     assert isinstance(running, passes._RunningOrder)
-    locked = []
-    counted = running._count
+    lock, held = Held(), []
 
-    def count(histograms: Any, key: Any, values: Any) -> None:
-        class Watched:
-            def __getitem__(self, key: Any) -> Any:
-                locked.append(running.lock.locked())
-                return histograms[key]
+    class Watched(dict[Any, Any]):
+        def __getitem__(self, key: Any) -> Any:
+            held.append(lock.is_held)
+            return super().__getitem__(key)
 
-        counted(Watched(), key, values)
-
-    monkeypatch.setattr(running, "_count", count)
-    for _ in range(2):
-        running.add(0, Tile(0, None, [values]))
-        running.add(1, Tile(100, None, [values]))
-        running.settle()
-    assert locked == [True] * 4
-    assert running.result == [[1.0]]
+    running.lock = lock  # type: ignore[assignment]
+    running.upper = Watched({0: running.upper[0]})  # type: ignore[assignment]
+    running.add(0, Tile(0, None, [values]))
+    assert held == [True]
+    assert running.upper[0].sum() == 100
 
 
 def test_a_file_is_opened_once_for_all_who_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
