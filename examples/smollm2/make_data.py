@@ -62,7 +62,7 @@ def split_problems(seed: int) -> dict[str, list[dict[str, str]]]:
 
 
 def divide(found: Mapping[tuple[str, ...], list[dict[str, str]]], seed: int) -> dict[str, list[dict[str, str]]]:
-    """The problems of each template -> those of each split."""
+    """The problems of each template -> the problems of each split."""
     templates = sorted(found)
     random.Random(seed).shuffle(templates)
     test, validation = templates[:HELD_OUT_TEMPLATES], templates[HELD_OUT_TEMPLATES:][:HELD_OUT_TEMPLATES]

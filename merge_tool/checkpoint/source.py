@@ -249,7 +249,7 @@ class LocalFile:
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a file is on a server. `where` is its name in messages; a file of the Hub has a repository and a commit, an
-    object the SHA-256 that whoever stored it has noted."""
+    object the SHA-256 with which it was stored."""
 
     where: str
     url: str

@@ -106,8 +106,8 @@ def _listing(url: str) -> dict[str, int]:
 
 
 def _weights(url: str, here: Path, names: Sequence[str], variant: str | None) -> tuple[list[str], bool]:
-    """The weights a merge reads: those of an adapter, one file, or the index's shards, and with modules.json those of
-    sub-folders; and whether it is an adapter."""
+    """The files of weights that a merge reads (an adapter's, one file, the index's shards; with modules.json also those
+    in sub-folders), and whether they are an adapter."""
     if is_adapter_listing(names) and (adapter := adapter_files(url, names)):
         return adapter, True
     files, index = find_weights(url, names, variant=variant, typed=url)

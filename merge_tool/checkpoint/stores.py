@@ -1,7 +1,7 @@
 """In processes of their own: folders of object stores, by obstore, and what goes wrong with them.
 
-Keys, endpoint, region and proxies are those that obstore finds in the environment (AWS_*, GOOGLE_*, AZURE_*) or asks
-the machine for. How long to be patient is decided here, not by obstore. No message shows a key.
+obstore finds keys, endpoint, region and proxies in the environment (AWS_*, GOOGLE_*, AZURE_*), or asks the machine for
+them. How long to be patient is decided here, not by obstore. No message shows a key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STALL_SECONDS = 30
 _PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # of the environment's variables
 _KEYS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN); `aws configure export-credentials "
-    "--format env` prints those of a profile; AWS_SKIP_SIGNATURE=true is for public buckets",
+    "--format env` prints the keys of a profile; AWS_SKIP_SIGNATURE=true is for public buckets",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS (a file of keys), or `gcloud auth application-default login`; "
     "GOOGLE_SKIP_SIGNATURE=true is for public buckets",
     "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN; "
@@ -61,7 +61,7 @@ def open_store(url: str, stall_seconds: float = _STALL_SECONDS, tries: int = 0) 
     from_url = library(url).store.from_url
     scheme, bucket, path = store_parts(url)
     os.environ.setdefault("AWS_DISABLE_BULK_DELETE", "true")  # many servers have no other way to delete
-    # As variables: options given to from_url would hide those of the environment, such as AWS_ALLOW_HTTP.
+    # As variables: options given to from_url would hide the variables of the environment, such as AWS_ALLOW_HTTP.
     os.environ.setdefault(f"{_PREFIXES[scheme]}TIMEOUT", "1h")
     os.environ.setdefault(f"{_PREFIXES[scheme]}READ_TIMEOUT", f"{round(1000 * stall_seconds)}ms")
     return from_url(f"{scheme}://{bucket}/{quote(path)}", retry_config={"max_retries": tries})

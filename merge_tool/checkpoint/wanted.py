@@ -18,7 +18,7 @@ _MODEL = frozenset({"model.safetensors", "model.safetensors.index.json"})
 
 
 def is_small(name: str) -> bool:
-    """Whether a file is one of those that are fetched whole before anything else: no weights, and nothing unwanted."""
+    """Whether a file is fetched whole before anything else: it is wanted, and holds no weights."""
     return not any(fnmatchcase(name, pattern) for pattern in UNWANTED)
 
 
@@ -28,7 +28,7 @@ def can_wait(name: str) -> bool:
 
 
 def is_adapter_listing(listing: Sequence[str]) -> bool:
-    """Whether files are those of an adapter."""
+    """Whether the files belong to an adapter."""
     return "adapter_config.json" in listing and not _MODEL & {*listing}
 
 
