@@ -244,6 +244,7 @@ def _arc_sine(share: float, angle: Angle) -> float:
 _SURELY_FITS = 400.0  # finite in every dtype we write; makes the exact check unnecessary for nearly every block
 _TINY = np.float32(2.0**-124)  # float32 products below lose digits that a subnormal bfloat16 still shows
 _TINY_CODE = 0x0180  # _TINY as a bfloat16; smaller values are rounded to it or to less
+_INFINITE_CODE = 0x7F80  # infinity as a bfloat16; NaNs are above
 
 
 def combine(x: Array, y: Array, weights: Weights, out: Array, scratch: Scratch) -> bool:
@@ -273,6 +274,7 @@ def _combine_narrow(x: Array, y: Array, weights: Weights, out: Array, scratch: S
         if sizes.min(initial=0x7FFF) <= _TINY_CODE:
             magnitude = np.abs(a, out=b)
             _combine_tiny(np.flatnonzero((magnitude < _TINY) & (magnitude > 0)), x, y, weights, out)
+        return bool(sizes.max(initial=0) < _INFINITE_CODE)
     return first_nonfinite(out) is None
 
 
